@@ -1,0 +1,57 @@
+"""The memory behind the block ids: one tensor that holds every block's keys and values of every layer.
+
+Block-major, so that a block is one contiguous run of memory and moving it (to host memory, disk or a peer) is one
+copy; a layer sees strided views. Knows nothing of who owns a block: that is `cache.block_pool`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KvStore:
+    """`data` [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]; index 2 is 0 for keys, 1 for values.
+
+    Starts zeroed: a mask that multiplies garbage by zero would still let NaN through.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        num_layers: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._layers = [(self.data[:, i, 0], self.data[:, i, 1]) for i in range(num_layers)]
+
+    @property
+    def bytes_per_block(self) -> int:
+        return math.prod(self.data.shape[1:]) * self.data.element_size()
+
+    def layer(self, i: int) -> tuple[Tensor, Tensor]:
+        """Return layer i's keys and values, strided views [num_blocks, block_size, num_kv_heads, head_dim]."""
+        return self._layers[i]
+
+    def zero(self, block_ids: Sequence[int]) -> None:
+        """Overwrite blocks with zeros, as is due when a block changes tenant."""
+        self.data.index_fill_(0, torch.tensor(block_ids, dtype=torch.int64, device=self.data.device), 0)
+
+    def copy_block(self, src: int, dst: int) -> None:
+        """Copy block `src` of all layers over block `dst` (copy-on-write forks)."""
+        self.data[dst].copy_(self.data[src])
+
+
+def bytes_per_block(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Return what one block of such a store takes, to size a pool before there is one."""
+    return num_layers * 2 * block_size * num_kv_heads * head_dim * dtype.itemsize

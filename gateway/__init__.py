@@ -1,0 +1,1 @@
+"""One Trio process: edges, tenants, router, worker links. Never torch."""

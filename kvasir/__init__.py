@@ -1,0 +1,1 @@
+"""What people touch: the client SDK and the command line."""

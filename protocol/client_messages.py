@@ -1,0 +1,125 @@
+"""Client SDK <-> gateway, over a DEALER and the gateway's ROUTER: one frame per message, no routing ids in them.
+
+Every message carries the API key or answers one that did: there is no session to lose, and a revoked key stops
+working at the next request. `id` is the client's own number for a request, unique per connection. Every
+`CompletionRequest` gets any number of `CompletionChunk`s and then exactly one `CompletionDone`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from protocol.codec import Decoder, Message
+from protocol.errors import ErrorInfo
+from protocol.messages import Name, PackedTokens, Sampling, Seconds, TokenLogprobs
+
+MAX_CLIENT_FRAME_BYTES = 8 << 20
+CallId = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+ApiKey = Annotated[str, Meta(max_length=256)]
+Text = Annotated[str, Meta(max_length=4 << 20)]
+
+
+class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn of a conversation."""
+
+    role: Annotated[str, Meta(min_length=1, max_length=64)]
+    content: Text
+
+
+class Usage(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Tokens of one request: `cached_tokens` of the prompt were found in the worker's KV cache."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class ClientMessage(Message, tag_field="type"):
+    """Client -> gateway."""
+
+
+class CompletionRequest(ClientMessage, tag="request"):
+    """Generate from exactly one of `text`, `messages` (chat template applied) and `token_ids` (packed).
+
+    `max_tokens` None: up to the model's window. `want_text`/`want_tokens` choose what the chunks carry; without text
+    the gateway does no detokenisation at all (and `stop` strings are refused).
+    """
+
+    id: CallId
+    api_key: ApiKey
+    model: Annotated[str, Meta(max_length=256)] = ""
+    text: Text | None = None
+    messages: Annotated[list[ChatMessage], Meta(max_length=4096)] | None = None
+    token_ids: PackedTokens | None = None
+    max_tokens: int | None = None
+    sampling: Sampling = Sampling()
+    stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=16)] = []
+    stop_token_ids: Annotated[list[int], Meta(max_length=256)] = []
+    ignore_eos: bool = False
+    want_text: bool = True
+    want_tokens: bool = False
+    deadline_s: Seconds | None = None
+
+
+class CancelRequest(ClientMessage, tag="cancel"):
+    """Stop request `id` of this connection. Its `CompletionDone` still comes. Unknown ids are ignored."""
+
+    id: CallId
+
+
+class ModelsRequest(ClientMessage, tag="models"):
+    """Which models may this key use?"""
+
+    id: CallId
+    api_key: ApiKey
+
+
+class GatewayMessage(Message, tag_field="type"):
+    """Gateway -> client."""
+
+
+class CompletionChunk(GatewayMessage, tag="chunk"):
+    """New text and/or tokens, in order, each delivered exactly once."""
+
+    id: CallId
+    text: str = ""
+    token_ids: PackedTokens = b""
+    logprobs: list[TokenLogprobs] = []
+
+
+class CompletionDone(GatewayMessage, tag="done"):
+    """The one terminal event. `error` set: failed with it; `finish_reason` is then "error"."""
+
+    id: CallId
+    finish_reason: str
+    usage: Usage = Usage()
+    worker: str = ""
+    ttft_s: float = 0.0
+    error: ErrorInfo | None = None
+
+
+class ModelCard(Struct, frozen=True, forbid_unknown_fields=True):
+    """One served model: `max_context` tokens of prompt + answer, on `num_workers` live workers."""
+
+    name: Name
+    max_context: int
+    num_workers: int
+    created_s: int = 0
+
+
+class ModelList(GatewayMessage, tag="model_list"):
+    """Answer to `ModelsRequest`."""
+
+    id: CallId
+    models: list[ModelCard] = []
+    error: ErrorInfo | None = None
+
+
+CLIENT_MESSAGES: Decoder[CompletionRequest | CancelRequest | ModelsRequest] = Decoder(
+    CompletionRequest | CancelRequest | ModelsRequest, max_bytes=MAX_CLIENT_FRAME_BYTES
+)
+GATEWAY_MESSAGES: Decoder[CompletionChunk | CompletionDone | ModelList] = Decoder(
+    CompletionChunk | CompletionDone | ModelList, max_bytes=64 << 20
+)

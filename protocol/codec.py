@@ -1,0 +1,47 @@
+"""One MessagePack frame per message, tagged unions, every list bounded, unknown fields refused.
+
+A decoder is built once per union; whatever does not fit it is an `InvalidMessage` whose text names the path
+(`$.sampling.temperature`). Bulk bytes travel in frames of their own and never through here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from protocol.errors import InvalidMessage
+
+M = TypeVar("M")
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+    """Base of everything on a wire. Instances must not be mutated once they are sent."""
+
+
+def encode(message: Message) -> bytes:
+    """Return `message` as one MessagePack frame."""
+    return _encoder.encode(message)
+
+
+class Decoder(Generic[M]):
+    """Decodes frames of one union of messages, refusing frames longer than `max_bytes` before looking inside."""
+
+    def __init__(self, union: Any, *, max_bytes: int) -> None:
+        self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(union)
+        self._max_bytes = max_bytes
+
+    def decode(self, frame: bytes) -> M:
+        """Return the message in `frame`.
+
+        Raises:
+            InvalidMessage: too long, not MessagePack, an unknown tag or field, a bound exceeded, a wrong type.
+        """
+        if len(frame) > self._max_bytes:
+            raise InvalidMessage(f"a frame of {len(frame)} bytes exceeds the bound of {self._max_bytes} bytes")
+        try:
+            return self._decoder.decode(frame)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InvalidMessage(f"not a valid message: {error}") from None

@@ -1,0 +1,222 @@
+"""Gateway <-> worker: commands go to a worker, reports come from it.
+
+A worker dials in and says `Hello`; `Welcome` or `Refused` is the answer. The gateway then sends at most
+`Hello.limits.max_requests` unfinished `Generate`s (credits); each gets exactly one `Output` with a `finish_reason`,
+aborted ones too. One `StepReport` per engine step carries everything that happened in it. Token ids and hashes are
+packed bytes (`protocol.tokens`, `protocol.prefix`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from protocol.codec import Decoder, Message
+
+MAX_TOKENS = 1 << 20
+MAX_FRAME_BYTES = 64 << 20
+
+Id = Annotated[bytes, Meta(min_length=1, max_length=32)]
+Key16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
+PackedTokens = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
+PackedHashes = Annotated[bytes, Meta(max_length=16 * MAX_TOKENS)]
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Reason = Annotated[str, Meta(max_length=4096)]
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+Seconds = Annotated[float, Meta(ge=0)]
+FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
+
+
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How tokens are drawn. Temperature 0 is greedy; `seed` and the token's position decide every draw.
+
+    `top_k` 0, `top_p` 1 and `min_p` 0 are off. `logprobs`: None = none, n = the chosen token's and the n best.
+    Presence and frequency penalties look at generated tokens, the repetition penalty at prompt and generated ones.
+    """
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] = {}
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+# ---- commands: gateway -> worker ---------------------------------------------------------------------------------
+
+
+class Command(Message, tag_field="type"):
+    """Something a worker is asked to do."""
+
+
+class Identify(Command, tag="identify"):
+    """The gateway does not know this peer (it has restarted): say `Hello` again."""
+
+
+class Welcome(Command, tag="welcome"):
+    """The worker is in. A worker that sees another `gateway_epoch` than before drops all its sequences.
+
+    `public_namespace`: what the public zone of every request is hashed in. `heartbeat_s`: an idle worker reports at
+    least this often.
+    """
+
+    gateway_epoch: Id
+    public_namespace: Key16
+    heartbeat_s: Seconds
+
+
+class Refused(Command, tag="refused"):
+    """The worker may not join; it prints `reason` and exits."""
+
+    reason: Reason
+
+
+class Generate(Command, tag="generate"):
+    """Start generating. `token_ids` = prompt, then what earlier attempts have already delivered.
+
+    `prefix_hashes`: 16 bytes per full block of `token_ids`; the first `num_public_tokens` (whole blocks) are hashed in
+    the public namespace, the rest in `namespace`, which also extends the chain over generated tokens. `max_tokens`:
+    how many more tokens may be drawn. `tenant` owns the blocks. `deadline_s`: remaining time at sending.
+    """
+
+    req_id: Id
+    attempt: Count
+    tenant: Name
+    token_ids: PackedTokens
+    num_prompt_tokens: Count
+    root: Key16
+    prefix_hashes: PackedHashes
+    num_public_tokens: Count
+    namespace: Key16
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    sampling: Sampling
+    stop_token_ids: Annotated[list[int], Meta(max_length=256)] = []
+    ignore_eos: bool = False
+    deadline_s: Seconds | None = None
+
+
+class Abort(Command, tag="abort"):
+    """Stop a request and free its blocks within one step. Unknown ids are ignored: it may just have finished."""
+
+    req_id: Id
+    attempt: Count
+
+
+class Resync(Command, tag="resync"):
+    """The gateway missed block events: send a `Snapshot`."""
+
+
+class Drain(Command, tag="drain"):
+    """Take nothing new, finish what runs within `deadline_s`, say `Bye`, exit 0."""
+
+    deadline_s: Seconds
+
+
+# ---- reports: worker -> gateway ----------------------------------------------------------------------------------
+
+
+class Report(Message, tag_field="type"):
+    """Something a worker says."""
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    """`max_requests`: credits. `max_context`: longest prompt + answer in tokens. `max_step_tokens`: a step's budget."""
+
+    max_requests: Annotated[int, Meta(ge=1, le=1 << 16)]
+    max_context: Annotated[int, Meta(ge=1)]
+    max_step_tokens: Annotated[int, Meta(ge=1)]
+
+
+class Hello(Report, tag="hello"):
+    """First message of a connection. `incarnation` is random per boot; `fingerprint` identifies the weights."""
+
+    protocol_version: int
+    worker_id: Name
+    incarnation: Id
+    model: Name
+    fingerprint: Name
+    dtype: Name
+    block_size: Annotated[int, Meta(ge=1, le=1024)]
+    num_blocks: Annotated[int, Meta(ge=1)]
+    limits: Limits
+    device: Name = "cpu"
+    pid: Count = 0
+    role: Literal["both"] = "both"
+
+
+class TokenLogprobs(Struct, frozen=True, array_like=True):
+    """One drawn token's log probability and the n best candidates, most likely first."""
+
+    logprob: float
+    top: Annotated[list[tuple[int, float]], Meta(max_length=20)] = []
+
+
+class Output(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """New tokens of one request. `seq`: index of the first one among all generated tokens of the request.
+
+    `finish_reason` ends the request; a token that stopped it (end of sequence or stop id) is the last of `token_ids`.
+    `num_cached_tokens` comes once, with the first output of an attempt.
+    """
+
+    req_id: Id
+    attempt: Count
+    seq: Count
+    token_ids: PackedTokens = b""
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: Count | None = None
+    logprobs: Annotated[list[TokenLogprobs], Meta(max_length=4096)] = []
+    error: Reason = ""
+
+
+class Load(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A worker after a step. `num_free_blocks` counts free and evictable blocks; `pending_tokens` are uncached prompt
+    tokens still to be computed; the last three describe this step alone and teach the gateway the worker's rates."""
+
+    num_running: Count = 0
+    num_waiting: Count = 0
+    num_free_blocks: Count = 0
+    pending_tokens: Count = 0
+    num_prefill_tokens: Count = 0
+    num_decode_tokens: Count = 0
+    step_s: Seconds = 0.0
+
+
+class StepReport(Report, tag="step"):
+    """What one engine step did. An idle worker sends one each `heartbeat_s`, with nothing in it.
+
+    `step` grows with every report: it shows that the engine, not only its socket, is alive. `stored` and `removed`
+    are disjoint packed hashes, netted over the step; `event_seq` grows by one with every report that has either.
+    """
+
+    step: Count
+    event_seq: Count
+    load: Load
+    outputs: Annotated[list[Output], Meta(max_length=1 << 16)] = []
+    stored: PackedHashes = b""
+    removed: PackedHashes = b""
+
+
+class Snapshot(Report, tag="snapshot"):
+    """All resident hashes after `event_seq`: replaces whatever the gateway believed of this worker."""
+
+    event_seq: Count
+    hashes: PackedHashes
+
+
+class Bye(Report, tag="bye"):
+    """The worker leaves in good order; everything it had is finished or handed back."""
+
+    reason: Reason = ""
+
+
+COMMANDS: Decoder[Identify | Welcome | Refused | Generate | Abort | Resync | Drain] = Decoder(
+    Identify | Welcome | Refused | Generate | Abort | Resync | Drain, max_bytes=MAX_FRAME_BYTES
+)
+REPORTS: Decoder[Hello | StepReport | Snapshot | Bye] = Decoder(
+    Hello | StepReport | Snapshot | Bye, max_bytes=MAX_FRAME_BYTES
+)

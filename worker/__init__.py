@@ -1,0 +1,1 @@
+"""One torch process: scheduler, model, sampling. Synchronous, no event loop."""
