@@ -1,0 +1,257 @@
+"""ZeroMQ sockets on Trio: one pump per socket, batches in, never a lost wake-up.
+
+Some facts: `ZMQ_FD` is edge-triggered and says only "EVENTS went stale". Any libzmq call on the socket (a send, a
+receive, reading EVENTS) may consume the edge. A socket must be used from one thread.
+
+What follows: exactly one task may wait for the descriptor, and whoever has called libzmq must read EVENTS again and
+wake those who wait for what it says, since the edge that would have woken them may be gone.
+
+What we chose: `run()` is the pump, the only caller of `wait_readable(fd)`. `receive()` and `send()` first try, then
+park in a lot; every libzmq call ends in `_refresh()`, which re-reads EVENTS and wakes both lots. Receiving is done in
+batches because one Trio wake-up costs as much as ten small messages.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+import zmq
+
+from protocol.errors import ConfigurationError, KvasirError
+from protocol.profile import LinkProfile, apply_profile
+
+MAX_PARTS = 4
+
+
+class LinkBusy(KvasirError):
+    """The peer's queue is full (EAGAIN): nothing was sent. Keep the message or cut the peer; never drop it silently."""
+
+    code = "link_busy"
+
+
+class PeerGone(KvasirError):
+    """A ROUTER has no such peer (EHOSTUNREACH): nothing was sent."""
+
+    code = "peer_gone"
+
+
+class LinkClosed(KvasirError):
+    """The link was closed, by us."""
+
+    code = "link_closed"
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatistics:
+    """Counters since the link was opened."""
+
+    num_received: int
+    num_sent: int
+    num_refused: int
+    tasks_waiting_receive: int
+    tasks_waiting_send: int
+
+
+class Link:
+    """One ZeroMQ socket, owned by the Trio thread that made it.
+
+    Any number of tasks may send, one at a time should receive. Messages are lists of frames; a ROUTER's first frame is
+    the routing id. Messages of more than `MAX_PARTS` frames are no protocol of ours: they are read off and counted.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        descriptor = socket.getsockopt(zmq.FD)
+        assert isinstance(descriptor, int)
+        self._descriptor = descriptor
+        self._readers = trio.lowlevel.ParkingLot()
+        self._writers = trio.lowlevel.ParkingLot()
+        self._closed = False
+        self._num_received = 0
+        self._num_sent = 0
+        self._num_refused = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Pump: wake waiters whenever libzmq signals. Start it in a nursery before the first `receive` or `send`.
+
+        Returns when the link is closed. Cancelling it stops wake-ups and leaves the socket open.
+        """
+        task_status.started()
+        while not self._closed:
+            # Reading EVENTS is what resets the descriptor: without it the next wait would return at once, for ever.
+            self._wake(self._events())
+            try:
+                await trio.lowlevel.wait_readable(self._descriptor)
+            except trio.ClosedResourceError:
+                return
+
+    async def receive(self, max_messages: int = 256) -> list[list[bytes]]:
+        """Wait for at least one message, then return up to `max_messages` that are there.
+
+        A checkpoint. Cancellation takes nothing off the socket.
+
+        Raises:
+            LinkClosed: the link was closed before or during the wait.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            messages = self.receive_nowait(max_messages)
+            if messages:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return messages
+            await self._readers.park()
+
+    def receive_nowait(self, max_messages: int = 256) -> list[list[bytes]]:
+        """Return up to `max_messages` messages that are there now, possibly none.
+
+        Raises:
+            LinkClosed: the link was closed.
+        """
+        self._check_open()
+        messages: list[list[bytes]] = []
+        receive = self._socket.recv_multipart
+        try:
+            while len(messages) < max_messages:
+                frames = receive(zmq.NOBLOCK)
+                if len(frames) > MAX_PARTS:
+                    self._num_refused += 1
+                else:
+                    messages.append(frames)
+        except zmq.Again:
+            pass
+        self._num_received += len(messages)
+        self._refresh()
+        return messages
+
+    def send_nowait(self, frames: Sequence[bytes]) -> None:
+        """Hand one message to libzmq.
+
+        Raises:
+            LinkBusy: the peer's queue is full; nothing was sent.
+            PeerGone: a ROUTER without such a peer; nothing was sent.
+            LinkClosed: the link was closed.
+        """
+        self._check_open()
+        try:
+            if len(frames) == 1:
+                self._socket.send(frames[0], zmq.NOBLOCK)
+            else:
+                self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            raise LinkBusy("the peer does not keep up: its queue is full") from None
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                raise PeerGone("the peer is gone") from None
+            raise
+        finally:
+            self._refresh()
+        self._num_sent += 1
+
+    async def send(self, frames: Sequence[bytes]) -> None:
+        """Send one message, waiting for room. Meant for DEALERs: a ROUTER's POLLOUT means *some* peer has room.
+
+        A checkpoint. Cancellation: sent whole or not at all (not at all if it raises `Cancelled`).
+
+        Raises:
+            PeerGone, LinkClosed: as `send_nowait`.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            try:
+                self.send_nowait(frames)
+            except LinkBusy:
+                await self._writers.park()
+            else:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return
+
+    def close(self) -> None:
+        """Close the socket at once, unsent messages dropped; waiting tasks get `LinkClosed`. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        trio.lowlevel.notify_closing(self._descriptor)
+        self._socket.close(linger=0)
+        self._readers.unpark_all()
+        self._writers.unpark_all()
+
+    def statistics(self) -> LinkStatistics:
+        """Return the counters."""
+        return LinkStatistics(
+            self._num_received, self._num_sent, self._num_refused, len(self._readers), len(self._writers)
+        )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LinkClosed("the link is closed")
+
+    def _refresh(self) -> None:
+        """Re-read EVENTS, since the call just made may have eaten the edge that would have woken a waiter."""
+        if (self._readers or self._writers) and not self._closed:
+            self._wake(self._events())
+
+    def _events(self) -> int:
+        events = self._socket.getsockopt(zmq.EVENTS)
+        assert isinstance(events, int)
+        return events
+
+    def _wake(self, events: int) -> None:
+        if events & zmq.POLLIN:
+            self._readers.unpark_all()
+        if events & zmq.POLLOUT:
+            self._writers.unpark_all()
+
+
+def open_router(context: zmq.Context[Any], endpoints: Sequence[str], profile: LinkProfile | None = None) -> Link:
+    """Return a link over a ROUTER bound to `endpoints`, with MANDATORY set: an undeliverable message is an error.
+
+    For `ipc://` endpoints the directory is made with mode 0750 if it is missing, and a stale socket file is replaced;
+    making sure that no live process still uses it is the caller's task (a lock file).
+
+    Raises:
+        ConfigurationError: an endpoint cannot be bound; says which and why.
+    """
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    apply_profile(socket, profile or LinkProfile())
+    for endpoint in endpoints:
+        try:
+            if endpoint.startswith("ipc://"):
+                _prepare_ipc(Path(endpoint.removeprefix("ipc://")))
+            socket.bind(endpoint)
+        except (zmq.ZMQError, OSError) as error:
+            socket.close(linger=0)
+            raise ConfigurationError(f"cannot listen on {endpoint}: {error}; choose another address") from None
+        except ConfigurationError:
+            socket.close(linger=0)
+            raise
+    return Link(socket)
+
+
+def open_dealer(context: zmq.Context[Any], endpoint: str, profile: LinkProfile | None = None) -> Link:
+    """Return a link over a DEALER connected to `endpoint` (it keeps trying; nothing is queued before it is up).
+
+    Raises:
+        ConfigurationError: the endpoint is malformed.
+    """
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IMMEDIATE, 1)
+    apply_profile(socket, profile or LinkProfile())
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise ConfigurationError(f"cannot connect to {endpoint}: {error}") from None
+    return Link(socket)
+
+
+def _prepare_ipc(path: Path) -> None:
+    # sockaddr_un holds 108 bytes; libzmq's own message for a longer path is "File name too long".
+    if len(os.fsencode(path)) > 107:
+        raise ConfigurationError(f"the socket path {path} is longer than 107 bytes; choose a shorter directory")
+    path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
