@@ -1,0 +1,50 @@
+# make run   one machine, end to end: environment, gateway, two workers, a short demonstration, then it serves
+# make test  the whole suite, offline         make check  format, lint, types, tests (what CI runs)
+# make bench the tables of the README          make clean  throw the environment away
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?=
+UP_FLAGS ?=
+
+.PHONY: run test check lint types bench clean install install-dev
+
+run: install
+	$(BIN)/kvasir up --demo $(if $(WORKERS),--workers $(WORKERS)) $(UP_FLAGS)
+
+test: install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+check: lint types test
+
+lint: install-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install-dev
+	$(BIN)/mypy
+
+bench: install-dev
+	$(BIN)/python scripts/bench_engine.py
+	$(BIN)/python scripts/bench_gateway.py
+
+clean:
+	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Kvasir needs Python 3.11 or newer; name one with: make PYTHON=python3.12 run"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "No venv module: apt-get install python3-venv"; rm -rf $(VENV); exit 2; }
+
+# One command takes a pinned torch as it comes: with a CPU build at hand that is 200 MB, else the CUDA build.
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
