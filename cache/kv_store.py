@@ -34,6 +34,9 @@ class KvStore:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._layers = [(self.data[:, i, 0], self.data[:, i, 1]) for i in range(num_layers)]
+        # What `write` writes to: all token rows from layer i's first keys (values) on; so all layers share `rows`.
+        flat = self.data.view(-1, num_kv_heads, head_dim)
+        self._targets = [(flat[2 * i * block_size :], flat[(2 * i + 1) * block_size :]) for i in range(num_layers)]
 
     @property
     def bytes_per_block(self) -> int:
@@ -42,6 +45,18 @@ class KvStore:
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
         """Return layer i's keys and values, strided views [num_blocks, block_size, num_kv_heads, head_dim]."""
         return self._layers[i]
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """Return the index [num_tokens] that `write` takes for `slots`, the same for every layer."""
+        block_ids = slots.div(self.block_size, rounding_mode="floor")
+        rows_per_block = len(self._layers) * 2 * self.block_size
+        return slots + block_ids * (rows_per_block - self.block_size)
+
+    def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store `keys` and `values` [num_tokens, num_kv_heads, head_dim] at `rows`, which must not repeat."""
+        key_rows, value_rows = self._targets[layer]
+        key_rows.index_copy_(0, rows, keys)
+        value_rows.index_copy_(0, rows, values)
 
     def zero(self, block_ids: Sequence[int]) -> None:
         """Overwrite blocks with zeros, as is due when a block changes tenant."""

@@ -102,7 +102,9 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = 
         raise ModelError(f"hidden_act {activation!r} is not supported; this worker computes silu only.")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "?")
-        raise ModelError(f"The weights are quantised ({method}), which is not supported; use an unquantised checkpoint.")
+        raise ModelError(
+            f"The weights are quantised ({method}), which is not supported; use an unquantised checkpoint."
+        )
     rope = _rope(raw, max_position)
     if rope.kind == "yarn":  # old configs keep the window before scaling in max_position_embeddings
         max_position = max(max_position, int(rope.original_max_position * rope.factor))
@@ -160,9 +162,11 @@ def _rope(raw: Mapping[str, Any], max_position: int) -> RopeConfig:
     theta = fields.number("rope_theta", _Fields(raw).number("rope_theta", 10_000.0))
     if kind == "default":
         return RopeConfig(theta=theta)
-    original = int(raw.get("original_max_position_embeddings") or fields.number("original_max_position_embeddings", max_position))
+    original = int(
+        raw.get("original_max_position_embeddings") or fields.number("original_max_position_embeddings", max_position)
+    )
     default_factor = max_position / original if kind == "yarn" else None
-    common = {"kind": kind, "theta": theta, "factor": fields.number("factor", default_factor)}
+    common: dict[str, Any] = {"kind": kind, "theta": theta, "factor": fields.number("factor", default_factor)}
     if kind == "linear":
         return RopeConfig(**common)
     if kind == "llama3":

@@ -16,7 +16,7 @@ from worker.model_config import RopeConfig
 
 
 class RotaryTable:
-    """cos + i·sin per position, grown on demand by doubling, since windows of 128k and more are common and rarely used."""
+    """cos + i·sin per position, grown on demand by doubling: windows of 128k are common and rarely used."""
 
     def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
         self._dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
@@ -38,7 +38,7 @@ class RotaryTable:
 
 def rotate_(heads: Tensor, factors: Tensor) -> None:
     """Rotate `heads` [num_tokens, num_heads, head_dim] (pairs adjacent) in place by `factors` of `RotaryTable`."""
-    pairs = heads.unflatten(-1, (-1, 2))
+    pairs = heads.view(*heads.shape[:-1], -1, 2)
     if heads.dtype in (torch.float32, torch.float64):
         torch.view_as_complex(pairs).mul_(factors)
     else:  # there are no complex numbers of bf16 parts
@@ -47,9 +47,9 @@ def rotate_(heads: Tensor, factors: Tensor) -> None:
 
 
 def make_pairs_adjacent(weight: Tensor, head_dim: int) -> Tensor:
-    """Return rows [num_heads * head_dim, ...] of a projection so that feature i and i + head_dim/2 become 2i and 2i + 1."""
-    halves = weight.unflatten(0, (-1, 2, head_dim // 2))
-    return halves.transpose(1, 2).flatten(0, 2)
+    """Return rows [num_heads * head_dim, ...] with each head's features i and i + head_dim / 2 at 2i and 2i + 1."""
+    halves = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

@@ -1,0 +1,152 @@
+"""The four families against the public `transformers` implementation: logits and greedy tokens, on every path."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from model_helpers import (
+    VARIANTS,
+    Sequence,
+    greedy,
+    make_reference,
+    make_store,
+    reference_greedy,
+    save_reference,
+    scattered_tables,
+)
+
+from worker.attention import Attention, GatherAttention, ReferenceAttention
+from worker.loader import default_attention, load_model
+from worker.model import Model
+from worker.model_config import ModelConfig
+
+NUM_TOKENS = 64
+PROMPT = random.Random(3).choices(range(2, 160), k=37)  # longer than every window used here
+
+
+def _default(config: ModelConfig) -> Attention:
+    return default_attention(config, torch.device("cpu"), torch.float32)
+
+
+PATHS: dict[str, Callable[[ModelConfig], Attention]] = {
+    "reference": ReferenceAttention,
+    "gather": GatherAttention,
+    "default": _default,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def oracle(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[int], torch.Tensor]:
+    """A model folder, and `transformers`' greedy continuation of PROMPT with its logits."""
+    reference = make_reference(request.param)
+    tokens, logits = reference_greedy(reference, PROMPT, NUM_TOKENS)
+    return save_reference(reference, tmp_path_factory.mktemp(request.param)), tokens, logits
+
+
+@pytest.fixture(scope="module", params=list(PATHS))
+def model(request: pytest.FixtureRequest, oracle: tuple[Path, list[int], torch.Tensor]) -> Model:
+    return load_model(oracle[0], "cpu", "fp32", make_attention=PATHS[request.param]).model
+
+
+def assert_equals_oracle(sequence: Sequence, oracle: tuple[Path, list[int], torch.Tensor]) -> None:
+    _, tokens, logits = oracle
+    assert sequence.tokens == PROMPT + tokens
+    assert (torch.stack(sequence.logits) - logits).abs().max().item() <= 1e-4
+
+
+def make_sequence(key: int = 1, seed: int = 0, prompt: list[int] = PROMPT) -> Sequence:
+    return Sequence(key, list(prompt), scattered_tables(2, 32, seed)[0])
+
+
+def test_cold_prompt_gives_the_logits_and_tokens_of_transformers(model: Model, oracle) -> None:
+    sequence = make_sequence()
+    greedy(model, make_store(model), [sequence], NUM_TOKENS)
+    assert_equals_oracle(sequence, oracle)
+
+
+def test_cached_prefix_gives_the_logits_and_tokens_of_transformers(model: Model, oracle) -> None:
+    store = make_store(model)
+    first = make_sequence()
+    greedy(model, store, [first], 1)
+    model.forget(first.key)
+    for num_cached in (4, 20, 36):  # the last leaves one token to compute
+        own = [block for block in range(64) if block not in first.block_table]
+        shared = first.block_table[: num_cached // 4]
+        second = Sequence(2, list(PROMPT), shared + own, num_stored=num_cached)
+        greedy(model, store, [second], NUM_TOKENS)
+        assert_equals_oracle(second, oracle)
+        model.forget(second.key)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_chunked_prefill_gives_the_logits_and_tokens_of_transformers(model: Model, oracle, chunk: int) -> None:
+    sequence = make_sequence()
+    greedy(model, make_store(model), [sequence], NUM_TOKENS, chunk)
+    assert_equals_oracle(sequence, oracle)
+
+
+def test_batched_with_others_gives_the_logits_and_tokens_of_transformers(model: Model, oracle) -> None:
+    rng = random.Random(5)
+    tables = scattered_tables(5, 32, seed=2)
+    prompts = [rng.choices(range(2, 160), k=n) for n in (3, 60, 17, 29)]
+    prompts.insert(2, list(PROMPT))
+    sequences = [Sequence(key, prompt, table) for key, (prompt, table) in enumerate(zip(prompts, tables, strict=True))]
+    greedy(model, make_store(model, 160), sequences, NUM_TOKENS, chunk=8)  # decode and prefill share steps
+    assert_equals_oracle(sequences[2], oracle)
+
+
+def test_several_logits_of_one_slice_are_those_of_its_last_positions(model: Model, oracle) -> None:
+    _, tokens, logits = oracle
+    sequence = Sequence(1, PROMPT + tokens[:-1], scattered_tables(1, 32)[0])
+    rows = model.forward([sequence.slice(num_logits=NUM_TOKENS)], make_store(model))
+    assert (rows - logits).abs().max().item() <= 1e-4
+
+
+def test_logits_come_in_the_order_of_the_slices_whatever_the_pack_does(model: Model) -> None:
+    tables = scattered_tables(3, 20)
+    prompts = [PROMPT[:9], PROMPT[:1], PROMPT[5:20]]
+    store = make_store(model)
+    together = model.forward(
+        [Sequence(i, p, t).slice() for i, (p, t) in enumerate(zip(prompts, tables, strict=True))], store
+    )
+    for i, (prompt, table) in enumerate(zip(prompts, tables, strict=True)):
+        model.forget(i)
+        alone = model.forward([Sequence(10 + i, prompt, table).slice()], store)
+        assert (together[i] - alone[0]).abs().max().item() <= 1e-4
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-4), ("bf16", 0.5), ("fp16", 0.06)])
+def test_other_dtypes_stay_near_transformers(tmp_path: Path, variant: str, dtype: str, tolerance: float) -> None:
+    reference = make_reference(variant)
+    _, logits = reference_greedy(reference, PROMPT, 1)
+    model = load_model(save_reference(reference, tmp_path), "cpu", dtype).model
+    sequence = make_sequence()
+    greedy(model, make_store(model), [sequence], 8, chunk=16)
+    assert sequence.logits[0].dtype == (torch.float64 if dtype == "fp64" else torch.float32)
+    assert (sequence.logits[0] - logits[0]).abs().max().item() <= tolerance * logits.abs().max().item()
+
+
+def test_old_rope_keys_mean_what_the_new_ones_mean(tmp_path: Path) -> None:
+    from worker.model_config import parse_config
+
+    new = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}}
+    old = {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    base = transformers.Qwen2Config().to_dict() | {"architectures": ["Qwen2ForCausalLM"], "rope_parameters": None}
+    assert parse_config(base | old) == parse_config(base | new)
+    assert parse_config(base | old).max_position == 4 * 32768
