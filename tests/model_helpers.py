@@ -1,4 +1,4 @@
-"""Small random models of every family, made with the public `transformers` implementation, and a hand-driven decoder."""
+"""Small random models of every family, made with the public `transformers`, and a decoder driven by hand."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def save_reference(model: transformers.PreTrainedModel, folder: Path, **options:
 def reference_greedy(
     model: transformers.PreTrainedModel, prompt: list[int], num_tokens: int
 ) -> tuple[list[int], Tensor]:
-    """Return greedy tokens and, from one uncached pass over all of it, the logits [num_tokens, vocab] they come from."""
+    """Return greedy tokens and the logits [num_tokens, vocab] they come from, of one uncached pass over everything."""
     cache = transformers.DynamicCache(config=model.config)
     output = model(torch.tensor([prompt]), past_key_values=cache, use_cache=True)
     tokens = [int(output.logits[0, -1].argmax())]

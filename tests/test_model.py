@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,7 @@ from model_helpers import (
 from worker.attention import Attention, GatherAttention, ReferenceAttention
 from worker.loader import default_attention, load_model
 from worker.model import Model
-from worker.model_config import ModelConfig
+from worker.model_config import ModelConfig, parse_config
 
 NUM_TOKENS = 64
 PROMPT = random.Random(3).choices(range(2, 160), k=37)  # longer than every window used here
@@ -48,38 +50,60 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
-def oracle(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[int], torch.Tensor]:
-    """A model folder, and `transformers`' greedy continuation of PROMPT with its logits."""
-    reference = make_reference(request.param)
+# Every variant on the path that serves, some on the others (tests/test_attention.py compares the paths in detail).
+CASES = [(variant, "default") for variant in VARIANTS]
+CASES += [(variant, path) for path in ("reference", "gather") for variant in ("mistral-window", "qwen3")]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """`transformers`' greedy continuation of PROMPT, the logits [NUM_TOKENS, vocab] it came from, the model's folder."""
+
+    folder: Path
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+@functools.cache
+def oracle_of(variant: str, parent: Path) -> Oracle:
+    reference = make_reference(variant)
     tokens, logits = reference_greedy(reference, PROMPT, NUM_TOKENS)
-    return save_reference(reference, tmp_path_factory.mktemp(request.param)), tokens, logits
+    return Oracle(save_reference(reference, parent / variant), tokens, logits)
 
 
-@pytest.fixture(scope="module", params=list(PATHS))
-def model(request: pytest.FixtureRequest, oracle: tuple[Path, list[int], torch.Tensor]) -> Model:
-    return load_model(oracle[0], "cpu", "fp32", make_attention=PATHS[request.param]).model
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Oracle]:
+    variant, path = request.param
+    oracle = oracle_of(variant, tmp_path_factory.getbasetemp())
+    return load_model(oracle.folder, "cpu", "fp32", make_attention=PATHS[path]).model, oracle
 
 
-def assert_equals_oracle(sequence: Sequence, oracle: tuple[Path, list[int], torch.Tensor]) -> None:
-    _, tokens, logits = oracle
-    assert sequence.tokens == PROMPT + tokens
-    assert (torch.stack(sequence.logits) - logits).abs().max().item() <= 1e-4
+@pytest.fixture
+def model(case: tuple[Model, Oracle]) -> Model:
+    return case[0]
+
+
+@pytest.fixture
+def oracle(case: tuple[Model, Oracle]) -> Oracle:
+    return case[1]
+
+
+def assert_equals_oracle(sequence: Sequence, oracle: Oracle) -> None:
+    assert sequence.tokens == PROMPT + oracle.tokens
+    assert (torch.stack(sequence.logits) - oracle.logits).abs().max().item() <= 1e-4
 
 
 def make_sequence(key: int = 1, seed: int = 0, prompt: list[int] = PROMPT) -> Sequence:
     return Sequence(key, list(prompt), scattered_tables(2, 32, seed)[0])
 
 
-def test_cold_prompt_gives_the_logits_and_tokens_of_transformers(model: Model, oracle) -> None:
+def test_cold_prompt_gives_the_logits_and_tokens_of_transformers(model: Model, oracle: Oracle) -> None:
     sequence = make_sequence()
     greedy(model, make_store(model), [sequence], NUM_TOKENS)
     assert_equals_oracle(sequence, oracle)
 
 
-def test_cached_prefix_gives_the_logits_and_tokens_of_transformers(model: Model, oracle) -> None:
+def test_cached_prefix_gives_the_logits_and_tokens_of_transformers(model: Model, oracle: Oracle) -> None:
     store = make_store(model)
     first = make_sequence()
     greedy(model, store, [first], 1)
@@ -94,13 +118,13 @@ def test_cached_prefix_gives_the_logits_and_tokens_of_transformers(model: Model,
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
-def test_chunked_prefill_gives_the_logits_and_tokens_of_transformers(model: Model, oracle, chunk: int) -> None:
+def test_chunked_prefill_gives_the_logits_and_tokens_of_transformers(model: Model, oracle: Oracle, chunk: int) -> None:
     sequence = make_sequence()
     greedy(model, make_store(model), [sequence], NUM_TOKENS, chunk)
     assert_equals_oracle(sequence, oracle)
 
 
-def test_batched_with_others_gives_the_logits_and_tokens_of_transformers(model: Model, oracle) -> None:
+def test_batched_with_others_gives_the_logits_and_tokens_of_transformers(model: Model, oracle: Oracle) -> None:
     rng = random.Random(5)
     tables = scattered_tables(5, 32, seed=2)
     prompts = [rng.choices(range(2, 160), k=n) for n in (3, 60, 17, 29)]
@@ -110,11 +134,10 @@ def test_batched_with_others_gives_the_logits_and_tokens_of_transformers(model: 
     assert_equals_oracle(sequences[2], oracle)
 
 
-def test_several_logits_of_one_slice_are_those_of_its_last_positions(model: Model, oracle) -> None:
-    _, tokens, logits = oracle
-    sequence = Sequence(1, PROMPT + tokens[:-1], scattered_tables(1, 32)[0])
+def test_several_logits_of_one_slice_are_those_of_its_last_positions(model: Model, oracle: Oracle) -> None:
+    sequence = Sequence(1, PROMPT + oracle.tokens[:-1], scattered_tables(1, 32)[0])
     rows = model.forward([sequence.slice(num_logits=NUM_TOKENS)], make_store(model))
-    assert (rows - logits).abs().max().item() <= 1e-4
+    assert (rows - oracle.logits).abs().max().item() <= 1e-4
 
 
 def test_logits_come_in_the_order_of_the_slices_whatever_the_pack_does(model: Model) -> None:
@@ -143,8 +166,6 @@ def test_other_dtypes_stay_near_transformers(tmp_path: Path, variant: str, dtype
 
 
 def test_old_rope_keys_mean_what_the_new_ones_mean(tmp_path: Path) -> None:
-    from worker.model_config import parse_config
-
     new = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}}
     old = {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}}
     base = transformers.Qwen2Config().to_dict() | {"architectures": ["Qwen2ForCausalLM"], "rope_parameters": None}

@@ -24,7 +24,7 @@ _MASK_ELEMENTS = 1 << 24  # of one prefill mask; longer chunks are attended in p
 
 
 class Attention(Protocol):
-    def arrange(self, singles: list[SequenceSlice]) -> list[SequenceSlice]:
+    def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
         """Return `singles` in the order in which they shall lie in the pack."""
 
     def begin(self, batch: Batch, kv: KvStore) -> None:
@@ -78,7 +78,7 @@ class ReferenceAttention:
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
 
-    def arrange(self, singles: list[SequenceSlice]) -> list[SequenceSlice]:
+    def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
         return singles
 
     def begin(self, batch: Batch, kv: KvStore) -> None:
@@ -118,7 +118,7 @@ class GatherAttention:
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
 
-    def arrange(self, singles: list[SequenceSlice]) -> list[SequenceSlice]:
+    def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
         return singles
 
     def begin(self, batch: Batch, kv: KvStore) -> None:
@@ -149,7 +149,7 @@ class GatherAttention:
         self._table = torch.tensor(padded, dtype=torch.int64, device=device)
         ends = torch.tensor([piece.end for piece in singles], device=device)[:, None]
         key = torch.arange(width * block_size, device=device)[None, :]
-        self._unused = (key >= ends)[:, None, :, None]  # [batch, 1, num_keys, 1]: values that may be garbage
+        self._unused = (key >= ends).flatten().nonzero()[:, 0]  # slots whose content may be anything
         self._masks = {}
         for window in set(self._config.sliding_windows):
             seen = key < ends if window is None else (key < ends) & (key >= ends - window)
@@ -158,11 +158,16 @@ class GatherAttention:
     def attend_singles(self, layer: int, q: Tensor, kv: KvStore) -> Tensor:
         """Return [num_singles, num_heads * head_dim] for `q` [num_singles, num_heads, head_dim]."""
         batch, num_heads, head_dim = q.shape
-        keys, values = (part[self._table].flatten(1, 2).transpose(1, 2) for part in kv.layer(layer))
-        keys, values = keys.masked_fill(self._unused, 0), values.masked_fill(self._unused, 0)
+        keys, values = (self._padded(part) for part in kv.layer(layer))
         grouped = q.reshape(batch, keys.shape[1], -1, head_dim)
         mask = self._masks[self._config.sliding_windows[layer]]
         return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(batch, num_heads * head_dim)
+
+    def _padded(self, blocks: Tensor) -> Tensor:
+        """Gather blocks [num_blocks, block_size, num_kv_heads, head_dim] to [singles, num_kv_heads, keys, head_dim]."""
+        gathered = blocks[self._table]
+        gathered.view(-1, *blocks.shape[2:]).index_fill_(0, self._unused, 0)  # zero times NaN would be NaN
+        return gathered.flatten(1, 2).transpose(1, 2)
 
     def begin_chunks(self, chunks: list[SequenceSlice], kv: KvStore) -> None:
         self._chunks = chunks

@@ -24,6 +24,7 @@ from worker.attention import Attention, GatherAttention
 from worker.model import LayerWeights, Model, Weights
 from worker.model_config import ModelConfig, parse_config
 from worker.rope import make_pairs_adjacent
+from worker.working_set import WorkingSetAttention
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -102,7 +103,7 @@ def load_model(
 
 def default_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Attention:
     """Return the best attention path for `device`."""
-    return GatherAttention(config)
+    return WorkingSetAttention(config) if device.type == "cpu" else GatherAttention(config)
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:

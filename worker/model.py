@@ -67,7 +67,7 @@ class Model:
         Returns [sum of num_logits, vocab] in the order of `slices`, fp32 (fp64 for an fp64 model).
         """
         config, weights, attention = self.config, self.weights, self.attention
-        singles = attention.arrange([piece for piece in slices if len(piece.token_ids) == 1])
+        singles = attention.arrange([piece for piece in slices if len(piece.token_ids) == 1], kv)
         chunks = [piece for piece in slices if len(piece.token_ids) > 1]
         batch = pack(slices, singles, chunks, kv.block_size, self.device)
         attention.begin(batch, kv)
