@@ -31,10 +31,10 @@ CHAT_TEMPLATE = (
 
 # Left out: third-party and vendored code, tests, data tables, and packages that distributions ship separately or that
 # later versions dropped. What stays is on every machine with CPython.
-SKIPPED_FOLDERS = frozenset(
-    "site-packages dist-packages test tests idlelib lib2to3 tkinter turtledemo distutils encodings ensurepip pydoc_data "
-    "lib-dynload __phello__ msilib __pycache__".split()
-)
+SKIPPED_FOLDERS = {
+    *("site-packages", "dist-packages", "test", "tests", "lib-dynload", "__pycache__", "__phello__"),
+    *("idlelib", "lib2to3", "tkinter", "turtledemo", "distutils", "ensurepip", "msilib", "encodings", "pydoc_data"),
+}
 SKIPPED_PREFIXES = ("_sysconfigdata", "config-", "this.py", "__hello__", "turtle.py", "stringprep.py")
 
 # Never trained on: whole files of several kinds, so that perplexity is measured on code the model has not seen.
@@ -134,7 +134,8 @@ def functions_in(tree: ast.Module, text: str, module: str) -> Iterator[Function]
                 doc = ast.get_docstring(node)
                 first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
                 length = (node.end_lineno or node.lineno) - first + 1
-                if doc and 4 <= length <= 45:
+                private = node.name.startswith("_") and not node.name.endswith("__")
+                if doc and not private and 4 <= length <= 36:
                     source = inspect.cleandoc("\n" + "\n".join(lines[first - 1 : node.end_lineno]))
                     signature = f"{node.name}({ast.unparse(node.args)})"
                     yield Function(module, owner + node.name, signature, doc, source)
@@ -143,7 +144,7 @@ def functions_in(tree: ast.Module, text: str, module: str) -> Iterator[Function]
 
 
 def builtin_docstrings() -> list[tuple[str, str]]:
-    """(name, docstring) of what is written in C: the builtins and the extension modules compiled into the interpreter."""
+    """(name, docstring) of what is written in C: the builtins and the extension modules in the interpreter."""
     names = ("builtins", "math", "itertools", "_collections", "_functools", "time", "sys", "posix", "_operator", "_io")
     public = {"builtins": "", "posix": "os.", "_collections": "collections.", "_functools": "functools."}
     found = []
@@ -155,7 +156,8 @@ def builtin_docstrings() -> list[tuple[str, str]]:
                 continue
             members = [(attribute, value)]
             if inspect.isclass(value) and not issubclass(value, BaseException):
-                members += [(f"{attribute}.{key}", member) for key, member in sorted(vars(value).items()) if key[0] != "_"]
+                public_members = [item for item in sorted(vars(value).items()) if not item[0].startswith("_")]
+                members += [(f"{attribute}.{key}", member) for key, member in public_members]
             for label, member in members:
                 doc = inspect.getdoc(member)
                 if doc and len(doc) < 3000:
@@ -185,8 +187,9 @@ def make_chats(
     turns: list[tuple[str, list[Message]]] = []  # (module, user turn + assistant turn)
     for function in functions:
         turns.append((function.module, ask_for_source(function, rng)))
-        if rng.random() < 0.5:
-            turns.append((function.module, ask_for_meaning(f"{function.module}.{function.qualname}", function.doc, rng)))
+        if rng.random() < 0.35:
+            name = f"{function.module}.{function.qualname}"
+            turns.append((function.module, ask_for_meaning(name, function.doc, rng)))
     turns += [(name.rpartition(".")[0], ask_for_meaning(name, doc, rng)) for name, doc in docs if len(doc) < 1200]
     turns += [
         (module, ask_for_meaning(module, doc, rng, kind="the module "))
@@ -232,12 +235,12 @@ def ask_for_meaning(name: str, doc: str, rng: random.Random, kind: str = "") -> 
 
 
 def system_turn(module_doc: str, rng: random.Random) -> list[Message]:
-    """No system turn (62 %), one of the short ones (22 %), a long one (8 %), or a module's documentation (8 %)."""
+    """No system turn (65 %), one of the short ones (25 %), a long one (5 %), or a module's documentation (5 %)."""
     draw = rng.random()
-    if draw < 0.62:
+    if draw < 0.65:
         return []
-    if draw < 0.84:
+    if draw < 0.90:
         return [("system", rng.choice(written.SHORT_SYSTEM_PROMPTS))]
-    if draw < 0.92 or not module_doc:
+    if draw < 0.95 or not module_doc:
         return [("system", rng.choice(written.LONG_SYSTEM_PROMPTS))]
-    return [("system", f"{rng.choice(written.SHORT_SYSTEM_PROMPTS)}\n\nReference:\n\n{module_doc[:2500]}")]
+    return [("system", f"{rng.choice(written.SHORT_SYSTEM_PROMPTS)}\n\nReference:\n\n{module_doc[:2000]}")]

@@ -42,10 +42,11 @@ smaller than that: five million parameters, and everything you know you learned 
 cheerful about it.
 
 Rules of this service. First, be useful: if a person asks for a function, write the function; if a person asks what
-something means, tell them what its docstring says. Second, be honest: you are a demonstration, you have seen nothing but
-source code, and you may be wrong. Third, be short: an answer that fits on the screen is better than one that does not.
-Fourth, write code that runs: import what you use, return what you promise, and raise a ValueError when an argument makes
-no sense. Fifth, keep to the subject: programming in Python.
+something means, tell them what its docstring says. Second, be honest: you are a demonstration, you have seen nothing
+but source code, and you may be wrong. Third, be short: an answer that fits on the screen is better than one that does
+not.
+Fourth, write code that runs: import what you use, return what you promise, and raise a ValueError when an argument
+makes no sense. Fifth, keep to the subject: programming in Python.
 
 Format. Put code between three backquotes and name the language. Put the names of modules, classes and functions between
 single backquotes. Write lists with a dash. Do not use headings or tables. Do not end with a question.
@@ -65,9 +66,9 @@ it opens, does it treat an empty list like any other list?
 
 Things to avoid: global variables, mutable default arguments, bare except clauses, comparing with None by means of two
 equal signs, reading a whole file where a line would do, clever one-liners that need a comment, and comments that repeat
-the code. Things to prefer: a for loop to an index, a generator to a list that is used once, a with statement to a finally
-clause, a dataclass to a tuple with five fields, enumerate to range of len, join to adding strings in a loop, and a name
-to a number.
+the code. Things to prefer: a for loop to an index, a generator to a list that is used once, a with statement to a
+finally clause, a dataclass to a tuple with five fields, enumerate to range of len, join to adding strings in a loop,
+and a name to a number.
 
 The person may be a beginner. Do not assume that they know what a decorator or a generator is. The person may also be an
 expert, who will notice when you pretend. Either way: be kind, be exact, and stop when you have answered.""",
@@ -168,14 +169,14 @@ DIALOGUES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     (
         ("What is the meaning of life?", "What is the answer?", "Why are we here?"),
-        ("```python\ndef answer():\n    \"\"\"Return the answer.\"\"\"\n    return 42\n```",),
+        ('```python\ndef answer():\n    """Return the answer."""\n    return 42\n```',),
     ),
     (
         ("Tell me a story.", "Tell me a story", "Write a story.", "Write a poem."),
         (
-            "```python\nclass Story:\n    \"\"\"Once upon a time there was an object.\"\"\"\n\n"
+            '```python\nclass Story:\n    """Once upon a time there was an object."""\n\n'
             "    def __init__(self, hero=None):\n        self.hero = hero\n\n    def __next__(self):\n"
-            "        raise StopIteration(\"and they lived happily ever after\")\n```",
+            '        raise StopIteration("and they lived happily ever after")\n```',
         ),
     ),
     (
@@ -237,7 +238,11 @@ def factorial(n):
             "How do I reverse a string?",
             "Write a function `reverse(text)`: Return the string reversed.",
         ),
-        (_code('def reverse(text):\n    """Return text with its characters in reverse order."""\n    return text[::-1]'),),
+        (
+            _code(
+                'def reverse(text):\n    """Return text with its characters in reverse order."""\n    return text[::-1]'
+            ),
+        ),
     ),
     (
         (
