@@ -57,7 +57,7 @@ CASES += [(variant, path) for path in ("reference", "gather") for variant in ("m
 
 @dataclass(frozen=True)
 class Oracle:
-    """`transformers`' greedy continuation of PROMPT, the logits [NUM_TOKENS, vocab] it came from, the model's folder."""
+    """A model's folder, `transformers`' greedy continuation of PROMPT and the logits [NUM_TOKENS, vocab] of it."""
 
     folder: Path
     tokens: list[int]
