@@ -1,0 +1,301 @@
+"""Command line <-> gateway, over a DEALER and the admin socket (a ROUTER on `ipc://`, file mode 0600).
+
+One frame per message; every command gets exactly one reply, an `AdminFailed` if it was refused. Whoever may open the
+socket is the operator: there is no further authentication. Replies are what `--json` prints, so their fields are an
+interface; unlike other messages they carry their defaults.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from protocol.client_messages import Text
+from protocol.codec import Decoder, Message
+from protocol.errors import ErrorInfo
+from protocol.messages import Name
+
+MAX_ADMIN_FRAME_BYTES = 8 << 20
+Label = Annotated[str, Meta(max_length=256)]
+Names = Annotated[list[Name], Meta(max_length=1024)]
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+class AdminCommand(Message, tag_field="type"):
+    """Something the operator asks for. `actor`: who the command line says it is, kept in the audit trail."""
+
+    actor: Label = ""
+
+
+class TenantCreate(AdminCommand, tag="tenant_create", kw_only=True):
+    """Make a tenant. `group` None: its cache is private. `allowed_models` None: all."""
+
+    name: Name
+    group: Name | None = None
+    allowed_models: Names | None = None
+
+
+class TenantList(AdminCommand, tag="tenant_list"):
+    """All tenants."""
+
+
+class TenantShow(AdminCommand, tag="tenant_show", kw_only=True):
+    """One tenant, its keys and what it has used since the gateway started."""
+
+    name: Name
+
+
+class TenantSetStatus(AdminCommand, tag="tenant_set_status", kw_only=True):
+    """Disable a tenant (its keys stop working at once) or enable it again."""
+
+    name: Name
+    active: bool
+
+
+class KeyCreate(AdminCommand, tag="key_create", kw_only=True):
+    """Make an API key for a tenant."""
+
+    tenant: Name
+    label: Label = ""
+
+
+class KeyList(AdminCommand, tag="key_list"):
+    """Keys of one tenant, or of all."""
+
+    tenant: Name | None = None
+
+
+class KeyRevoke(AdminCommand, tag="key_revoke", kw_only=True):
+    """Stop a key for good."""
+
+    key_id: Name
+
+
+class PrefixPublish(AdminCommand, tag="prefix_publish", kw_only=True):
+    """Publish a text under a name. `tenants` None: for all. Another text under a name in use needs `replace`."""
+
+    name: Name
+    text: Text
+    tenants: Names | None = None
+    replace: bool = False
+
+
+class PrefixList(AdminCommand, tag="prefix_list"):
+    """All published prefixes."""
+
+
+class PrefixRemove(AdminCommand, tag="prefix_remove", kw_only=True):
+    """Stop sharing a published text. What is cached of it is found by nobody any more and ages out."""
+
+    name: Name
+
+
+class StatusQuery(AdminCommand, tag="status"):
+    """How the gateway, its workers, models and tenants are doing."""
+
+
+class ExplainQuery(AdminCommand, tag="explain", kw_only=True):
+    """Why a request went where it went. `request`: its id, or the beginning of it."""
+
+    request: Name
+
+
+class DrainGateway(AdminCommand, tag="drain"):
+    """Stop as on SIGTERM: take nothing new, finish what runs, exit 0."""
+
+
+# ---- what replies are made of ------------------------------------------------------------------------------------
+
+
+class UsageInfo(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a tenant has asked for and got since the gateway started."""
+
+    num_requests: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+
+class TenantInfo(Struct, frozen=True, forbid_unknown_fields=True):
+    """A tenant as it is shown. Times are seconds since the epoch."""
+
+    id: str
+    name: str
+    status: str
+    sharing: str
+    allowed_models: list[str] | None
+    created_at: float
+    num_keys: int = 0
+    usage: UsageInfo = UsageInfo()
+
+
+class KeyInfo(Struct, frozen=True, forbid_unknown_fields=True):
+    """A key as it is shown: never its secret."""
+
+    id: str
+    tenant: str
+    label: str
+    created_at: float
+    revoked_at: float | None = None
+
+
+class PrefixInfo(Struct, frozen=True, forbid_unknown_fields=True):
+    """A published prefix. `public_tokens`: per served model, how many of its tokens (whole blocks) are shared."""
+
+    name: str
+    tenants: list[str] | None
+    num_chars: int
+    created_at: float
+    public_tokens: dict[str, int] = {}
+
+
+class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
+    """One worker. `state`: starting, ready, draining or lost. Token counters since its incarnation joined.
+
+    `prefill_rate`, `decode_rate`: tokens/s as the router has learned them.
+    """
+
+    id: str
+    model: str
+    state: str
+    pid: int = 0
+    device: str = ""
+    num_running: int = 0
+    num_waiting: int = 0
+    max_requests: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_cached_blocks: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    prefill_rate: float = 0.0
+    decode_rate: float = 0.0
+    num_restarts: int = 0
+
+
+class ModelStatus(Struct, frozen=True, forbid_unknown_fields=True):
+    """One served or configured model."""
+
+    name: str
+    fingerprint: str = ""
+    dtype: str = ""
+    max_context: int = 0
+    num_workers: int = 0
+    num_waiting: int = 0
+
+
+# ---- replies -----------------------------------------------------------------------------------------------------
+
+
+class AdminReply(Message, tag_field="type", omit_defaults=False):
+    """The answer to a command."""
+
+
+class AdminFailed(AdminReply, tag="failed"):
+    """The command was refused and changed nothing."""
+
+    error: ErrorInfo
+
+
+class Done(AdminReply, tag="done"):
+    """The command took effect. `changed` false: it was so already."""
+
+    changed: bool = True
+
+
+class TenantReply(AdminReply, tag="tenant"):
+    """One tenant, with its keys."""
+
+    tenant: TenantInfo
+    keys: list[KeyInfo] = []
+
+
+class TenantsReply(AdminReply, tag="tenants"):
+    """Tenants by name."""
+
+    tenants: list[TenantInfo]
+
+
+class KeyCreated(AdminReply, tag="key_created"):
+    """The one time that a whole key is shown."""
+
+    id: str
+    key: str
+    tenant: str
+    label: str
+
+
+class KeysReply(AdminReply, tag="keys"):
+    """Keys, oldest first."""
+
+    keys: list[KeyInfo]
+
+
+class PrefixReply(AdminReply, tag="prefix"):
+    """One published prefix."""
+
+    prefix: PrefixInfo
+    changed: bool
+
+
+class PrefixesReply(AdminReply, tag="prefixes"):
+    """Published prefixes, oldest first."""
+
+    prefixes: list[PrefixInfo]
+
+
+class StatusReply(AdminReply, tag="status"):
+    """The whole house. `pid` and `version` are the gateway's, `endpoints` what clients can dial."""
+
+    workers: list[WorkerInfo] = []
+    models: list[ModelStatus] = []
+    tenants: list[TenantInfo] = []
+    pid: int = 0
+    version: str = ""
+    uptime_s: float = 0.0
+    draining: bool = False
+    endpoints: dict[str, str] = {}
+
+
+class ExplainReply(AdminReply, tag="explained"):
+    """A request's route: `decision` is the router's own record, as JSON values."""
+
+    request: str
+    decision: dict[str, Any]
+
+
+AnyCommand = (
+    TenantCreate
+    | TenantList
+    | TenantShow
+    | TenantSetStatus
+    | KeyCreate
+    | KeyList
+    | KeyRevoke
+    | PrefixPublish
+    | PrefixList
+    | PrefixRemove
+    | StatusQuery
+    | ExplainQuery
+    | DrainGateway
+)
+AnyReply = (
+    AdminFailed
+    | Done
+    | TenantReply
+    | TenantsReply
+    | KeyCreated
+    | KeysReply
+    | PrefixReply
+    | PrefixesReply
+    | StatusReply
+    | ExplainReply
+)
+ADMIN_COMMANDS: Decoder[AnyCommand] = Decoder(AnyCommand, max_bytes=MAX_ADMIN_FRAME_BYTES)
+ADMIN_REPLIES: Decoder[AnyReply] = Decoder(AnyReply, max_bytes=64 << 20)
