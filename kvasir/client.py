@@ -1,0 +1,181 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Literal, Self, Unpack, overload
+
+from kvasir._pump import CONNECT_TIMEOUT_S, Pump
+from kvasir._session import (
+    DEFAULT_TIMEOUT_S,
+    Assembly,
+    Chunk,
+    Completion,
+    Options,
+    choose_api_key,
+    encode_request,
+    make_request,
+    models_of,
+)
+from kvasir.paths import client_endpoint
+from protocol.client_messages import ChatMessage, ModelCard, ModelsRequest
+from protocol.codec import Message
+from protocol.errors import DeadlineExceeded, KvasirError
+
+Messages = Sequence[Mapping[str, str] | ChatMessage]
+
+
+class Client:
+    """A client of one gateway: `with Client() as client: print(client.generate("import").text)`.
+
+    `endpoint`: default $KVASIR_ENDPOINT, else the socket of this user's `kvasir up`. `api_key`: default
+    $KVASIR_API_KEY. `timeout_s`: how long each wait for a request's next sign of life may take; bound a whole request
+    with the option `deadline_s`. May be used by several threads at once, with any number of streams open. It reconnects
+    by itself: a request that the lost gateway had raises `ConnectionLost`, the next one goes to the new gateway.
+
+    Raises:
+        AuthenticationFailed: there is no API key.
+        ConfigurationError: the endpoint is malformed.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        self._api_key = choose_api_key(api_key)
+        self._timeout_s = timeout_s
+        self._pump = Pump(endpoint or client_endpoint(), connect_timeout_s=connect_timeout_s)
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Unpack[Options]
+    ) -> Completion: ...
+    @overload
+    def generate(self, prompt: str | Sequence[int], *, stream: Literal[True], **options: Unpack[Options]) -> Stream: ...
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: bool = False, **options: Unpack[Options]
+    ) -> Completion | Stream:
+        """Continue `prompt` (text or token ids); see `Options`. With `stream` return a `Stream` at once.
+
+        Raises:
+            KvasirError: one of its leaves in `kvasir.errors`; a `Stream` raises while it is read.
+            TypeError: an unknown option.
+        """
+        return self._complete(prompt, None, stream, options)
+
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Completion: ...
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[True], **options: Unpack[Options]) -> Stream: ...
+    def chat(self, messages: Messages, *, stream: bool = False, **options: Unpack[Options]) -> Completion | Stream:
+        """Answer `messages`, each `{"role": …, "content": …}`, with the model's chat template; else as `generate`."""
+        return self._complete(None, messages, stream, options)
+
+    def models(self) -> list[ModelCard]:
+        """Return the models that this key may use.
+
+        Raises:
+            KvasirError: as `generate`.
+        """
+        call_id = self._pump.next_id()
+        mailbox: queue.SimpleQueue[Message | KvasirError] = queue.SimpleQueue()
+        self._pump.send(call_id, encode_request(ModelsRequest(call_id, self._api_key)), mailbox)
+        return models_of(_get(mailbox, self._timeout_s))
+
+    def close(self) -> None:
+        """Disconnect; what is in flight is cancelled and raises `ConnectionLost`. Idempotent."""
+        self._pump.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _complete(
+        self, prompt: str | Sequence[int] | None, messages: Messages | None, stream: bool, options: Options
+    ) -> Completion | Stream:
+        call_id = self._pump.next_id()
+        frame = encode_request(make_request(call_id, self._api_key, prompt, messages, options))
+        answer = Stream(self._pump, call_id, frame, options.get("timeout_s", self._timeout_s))
+        if stream:
+            return answer
+        with answer:
+            for _ in answer:
+                pass
+        return answer.result
+
+
+class Stream:
+    """An answer as it comes: iterate over its `Chunk`s; afterwards `result` is the whole `Completion`.
+
+    Leaving it early, by `close`, the end of a `with` block, an exception, a timeout or garbage collection, cancels the
+    request. For one thread at a time.
+    """
+
+    def __init__(self, pump: Pump, call_id: int, frame: bytes, timeout_s: float) -> None:
+        self._pump = pump
+        self._call_id = call_id
+        self._timeout_s = timeout_s
+        self._mailbox: queue.SimpleQueue[Message | KvasirError] = queue.SimpleQueue()
+        self._assembly = Assembly()
+        self._ended = False
+        pump.send(call_id, frame, self._mailbox)
+
+    @property
+    def result(self) -> Completion:
+        """The whole answer.
+
+        Raises:
+            RuntimeError: the stream has not been read to its end.
+        """
+        if self._assembly.completion is None:
+            raise RuntimeError("the stream has no result: it has not been read to its end")
+        return self._assembly.completion
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        if self._ended:
+            raise StopIteration
+        try:
+            chunk = self._assembly.add(_get(self._mailbox, self._timeout_s))
+        except BaseException:
+            self.close()
+            raise
+        if chunk is None:
+            self._ended = True
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        """Cancel the request unless it has ended. Idempotent, does not wait."""
+        if not self._ended:
+            self._ended = True
+            self._pump.cancel(self._call_id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_ended", True):
+            self.close()
+
+
+def _get(mailbox: queue.SimpleQueue[Message | KvasirError], timeout_s: float) -> Message | KvasirError:
+    try:
+        return mailbox.get(timeout=timeout_s)
+    except queue.Empty:
+        raise DeadlineExceeded(f"no sign of life of the request for {timeout_s:g} s; it was cancelled") from None
