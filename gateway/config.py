@@ -1,0 +1,43 @@
+"""The gateway's settings: one frozen value, made from the command line and handed down. Nothing here is global."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One model to serve: its public name, its folder (tokenizer and template; workers read the weights there)."""
+
+    name: str
+    path: Path
+    num_workers: int
+    worker_args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """Everything a gateway needs to know before it starts. Times in seconds."""
+
+    state_dir: Path  # database, deployment secret, lock: survives
+    run_dir: Path  # sockets: made anew at every start
+    models: tuple[ModelConfig, ...]
+    http: tuple[str, int] | None = ("127.0.0.1", 8000)
+    zmq_endpoints: tuple[str, ...] = ()
+    block_size: int = 16
+    stall_s: float = 15.0  # a worker that makes no step for so long, with work, is lost
+    restart_delays_s: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 30.0)
+    drain_s: float = 30.0
+
+    @property
+    def admin_endpoint(self) -> str:
+        return f"ipc://{self.run_dir / 'admin.sock'}"
+
+    @property
+    def worker_endpoint(self) -> str:
+        return f"ipc://{self.run_dir / 'workers.sock'}"
+
+    @property
+    def client_endpoints(self) -> tuple[str, ...]:
+        return (f"ipc://{self.run_dir / 'client.sock'}", *self.zmq_endpoints)
