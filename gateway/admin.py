@@ -1,0 +1,331 @@
+"""The admin actor: the operator's commands, one at a time, decided by a pure function and carried out here.
+
+Order of every change: decide, commit to disk with its audit row, put in force in the directory, answer. A command that
+is refused, or whose commit fails, has changed nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import trio
+import zmq
+from msgspec import structs
+
+from gateway.log import log
+from gateway.store import AuditEntry, Store
+from gateway.tenants import (
+    ApiKey,
+    Change,
+    PublishedPrefix,
+    RemovePrefix,
+    Tenant,
+    TenantDirectory,
+    check_name,
+    issue_key,
+    new_tenant_id,
+)
+from protocol import admin_messages as am
+from protocol.codec import encode
+from protocol.errors import BadRequest, Conflict, KvasirError, NotFound
+from protocol.link import Link, LinkBusy, LinkClosed, PeerGone, open_router
+from protocol.profile import LinkProfile
+
+
+class House(Protocol):
+    """What the operator may ask of the rest of the gateway. All calls are synchronous and cheap."""
+
+    def workers(self) -> list[am.WorkerInfo]: ...
+
+    def models(self) -> list[am.ModelStatus]: ...
+
+    def usage(self) -> dict[str, am.UsageInfo]:
+        """Return what each tenant has used since the start, by tenant id; tenants without requests may be missing."""
+
+    def public_tokens(self, prefix: PublishedPrefix) -> dict[str, int]:
+        """Return how many tokens of `prefix` are shared, per served model."""
+
+    def endpoints(self) -> dict[str, str]:
+        """Return where clients can dial: "http", "zmq", ..."""
+
+    def is_draining(self) -> bool: ...
+
+    def explain(self, request: str) -> dict[str, Any] | None:
+        """Return the routing record of the request whose id begins with `request`, as JSON values, or None."""
+
+    def drain(self) -> None:
+        """Begin the shutdown that SIGTERM begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a command comes to: `changes` to commit (none: nothing to do), what the audit row says, the answer."""
+
+    reply: am.AnyReply
+    changes: tuple[Change, ...] = ()
+    subject: str = ""
+    before: Any = None
+    after: Any = None
+
+
+def open_admin_link(context: zmq.Context[Any], endpoint: str) -> Link:
+    """Return a ROUTER on the admin socket, whose file only this user may open.
+
+    A socket file that a dead gateway left is replaced; the caller holds the directory's lock (`gateway.lock`).
+
+    Raises:
+        ConfigurationError: it cannot be bound.
+    """
+    path = Path(endpoint.removeprefix("ipc://"))
+    path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    mask = os.umask(0o177)  # the file is never open to others, not even between bind and chmod
+    try:
+        link = open_router(context, [endpoint], LinkProfile(max_frame_bytes=am.MAX_ADMIN_FRAME_BYTES, high_water=100))
+    finally:
+        os.umask(mask)
+    path.chmod(0o600)
+    return link
+
+
+class Admin:
+    """Serves the admin socket over `link`; owns the only way in which `directory` and `store` change."""
+
+    def __init__(
+        self,
+        link: Link,
+        directory: TenantDirectory,
+        store: Store,
+        house: House,
+        *,
+        version: str = "",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._link = link
+        self._directory = directory
+        self._store = store
+        self._house = house
+        self._version = version
+        self._clock = clock
+        self._started = clock()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Answer commands until the link is closed. Cancellation: a change that has begun is finished first."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._link.run)
+            task_status.started()
+            try:
+                while True:
+                    for frames in await self._link.receive(1):
+                        await self._answer(frames)
+            except LinkClosed:
+                nursery.cancel_scope.cancel()
+
+    async def _answer(self, frames: list[bytes]) -> None:
+        try:
+            if len(frames) != 2:
+                raise BadRequest(f"a command is one frame, not {len(frames) - 1}; use the `kvasir` command line")
+            reply = await self.carry_out(am.ADMIN_COMMANDS.decode(frames[1]))
+        except KvasirError as error:
+            reply = am.AdminFailed(error.info())
+        try:
+            self._link.send_nowait([frames[0], encode(reply)])
+        except (PeerGone, LinkBusy):
+            log("admin_reply_undeliverable", reply=type(reply).__name__)  # the command line has given up waiting
+
+    async def carry_out(self, command: am.AnyCommand) -> am.AnyReply:
+        """Decide `command`, commit and apply its changes, return the answer.
+
+        Raises:
+            KvasirError: refused or not committed; nothing has changed.
+        """
+        name = str(command.__struct_config__.tag)
+        match command:
+            case am.StatusQuery():
+                return self._status()
+            case am.ExplainQuery():
+                record = self._house.explain(command.request)
+                if record is None:
+                    raise NotFound(f"no request {command.request!r} is known; only the last ones are remembered")
+                return am.ExplainReply(command.request, record)
+            case am.DrainGateway():
+                log("admin", command=name, actor=command.actor)
+                self._house.drain()
+                return am.Done()
+            case _:
+                verdict = decide(self._directory, command, self._clock())
+        if verdict.changes:
+            before, after = json.dumps(verdict.before), json.dumps(verdict.after)
+            entry = AuditEntry(self._clock(), command.actor, name, verdict.subject, before, after)
+            await self._store.commit(verdict.changes, entry)
+            for change in verdict.changes:
+                self._directory.apply(change)
+            log("admin", command=name, subject=verdict.subject, actor=command.actor)
+        return self._complete(verdict.reply)
+
+    def _complete(self, reply: am.AnyReply) -> am.AnyReply:
+        """Add to a reply what only the rest of the gateway knows."""
+        match reply:
+            case am.TenantReply():
+                return am.TenantReply(self._with_usage([reply.tenant])[0], reply.keys)
+            case am.TenantsReply():
+                return am.TenantsReply(self._with_usage(reply.tenants))
+            case am.PrefixReply():
+                return am.PrefixReply(self._with_tokens(reply.prefix), reply.changed)
+            case am.PrefixesReply():
+                return am.PrefixesReply([self._with_tokens(prefix) for prefix in reply.prefixes])
+            case _:
+                return reply
+
+    def _with_usage(self, tenants: Iterable[am.TenantInfo]) -> list[am.TenantInfo]:
+        usage = self._house.usage()
+        return [structs.replace(tenant, usage=usage.get(tenant.id, am.UsageInfo())) for tenant in tenants]
+
+    def _with_tokens(self, info: am.PrefixInfo) -> am.PrefixInfo:
+        prefix = self._directory.prefix(info.name)
+        return structs.replace(info, public_tokens=self._house.public_tokens(prefix)) if prefix else info
+
+    def _status(self) -> am.StatusReply:
+        return am.StatusReply(
+            workers=self._house.workers(),
+            models=self._house.models(),
+            tenants=self._with_usage(_tenant_infos(self._directory)),
+            pid=os.getpid(),
+            version=self._version,
+            uptime_s=self._clock() - self._started,
+            draining=self._house.is_draining(),
+            endpoints=self._house.endpoints(),
+        )
+
+
+def decide(directory: TenantDirectory, command: am.AnyCommand, now: float) -> Verdict:
+    """Return what `command` about tenants, keys or prefixes comes to. Changes nothing; draws keys and ids.
+
+    Raises:
+        BadRequest, NotFound, Conflict: refused; says what now.
+    """
+    match command:
+        case am.TenantCreate():
+            return _create_tenant(directory, command, now)
+        case am.TenantList():
+            return Verdict(am.TenantsReply(_tenant_infos(directory)))
+        case am.TenantShow():
+            tenant = directory.tenant(command.name)
+            return Verdict(am.TenantReply(_tenant_info(directory, tenant), _key_infos(directory, [tenant])))
+        case am.TenantSetStatus():
+            before = directory.tenant(command.name)
+            after = replace(before, status="active" if command.active else "disabled")
+            if before == after:
+                return Verdict(am.Done(changed=False))
+            return Verdict(am.Done(), (after,), after.name, _tenant_record(before), _tenant_record(after))
+        case am.KeyCreate():
+            tenant = directory.tenant(command.tenant)
+            key, text = issue_key(directory.deployment_secret, tenant.id, command.label, now)
+            reply = am.KeyCreated(key.id, text, tenant.name, key.label)
+            return Verdict(reply, (key,), tenant.name, None, _key_record(key))
+        case am.KeyList():
+            tenants = directory.tenants() if command.tenant is None else [directory.tenant(command.tenant)]
+            return Verdict(am.KeysReply(_key_infos(directory, tenants)))
+        case am.KeyRevoke():
+            key = directory.key(command.key_id)
+            if key.revoked_at is not None:
+                return Verdict(am.Done(changed=False))
+            revoked = replace(key, revoked_at=now)
+            return Verdict(am.Done(), (revoked,), _owner(directory, key), _key_record(key), _key_record(revoked))
+        case am.PrefixPublish():
+            return _publish_prefix(directory, command, now)
+        case am.PrefixList():
+            return Verdict(am.PrefixesReply([_prefix_info(directory, prefix) for prefix in directory.prefixes]))
+        case am.PrefixRemove():
+            prefix = directory.prefix(command.name)
+            if prefix is None:
+                raise NotFound(f"no prefix is called {command.name[:80]!r}; `kvasir prefix list` shows those there are")
+            return Verdict(am.Done(), (RemovePrefix(prefix.name),), prefix.name, _prefix_record(prefix), None)
+    raise BadRequest(f"{type(command).__name__} is no command about tenants, keys or prefixes")
+
+
+def _create_tenant(directory: TenantDirectory, command: am.TenantCreate, now: float) -> Verdict:
+    check_name(command.name, "tenant")
+    if any(tenant.name == command.name for tenant in directory.tenants()):
+        raise Conflict(f"a tenant called {command.name!r} exists already; choose another name or use that one")
+    sharing = "private" if command.group is None else f"group:{check_name(command.group, 'group')}"
+    allowed = None if command.allowed_models is None else frozenset(command.allowed_models)
+    tenant = Tenant(new_tenant_id(), command.name, "active", sharing, allowed, now)
+    return Verdict(
+        am.TenantReply(_tenant_info(directory, tenant)), (tenant,), tenant.name, None, _tenant_record(tenant)
+    )
+
+
+def _publish_prefix(directory: TenantDirectory, command: am.PrefixPublish, now: float) -> Verdict:
+    check_name(command.name, "prefix")
+    if not command.text.strip():
+        raise BadRequest("the text to publish is empty; name a file with some text in it", param="text")
+    allowed = None if command.tenants is None else frozenset(directory.tenant(name).id for name in command.tenants)
+    prefix = PublishedPrefix(command.name, command.text, allowed, now)
+    before = directory.prefix(command.name)
+    if before is not None and (before.text, before.tenant_ids) == (prefix.text, prefix.tenant_ids):
+        return Verdict(am.PrefixReply(_prefix_info(directory, before), changed=False))
+    if before is not None and not command.replace:
+        raise Conflict(
+            f"the prefix {command.name!r} is published with another text or for other tenants; "
+            "add --replace, remove it first or choose another name"
+        )
+    reply = am.PrefixReply(_prefix_info(directory, prefix), changed=True)
+    record = None if before is None else _prefix_record(before)
+    return Verdict(reply, (prefix,), prefix.name, record, _prefix_record(prefix))
+
+
+def _owner(directory: TenantDirectory, key: ApiKey) -> str:
+    tenant = directory.tenant_by_id(key.tenant_id)
+    return tenant.name if tenant else key.tenant_id
+
+
+# What is shown.
+
+
+def _tenant_infos(directory: TenantDirectory) -> list[am.TenantInfo]:
+    return [_tenant_info(directory, tenant) for tenant in directory.tenants()]
+
+
+def _tenant_info(directory: TenantDirectory, tenant: Tenant) -> am.TenantInfo:
+    allowed = None if tenant.allowed_models is None else sorted(tenant.allowed_models)
+    num_keys = sum(key.revoked_at is None for key in directory.keys_of(tenant.id))
+    return am.TenantInfo(tenant.id, tenant.name, tenant.status, tenant.sharing, allowed, tenant.created_at, num_keys)
+
+
+def _key_infos(directory: TenantDirectory, tenants: Iterable[Tenant]) -> list[am.KeyInfo]:
+    return [
+        am.KeyInfo(key.id, tenant.name, key.label, key.created_at, key.revoked_at)
+        for tenant in tenants
+        for key in directory.keys_of(tenant.id)
+    ]
+
+
+def _prefix_info(directory: TenantDirectory, prefix: PublishedPrefix) -> am.PrefixInfo:
+    ids = prefix.tenant_ids
+    names = None if ids is None else [tenant.name for tenant in directory.tenants() if tenant.id in ids]
+    return am.PrefixInfo(prefix.name, names, len(prefix.text), prefix.created_at)
+
+
+# What the audit trail keeps: no digests of keys, of a text only what identifies it.
+
+
+def _tenant_record(tenant: Tenant) -> dict[str, Any]:
+    allowed = None if tenant.allowed_models is None else sorted(tenant.allowed_models)
+    return {"id": tenant.id, "status": tenant.status, "sharing": tenant.sharing, "allowed_models": allowed}
+
+
+def _key_record(key: ApiKey) -> dict[str, Any]:
+    return {"id": key.id, "tenant_id": key.tenant_id, "label": key.label, "revoked_at": key.revoked_at}
+
+
+def _prefix_record(prefix: PublishedPrefix) -> dict[str, Any]:
+    raw = prefix.text.encode()
+    ids = None if prefix.tenant_ids is None else sorted(prefix.tenant_ids)
+    return {"blake2b": blake2b(raw, digest_size=16).hexdigest(), "num_bytes": len(raw), "tenant_ids": ids}
