@@ -13,21 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(slots=True)
-class SequenceSlice:
-    """One sequence's share of a step. Tokens 0..start-1 of the sequence are in the KV store already."""
-
-    seq_key: int  # stable while the sequence runs
-    token_ids: list[int]  # the tokens to compute now: one for decode, a chunk for prefill
-    start: int  # position of token_ids[0]
-    block_table: list[int]  # covers start + len(token_ids) tokens; may be longer
-    num_logits: int  # logits for the last n of token_ids; 0 for a chunk that is not the last
-
-    @property
-    def end(self) -> int:
-        """Number of tokens in the KV store after the step."""
-        return self.start + len(self.token_ids)
+from worker.step import SequenceSlice as SequenceSlice
 
 
 @dataclass(slots=True)

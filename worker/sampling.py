@@ -15,34 +15,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import xxhash
 from torch import Tensor
 
 from protocol.messages import Sampling as SamplingParams
+from worker.step import Sampled as Sampled
+from worker.step import SampleRow as SampleRow
 
 _NUM_CANDIDATES = 64  # first guess of how many tokens the filters can leave
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
-    """What one draw needs. `position` is the absolute position that the drawn token will have."""
-
-    params: SamplingParams
-    position: int
-    prompt_ids: Sequence[int]
-    output_ids: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A drawn token; `logprob` and `top_logprobs` (most likely first) only where asked for."""
-
-    token_id: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 def uniform(seed: int, position: int) -> float:

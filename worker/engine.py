@@ -1,0 +1,312 @@
+"""The engine: runs sequences step by step over a paged KV cache. Synchronous, and it never waits.
+
+Knows neither sockets nor torch: model, store, sampler and clock are handed in. Every `Generate` submitted gets exactly
+one `Output` with a finish reason, whatever happens to it, unless `drop_all` forgets it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cache.block_pool import IntegrityError
+from cache.prefix_cache import CacheStatistics, PrefixCache
+from protocol.errors import BadRequest, Overloaded
+from protocol.messages import FinishReason, Generate, Load, Output, Snapshot, StepReport, TokenLogprobs
+from protocol.tokens import pack_tokens
+from worker.scheduler import EngineLimits, Plan, schedule
+from worker.sequence import Sequence, make_sequence
+from worker.step import Sampled, Sampler, SampleRow, SequenceSlice, StepModel, StepStore
+
+_FIRST_RATE = 1000.0  # prompt tokens per second, until measured
+_RATE_SHARE = 0.2  # weight of the newest step in the measured rate
+_MIN_RATE_TOKENS = 64  # fewer say more about a step's fixed costs than about the rate
+
+_Batch = list[tuple[Sequence, SequenceSlice]]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """Sequences now and counters since the start."""
+
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    num_finished: int
+    num_preempted: int
+    prefill_rate: float
+    cache: CacheStatistics
+
+
+class Engine:
+    """Sequences in, one `StepReport` per step out.
+
+    `check` verifies the cache's integrity whenever the engine runs empty. `public_namespace` is the gateway's to set
+    (`Welcome`) before anything is submitted.
+    """
+
+    def __init__(
+        self,
+        model: StepModel,
+        kv: StepStore,
+        sampler: Sampler,
+        cache: PrefixCache,
+        limits: EngineLimits,
+        *,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+        check: bool = False,
+    ) -> None:
+        self._model, self._kv, self._sampler, self._cache = model, kv, sampler, cache
+        self.limits = limits
+        self.public_namespace = bytes(16)
+        self._vocab_size, self._eos_token_ids = vocab_size, eos_token_ids
+        self._clock = clock
+        self._check = check
+        self._running: list[Sequence] = []
+        self._waiting: list[Sequence] = []
+        self._by_id: dict[tuple[bytes, int], Sequence] = {}
+        self._outputs: list[Output] = []  # of the next report: what was refused or aborted between steps
+        self._num_steps = self._event_seq = self._num_sequences = self._num_finished = self._num_preempted = 0
+        self._rate = _FIRST_RATE
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything but say that the engine is alive."""
+        return bool(self._running or self._waiting or self._outputs)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._running) + len(self._waiting)
+
+    def submit(self, command: Generate) -> None:
+        """Take a request. One that cannot be served is answered with finish reason "error" in the next report.
+
+        A `Generate` that repeats the (req_id, attempt) of an unfinished one is ignored.
+        """
+        if (command.req_id, command.attempt) in self._by_id:
+            return
+        self._num_sequences += 1
+        try:
+            if self.num_unfinished >= 2 * self.limits.max_requests:
+                raise Overloaded(f"{self.num_unfinished} requests are here, credits were {self.limits.max_requests}")
+            sequence = make_sequence(
+                command,
+                key=self._num_sequences,
+                now=self._clock(),
+                public_namespace=self.public_namespace,
+                block_size=self._cache.block_size,
+                max_context=self.limits.max_context,
+                vocab_size=self._vocab_size,
+                eos_token_ids=self._eos_token_ids,
+            )
+        except (BadRequest, Overloaded) as error:
+            self.refuse(command, "error", error.message)
+            return
+        self._by_id[command.req_id, command.attempt] = sequence
+        self._waiting.append(sequence)
+
+    def refuse(self, command: Generate, reason: FinishReason, text: str) -> None:
+        """Answer a request that was not taken."""
+        seq = max(0, len(command.token_ids) // 4 - command.num_prompt_tokens)
+        self._outputs.append(Output(command.req_id, command.attempt, seq, finish_reason=reason, error=text))
+
+    def abort(self, req_id: bytes, attempt: int) -> None:
+        """Stop a request and free its blocks now; the next report says "abort". Unknown ids are ignored."""
+        sequence = self._by_id.get((req_id, attempt))
+        if sequence is not None:
+            self._end(sequence, "abort")
+
+    def abort_all(self, text: str) -> None:
+        """Hand everything unfinished back, as aborted with `text`."""
+        for sequence in [*self._running, *self._waiting]:
+            self._end(sequence, "abort", text)
+
+    def drop_all(self) -> None:
+        """Forget everything unfinished and unreported without a word: whoever asked for it is gone."""
+        for sequence in [*self._running, *self._waiting]:
+            self._release(sequence)
+        self._by_id.clear()
+        self._running.clear()
+        self._waiting.clear()
+        self._outputs.clear()
+
+    def step(self) -> StepReport:
+        """Compute one step and return its report; without work, return an empty report."""
+        plan = self._schedule()
+        batch, logits = self._run(plan)
+        self._sample(batch, logits)
+        return self._report(plan)
+
+    def snapshot(self) -> Snapshot:
+        """Return all resident hashes. Call it between steps; the next events count on from it."""
+        self._cache.take_events()
+        return Snapshot(self._event_seq, self._cache.resident_hashes())
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_steps=self._num_steps,
+            num_finished=self._num_finished,
+            num_preempted=self._num_preempted,
+            prefill_rate=self._rate,
+            cache=self._cache.statistics(),
+        )
+
+    def check_integrity(self) -> None:
+        """Check sequences, tables, cache and pool against each other.
+
+        Raises:
+            IntegrityError: with the first contradiction found.
+        """
+        sequences = [*self._running, *self._waiting]
+        if sorted(map(id, sequences)) != sorted(map(id, self._by_id.values())):
+            raise IntegrityError(f"{len(sequences)} sequences are running or waiting, {len(self._by_id)} are known")
+        for s in sequences:
+            if s.num_computed > len(s.table.block_ids) * self._cache.block_size:
+                raise IntegrityError(f"sequence {s.key} has {s.num_computed} tokens in {len(s.table.block_ids)} blocks")
+        if any(s.table.block_ids for s in self._waiting):
+            raise IntegrityError("a waiting sequence holds blocks")
+        self._cache.check_integrity(s.table for s in sequences)
+
+    # ---- the four parts of a step
+
+    def _schedule(self) -> Plan:
+        now = self._clock()
+        for sequence in [s for s in self._by_id.values() if s.deadline is not None and now >= s.deadline]:
+            self._end(sequence, "deadline", "the request's deadline passed before it was finished")
+        return schedule(self._running, self._waiting, self._cache, self.limits, now, self._rate)
+
+    def _run(self, plan: Plan) -> tuple[_Batch, Any]:
+        """Carry out `plan` up to the logits, [number of sequences whose last token is computed, …]."""
+        for sequence in plan.preempted:
+            self._preempt(sequence)
+        for sequence in plan.admitted:
+            self._admit(sequence)
+        batch: _Batch = []
+        to_zero: list[int] = []
+        for sequence, count in plan.work:
+            start = sequence.num_computed
+            if not self._allocate(sequence, start + count, to_zero):
+                self._preempt(sequence)  # only after a hash collision is less there than the plan could see
+                continue
+            num_logits = int(count == sequence.num_remaining)
+            token_ids = [sequence.last_token] if count == num_logits else sequence.tokens(start, start + count)
+            piece = SequenceSlice(sequence.key, token_ids, start, sequence.table.block_ids, num_logits)
+            batch.append((sequence, piece))
+        if to_zero:
+            self._kv.zero(to_zero)
+        return batch, self._model.forward([piece for _, piece in batch], self._kv) if batch else None
+
+    def _sample(self, batch: _Batch, logits: Any) -> None:
+        """Draw a token for every sequence that is computed to its end, and publish the blocks that were filled."""
+        rows = [
+            SampleRow(sequence.sampling, piece.end, sequence.prompt_ids, sequence.output_ids)
+            for sequence, piece in batch
+            if piece.num_logits
+        ]
+        drawn = iter(self._sampler(logits, rows) if rows else ())
+        for sequence, piece in batch:
+            sequence.num_computed = piece.end
+            self._publish(sequence)
+            if piece.num_logits:
+                self._append(sequence, next(drawn))
+
+    def _report(self, plan: Plan) -> StepReport:
+        """Return what has happened since the last report."""
+        stored, removed = self._cache.take_events()
+        if stored or removed:
+            self._event_seq += 1
+        outputs, self._outputs = self._outputs, []
+        num_prefill = sum(count for _, count in plan.work[plan.num_decodes :])
+        step_s = self._clock() - plan.now if plan.work else 0.0
+        if num_prefill >= _MIN_RATE_TOKENS and step_s > 0:
+            self._rate += _RATE_SHARE * (num_prefill / step_s - self._rate)
+        self._num_steps += 1
+        if self._check and not self.num_unfinished:
+            self.check_integrity()
+        load = Load(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_free_blocks=self._cache.num_available,
+            pending_tokens=plan.num_pending,
+            num_prefill_tokens=num_prefill,
+            num_decode_tokens=plan.num_decodes,
+            step_s=step_s,
+        )
+        return StepReport(self._num_steps, self._event_seq, load, outputs, stored, removed)
+
+    # ---- what happens to one sequence
+
+    def _admit(self, sequence: Sequence) -> None:
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
+        size = self._cache.block_size
+        # The last token is computed in any case: its logits are what the next one is drawn from.
+        num_matched = self._cache.match(sequence.chain, sequence.table, (sequence.num_tokens - 1) // size)
+        sequence.num_computed = num_matched * size
+        if sequence.num_cached is None:
+            sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_ids))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._release(sequence)
+        self._waiting.append(sequence)
+        self._num_preempted += 1
+
+    def _allocate(self, sequence: Sequence, num_tokens: int, to_zero: list[int]) -> bool:
+        """Give `sequence` the blocks for its first `num_tokens` tokens, adding to `to_zero` what must be zeroed."""
+        num_missing = sequence.num_missing_blocks(num_tokens, self._cache.block_size)
+        if not num_missing:
+            return True
+        foreign = self._cache.allocate(sequence.chain, sequence.table, num_missing)
+        if foreign is None:
+            return False
+        to_zero += foreign
+        return True
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Publish the full blocks of `sequence`; the step that filled them is over."""
+        num_blocks = sequence.num_computed // self._cache.block_size
+        if num_blocks > sequence.table.num_published:
+            sequence.extend_chain(num_blocks)
+            self._cache.insert(sequence.chain, sequence.table, num_blocks)
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
+        seq = len(sequence.output_ids)
+        sequence.output_ids.append(sampled.token_id)
+        output = Output(sequence.req_id, sequence.attempt, seq, pack_tokens((sampled.token_id,)))
+        if sampled.logprob is not None:
+            output.logprobs = [TokenLogprobs(sampled.logprob, list(sampled.top_logprobs))]
+        self._emit(sequence, output)
+        reason = sequence.finish_reason()
+        if reason is not None:
+            output.finish_reason = reason
+            self._forget(sequence)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, text: str = "") -> None:
+        """End `sequence` without a further token."""
+        seq = len(sequence.output_ids)
+        self._emit(sequence, Output(sequence.req_id, sequence.attempt, seq, finish_reason=reason, error=text))
+        self._forget(sequence)
+
+    def _emit(self, sequence: Sequence, output: Output) -> None:
+        if not sequence.cached_reported and sequence.num_cached is not None:
+            output.num_cached_tokens = sequence.num_cached
+            sequence.cached_reported = True
+        self._outputs.append(output)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._by_id[sequence.req_id, sequence.attempt]
+        (self._running if sequence in self._running else self._waiting).remove(sequence)
+        self._release(sequence)
+        self._num_finished += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self._cache.free(sequence.table)
+        sequence.num_computed = 0
+        self._model.forget(sequence.key)
