@@ -1,0 +1,194 @@
+"""Engines over the oracle model, and what drives them in tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cache.prefix_cache import PrefixCache
+from protocol.messages import Generate, Output, Sampling, StepReport
+from protocol.prefix import derive_namespace, derive_root, hash_prompt
+from protocol.tokens import pack_tokens, unpack_tokens
+from worker.engine import Engine
+from worker.oracle_model import OracleConfig, OracleModel, OracleStore
+from worker.scheduler import EngineLimits
+from worker.step import SequenceSlice
+
+SECRET = b"deployment"
+ROOT = derive_root(SECRET, "oracle", "uint64")
+PUBLIC_SPACE = derive_namespace(SECRET, "public")
+GREEDY = Sampling(temperature=0.0)
+SIZE = 4
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class WatchedStore(OracleStore):
+    """Remembers what was zeroed, and who wrote what is in each block."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        super().__init__(num_blocks, block_size)
+        self.zeroed: list[int] = []
+
+    def zero(self, block_ids: Iterable[int]) -> None:
+        self.zeroed += block_ids
+        super().zero(list(block_ids))
+
+
+class WatchedModel(OracleModel):
+    """Remembers the slices of every step and the keys it was told to forget."""
+
+    def __init__(self, config: OracleConfig) -> None:
+        super().__init__(config)
+        self.steps: list[list[SequenceSlice]] = []
+        self.forgotten: list[int] = []
+
+    def forward(self, slices: list[SequenceSlice], kv: OracleStore) -> list[int]:
+        self.steps.append(slices)
+        return super().forward(slices, kv)
+
+    def forget(self, seq_key: int) -> None:
+        self.forgotten.append(seq_key)
+
+
+@dataclass
+class Stream:
+    """What one request has got so far."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    num_cached: int | None = None
+    error: str = ""
+
+
+class Rig:
+    """An engine with everything around it visible. `run` steps it and collects the streams, checking their order."""
+
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        *,
+        max_requests: int = 16,
+        max_step_tokens: int = 64,
+        max_context: int | None = None,
+        eos: int = -1,
+        size: int = SIZE,
+    ) -> None:
+        self.size = size
+        self.clock = Clock()
+        self.model = WatchedModel(OracleConfig(eos=eos))
+        self.kv = WatchedStore(num_blocks, size)
+        self.cache = PrefixCache(num_blocks, size)
+        limits = EngineLimits(max_requests, max_step_tokens, max_context or num_blocks * size)
+        self.engine = Engine(
+            self.model,
+            self.kv,
+            self.model.sample,
+            self.cache,
+            limits,
+            vocab_size=self.model.config.vocab,
+            eos_token_ids=self.model.config.eos_token_ids,
+            clock=self.clock,
+            check=True,
+        )
+        self.engine.public_namespace = PUBLIC_SPACE
+        self.streams: dict[bytes, Stream] = {}
+        self.next_seq: dict[bytes, int] = {}
+        self.followed: set[bytes] = set()
+        self.event_seq = 0
+        self.reports: list[StepReport] = []
+
+    def submit(self, command: Generate) -> Stream:
+        self.engine.submit(command)
+        self.next_seq[command.req_id] = len(command.token_ids) // 4 - command.num_prompt_tokens
+        return self.streams.setdefault(command.req_id, Stream())
+
+    def step(self) -> StepReport:
+        report = self.engine.step()
+        self.reports.append(report)
+        for output in report.outputs:
+            self._take(output)
+        assert report.event_seq == self.event_seq + bool(report.stored or report.removed)
+        self.event_seq = report.event_seq
+        stored, removed = _split(report.stored), _split(report.removed)
+        assert not stored & removed
+        assert not stored & self.followed
+        assert removed <= self.followed
+        self.followed = (self.followed | stored) - removed
+        return report
+
+    def run(self, max_steps: int = 2000) -> None:
+        """Step until nothing is left, which must happen within `max_steps`."""
+        for _ in range(max_steps):
+            if not self.engine.has_work:
+                self.engine.check_integrity()
+                return
+            self.step()
+        raise AssertionError(f"still busy after {max_steps} steps: {self.engine.statistics()}")
+
+    def _take(self, output: Output) -> None:
+        stream = self.streams[output.req_id]
+        assert stream.finish_reason is None, "an output after the end"
+        tokens = unpack_tokens(output.token_ids)
+        assert output.seq == self.next_seq[output.req_id]
+        self.next_seq[output.req_id] += len(tokens)
+        stream.token_ids += tokens
+        stream.finish_reason = output.finish_reason
+        stream.error = output.error
+        if output.num_cached_tokens is not None:
+            assert stream.num_cached is None, "cached tokens told twice"
+            stream.num_cached = output.num_cached_tokens
+
+
+def _split(packed: bytes) -> set[bytes]:
+    return {packed[i : i + 16] for i in range(0, len(packed), 16)}
+
+
+def make_generate(
+    prompt: list[int],
+    max_tokens: int = 8,
+    *,
+    req_id: bytes = b"r",
+    tenant: str = "a",
+    delivered: list[int] | None = None,
+    num_public: int = 0,
+    sampling: Sampling = GREEDY,
+    size: int = SIZE,
+    **options: Any,
+) -> Generate:
+    """Return a `Generate` as the gateway makes it, `num_public` being blocks of the public zone."""
+    packed = pack_tokens(prompt + (delivered or []))
+    space = derive_namespace(SECRET, "tenant", tenant)
+    return Generate(
+        req_id=req_id,
+        attempt=options.pop("attempt", 1),
+        tenant=tenant,
+        token_ids=packed,
+        num_prompt_tokens=len(prompt),
+        root=ROOT,
+        prefix_hashes=hash_prompt(ROOT, PUBLIC_SPACE, space, packed, num_public * size, size),
+        num_public_tokens=num_public * size,
+        namespace=space,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        **options,
+    )
+
+
+def make_prompt(length: int, salt: int = 0) -> list[int]:
+    return [int(x) for x in np.random.default_rng(salt).integers(0, 4096, length)]
+
+
+def expected_tokens(prompt: list[int], num_tokens: int, sampling: Sampling = GREEDY) -> list[int]:
+    return OracleModel().continuation(prompt, num_tokens, sampling)
