@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cache.kv_store import KvStore
 from worker.attention import Attention, GatherAttention
-from worker.batch import SequenceSlice, pack
+from worker.batch import pack
 from worker.model_config import ModelConfig, RopeConfig
+from worker.step import SequenceSlice
 from worker.working_set import WorkingSetAttention
 
 BLOCK_SIZE = 16

@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor
 
 from cache.kv_store import KvStore
-from worker.model import Model, SequenceSlice
+from worker.model import Model
+from worker.step import SequenceSlice
 
 SMALL = {
     "vocab_size": 160,

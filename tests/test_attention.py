@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cache.kv_store import KvStore
 from worker.attention import Attention, GatherAttention, ReferenceAttention, chunk_attend, reference_attend
-from worker.batch import SequenceSlice, pack
+from worker.attention_cuda import PagedAttention, agrees_with_reference, cuda_attention
+from worker.batch import pack
 from worker.model_config import ModelConfig, RopeConfig
+from worker.step import SequenceSlice
 from worker.working_set import WorkingSetAttention, working_set_bytes
 
 BLOCK_SIZE = 4
@@ -120,6 +123,67 @@ def test_gather_path_equals_the_reference() -> None:
     harness = Harness(make_config(), GatherAttention(make_config()), num_sequences=3)
     for shares in ({0: 10, 1: 1, 2: 33}, {0: 1, 1: 1, 2: 1}, {2: 5, 0: 1}, {1: 90}, {0: 1, 1: 1, 2: 1}):
         harness.step(shares)
+
+
+def emulated_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: Tensor,
+    block_table: Tensor,
+) -> Tensor:
+    """What `torch.nn.attention.varlen.varlen_attn` documents of itself, on any device."""
+    assert cu_seq_k is None and enable_gqa and window_size[1] == 0
+    assert block_table.dtype == seqused_k.dtype == cu_seq_q.dtype == torch.int32
+    window = None if window_size[0] < 0 else window_size[0] + 1
+    out = []
+    bounds = cu_seq_q.tolist()
+    for i, num_keys in enumerate(seqused_k.tolist()):
+        q = query[bounds[i] : bounds[i + 1]]
+        assert len(q) <= max_q and num_keys <= max_k
+        used = block_table[i, : -(-num_keys // key.shape[1])]
+        keys, values = (part[used].flatten(0, 1)[:num_keys] for part in (key, value))
+        out.append(reference_attend(q, keys, values, num_keys - len(q), scale, window))
+    return torch.cat(out)
+
+
+def test_paged_kernel_is_called_as_it_documents_itself() -> None:
+    harness = Harness(make_config(), PagedAttention(make_config(), emulated_varlen), num_sequences=3)
+    for shares in ({0: 10, 1: 1, 2: 33}, {0: 1, 1: 1, 2: 1}, {2: 5, 0: 1}, {1: 90}, {0: 1, 1: 1, 2: 1}):
+        harness.step(shares)
+
+
+def test_self_test_accepts_what_is_right_and_refuses_what_is_wrong_or_raises() -> None:
+    def check(attention: Attention) -> bool:
+        return agrees_with_reference(attention, make_config(), 16, torch.device("cpu"), torch.float32)
+
+    def ignores_the_window(*args: Any, window_size: tuple[int, int], **kwargs: Any) -> Tensor:
+        return emulated_varlen(*args, window_size=(-1, 0), **kwargs)
+
+    def gives_nan(*args: Any, **kwargs: Any) -> Tensor:
+        return emulated_varlen(*args, **kwargs) * float("nan")
+
+    def wants_larger_pages(*args: Any, **kwargs: Any) -> Tensor:
+        raise RuntimeError("Paged KV cache block size must be divisible by 256")
+
+    assert check(PagedAttention(make_config(), emulated_varlen))
+    assert check(GatherAttention(make_config()))
+    assert check(WorkingSetAttention(make_config()))
+    for wrong in (ignores_the_window, gives_nan, wants_larger_pages):
+        assert not check(PagedAttention(make_config(), wrong))
+
+
+def test_cuda_path_falls_back_to_gathers_where_the_kernel_does_not_run() -> None:
+    config, device = make_config(), torch.device("cpu")
+    assert isinstance(cuda_attention(config, 16, device, torch.float32), GatherAttention)
 
 
 def test_sequence_crossing_its_shelf_keeps_all_it_had() -> None:

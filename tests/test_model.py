@@ -134,6 +134,17 @@ def test_batched_with_others_gives_the_logits_and_tokens_of_transformers(model: 
     assert_equals_oracle(sequences[2], oracle)
 
 
+def test_sequences_can_be_forgotten_in_any_order_between_steps(model: Model, oracle: Oracle) -> None:
+    tables = scattered_tables(4, 32)
+    sequences = [Sequence(key, list(PROMPT), table) for key, table in enumerate(tables)]
+    store = make_store(model, 128)
+    greedy(model, store, sequences, 8)
+    for key in (0, 2, 3):
+        model.forget(key)
+    greedy(model, store, [sequences[1]], NUM_TOKENS)
+    assert_equals_oracle(sequences[1], oracle)
+
+
 def test_several_logits_of_one_slice_are_those_of_its_last_positions(model: Model, oracle: Oracle) -> None:
     sequence = Sequence(1, PROMPT + oracle.tokens[:-1], scattered_tables(1, 32)[0])
     rows = model.forward([sequence.slice(num_logits=NUM_TOKENS)], make_store(model))

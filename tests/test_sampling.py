@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from worker.sampling import SampleRow, SamplingParams, sample, sample_one, uniform
+from protocol.messages import Sampling
+from worker.sampling import sample, sample_one, uniform
+from worker.step import SampleRow
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0, 0.5])  # tokens 1 and 3 are equally likely
 
@@ -21,7 +23,7 @@ LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0, 0.5])  # tokens 1 and 3 are equ
 def make_row(
     position: int = 0, prompt: list[int] | None = None, output: list[int] | None = None, **params: Any
 ) -> SampleRow:
-    return SampleRow(SamplingParams(**params), position, prompt or [], output or [])
+    return SampleRow(Sampling(**params), position, prompt or [], output or [])
 
 
 def draws(logits: Tensor, count: int = 4000, **params: Any) -> Counter[int]:
@@ -41,7 +43,7 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, list[SampleRow]]:
     ids = st.lists(st.integers(0, vocab - 1), max_size=6)
     rows = []
     for _ in range(count):
-        params = SamplingParams(
+        params = Sampling(
             temperature=draw(st.sampled_from([0.0, 1e-3, 0.7, 1.0, 5.0])),
             top_k=draw(st.sampled_from([0, 0, 1, 3, 70, 10_000])),
             top_p=draw(st.sampled_from([1.0, 1.0, 0.95, 0.5, 1e-9])),

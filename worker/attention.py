@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from cache.kv_store import KvStore
-from worker.batch import Batch, SequenceSlice
+from worker.batch import Batch
 from worker.model_config import ModelConfig
+from worker.step import SequenceSlice
 
 _MASK_ELEMENTS = 1 << 24  # of one prefill mask; longer chunks are attended in pieces
 

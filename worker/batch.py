@@ -1,4 +1,4 @@
-"""What one engine step hands to the model, and how its tokens are packed into one row of tokens.
+"""How the tokens of one engine step are packed into one row of tokens.
 
 All linear layers run over the packed tokens of all sequences at once; only attention tells the sequences apart. The
 pack puts *singles* (sequences that compute one token: decoding, or the last token of a cached prompt) first and
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.step import SequenceSlice as SequenceSlice
+from worker.step import SequenceSlice
 
 
 @dataclass(slots=True)

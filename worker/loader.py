@@ -21,6 +21,7 @@ from torch import Tensor
 
 from protocol.errors import ModelError
 from worker.attention import Attention, GatherAttention
+from worker.attention_cuda import cuda_attention
 from worker.model import LayerWeights, Model, Weights
 from worker.model_config import ModelConfig, parse_config
 from worker.rope import make_pairs_adjacent
@@ -64,12 +65,13 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
     *,
+    block_size: int = 16,
     make_attention: Callable[[ModelConfig], Attention] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Load the model in folder `path` onto `device`, its weights converted to `dtype` (see `resolve_dtype`).
 
-    `make_attention` overrides the attention path, which otherwise is the best one for the device.
+    `make_attention` overrides the attention path, which otherwise is the best one for the device and `block_size`.
     `on_progress(done, total)` is called after every layer. Peak memory is the weights plus one layer.
 
     Raises: ModelError when the folder is no model that this worker can serve.
@@ -90,7 +92,7 @@ def load_model(
         embedding = reader.read("model.embed_tokens.weight")
         lm_head = embedding if config.tie_word_embeddings else reader.read("lm_head.weight")
         weights = Weights(embedding, layers, reader.read("model.norm.weight"), lm_head)
-    attention = make_attention(config) if make_attention else default_attention(config, device, resolved)
+    attention = make_attention(config) if make_attention else default_attention(config, device, resolved, block_size)
     return LoadedModel(
         model=Model(config, weights, attention),
         config=config,
@@ -101,8 +103,10 @@ def load_model(
     )
 
 
-def default_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Attention:
+def default_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype, block_size: int = 16) -> Attention:
     """Return the best attention path for `device`."""
+    if device.type == "cuda":
+        return cuda_attention(config, block_size, device, dtype)
     return WorkingSetAttention(config) if device.type == "cpu" else GatherAttention(config)
 
 

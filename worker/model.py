@@ -15,10 +15,10 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from cache.kv_store import KvStore
 from worker.attention import Attention
-from worker.batch import SequenceSlice as SequenceSlice
 from worker.batch import pack
 from worker.model_config import ModelConfig
 from worker.rope import RotaryTable, rotate_
+from worker.step import SequenceSlice
 
 
 @dataclass(slots=True)
@@ -89,6 +89,7 @@ class Model:
         logits = linear(x, weights.lm_head)
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    @torch.inference_mode()
     def forget(self, seq_key: int) -> None:
         """Drop what is kept for a sequence that finished, was preempted or aborted."""
         self.attention.forget(seq_key)

@@ -20,9 +20,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from protocol.messages import Sampling as SamplingParams
-from worker.step import Sampled as Sampled
-from worker.step import SampleRow as SampleRow
+from protocol.messages import Sampling
+from worker.step import Sampled, SampleRow
 
 _NUM_CANDIDATES = 64  # first guess of how many tokens the filters can leave
 
@@ -86,13 +85,13 @@ def sample_one(logits: Tensor, row: SampleRow) -> Sampled:
     return _report(token_id, row, log_probabilities if params.logprobs is not None else None)
 
 
-def _is_penalised(params: SamplingParams) -> bool:
+def _is_penalised(params: Sampling) -> bool:
     return bool(
         params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty or params.logit_bias
     )
 
 
-def _is_filtered(params: SamplingParams) -> bool:
+def _is_filtered(params: Sampling) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 

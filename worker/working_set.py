@@ -20,8 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cache.kv_store import KvStore
 from worker.attention import GatherAttention
-from worker.batch import Batch, SequenceSlice
+from worker.batch import Batch
 from worker.model_config import ModelConfig
+from worker.step import SequenceSlice
 
 _MIN_CAPACITY = 128  # tokens; a multiple of every block size in use
 
