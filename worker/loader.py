@@ -66,11 +66,13 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     *,
     block_size: int = 16,
+    working_set_limit_bytes: int = 1 << 30,
     make_attention: Callable[[ModelConfig], Attention] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Load the model in folder `path` onto `device`, its weights converted to `dtype` (see `resolve_dtype`).
 
+    `working_set_limit_bytes` bounds the decode working set on a CPU (`worker.working_set`), beside the KV pool.
     `make_attention` overrides the attention path, which otherwise is the best one for the device and `block_size`.
     `on_progress(done, total)` is called after every layer. Peak memory is the weights plus one layer.
 
@@ -92,7 +94,10 @@ def load_model(
         embedding = reader.read("model.embed_tokens.weight")
         lm_head = embedding if config.tie_word_embeddings else reader.read("lm_head.weight")
         weights = Weights(embedding, layers, reader.read("model.norm.weight"), lm_head)
-    attention = make_attention(config) if make_attention else default_attention(config, device, resolved, block_size)
+    if make_attention is not None:
+        attention = make_attention(config)
+    else:
+        attention = default_attention(config, device, resolved, block_size, working_set_limit_bytes)
     return LoadedModel(
         model=Model(config, weights, attention),
         config=config,
@@ -103,11 +108,19 @@ def load_model(
     )
 
 
-def default_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype, block_size: int = 16) -> Attention:
+def default_attention(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int = 16,
+    working_set_limit_bytes: int = 1 << 30,
+) -> Attention:
     """Return the best attention path for `device`."""
     if device.type == "cuda":
         return cuda_attention(config, block_size, device, dtype)
-    return WorkingSetAttention(config) if device.type == "cpu" else GatherAttention(config)
+    if device.type == "cpu":
+        return WorkingSetAttention(config, working_set_limit_bytes)
+    return GatherAttention(config)
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
