@@ -1,0 +1,111 @@
+"""What the operator sees of the running gateway: the core's figures in the admin socket's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from gateway.config import GatewayConfig
+from gateway.core import Core
+from gateway.intake import Intake
+from gateway.supervisor import Supervisor
+from gateway.tenants import PublishedPrefix
+from protocol.admin_messages import ModelStatus, UsageInfo, WorkerInfo
+
+
+class GatewayHouse:
+    """Answers the admin actor (`gateway.admin.House`) from the core, the supervisor and the intake. Mutates nothing."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        core: Core,
+        intake: Intake,
+        supervisor: Supervisor,
+        stop: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._core = core
+        self._intake = intake
+        self._supervisor = supervisor
+        self._stop = stop
+
+    def workers(self) -> list[WorkerInfo]:
+        """Return the workers that are in, then the local ones that are still starting or waiting for a restart."""
+        restarts = self._supervisor.num_restarts()
+        infos = [
+            WorkerInfo(
+                id=worker.worker_id,
+                model=worker.model,
+                state=worker.state,
+                pid=worker.pid,
+                device=worker.device,
+                num_running=worker.running,
+                num_waiting=worker.waiting,
+                max_requests=worker.max_requests,
+                num_blocks=worker.num_blocks,
+                num_free_blocks=worker.num_free_blocks,
+                num_cached_blocks=worker.num_index_blocks,
+                prompt_tokens=worker.num_prompt_tokens,
+                cached_tokens=worker.num_actual_cached_tokens,
+                output_tokens=worker.num_output_tokens,
+                prefill_rate=worker.prefill_tokens_per_s,
+                decode_rate=worker.running / worker.decode_round_s if worker.decode_round_s else 0.0,
+                num_restarts=restarts.get(worker.worker_id, 0),
+            )
+            for worker in self._core.statistics().workers
+        ]
+        present = {info.id for info in infos}
+        for worker_id, model in self._supervisor.local_workers().items():
+            if worker_id not in present:
+                infos.append(WorkerInfo(worker_id, model, "starting", num_restarts=restarts.get(worker_id, 0)))
+        return infos
+
+    def models(self) -> list[ModelStatus]:
+        queued = {model.model: model.queued for model in self._core.statistics().models}
+        return [
+            ModelStatus(
+                name=info.name,
+                fingerprint=info.fingerprint,
+                dtype=info.dtype,
+                max_context=info.max_context,
+                num_workers=info.num_workers,
+                num_waiting=queued.get(info.name, 0),
+            )
+            for info in self._core.models().values()
+        ]
+
+    def usage(self) -> dict[str, UsageInfo]:
+        return {
+            tenant.tenant_id: UsageInfo(
+                num_requests=tenant.num_requests,
+                num_running=tenant.running,
+                num_waiting=tenant.queued,
+                prompt_tokens=tenant.num_prompt_tokens,
+                cached_tokens=tenant.num_cached_tokens,
+                output_tokens=tenant.num_output_tokens,
+            )
+            for tenant in self._core.statistics().tenants
+        }
+
+    def public_tokens(self, prefix: PublishedPrefix) -> dict[str, int]:
+        return self._intake.public_tokens(prefix)
+
+    def endpoints(self) -> dict[str, str]:
+        found = {"zmq": self._config.client_endpoints[0], "workers": self._config.worker_endpoint}
+        if self._config.http is not None:
+            host, port = self._config.http
+            found["http"] = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return found
+
+    def is_draining(self) -> bool:
+        return self._core.statistics().is_draining
+
+    def explain(self, request: str) -> dict[str, Any] | None:
+        decisions = self._core.find_explained(request)
+        return None if decisions is None else {"decisions": msgspec.to_builtins(decisions)}
+
+    def drain(self) -> None:
+        self._stop()
