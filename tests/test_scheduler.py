@@ -122,6 +122,20 @@ def test_idle_blocks_that_a_match_will_take_are_not_counted_as_room() -> None:
     assert plan_for(rig.cache, [], [same]).admitted == [same]
 
 
+def test_what_one_admission_takes_is_not_there_for_the_next() -> None:
+    rig = Rig(num_blocks=8)
+    rig.submit(make_generate(make_prompt(24, salt=1), 1))
+    rig.run()
+    same, other = make_waiting(24, salt=1), make_waiting(8)  # 5 idle and 1 new block; 2 more and 1 to grow
+    assert plan_for(rig.cache, [], [same, other]).admitted == [same]
+
+
+def test_a_prefill_that_gets_its_blocks_in_this_step_needs_no_reserve_any_more() -> None:
+    cache = PrefixCache(8, SIZE)
+    prefill, newcomer = make_running(cache, 16, 8), make_waiting(8)  # 2 held, 2 taken now, 2 for the newcomer, 1 spare
+    assert plan_for(cache, [prefill], [newcomer]).admitted == [newcomer]
+
+
 def test_the_youngest_is_preempted_when_decodes_need_blocks() -> None:
     cache = PrefixCache(6, SIZE)
     old, middle, young = (make_running(cache, 9, 8, arrived=float(i)) for i in range(3))
@@ -170,7 +184,7 @@ def test_newcomers_do_not_get_what_a_preemption_freed() -> None:
 
 def test_a_sequence_preempted_before_its_first_token_does_not_count_its_own_blocks_as_cached() -> None:
     rig = Rig(num_blocks=8, max_step_tokens=2)
-    rig.submit(make_generate(make_prompt(8), 24, req_id=b"old"))
+    rig.submit(make_generate(make_prompt(8), 18, req_id=b"old"))
     while not rig.streams[b"old"].token_ids:
         rig.step()
     rig.clock.now += 1
@@ -179,6 +193,7 @@ def test_a_sequence_preempted_before_its_first_token_does_not_count_its_own_bloc
         rig.step()
     assert young.token_ids == [], "it was to be preempted before its first token"
     rig.run()
+    assert rig.cache.statistics().num_matched > 0, "it was to find its own blocks again"
     assert young.num_cached == 0
     assert young.token_ids == expected_tokens(make_prompt(14, salt=1), 4)
 

@@ -124,17 +124,16 @@ def _add_prefills(
                 continue
             plan.admitted.append(s)
             num_available -= num_idle
-            num_reserved += num_missing
             num_running += 1
             num_held, start = num_matched, num_matched * size
         else:
             num_held, start = len(s.table.block_ids), s.num_computed
+            num_reserved -= s.num_missing_blocks(s.num_tokens, size)  # its turn is now
         count = min(uncached[s.key], budget, (num_held + num_available) * size - start)
         if count <= 0:
             continue
         num_blocks = max(0, -(-(start + count) // size) - num_held)
         num_available -= num_blocks
-        num_reserved -= num_blocks
         budget -= count
         plan.work.append((s, count))
         plan.num_pending -= count
