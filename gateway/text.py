@@ -1,0 +1,218 @@
+"""Text to token ids and back: a model folder's tokenizer, its chat template, and incremental detokenisation.
+
+Everything comes from the folder that the workers load their weights from: `tokenizer.json` (read by the `tokenizers`
+library), `tokenizer_config.json` and `chat_template.jinja`. Templates are foreign code: they run in Jinja's immutable
+sandbox.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from protocol.client_messages import ChatMessage
+from protocol.errors import BadRequest, ModelError
+
+
+class ModelText:
+    """Tokenizer and chat template of one model. Immutable; `encode*` may be called from any thread."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None, tokens: dict[str, str], vocab_size: int) -> None:
+        """`tokens`: special tokens that the template may name (`bos_token`, ...). `vocab_size`: ids the model knows."""
+        self._tokenizer = tokenizer
+        self._tokens = tokens
+        self._template = None if template is None else _compile(template)
+        self.vocab_size = vocab_size
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, with whatever the tokenizer puts around a text (a BOS token, say)."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Return the token ids of a conversation up to where the assistant's next answer begins.
+
+        Raises:
+            BadRequest: as `render_chat`.
+        """
+        ids: list[int] = self._tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids
+        return ids
+
+    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
+        """Return the text of a conversation, the cue for the assistant's answer included.
+
+        Raises:
+            BadRequest: no messages, no template, or the template refuses the conversation (with its own words).
+        """
+        if self._template is None:
+            raise BadRequest("this model has no chat template; send a plain prompt instead (/v1/completions)")
+        if not messages:
+            raise BadRequest("messages is empty; send at least one message", param="messages")
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._template.render(messages=turns, add_generation_prompt=True, tools=None, **self._tokens)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            raise BadRequest(f"the model's chat template refuses these messages: {error}", param="messages") from None
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of `token_ids` as a whole, special tokens left out."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
+        """Return a fresh incremental detokeniser that ends at any of the `stop` strings."""
+        return Detokenizer(self._tokenizer, tuple(stop))
+
+
+class Detokenizer:
+    """Token ids of one answer, a few at a time, to text that will not change any more.
+
+    Holds back incomplete characters, and whatever could be the beginning of a stop string. `stopped` is set once a
+    stop string was found; the text then ends before it and later tokens are ignored. The pushes together give exactly
+    `ModelText.decode` of all ids, cut at the first stop string.
+    """
+
+    __slots__ = ("_held", "_pending", "_stop", "_stream", "_tokenizer", "stopped")
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._pending: list[int] = []  # ids since the stream last gave text: an incomplete character, if anything
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Return the text that `token_ids` complete."""
+        if self.stopped:
+            return ""
+        text = ""
+        step, tokenizer, pending = self._stream.step, self._tokenizer, self._pending
+        for token_id in token_ids:
+            piece = step(tokenizer, token_id)
+            if piece is None:
+                pending.append(token_id)
+            else:
+                pending.clear()
+                text += piece
+        return self._until_stop(text) if self._stop else text
+
+    def finish(self) -> str:
+        """Return what was held back: the answer ends here."""
+        if self.stopped:
+            return ""
+        rest = str(self._tokenizer.decode(self._pending, skip_special_tokens=True)) if self._pending else ""
+        self._pending.clear()
+        text = self._until_stop(rest) if self._stop else rest
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _until_stop(self, text: str) -> str:
+        """Return the part of held + `text` that is sure to stay; keep the rest."""
+        text = self._held + text
+        # (end, begin): the stop string that is complete first ends the answer, in whatever pieces it came.
+        found = [(index + len(stop), index) for stop in self._stop if (index := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        num_held = max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+
+def load_text(path: Path) -> ModelText:
+    """Read the tokenizer and the chat template of a model folder.
+
+    Raises:
+        ModelError: no folder, no tokenizer.json, or one that cannot be read; names the file and says what now.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path} is no folder; name a model folder in Hugging Face format")
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise ModelError(f"{path} has no tokenizer.json; save the tokenizer in its fast format beside the weights")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelError(f"{file} cannot be read as a tokenizer: {error}; fetch the model again") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    settings = _read_json(path / "tokenizer_config.json")
+    config = _read_json(path / "config.json")
+    tokens = {name: _token(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    vocab_size = config.get("vocab_size") or tokenizer.get_vocab_size(with_added_tokens=True)
+    try:
+        return ModelText(tokenizer, _find_template(path, settings), tokens, int(vocab_size))
+    except jinja2.TemplateError as error:
+        raise ModelError(f"the chat template of {path} cannot be read: {error}; mend or remove it") from None
+
+
+def _compile(template: str) -> jinja2.Template:
+    """Compile as the `transformers` library does, so that a template renders the same here."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _find_template(path: Path, settings: dict[str, Any]) -> str | None:
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    template = _read_json(path / "chat_template.json").get("chat_template") or settings.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}; fetch the model again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds no JSON object; fetch the model again")
+    return content
+
+
+def _token(value: Any) -> str:
+    """A special token's text: a string, or an object with `content`, or nothing."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that is a beginning of `stop`, shorter than it."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[len(text) - length :]):
+            return length
+    return 0
