@@ -1,0 +1,475 @@
+"""The core: a state machine from requests and reports to commands and events. No I/O, no tasks, no waiting.
+
+It is called from the tasks of one Trio thread and never awaits, so that every call sees and leaves a consistent
+state. Commands leave through `send`, events through each request's sink, news about workers through `notify`.
+
+    submit -> queued -> dispatched -> closed          one queue per model, by tenant
+                 ^---------'  worker lost: attempt + 1, from prompt + delivered tokens
+
+Compute is at-least-once; an event reaches a sink exactly once and in order, and every request ends in one `Finished`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gateway.members import Members
+from gateway.request import Request
+from gateway.request_book import Model, QueueConfig, RequestBook
+from gateway.router import Decision, RouterConfig, choose
+from gateway.seam import Cancel, CoreApi, Delta, Finished, ModelInfo, Submit
+from gateway.statistics import CoreStatistics, Totals, core_statistics
+from gateway.worker_checks import Cause, Joined, LivenessConfig, Lost, Notice, Rejected, failure, refusal
+from gateway.workers import Worker
+from protocol.errors import (
+    DeadlineExceeded,
+    KvasirError,
+    RequestFailed,
+    Unavailable,
+)
+from protocol.messages import (
+    Abort,
+    Bye,
+    Command,
+    Drain,
+    Hello,
+    Identify,
+    Output,
+    Refused,
+    Resync,
+    Snapshot,
+    StepReport,
+    Welcome,
+)
+from protocol.tokens import TOKEN_BYTES, unpack_tokens
+
+_DRAINING = Unavailable("the gateway is shutting down; send the request to another one, or again in a minute")
+_PROBE = Abort(b"\0", 0)  # nobody's request: workers ignore it, but a dead link cannot take it
+
+
+@dataclass(frozen=True, slots=True)
+class CoreConfig:
+    """Times in seconds. `models` empty: whatever workers bring is served. A request is dispatched at most
+    1 + `max_redispatches` times, and given up as poison when `max_deaths` workers died with it aboard."""
+
+    public_namespace: bytes
+    block_size: int = 16
+    models: frozenset[str] = frozenset()
+    queue: QueueConfig = field(default_factory=QueueConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    liveness: LivenessConfig = field(default_factory=LivenessConfig)
+    no_worker_timeout_s: float = 30.0
+    max_redispatches: int = 3
+    max_deaths: int = 2
+    max_explained: int = 1_024
+
+
+def _ignore(notice: Notice) -> None:
+    pass
+
+
+class Core(CoreApi):
+    """See the module. `send(peer, command)` returns False when the peer cannot take it: its worker is lost then.
+
+    `clock` returns monotonic seconds, the same that `Submit.arrived` and `.deadline` are in. `epoch`: random bytes per
+    boot of the gateway, at most 24.
+    """
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        send: Callable[[bytes, Command], bool],
+        clock: Callable[[], float],
+        *,
+        epoch: bytes,
+        notify: Callable[[Notice], None] = _ignore,
+    ) -> None:
+        self._config = config
+        self._send = send
+        self._clock = clock
+        self._notify = notify
+        self._members = Members(epoch, config.models)
+        self._book = RequestBook(config.queue, config.models, clock())
+        self._totals = Totals()
+        self._explained: OrderedDict[bytes, list[Decision]] = OrderedDict()
+        self._draining = False
+
+    # ---- edges ---------------------------------------------------------------------------------------------------
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a request and dispatch it if a worker has a credit. A refusal is a `Finished` with an error."""
+        now = self._clock()
+        entered = _DRAINING if self._draining else self._book.enter(submit, now)
+        if isinstance(entered, KvasirError):
+            submit.sink.put(Finished(submit.req_id, "error", submit.num_prompt_tokens, 0, error=entered.info()))
+        else:
+            self._dispatch(self._book.models[submit.model], now)
+
+    def cancel(self, cancel: Cancel) -> None:
+        """Finish a request with `cancel.reason`; its worker is told. Unknown and finished ids are ignored."""
+        request = self._book.get(cancel.req_id)
+        if request is not None:
+            self._stop(request, cancel.reason)
+
+    def models(self) -> dict[str, ModelInfo]:
+        """Return what is served or configured, by name. A model that never had a worker has no fingerprint yet."""
+        return self._members.infos
+
+    # ---- workers -------------------------------------------------------------------------------------------------
+
+    def worker_hello(self, peer: bytes, hello: Hello) -> Welcome | Refused:
+        """Let a worker in or refuse it; send the answer and return it.
+
+        The same incarnation on another link has lost its old one: a new session begins, whose new epoch makes the
+        worker drop its sequences. Another incarnation may take over a worker id only from a dead one.
+        """
+        now = self._clock()
+        known = self._members.by_peer.get(peer)
+        if known is not None and known.hello == hello:
+            return self._welcome(known)
+        holder = self._members.by_id.get(hello.worker_id)
+        reason = refusal(hello, self._config.block_size, self._config.models, self._members.served)
+        if reason is None and holder is not None and holder.hello.incarnation != hello.incarnation:
+            reason = self._held(holder, peer, now)
+        if reason is not None:
+            self._totals.num_refused_workers += 1
+            refused = Refused(reason)
+            self._send(peer, refused)
+            self._notify(Rejected(hello, reason))
+            return refused
+        for old in (known, holder):
+            if old is not None and old.is_member:
+                self._lose(old, "replaced", "was replaced by a new session", now)
+        worker = self._members.admit(peer, hello, now)
+        model = self._book.model(hello.model, now)
+        model.workers.append(worker)
+        self._notify(Joined(hello))
+        welcome = self._welcome(worker)
+        self._dispatch(model, now)
+        return welcome
+
+    def worker_report(self, peer: bytes, report: StepReport | Snapshot | Bye) -> None:
+        """Take in a report. A peer that is no worker of ours is asked to say `Hello`, and its report dropped."""
+        now = self._clock()
+        worker = self._members.by_peer.get(peer)
+        if worker is None:
+            if self._members.is_to_identify(peer, now, self._config.liveness.heartbeat_s):
+                self._send(peer, Identify())
+            return
+        worker.last_report_at = now
+        if isinstance(report, StepReport):
+            self._step(worker, report, now)
+        elif isinstance(report, Snapshot):
+            worker.index.replace(report.event_seq, report.hashes)
+        else:
+            self._lose(worker, "bye", report.reason or "said goodbye", now)
+        model = self._book.models[worker.hello.model]
+        if model.queue:
+            self._dispatch(model, now)
+
+    def worker_violation(self, peer: bytes, reason: str) -> None:
+        """Note that `peer` sent something that is no report of ours: if it is a worker, it is lost."""
+        worker = self._members.by_peer.get(peer)
+        if worker is not None:
+            self._lose_and_dispatch(worker, "protocol", reason)
+
+    def worker_lost(self, worker_id: str, reason: str, *, pid: int | None = None, cause: Cause = "exited") -> None:
+        """Hand back everything `worker_id` has, since somebody saw it die. With `pid`, only if that is its process."""
+        worker = self._members.by_id.get(worker_id)
+        if worker is not None and pid in (None, worker.hello.pid):
+            self._lose_and_dispatch(worker, cause, reason)
+
+    # ---- time and shutdown ---------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Act on the passing of time: lost workers, deadlines, models without workers. Call it some ten times/s."""
+        now = self._clock()
+        for worker in list(self._members.by_id.values()):
+            self._check(worker, now)
+        for request in self._book.take_late(now):
+            where = "while it waited for a worker" if request.state == "queued" else "while it was running"
+            self._stop(request, "deadline", _deadline_exceeded(request, where))
+        for model in self._book.models.values():
+            if model.queue and not model.workers:
+                self._give_up_waiting(model, now)
+            self._dispatch(model, now)
+        self._book.measure_rate(now)
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; what is queued or running is finished."""
+        self._draining = True
+
+    def drain_worker(self, worker_id: str, deadline_s: float) -> bool:
+        """Ask one worker to finish what it has and leave; it gets nothing new. False: no such worker."""
+        worker = self._members.by_id.get(worker_id)
+        if worker is None:
+            return False
+        worker.state = "draining"
+        if not self._send(worker.peer, Drain(deadline_s)):
+            self._lose_and_dispatch(worker, "link", "cannot be reached")
+        return True
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not got their `Finished`: queued and running."""
+        return self._book.num_queued + self._book.num_running
+
+    # ---- looking in ----------------------------------------------------------------------------------------------
+
+    def explain(self, req_id: bytes) -> list[Decision] | None:
+        """Return one routing decision per attempt of a recent request, with the terms of every candidate."""
+        return self._explained.get(req_id)
+
+    def statistics(self) -> CoreStatistics:
+        """Return every counter and gauge. O(workers + tenants)."""
+        members, book = self._members, self._book
+        return core_statistics(
+            self._clock(), self._draining, book.models.values(), members.by_id.values(), book.tenants, self._totals
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that queues, credits, reservations and counts agree. For tests."""
+        workers = set(self._members.by_id.values())
+        assert set(self._members.by_peer.values()) == workers
+        assert {worker for model in self._book.models.values() for worker in model.workers} == workers
+        self._book.check_integrity()
+        for worker in workers:
+            worker.check_integrity()
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, model: Model, now: float) -> None:
+        """Send what waits to workers that have credits, tenant by tenant."""
+        queue = model.queue
+        while queue:
+            able = [worker for worker in model.workers if worker.num_credits > 0]
+            if not able:
+                return
+            request = queue.pop()
+            assert request is not None
+            deadline = request.submit.deadline
+            if deadline is not None and deadline <= now:
+                self._book.finish(request, "deadline", _deadline_exceeded(request, "while it waited for a worker"))
+            else:
+                self._route(request, model, able, now)
+
+    def _route(self, request: Request, model: Model, able: list[Worker], now: float) -> None:
+        """Choose one of `able` for `request`, just popped, and send it there; back to the front if that fails."""
+        config = self._config.router
+        candidates = [worker.candidate(request, now, config) for worker in able]
+        decision = choose(request.num_tokens, candidates, now, config)
+        worker = self._members.by_id[decision.worker_id]
+        request.attempt += 1
+        if not self._send(worker.peer, request.generate(now)):
+            request.attempt -= 1
+            model.queue.push_front(request)
+            self._lose(worker, "link", "cannot be reached", now)
+            return
+        self._book.dispatched(request)
+        worker.take(request, decision, now, config.heat_decay_s)
+        self._totals.num_dispatches += 1
+        if request.attempt == 1:
+            model.counters.queue_s.add(now - request.queued_at)
+        self._explain(request.submit.req_id, decision)
+
+    def _stop(self, request: Request, reason: str, error: KvasirError | None = None) -> None:
+        """Finish a request before its time. Its worker, if it has one, is told; the credit is free when it answers."""
+        if request.state == "closed":
+            return
+        if request.state == "queued":
+            self._book.models[request.submit.model].queue.remove(request)
+            self._book.finish(request, reason, error)
+            return
+        worker = request.worker
+        assert worker is not None
+        worker.prefilled(request)  # nobody waits for it any more
+        self._book.finish(request, reason, error)
+        if not self._send(worker.peer, Abort(request.submit.req_id, request.attempt)):
+            self._lose_and_dispatch(worker, "link", "cannot be reached")
+
+    # ---- workers' reports ----------------------------------------------------------------------------------------
+
+    def _step(self, worker: Worker, report: StepReport, now: float) -> None:
+        """Take in one engine step: its load, its block events, its outputs. In that order, so that what is sent next
+        is chosen with what is known now."""
+        worker.stepped(report.step, report.load, now)
+        if not worker.index.apply(report.event_seq, report.stored, report.removed):
+            self._totals.num_resyncs += 1
+            if not self._send(worker.peer, Resync()):
+                self._lose(worker, "link", "cannot be reached", now)
+                return
+        for output in report.outputs:
+            violation = self._output(worker, output, now)
+            if violation is not None:
+                self._lose(worker, "protocol", f"broke the protocol: {violation}", now)
+                return
+            if not worker.is_member:  # a sink's answer to a delta has found the link dead
+                return
+
+    def _output(self, worker: Worker, output: Output, now: float) -> str | None:
+        """Deliver one output; return what is wrong with it, if anything."""
+        request = worker.in_flight.get(output.req_id)
+        if request is None or request.attempt != output.attempt:
+            worker.counters.num_stale_outputs += 1
+            self._totals.num_stale_outputs += 1
+            return None
+        if request.state == "dispatched":
+            violation = self._deliver(worker, request, output, now)
+            if violation is not None:
+                return violation
+        if output.finish_reason is None or worker.in_flight.get(output.req_id) is not request:
+            return None
+        worker.give_back(request)
+        if request.state == "closed":  # cancelled: its end has been told, perhaps in answer to the last delta
+            self._book.release(request)
+        else:
+            self._end_attempt(worker, request, output, now)
+        return None
+
+    def _deliver(self, worker: Worker, request: Request, output: Output, now: float) -> str | None:
+        """Put the tokens of one output; return what is wrong with it, if anything, with nothing delivered."""
+        packed = output.token_ids
+        num_delivered = len(request.delivered) // TOKEN_BYTES
+        if output.seq != num_delivered or len(packed) % TOKEN_BYTES:
+            if output.seq < num_delivered and output.finish_reason is None:
+                worker.counters.num_stale_outputs += 1
+                self._totals.num_stale_outputs += 1
+                return None
+            return f"output of {len(packed)} bytes at {output.seq}, expected whole tokens at {num_delivered}"
+        if num_delivered + len(packed) // TOKEN_BYTES > request.submit.max_tokens:
+            return f"more than the {request.submit.max_tokens} tokens asked for"
+        if output.num_cached_tokens is not None:
+            worker.matched(request, output.num_cached_tokens)
+        if not packed:
+            return None
+        if request.pending is not None:
+            worker.prefilled(request)
+        if request.first_token_at is None:
+            request.first_token_at = now
+            self._book.models[request.submit.model].counters.ttft_s.add(now - request.submit.arrived)
+        request.delivered += packed
+        worker.counters.num_output_tokens += len(packed) // TOKEN_BYTES
+        request.submit.sink.put(Delta(output.req_id, unpack_tokens(packed), output.logprobs))
+        return None
+
+    def _end_attempt(self, worker: Worker, request: Request, output: Output, now: float) -> None:
+        """Finish a request with its worker's last word, or queue it again if the worker hands it back."""
+        reason = output.finish_reason
+        assert reason is not None
+        worker.counters.num_finished += 1
+        if reason == "abort":  # not asked for: the worker hands it back
+            self._go_on(request, now)
+        elif reason == "deadline":
+            self._book.finish(request, reason, _deadline_exceeded(request, "on its worker"))
+        elif reason == "error":
+            text = f"worker {worker.worker_id!r} refused the request: {output.error or 'no reason given'}"
+            self._book.finish(request, reason, RequestFailed(text))
+        else:
+            self._book.finish(request, reason)
+
+    # ---- workers come and go -------------------------------------------------------------------------------------
+
+    def _welcome(self, worker: Worker) -> Welcome:
+        config = self._config
+        welcome = Welcome(worker.epoch, config.public_namespace, config.liveness.heartbeat_s)
+        if not self._send(worker.peer, welcome):
+            self._lose_and_dispatch(worker, "link", "cannot be reached")
+        return welcome
+
+    def _held(self, holder: Worker, peer: bytes, now: float) -> str | None:
+        """Return why `peer` may not take over the worker id of `holder`: it is alive and its link is up."""
+        if holder.peer == peer or failure(holder, now, self._config.liveness) or not self._send(holder.peer, _PROBE):
+            return None
+        return (
+            f"worker id {holder.worker_id!r} is in use by process {holder.hello.pid}, which is alive; "
+            "give this worker another --worker-id or stop that process"
+        )
+
+    def _check(self, worker: Worker, now: float) -> None:
+        """Lose `worker` if it is silent or stalled; probe its link when it has been quiet for a heartbeat."""
+        liveness = self._config.liveness
+        failed = failure(worker, now, liveness)
+        if failed is not None:
+            self._lose(worker, *failed, now)
+        elif now - max(worker.last_report_at, worker.last_probe_at) > liveness.heartbeat_s:
+            worker.last_probe_at = now
+            if not self._send(worker.peer, _PROBE):
+                self._lose(worker, "link", "cannot be reached", now)
+
+    def _lose_and_dispatch(self, worker: Worker, cause: Cause, reason: str) -> None:
+        now = self._clock()
+        self._lose(worker, cause, reason, now)
+        self._dispatch(self._book.models[worker.hello.model], now)
+
+    def _lose(self, worker: Worker, cause: Cause, reason: str, now: float) -> None:
+        """Forget `worker` and hand back what it had, in the order in which it was sent. Does not dispatch."""
+        if not worker.is_member:
+            return
+        self._members.remove(worker)
+        model = self._book.models[worker.hello.model]
+        model.workers.remove(worker)
+        if not model.workers:
+            model.empty_since = now
+        self._totals.num_lost[cause] = self._totals.num_lost.get(cause, 0) + 1
+        unfinished = [request for request in worker.in_flight.values() if request.state == "dispatched"]
+        for request in reversed(list(worker.in_flight.values())):
+            worker.give_back(request)
+            if request.state == "closed":
+                self._book.release(request)
+            else:
+                request.num_deaths += cause != "bye"
+                self._go_on(request, now)
+        self._notify(Lost(worker.worker_id, worker.hello.pid, cause, reason, len(unfinished)))
+
+    def _go_on(self, request: Request, now: float) -> None:
+        """Queue `request`, whose attempt is over without an end, first of its tenant; or finish it for good."""
+        config = self._config
+        submit = request.submit
+        end = request.end_of_delivered()
+        if end is not None:
+            self._book.finish(request, end)
+        elif submit.deadline is not None and submit.deadline <= now:
+            self._book.finish(request, "deadline", _deadline_exceeded(request, "when its worker was lost"))
+        elif request.num_deaths >= config.max_deaths:
+            self._totals.num_poisoned += 1
+            text = f"{request.num_deaths} workers died while they had this request, so it is not tried again"
+            self._book.finish(
+                request, "error", RequestFailed(text + "; if others succeed, look for what is special in it")
+            )
+        elif request.attempt > config.max_redispatches:
+            text = f"given up after {request.attempt} attempts: every worker was lost or handed the request back"
+            self._book.finish(request, "error", RequestFailed(text))
+        else:
+            request.go_on_elsewhere(config.block_size)
+            self._book.requeue(request, now)
+            self._totals.num_redispatches += 1
+
+    # ---- time ----------------------------------------------------------------------------------------------------
+
+    def _give_up_waiting(self, model: Model, now: float) -> None:
+        """Finish what has waited too long for a model that has no worker at all."""
+        timeout_s = self._config.no_worker_timeout_s
+        if now - model.empty_since < timeout_s:
+            return
+        for request in [request for request in model.queue if now - request.queued_at >= timeout_s]:
+            text = f"model {model.name!r} has had no worker for {now - model.empty_since:.0f} s; try again later"
+            self._stop(request, "error", Unavailable(text, retry_after_s=timeout_s))
+
+    def _explain(self, req_id: bytes, decision: Decision) -> None:
+        decisions = self._explained.get(req_id)
+        if decisions is not None:
+            decisions.append(decision)
+            return
+        self._explained[req_id] = [decision]
+        if len(self._explained) > self._config.max_explained:
+            self._explained.popitem(last=False)
+
+
+def _deadline_exceeded(request: Request, where: str) -> DeadlineExceeded:
+    submit = request.submit
+    allowed_s = (submit.deadline or submit.arrived) - submit.arrived
+    return DeadlineExceeded(
+        f"the deadline of {allowed_s:.1f} s passed {where}; allow more time or ask for fewer tokens"
+    )
