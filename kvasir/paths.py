@@ -12,6 +12,11 @@ def home_dir() -> Path:
     return Path(configured).expanduser() if configured else Path.home() / ".local" / "state" / "kvasir"
 
 
+def state_dir() -> Path:
+    """Return the folder of what survives: database, deployment secret, demonstration keys."""
+    return home_dir() / "state"
+
+
 def run_dir() -> Path:
     """Return the folder of the sockets."""
     return home_dir() / "run"

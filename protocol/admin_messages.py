@@ -157,7 +157,8 @@ class PrefixInfo(Struct, frozen=True, forbid_unknown_fields=True):
 class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """One worker. `state`: starting, ready, draining or lost. Token counters since its incarnation joined.
 
-    `prefill_rate`, `decode_rate`: tokens/s as the router has learned them.
+    `prefill_rate`: tokens/s, `decode_rate`: tokens/s of one stream, both as the router has learned them.
+    `num_free_blocks` counts those whose content can be evicted; `num_cached_blocks` hold something findable.
     """
 
     id: str
