@@ -15,7 +15,7 @@ from cache.block_pool import IntegrityError
 from cache.prefix_cache import CacheStatistics, PrefixCache
 from protocol.errors import BadRequest, Overloaded
 from protocol.messages import FinishReason, Generate, Load, Output, Snapshot, StepReport, TokenLogprobs
-from protocol.tokens import pack_tokens
+from protocol.tokens import num_tokens, pack_tokens
 from worker.scheduler import EngineLimits, Plan, schedule
 from worker.sequence import Sequence, make_sequence
 from worker.step import Sampled, Sampler, SampleRow, SequenceSlice, StepModel, StepStore
@@ -104,15 +104,15 @@ class Engine:
                 eos_token_ids=self._eos_token_ids,
             )
         except (BadRequest, Overloaded) as error:
-            self.refuse(command, "error", error.message)
+            seq = max(0, num_tokens(command.token_ids) - command.num_prompt_tokens)
+            self.refuse(command.req_id, command.attempt, seq, "error", error.message)
             return
         self._by_id[command.req_id, command.attempt] = sequence
         self._waiting.append(sequence)
 
-    def refuse(self, command: Generate, reason: FinishReason, text: str) -> None:
-        """Answer a request that was not taken."""
-        seq = max(0, len(command.token_ids) // 4 - command.num_prompt_tokens)
-        self._outputs.append(Output(command.req_id, command.attempt, seq, finish_reason=reason, error=text))
+    def refuse(self, req_id: bytes, attempt: int, seq: int, reason: FinishReason, text: str) -> None:
+        """Answer a request that is not taken; `seq` is the number of its tokens already delivered."""
+        self._outputs.append(Output(req_id, attempt, seq, finish_reason=reason, error=text))
 
     def abort(self, req_id: bytes, attempt: int) -> None:
         """Stop a request and free its blocks now; the next report says "abort". Unknown ids are ignored."""
@@ -258,9 +258,9 @@ class Engine:
         self._waiting.append(sequence)
         self._num_preempted += 1
 
-    def _allocate(self, sequence: Sequence, num_tokens: int, to_zero: list[int]) -> bool:
-        """Give `sequence` the blocks for its first `num_tokens` tokens, adding to `to_zero` what must be zeroed."""
-        num_missing = sequence.num_missing_blocks(num_tokens, self._cache.block_size)
+    def _allocate(self, sequence: Sequence, length: int, to_zero: list[int]) -> bool:
+        """Give `sequence` the blocks for its first `length` tokens, adding to `to_zero` what must be zeroed."""
+        num_missing = sequence.num_missing_blocks(length, self._cache.block_size)
         if not num_missing:
             return True
         foreign = self._cache.allocate(sequence.chain, sequence.table, num_missing)

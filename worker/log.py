@@ -1,0 +1,21 @@
+"""Log lines on stderr: `event key=value key="value with spaces"`."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+
+def log(event: str, **fields: object) -> None:
+    """Print one line. A closed stderr is passed over: a worker must not die of it."""
+    line = " ".join([event, *(f"{key}={_value(value)}" for key, value in fields.items())])
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+def _value(value: object) -> str:
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    is_plain = text and text.isprintable() and not set(text) & set(' ="')
+    return text if is_plain else json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,364 @@
+"""One worker process: a ZeroMQ DEALER to the gateway around an engine.
+
+One thread and no event loop: take the commands that are there, run a step, send its report. It blocks only when there
+is nothing to compute, and never on a send: reports that the gateway cannot take wait in a bounded backlog. If that
+overflows, what it held is lost, so the worker gives up its sequences and joins anew under another incarnation, as if
+it had been restarted, but with its cache.
+
+    joining  -- Welcome -->  serving  -- Drain, SIGTERM -->  draining  -- nothing left -->  Bye, exit 0
+       ^------ Identify, backlog overflow ----'
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import msgspec
+import zmq
+
+from protocol.codec import encode
+from protocol.errors import ConfigurationError, InvalidMessage
+from protocol.messages import (
+    COMMANDS,
+    Abort,
+    Bye,
+    Count,
+    Drain,
+    Generate,
+    Hello,
+    Id,
+    Identify,
+    Refused,
+    Report,
+    Resync,
+    Welcome,
+)
+from protocol.profile import LinkProfile, apply_profile
+from protocol.tokens import num_tokens
+from worker.engine import Engine
+from worker.log import log
+from worker.options import Options, parse_options
+from worker.startup import build
+
+MAX_COMMANDS_PER_STEP = 256
+HELLO_RETRY_S = 2.0
+SILENCE_S = 10.0  # how often to complain that no gateway answers
+BYE_TIMEOUT_S = 1.0
+EXIT_REFUSED = 2
+
+
+class Worker:
+    """The loop. `run` owns the socket and returns the process's exit code."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        hello: Hello,
+        socket: zmq.Socket[bytes],
+        *,
+        signal_fd: int | None = None,
+        stdin_fd: int | None = None,
+        drain_s: float = 20.0,
+        max_backlog: int = 4096,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._hello = hello
+        self._socket = socket
+        self._signal_fd, self._stdin_fd = signal_fd, stdin_fd
+        self._drain_s = drain_s
+        self._max_backlog = max_backlog
+        self._clock = clock
+        self._poller = zmq.Poller()
+        self._backlog: deque[bytes] = deque()
+        self._gateway_epoch: bytes | None = None
+        self._is_joined = False
+        self._heartbeat_s = 1.0
+        self._hello_at = clock()  # when to say Hello (again) while not joined
+        self._complain_at = clock() + SILENCE_S
+        self._report_at = 0.0  # when an idle worker reports again
+        self._drain_deadline: float | None = None
+        self._exit_code: int | None = None
+
+    def run(self) -> int:
+        """Serve until drained, refused or left alone; return the exit code."""
+        while True:
+            self._receive()
+            self._keep_joined()
+            if self._drain_deadline is not None:
+                self._drain()
+            if self._exit_code is not None:
+                return self._exit_code
+            if self._is_joined and (self._engine.has_work or self._clock() >= self._report_at):
+                self._send(self._engine.step())
+                self._report_at = self._clock() + self._heartbeat_s
+            self._flush()
+
+    # ---- in
+
+    def _receive(self) -> None:
+        """Take what has arrived, waiting for something only when there is nothing to compute."""
+        for fd in self._wait():
+            if fd == self._signal_fd:
+                for number in os.read(fd, 64):
+                    self._on_signal(number)
+            elif fd == self._stdin_fd and not os.read(fd, 4096):
+                log("stdin_closed", worker=self._hello.worker_id)
+                self._exit_code = 0
+        for _ in range(MAX_COMMANDS_PER_STEP):
+            if self._exit_code is not None:
+                return
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._take(frames)
+
+    def _wait(self) -> list[int]:
+        """Poll; return the file descriptors, other than the socket, that are readable."""
+        wants_out = bool(self._backlog) or (not self._is_joined and self._clock() >= self._hello_at)
+        self._poller.register(self._socket, zmq.POLLIN | (zmq.POLLOUT if wants_out else 0))
+        for fd in (self._signal_fd, self._stdin_fd):
+            if fd is not None:
+                self._poller.register(fd, zmq.POLLIN | zmq.POLLERR)
+        idle_s = self._idle_s()
+        ready = self._poller.poll(int(1000 * idle_s) + 1 if idle_s > 0 else 0)
+        return [item for item, _ in ready if isinstance(item, int)]
+
+    def _idle_s(self) -> float:
+        """How long nothing has to be done unless something arrives."""
+        if self._is_joined and self._engine.has_work:
+            return 0.0
+        moments = [self._report_at if self._is_joined else self._complain_at]
+        if not self._is_joined and self._hello_at > self._clock():
+            moments.append(self._hello_at)
+        if self._drain_deadline is not None:
+            moments.append(self._drain_deadline)
+        return max(0.0, min(moments) - self._clock())
+
+    def _take(self, frames: list[bytes]) -> None:
+        """Carry out one command. Whatever is no command is logged and passed over."""
+        try:
+            if len(frames) != 1:
+                raise InvalidMessage(f"{len(frames)} frames where one belongs")
+            command = COMMANDS.decode(frames[0])
+        except InvalidMessage as error:
+            self._on_invalid(frames, error)
+            return
+        match command:
+            case Identify():
+                self._on_identify()
+            case Welcome():
+                self._on_welcome(command)
+            case Refused():
+                log("refused", worker=self._hello.worker_id, reason=command.reason)
+                self._exit_code = EXIT_REFUSED
+            case Generate():
+                self._on_generate(command)
+            case Abort():
+                self._engine.abort(command.req_id, command.attempt)
+            case Resync():
+                self._send(self._engine.snapshot())
+            case Drain():
+                self._start_drain(command.deadline_s, "the gateway asked for it")
+
+    def _on_invalid(self, frames: list[bytes], error: InvalidMessage) -> None:
+        log("invalid_command", num_bytes=sum(map(len, frames)), error=error.message)
+        request = _request_of(frames[0])
+        if request is not None:
+            self._engine.refuse(*request, "error", f"the worker cannot read this request: {error.message}"[:4096])
+
+    def _on_identify(self) -> None:
+        """The gateway does not know us: it has restarted or given us up, and with us all that we run."""
+        if self._is_joined:
+            self._rejoin("the gateway does not know this worker")
+
+    def _on_welcome(self, welcome: Welcome) -> None:
+        if welcome.gateway_epoch != self._gateway_epoch:
+            self._engine.drop_all()
+            self._backlog.clear()
+        self._gateway_epoch = welcome.gateway_epoch
+        self._engine.public_namespace = welcome.public_namespace
+        self._heartbeat_s = max(0.01, welcome.heartbeat_s)
+        if not self._is_joined:
+            log("joined", worker=self._hello.worker_id, heartbeat_s=self._heartbeat_s)
+        self._is_joined = True
+        self._report_at = self._clock()
+        self._send(self._engine.snapshot())
+
+    def _on_generate(self, command: Generate) -> None:
+        if not self._is_joined:
+            log("generate_before_welcome", req_id=command.req_id.hex())
+        elif self._drain_deadline is not None:
+            seq = max(0, num_tokens(command.token_ids) - command.num_prompt_tokens)
+            self._engine.refuse(command.req_id, command.attempt, seq, "abort", "this worker is draining")
+        else:
+            self._engine.submit(command)
+
+    # ---- joining and leaving
+
+    def _keep_joined(self) -> None:
+        """While not joined: say Hello, and complain when nobody answers."""
+        if self._is_joined or self._exit_code is not None:
+            return
+        now = self._clock()
+        if now >= self._hello_at and self._try_send(encode(self._hello)):
+            self._hello_at = now + HELLO_RETRY_S
+        if now >= self._complain_at:
+            endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+            log("no_gateway", endpoint=endpoint, waited_s=SILENCE_S, hint="still trying; is a gateway bound there?")
+            self._complain_at = now + SILENCE_S
+
+    def _rejoin(self, reason: str) -> None:
+        log("rejoining", worker=self._hello.worker_id, reason=reason)
+        self._engine.drop_all()
+        self._backlog.clear()
+        self._is_joined = False
+        self._hello_at = self._clock()
+        self._complain_at = self._clock() + SILENCE_S
+
+    def _on_signal(self, number: int) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            # The second one means: now.
+            deadline_s = self._drain_s if self._drain_deadline is None else 0.0
+            self._start_drain(deadline_s, signal.Signals(number).name)
+
+    def _start_drain(self, deadline_s: float, reason: str) -> None:
+        deadline = self._clock() + deadline_s
+        log("draining", worker=self._hello.worker_id, deadline_s=deadline_s, reason=reason)
+        self._drain_deadline = deadline if self._drain_deadline is None else min(deadline, self._drain_deadline)
+
+    def _drain(self) -> None:
+        """Hand back what is unfinished at the deadline; say Bye when nothing is left."""
+        assert self._drain_deadline is not None
+        if self._is_joined and self._clock() >= self._drain_deadline:
+            self._engine.abort_all("handed back: the worker leaves")
+            if self._engine.has_work:
+                self._send(self._engine.step())
+        if self._is_joined and self._engine.has_work:
+            return
+        if self._is_joined:
+            self._send(Bye("drained"))
+            deadline = self._clock() + BYE_TIMEOUT_S
+            while self._backlog and self._clock() < deadline:
+                self._socket.poll(50, zmq.POLLOUT)
+                self._flush()
+        log("drained", worker=self._hello.worker_id)
+        self._exit_code = 0
+
+    # ---- out
+
+    def _send(self, report: Report) -> None:
+        """Queue a report behind those that wait; when there are too many, start over."""
+        self._backlog.append(encode(report))
+        self._flush()
+        if len(self._backlog) > self._max_backlog:
+            self._hello = msgspec.structs.replace(self._hello, incarnation=secrets.token_bytes(16))
+            self._rejoin(f"the gateway has not taken {self._max_backlog} reports")
+
+    def _flush(self) -> None:
+        while self._backlog and self._try_send(self._backlog[0]):
+            self._backlog.popleft()
+
+    def _try_send(self, frame: bytes) -> bool:
+        try:
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+
+def open_socket(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
+    """Return a DEALER that dials `endpoint` for as long as it takes.
+
+    Raises:
+        ConfigurationError: no such kind of endpoint, or a path that is too long.
+    """
+    socket = context.socket(zmq.DEALER)
+    apply_profile(socket, LinkProfile())
+    socket.setsockopt(zmq.IMMEDIATE, 1)  # without a connection a send says so at once
+    socket.setsockopt(zmq.ROUTING_ID, b"w" + secrets.token_bytes(15))  # a fixed one could be taken by somebody else
+    try:
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise ConfigurationError(f"--gateway {endpoint}: {error}; give ipc://PATH or tcp://HOST:PORT.") from None
+    return socket
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a worker process; return its exit code: 0 drained or left alone, 2 for what does not allow a start."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+    try:
+        options = parse_options(argv)
+        engine, hello = build(options)
+        with open_socket(context, options.gateway) as socket:
+            return _serve(options, engine, hello, socket)
+    except ConfigurationError as error:
+        log("cannot_start", error=error.message)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        context.term()
+
+
+def _serve(options: Options, engine: Engine, hello: Hello, socket: zmq.Socket[bytes]) -> int:
+    limits = hello.limits
+    log(
+        "ready",
+        worker=hello.worker_id,
+        model=hello.model,
+        device=hello.device,
+        dtype=hello.dtype,
+        num_blocks=hello.num_blocks,
+        max_context=limits.max_context,
+        max_requests=limits.max_requests,
+        gateway=options.gateway,
+    )
+    worker = Worker(
+        engine,
+        hello,
+        socket,
+        signal_fd=_catch_signals(),
+        stdin_fd=sys.stdin.fileno() if options.exit_with_stdin else None,
+        drain_s=options.drain_s,
+    )
+    exit_code = worker.run()
+    socket.setsockopt(zmq.LINGER, int(1000 * BYE_TIMEOUT_S))  # for the last words, on their way already
+    return exit_code
+
+
+def _catch_signals() -> int:
+    """Turn SIGTERM and SIGINT into bytes on a pipe, so that one poll waits for everything; return its reading end."""
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    signal.set_wakeup_fd(write_fd)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    return read_fd
+
+
+def _request_of(frame: bytes) -> tuple[bytes, int, int] | None:
+    """Return (req_id, attempt, seq) of a `Generate` that is invalid otherwise, None if even those cannot be read."""
+    try:
+        raw = msgspec.msgpack.decode(frame)
+        if raw["type"] != "generate":
+            return None
+        fields = msgspec.convert(raw, _RequestFields)
+    except (msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return fields.req_id, fields.attempt, max(0, num_tokens(fields.token_ids) - fields.num_prompt_tokens)
+
+
+class _RequestFields(msgspec.Struct):
+    req_id: Id
+    attempt: Count
+    token_ids: bytes = b""
+    num_prompt_tokens: int = 0

@@ -1,0 +1,249 @@
+"""From options to an engine ready to run: picks device and sizes, loads the model, allocates the KV pool.
+
+Whatever does not allow a start is a `ConfigurationError` in one sentence. torch is imported only for a real model.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.prefix_cache import PrefixCache
+from protocol import PROTOCOL_VERSION
+from protocol.errors import ConfigurationError, ModelError
+from protocol.messages import Hello, Limits
+from worker.engine import Engine
+from worker.log import log
+from worker.options import MemorySize, Options
+from worker.oracle_model import PREFIX, OracleModel, OracleStore, parse_oracle
+from worker.scheduler import EngineLimits
+from worker.step import Sampler, StepModel, StepStore
+
+GIB = 1 << 30
+MIN_BLOCKS = 8
+MAX_BLOCKS = 1 << 20  # bounds a snapshot to 16 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in memory and the pool that goes with it."""
+
+    model: StepModel
+    kv: StepStore
+    sampler: Sampler
+    num_blocks: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    limits: EngineLimits
+    fingerprint: str
+    dtype: str
+    device: str
+
+
+def build(options: Options) -> tuple[Engine, Hello]:
+    """Return the engine and what the worker says of itself. Takes as long as loading the model.
+
+    Raises:
+        ConfigurationError: a folder that is no model, too little memory, arguments that contradict the model.
+    """
+    loaded = _load_oracle(options) if options.model.startswith(PREFIX) else _load_torch(options)
+    limits = loaded.limits
+    cache = PrefixCache(loaded.num_blocks, options.block_size)
+    engine = Engine(
+        loaded.model,
+        loaded.kv,
+        loaded.sampler,
+        cache,
+        limits,
+        vocab_size=loaded.vocab_size,
+        eos_token_ids=loaded.eos_token_ids,
+        check=options.check,
+    )
+    hello = Hello(
+        protocol_version=PROTOCOL_VERSION,
+        worker_id=options.worker_id,
+        incarnation=secrets.token_bytes(16),
+        model=options.name,
+        fingerprint=loaded.fingerprint,
+        dtype=loaded.dtype,
+        block_size=options.block_size,
+        num_blocks=loaded.num_blocks,
+        limits=Limits(limits.max_requests, limits.max_context, limits.max_step_tokens),
+        device=loaded.device,
+        pid=os.getpid(),
+    )
+    gc.collect()
+    gc.freeze()  # a million blocks live as long as the process: the collector need not look at them again
+    return engine, hello
+
+
+def choose_limits(options: Options, *, window: int, num_blocks: int, on_gpu: bool) -> EngineLimits:
+    """Return the limits for a model of `window` tokens over a pool of `num_blocks` blocks.
+
+    Raises:
+        ConfigurationError: what was asked for does not fit.
+    """
+    num_slots = num_blocks * options.block_size
+    max_requests = options.max_requests or (128 if on_gpu else 32)
+    max_step_tokens = options.max_step_tokens or max(8192 if on_gpu else 512, max_requests)
+    if max_step_tokens < max_requests:
+        raise ConfigurationError(
+            f"--max-step-tokens {max_step_tokens} is less than the {max_requests} requests that may decode in one step."
+        )
+    if options.max_context is not None and options.max_context > window:
+        raise ConfigurationError(f"--max-context {options.max_context} exceeds the model's window of {window} tokens.")
+    if options.max_context is not None and options.max_context > num_slots:
+        raise ConfigurationError(
+            f"--max-context {options.max_context} exceeds the {num_slots} tokens that the KV memory holds; "
+            "give more --kv-memory."
+        )
+    if num_slots < window and options.max_context is None:
+        log("context_limited", max_context=num_slots, window=window, hint="--kv-memory")
+    return EngineLimits(max_requests, max_step_tokens, options.max_context or min(window, num_slots))
+
+
+def choose_num_blocks(kv_memory: MemorySize | None, *, free_bytes: int, block_bytes: int, on_gpu: bool) -> int:
+    """Return how many blocks of `block_bytes` the pool gets.
+
+    Without `kv_memory`: 85 % of what is free on a GPU; on a CPU, where others live too, a quarter, at most 1 GiB.
+
+    Raises:
+        ConfigurationError: more than is free, or less than a few blocks.
+    """
+    if kv_memory is None:
+        size_bytes = int(0.85 * free_bytes) if on_gpu else min(GIB, free_bytes // 4)
+    elif kv_memory.share is not None:
+        size_bytes = int(kv_memory.share * free_bytes)
+    else:
+        size_bytes = kv_memory.size_bytes or 0
+    if size_bytes > free_bytes:
+        raise ConfigurationError(
+            f"--kv-memory asks for {_gib(size_bytes)}, but only {_gib(free_bytes)} are free for it; give less."
+        )
+    num_blocks = min(size_bytes // block_bytes, MAX_BLOCKS)
+    if num_blocks < MIN_BLOCKS:
+        raise ConfigurationError(
+            f"{size_bytes} bytes of KV memory hold {num_blocks} blocks of {block_bytes} bytes, at least {MIN_BLOCKS} "
+            "are needed; give more --kv-memory, or a smaller model if there is none."
+        )
+    return num_blocks
+
+
+def free_memory() -> int:
+    """Return the bytes that this process may still take, as the kernel and a memory cgroup see it."""
+    try:
+        available = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) << 10  # type: ignore[index]
+    except (OSError, TypeError):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - used))
+
+
+def _load_oracle(options: Options) -> Loaded:
+    model = OracleModel(parse_oracle(options.model))
+    config = model.config
+    block_bytes = 8 * options.block_size
+    if options.kv_memory is None:
+        num_blocks = max(MIN_BLOCKS, -(-config.window // options.block_size) * 4)
+    else:
+        num_blocks = choose_num_blocks(
+            options.kv_memory, free_bytes=free_memory(), block_bytes=block_bytes, on_gpu=False
+        )
+    return Loaded(
+        model=model,
+        kv=OracleStore(num_blocks, options.block_size),
+        sampler=model.sample,
+        num_blocks=num_blocks,
+        vocab_size=config.vocab,
+        eos_token_ids=config.eos_token_ids,
+        limits=choose_limits(options, window=config.window, num_blocks=num_blocks, on_gpu=False),
+        fingerprint=f"oracle-{config.vocab}-{config.window}-{config.eos}",
+        dtype="uint64",
+        device="cpu",
+    )
+
+
+def _load_torch(options: Options) -> Loaded:
+    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # read once, when torch is loaded
+    import torch
+
+    from cache.kv_store import KvStore, bytes_per_block
+    from worker.loader import load_model, read_config, resolve_dtype, weight_bytes
+    from worker.sampling import sample
+    from worker.step import SequenceSlice
+
+    torch.set_num_threads(options.threads)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("--device cuda: torch finds no CUDA device here; use --device cpu or auto.")
+    on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if on_gpu else "cpu")
+
+    def free_bytes() -> int:
+        return torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
+
+    config = read_config(Path(options.model))
+    dtype = resolve_dtype(options.dtype, config, device)
+    needed = weight_bytes(config, dtype)
+    if needed > free_bytes():
+        raise ModelError(
+            f"{options.model} needs {_gib(needed)} for its weights in {_name(dtype)}, but only {_gib(free_bytes())} "
+            f"are free on {device.type}; use a smaller model or a narrower --dtype."
+        )
+    log("loading", model=options.model, device=device.type, dtype=_name(dtype), weight_bytes=needed)
+    block_bytes = bytes_per_block(config.num_layers, options.block_size, config.num_kv_heads, config.head_dim, dtype)
+    num_blocks = choose_num_blocks(
+        options.kv_memory, free_bytes=free_bytes() - needed, block_bytes=block_bytes, on_gpu=on_gpu
+    )
+    limits = choose_limits(options, window=config.max_position, num_blocks=num_blocks, on_gpu=on_gpu)
+    try:
+        loaded = load_model(
+            options.model,
+            device,
+            dtype,
+            block_size=options.block_size,
+            working_set_limit_bytes=num_blocks * block_bytes,
+            on_progress=_report_progress,
+        )
+        kv = KvStore(
+            num_blocks, config.num_layers, options.block_size, config.num_kv_heads, config.head_dim, dtype, device
+        )
+        # The first step allocates and compiles what every step needs: better before anybody waits for it.
+        loaded.model.forward([SequenceSlice(0, [0], 0, [0], 1)], kv)
+        loaded.model.forget(0)
+        kv.zero([0])
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ModelError(f"{options.model} does not fit into memory ({error}); give less --kv-memory.") from None
+    return Loaded(
+        model=loaded.model,
+        kv=kv,
+        sampler=sample,
+        num_blocks=num_blocks,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        limits=limits,
+        fingerprint=loaded.fingerprint,
+        dtype=_name(dtype),
+        device=device.type,
+    )
+
+
+def _report_progress(done: int, total: int) -> None:
+    """Log every tenth of the way."""
+    if done * 10 // total > (done - 1) * 10 // total:
+        log("loading", layers=f"{done}/{total}")
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB else f"{size_bytes / (1 << 20):.1f} MiB"
