@@ -88,6 +88,13 @@ class NotFound(KvasirError):
     http_status = 404
 
 
+class MethodNotAllowed(KvasirError):
+    """This path takes another HTTP method."""
+
+    code = "method_not_allowed"
+    http_status = 405
+
+
 class Conflict(KvasirError):
     """It exists already, or somebody else holds it."""
 

@@ -1,0 +1,385 @@
+"""The OpenAI-compatible routes: bind a request to its tenant, ask the core through intake, write what comes back.
+
+A whole answer wakes its connection once, when the last choice has ended (or at every step if it has stop strings,
+which must be looked for as the text comes). A streamed one is woken at most once per engine step, and writes all that
+came meanwhile in one go. A client that goes away cancels the task that serves it, and with it its requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import trio
+
+from gateway.answer import Answer, Piece
+from gateway.http_server import Exchange, HttpRequest, HttpResponse
+from gateway.intake import Intake
+from gateway.openai_bodies import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    chat_requests,
+    completion_requests,
+    parse_body,
+)
+from gateway.seam import CoreApi, Event, Finished, ModelInfo
+from gateway.tenants import Tenant, TenantDirectory
+from gateway.text import ModelText
+from protocol.client_messages import CompletionRequest
+from protocol.errors import BY_CODE, AuthenticationFailed, ErrorInfo, KvasirError, MethodNotAllowed, NotFound
+from protocol.messages import TokenLogprobs
+
+_chat_body = msgspec.json.Decoder(ChatBody)
+_completion_body = msgspec.json.Decoder(CompletionBody)
+_encode = msgspec.json.Encoder().encode
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_TYPES |= {413: "invalid_request_error", 429: "rate_limit_error"}
+_FINISH = {"stop": "stop", "length": "length", "abort": "stop"}
+
+
+class HttpApi:
+    """Handler of an `HttpServer`. `metrics` renders the text of `/metrics`; `started_at` is wall-clock seconds."""
+
+    def __init__(
+        self,
+        core: CoreApi,
+        intake: Intake,
+        directory: TenantDirectory,
+        metrics: Callable[[], bytes],
+        started_at: float | None = None,
+    ) -> None:
+        self._core = core
+        self._intake = intake
+        self._directory = directory
+        self._metrics = metrics
+        self._created = int(time.time() if started_at is None else started_at)
+
+    async def __call__(self, request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
+        """Answer one request; every `KvasirError` becomes an OpenAI-style error object with its status."""
+        try:
+            return await self._route(request, exchange)
+        except KvasirError as error:
+            return error_response(error.info())
+
+    async def _route(self, request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
+        path = request.path
+        if path == "/v1/chat/completions":
+            _only(request, "POST")
+            tenant = self._authenticate(request)
+            chat: ChatBody = parse_body(_chat_body, request.body)
+            return await self._complete(chat, chat_requests(chat), tenant, _CHAT, exchange)
+        if path == "/v1/completions":
+            _only(request, "POST")
+            tenant = self._authenticate(request)
+            completion: CompletionBody = parse_body(_completion_body, request.body)
+            return await self._complete(completion, completion_requests(completion), tenant, _COMPLETION, exchange)
+        if path == "/v1/models" or path.startswith("/v1/models/"):
+            _only(request, "GET", "HEAD")
+            return self._models(self._authenticate(request), path.removeprefix("/v1/models").removeprefix("/"))
+        if path == "/health":
+            _only(request, "GET", "HEAD")
+            return self._health()
+        if path == "/metrics":
+            _only(request, "GET", "HEAD")
+            return HttpResponse(200, self._metrics(), "text/plain; version=0.0.4; charset=utf-8")
+        raise NotFound(f"there is nothing at {path[:120]!r}; see /v1/models, /v1/chat/completions, /v1/completions")
+
+    def _authenticate(self, request: HttpRequest) -> Tenant:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if key and scheme.lower() != "bearer":
+            raise AuthenticationFailed(f"authorization scheme {scheme[:20]!r} is not known; send `Bearer KEY`")
+        return self._directory.authenticate(key.strip())
+
+    def _models(self, tenant: Tenant, name: str) -> HttpResponse:
+        mine = [info for info in self._core.models().values() if tenant.may_use(info.name)]
+        if not name:
+            return _json(200, {"object": "list", "data": [self._card(info) for info in mine]})
+        for info in mine:
+            if info.name == name:
+                return _json(200, self._card(info))
+        served = ", ".join(info.name for info in mine) or "none"
+        info_ = ErrorInfo("model_not_found", f"model {name[:80]!r} is not served here; served: {served}", "model")
+        return error_response(info_)
+
+    def _card(self, info: ModelInfo) -> dict[str, Any]:
+        card = {"id": info.name, "object": "model", "created": self._created, "owned_by": "kvasir"}
+        return {**card, "max_model_len": info.max_context}
+
+    def _health(self) -> HttpResponse:
+        models = {info.name: info.num_workers for info in self._core.models().values()}
+        if any(models.values()):
+            return _json(200, {"status": "ok", "workers": models})
+        return _json(503, {"status": "no workers", "workers": models}, [("retry-after", "2")])
+
+    async def _complete(
+        self,
+        body: Body,
+        requests: list[CompletionRequest],
+        tenant: Tenant,
+        form: _Form,
+        exchange: Exchange,
+    ) -> HttpResponse | None:
+        waiter = _Waiter(len(requests), every_event=bool(body.stream) or bool(requests[0].stop))
+        answers = [Answer(self._core, waiter.wake) for _ in requests]
+        try:
+            for request, answer in zip(requests, answers, strict=True):
+                prepare = self._intake
+                if prepare.is_quick(request):
+                    answer.submit = prepare.prepare(request, tenant, answer)
+                else:
+                    answer.submit = await prepare.prepare_in_thread(request, tenant, answer)
+                answer.detokenizer = prepare.detokenizer(request, answer.submit)
+            for answer in answers:
+                assert answer.submit is not None
+                self._core.submit(answer.submit)
+            if body.stream:
+                wants_usage = body.stream_options is not None and body.stream_options.include_usage
+                return await self._stream(answers, waiter, form, exchange, wants_usage=wants_usage)
+            return await self._whole(answers, waiter, form)
+        finally:
+            for answer in answers:
+                answer.cancel()
+
+    async def _whole(self, answers: list[Answer], waiter: _Waiter, form: _Form) -> HttpResponse:
+        pieces = [Piece() for _ in answers]
+        while waiter.num_open:
+            await waiter.wait()
+            for piece, answer in zip(pieces, answers, strict=True):
+                _extend(piece, answer.take())
+        ends = [_end(piece) for piece in pieces]
+        for end in ends:
+            if end.error is not None:
+                return error_response(end.error)
+        submit = answers[0].submit
+        assert submit is not None
+        text = self._intake.text(submit.model)
+        choices = [
+            form.choice(index, piece, _FINISH.get(end.reason, end.reason), text)
+            for index, (piece, end) in enumerate(zip(pieces, ends, strict=True))
+        ]
+        req_id = submit.req_id.hex()
+        whole = self._envelope(form.id_prefix + req_id, form.whole, submit.model)
+        headers = [("x-kvasir-worker", ends[0].worker_id), ("x-kvasir-request-id", req_id)]
+        return _json(200, {**whole, "choices": choices, "usage": _usage(answers, ends)}, headers)
+
+    async def _stream(
+        self, answers: list[Answer], waiter: _Waiter, form: _Form, exchange: Exchange, *, wants_usage: bool
+    ) -> HttpResponse | None:
+        submit = answers[0].submit
+        assert submit is not None
+        req_id = submit.req_id.hex()
+        text = self._intake.text(submit.model)
+        envelope = self._envelope(form.id_prefix + req_id, form.chunk, submit.model)
+        more = {"usage": None} if wants_usage else {}
+        ends: list[Finished | None] = [None] * len(answers)
+
+        def chunk(choices: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
+            return b"data: %b\n\n" % _encode({**envelope, "choices": choices, **usage})
+
+        await waiter.wait()
+        pieces = [answer.take() for answer in answers]
+        first = next((piece.finished for piece in pieces if piece.finished and piece.finished.error), None)
+        if first is not None and first.error is not None and first.num_output_tokens == 0:
+            return error_response(first.error)  # refused before anything was sent: a plain status says it best
+        await exchange.begin(
+            200, "text/event-stream; charset=utf-8", [("cache-control", "no-cache"), ("x-kvasir-request-id", req_id)]
+        )
+        out = [chunk([form.opening(index)], more) for index in range(len(answers))] if form.opening else []
+        while True:
+            for index, piece in enumerate(pieces):
+                if piece.text or piece.logprobs:
+                    out.append(chunk([form.delta(index, piece, text)], more))
+                end = piece.finished
+                if end is None:
+                    continue
+                ends[index] = end
+                if end.error is not None:
+                    out.append(b"data: %b\n\n" % _encode({"error": _error_object(end.error)}))
+                else:
+                    out.append(chunk([form.ending(index, _FINISH.get(end.reason, end.reason))], more))
+            if None not in ends:
+                break
+            await exchange.write(b"".join(out))
+            out = []
+            await waiter.wait()
+            pieces = [answer.take() for answer in answers]
+        if wants_usage:
+            out.append(chunk([], {"usage": _usage(answers, [end for end in ends if end is not None])}))
+        out.append(b"data: [DONE]\n\n")
+        await exchange.write(b"".join(out))
+        await exchange.end()
+        return None
+
+    def _envelope(self, answer_id: str, kind: str, model: str) -> dict[str, Any]:
+        return {"id": answer_id, "object": kind, "created": int(time.time()), "model": model}
+
+
+class _Waiter:
+    """Wakes one task about several answers: at every event, or only when all have ended."""
+
+    def __init__(self, num_open: int, *, every_event: bool) -> None:
+        self.num_open = num_open
+        self._every_event = every_event
+        self._has_news = False
+        self._lot = trio.lowlevel.ParkingLot()
+
+    def wake(self, event: Event) -> None:
+        if isinstance(event, Finished):
+            self.num_open -= 1
+        if self._every_event or not self.num_open:
+            self._has_news = True
+            self._lot.unpark()
+
+    async def wait(self) -> None:
+        """Wait for news since the last wait. A checkpoint only if there are none yet."""
+        if not self._has_news:
+            await self._lot.park()
+        self._has_news = False
+
+
+class _Form:
+    """How one of the two routes writes choices and chunks."""
+
+    id_prefix: str
+    whole: str
+    chunk: str
+    opening: Callable[[int], dict[str, Any]] | None
+
+    def choice(self, index: int, piece: Piece, reason: str, text: ModelText | None) -> dict[str, Any]:
+        raise AssertionError
+
+    def delta(self, index: int, piece: Piece, text: ModelText | None) -> dict[str, Any]:
+        raise AssertionError
+
+    def ending(self, index: int, reason: str) -> dict[str, Any]:
+        raise AssertionError
+
+
+class _ChatForm(_Form):
+    id_prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self) -> None:
+        self.opening = lambda index: {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+
+    def choice(self, index: int, piece: Piece, reason: str, text: ModelText | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        logprobs = _chat_logprobs(piece, text)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def delta(self, index: int, piece: Piece, text: ModelText | None) -> dict[str, Any]:
+        logprobs = _chat_logprobs(piece, text)
+        return {"index": index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
+
+    def ending(self, index: int, reason: str) -> dict[str, Any]:
+        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
+
+
+class _CompletionForm(_Form):
+    id_prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
+    opening = None
+
+    def choice(self, index: int, piece: Piece, reason: str, text: ModelText | None) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": piece.text,
+            "logprobs": _completion_logprobs(piece, text),
+            "finish_reason": reason,
+        }
+
+    def delta(self, index: int, piece: Piece, text: ModelText | None) -> dict[str, Any]:
+        logprobs = _completion_logprobs(piece, text)
+        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": None}
+
+    def ending(self, index: int, reason: str) -> dict[str, Any]:
+        return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
+
+
+_CHAT, _COMPLETION = _ChatForm(), _CompletionForm()
+
+
+def error_response(info: ErrorInfo) -> HttpResponse:
+    """Return an error as its HTTP status and OpenAI-style object."""
+    status = BY_CODE.get(info.code, KvasirError).http_status
+    headers = []
+    if info.retry_after_s is not None:
+        headers.append(("retry-after", str(max(1, round(info.retry_after_s)))))
+    if status == 401:
+        headers.append(("www-authenticate", "Bearer"))
+    return _json(status, {"error": _error_object(info)}, headers)
+
+
+def _error_object(info: ErrorInfo) -> dict[str, Any]:
+    status = BY_CODE.get(info.code, KvasirError).http_status
+    kind = _TYPES.get(status, "server_error")
+    return {"message": info.message, "type": kind, "param": info.param, "code": info.code}
+
+
+def _only(request: HttpRequest, *methods: str) -> None:
+    if request.method not in methods:
+        raise MethodNotAllowed(f"{request.path} takes {' or '.join(methods)}, not {request.method}")
+
+
+def _json(status: int, content: Any, headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
+    return HttpResponse(status, _encode(content), "application/json", headers)
+
+
+def _extend(piece: Piece, more: Piece) -> None:
+    piece.text += more.text
+    piece.token_ids += more.token_ids
+    piece.logprobs += more.logprobs
+    piece.finished = more.finished or piece.finished
+
+
+def _end(piece: Piece) -> Finished:
+    assert piece.finished is not None
+    return piece.finished
+
+
+def _usage(answers: list[Answer], ends: list[Finished]) -> dict[str, Any]:
+    """Tokens of all choices; a prompt with several choices is counted once, its cached tokens as the first had them."""
+    prompts = {
+        answer.submit.token_ids: end for answer, end in zip(answers[::-1], ends[::-1], strict=True) if answer.submit
+    }
+    num_prompt = sum(end.num_prompt_tokens for end in prompts.values())
+    num_output = sum(end.num_output_tokens for end in ends)
+    num_cached = sum(end.num_cached_tokens for end in prompts.values())
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
+
+
+def _chat_logprobs(piece: Piece, text: ModelText | None) -> dict[str, Any] | None:
+    if not piece.logprobs or text is None:
+        return None
+    return {"content": [_chat_token(text, *pair) for pair in zip(piece.token_ids, piece.logprobs, strict=True)]}
+
+
+def _chat_token(text: ModelText, token_id: int, logprobs: TokenLogprobs) -> dict[str, Any]:
+    top = [_scored(text, candidate, value) for candidate, value in logprobs.top]
+    return {**_scored(text, token_id, logprobs.logprob), "top_logprobs": top}
+
+
+def _scored(text: ModelText, token_id: int, logprob: float) -> dict[str, Any]:
+    shown = text.decode([token_id])
+    return {"token": shown, "logprob": logprob, "bytes": list(shown.encode())}
+
+
+def _completion_logprobs(piece: Piece, text: ModelText | None) -> dict[str, Any] | None:
+    if not piece.logprobs or text is None:
+        return None
+    tokens = [text.decode([token_id]) for token_id in piece.token_ids]
+    offsets = [sum(map(len, tokens[:index])) for index in range(len(tokens))]
+    top = [{text.decode([candidate]): value for candidate, value in entry.top} for entry in piece.logprobs]
+    values = [entry.logprob for entry in piece.logprobs]
+    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
