@@ -86,9 +86,13 @@ def run_demo(console: Console, *, model: str | None = None, quiet: bool = False)
     wrong = [row for row in rows if not row.is_as_expected]
     if wrong:
         row = wrong[0]
+        hint = (
+            "was the cache too small, or a worker restarted? see `kvasir status`"
+            if row.expects == "warm"
+            else "this must not happen; please report it"
+        )
         raise RequestFailed(
-            f"{row.tenant}: {row.what} should have been {row.expects} and had {row.cached_tokens} cached tokens; "
-            "was the cache too small, or a worker restarted? `kvasir status` shows"
+            f"{row.tenant}: {row.what} should have been {row.expects}, but had {row.cached_tokens} cached tokens; {hint}"
         )
     if not quiet:
         console.print(f"\n{plain(reading(rows))}", soft_wrap=True)
