@@ -92,7 +92,7 @@ def run_demo(console: Console, *, model: str | None = None, quiet: bool = False)
             else "this must not happen; please report it"
         )
         raise RequestFailed(
-            f"{row.tenant}: {row.what} should have been {row.expects}, but had {row.cached_tokens} cached tokens; {hint}"
+            f"{row.tenant}: {row.what} should have been {row.expects}, had {row.cached_tokens} cached tokens; {hint}"
         )
     if not quiet:
         console.print(f"\n{plain(reading(rows))}", soft_wrap=True)
