@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from protocol.errors import ConfigurationError
@@ -45,7 +46,8 @@ def run_in_place(module: str, args: Sequence[str]) -> int:
 
 
 def start(module: str, args: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a module in a session of its own, so that Ctrl-C reaches only us; both its outputs go to `log`.
+    """Start a module in a session of its own, so that Ctrl-C reaches only us; both its outputs go to `log`
+    (the log before it stays as `.log.1`).
 
     Raises:
         ConfigurationError: it is not installed, or the log cannot be written.
@@ -53,6 +55,8 @@ def start(module: str, args: Sequence[str], log: Path) -> subprocess.Popen[bytes
     _check_installed(module)
     try:
         log.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        if log.exists():
+            log.replace(log.with_suffix(".log.1"))  # why the last one ended may be asked after the next has started
         with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640), "wb") as sink:
             return subprocess.Popen(
                 module_command(module, args),
@@ -81,8 +85,6 @@ def last_lines(log: Path, number: int) -> list[str]:
 
 def _check_installed(module: str) -> None:
     needs = {"gateway": ("trio", "httptools", "tokenizers", "jinja2"), "worker": ("torch", "numpy", "safetensors")}
-    from importlib.util import find_spec
-
     missing = [name for name in needs[module] if find_spec(name) is None]
     if missing:
         raise ConfigurationError(
