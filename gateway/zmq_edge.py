@@ -9,15 +9,17 @@ and a thread.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
 import trio
 
+from gateway.answer import Answer
 from gateway.courier import Courier, OutboxLimits, Peer
 from gateway.log import log
-from gateway.seam import Cancel, CoreApi, Delta, Event, Finished, Submit
+from gateway.seam import Cancel, CoreApi, Event, Submit
 from protocol.client_messages import (
     CLIENT_MESSAGES,
     CallId,
@@ -32,15 +34,13 @@ from protocol.client_messages import (
     Usage,
 )
 from protocol.codec import encode
-from protocol.errors import BadRequest, InvalidMessage, KvasirError, Overloaded
+from protocol.errors import BadRequest, InvalidMessage, KvasirError, Overloaded, Unavailable
 from protocol.link import Link, LinkClosed
-from protocol.messages import TokenLogprobs
 from protocol.tokens import pack_tokens
 
 if TYPE_CHECKING:
     from gateway.intake import Intake
     from gateway.tenants import Tenant, TenantDirectory
-    from gateway.text import Detokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,28 +67,25 @@ class EdgeStatistics:
     waiting_messages: int
 
 
-@dataclass(slots=True, eq=False)
 class _Call:
-    """One request of one client, and its sink. `closed`: its `CompletionDone` has been sent, or nobody wants it."""
+    """One request of one client. `closed`: its `CompletionDone` has been sent, or nobody wants it any more."""
 
-    edge: ZmqEdge
-    peer: Peer[_Call]
-    request: CompletionRequest
-    req_id: bytes = b""  # known, and the core's, once it is submitted
-    detokenizer: Detokenizer | None = None
-    closed: bool = False
-    num_tokens: int = 0  # sent, or counted for the text that was
-    events: list[Event] = field(default_factory=list)
+    __slots__ = ("_mark", "answer", "closed", "dirty", "peer", "request")
 
-    @property
-    def stopped(self) -> bool:
-        """A stop string was found: nothing more of the answer is wanted."""
-        return self.detokenizer is not None and self.detokenizer.stopped
+    def __init__(
+        self, peer: Peer[_Call], request: CompletionRequest, core: CoreApi, mark: Callable[[_Call], None]
+    ) -> None:
+        self.peer = peer
+        self.request = request
+        self.answer = Answer(core, self._wake)
+        self.dirty = False
+        self.closed = False
+        self._mark = mark
 
-    def put(self, event: Event) -> None:
-        if not self.events:
-            self.edge.mark(self)
-        self.events.append(event)
+    def _wake(self, event: Event) -> None:
+        if not self.dirty:
+            self.dirty = True
+            self._mark(self)
 
 
 class ZmqEdge:
@@ -110,6 +107,7 @@ class ZmqEdge:
         self._courier: Courier[_Call] = Courier(link, self._limits.outbox, self._abandon)
         self._dirty: list[_Call] = []
         self._flusher = trio.lowlevel.ParkingLot()
+        self._draining = False
         self._num_preparing = 0
         self._num_open = 0
         self._num_requests = 0
@@ -119,7 +117,7 @@ class ZmqEdge:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until the link is closed or the task is cancelled; nothing is answered any more then. To end in good
-        order let the core finish every request first, then `flush`."""
+        order `drain`, let the core finish every request, `flush`, and only then cancel."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._link.run)
@@ -133,17 +131,15 @@ class ZmqEdge:
             except LinkClosed:
                 nursery.cancel_scope.cancel()
 
+    def drain(self) -> None:
+        """From now on refuse new requests as `Unavailable`; what runs goes on."""
+        self._draining = True
+
     def flush(self) -> None:
         """Send what the core has put so far."""
         dirty, self._dirty = self._dirty, []
         for call in dirty:
             self._flush_call(call)
-
-    def mark(self, call: _Call) -> None:
-        """`call` has got its first event since it was flushed."""
-        if not self._dirty:
-            self._flusher.unpark()
-        self._dirty.append(call)
 
     def statistics(self) -> EdgeStatistics:
         """Return the counters."""
@@ -191,9 +187,9 @@ class ZmqEdge:
         try:
             tenant = self._directory.authenticate(request.api_key)
             self._check_room(peer, request.id)
-            call = _Call(self, peer, request)
+            call = _Call(peer, request, self._core, self._mark)
             if self._intake.is_quick(request):
-                submit = self._intake.prepare(request, tenant, call)
+                submit = self._intake.prepare(request, tenant, call.answer)
                 self._open(call)
                 self._submit(call, submit)
             else:
@@ -210,6 +206,8 @@ class ZmqEdge:
             self._refuse(peer, request.id, _internal_error(bug))
 
     def _check_room(self, peer: Peer[_Call], call_id: int) -> None:
+        if self._draining:
+            raise Unavailable("this gateway is shutting down; try again in a moment", retry_after_s=1.0)
         if call_id in peer.calls:
             raise BadRequest(f"request {call_id} of this connection is still running; give each its own id", param="id")
         if len(peer.calls) >= self._limits.max_calls_per_client:
@@ -221,7 +219,7 @@ class ZmqEdge:
     async def _prepare(self, call: _Call, request: CompletionRequest, tenant: Tenant) -> None:
         """Tokenise a long text in a thread, then submit it, unless it was cancelled meanwhile."""
         try:
-            submit = await self._intake.prepare_in_thread(request, tenant, call)
+            submit = await self._intake.prepare_in_thread(request, tenant, call.answer)
             if not call.closed:
                 self._submit(call, submit)
         except Exception as problem:
@@ -233,8 +231,8 @@ class ZmqEdge:
             self._num_preparing -= 1
 
     def _submit(self, call: _Call, submit: Submit) -> None:
-        call.req_id = submit.req_id
-        call.detokenizer = self._intake.detokenizer(call.request, submit)
+        call.answer.submit = submit
+        call.answer.detokenizer = self._intake.detokenizer(call.request, submit)
         self._core.submit(submit)
 
     def _open(self, call: _Call) -> None:
@@ -249,8 +247,8 @@ class ZmqEdge:
         self._courier.release(call.peer)
 
     def _cancel(self, call: _Call) -> None:
-        if call.req_id:
-            self._core.cancel(Cancel(call.req_id))
+        if call.answer.submit is not None:
+            self._core.cancel(Cancel(call.answer.submit.req_id))  # its `Finished` is still wanted
         else:  # still being tokenised
             self._close(call)
             self._send(call, CompletionDone(call.request.id, "abort"))
@@ -259,8 +257,7 @@ class ZmqEdge:
         for call in list(peer.calls.values()):
             self._num_open -= 1
             call.closed = True
-            if call.req_id:
-                self._core.cancel(Cancel(call.req_id))
+            call.answer.cancel()
         peer.calls.clear()
 
     def _list_models(self, request: ModelsRequest) -> ModelList:
@@ -285,6 +282,12 @@ class ZmqEdge:
 
     # ---- core -> client ------------------------------------------------------------------------------------------
 
+    def _mark(self, call: _Call) -> None:
+        """Flush `call` soon."""
+        if not self._dirty:
+            self._flusher.unpark()
+        self._dirty.append(call)
+
     async def _flush_for_ever(self) -> None:
         while True:
             if not self._dirty:
@@ -294,65 +297,22 @@ class ZmqEdge:
 
     def _flush_call(self, call: _Call) -> None:
         """Send what `call` has collected: at most one chunk, then its end if it has ended."""
-        events, call.events = call.events, []
+        call.dirty = False
         if call.closed:
             return
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprobs] = []
-        finished: Finished | None = None
-        for event in events:
-            if isinstance(event, Delta):
-                token_ids += event.token_ids
-                logprobs += event.logprobs
-            else:
-                finished = event
-        text = ""
-        if call.detokenizer is not None and not call.stopped:
-            text, num_used = _to_text(call.detokenizer, token_ids, one_by_one=bool(call.request.stop))
-            if call.stopped:
-                del token_ids[num_used:], logprobs[num_used:]
-            elif finished is not None:
-                text += call.detokenizer.finish()
-            call.num_tokens += len(token_ids)
-            if call.stopped and finished is None:
-                self._core.cancel(Cancel(call.req_id, "stop"))  # its `Finished` comes by way of `put`
-        elif call.stopped:
-            token_ids, logprobs = [], []
-        want_tokens = call.request.want_tokens
-        if text or (token_ids and want_tokens):
-            packed = pack_tokens(token_ids) if want_tokens else b""
-            self._send(call, CompletionChunk(call.request.id, text, packed, logprobs))
-        if finished is not None and not call.closed:  # sending may have found the client gone
+        piece = call.answer.take()
+        request = call.request
+        if piece.text or (piece.token_ids and request.want_tokens):
+            packed = pack_tokens(piece.token_ids) if request.want_tokens else b""
+            self._send(call, CompletionChunk(request.id, piece.text, packed, piece.logprobs))
+        end = piece.finished
+        if end is not None and not call.closed:  # sending may have found the client gone
             self._close(call)
-            self._send(call, _done(call, finished))
+            usage = Usage(end.num_prompt_tokens, end.num_output_tokens, end.num_cached_tokens)
+            self._send(call, CompletionDone(request.id, end.reason, usage, end.worker_id, end.ttft_s, end.error))
 
     def _send(self, call: _Call, message: GatewayMessage) -> None:
         self._courier.send(call.peer, call.request.id, encode(message))
-
-
-def _to_text(detokenizer: Detokenizer, token_ids: list[int], *, one_by_one: bool) -> tuple[str, int]:
-    """Return the text that `token_ids` complete and how many of them it took: not all if a stop string ends it."""
-    if not one_by_one:
-        return detokenizer.push(token_ids), len(token_ids)
-    text = ""
-    for index, token_id in enumerate(token_ids):
-        text += detokenizer.push((token_id,))
-        if detokenizer.stopped:
-            return text, index + 1
-    return text, len(token_ids)
-
-
-def _done(call: _Call, finished: Finished) -> CompletionDone:
-    """Return the end of `call`. Whatever ended it in the core after its stop string was found, it ended with "stop"."""
-    num_tokens = call.num_tokens if call.stopped else finished.num_output_tokens
-    return CompletionDone(
-        call.request.id,
-        "stop" if call.stopped else finished.reason,
-        Usage(finished.num_prompt_tokens, num_tokens, finished.num_cached_tokens),
-        finished.worker_id,
-        finished.ttft_s,
-        None if call.stopped else finished.error,
-    )
 
 
 def _internal_error(bug: Exception) -> KvasirError:
