@@ -140,11 +140,6 @@ def open_gateway(*args: str, model: str = "oracle:", **popen: Any) -> Iterator[G
         shutil.rmtree(folder)
 
 
-def run_worker(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "worker", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-
-
 # ---- joining
 
 
@@ -259,16 +254,17 @@ def test_resync_is_answered_with_everything_that_is_resident() -> None:
         assert any(report.removed for report in gateway.reports if isinstance(report, StepReport))
 
 
-@pytest.mark.parametrize("frame", [b"", b"garbage", b"\xc1", b"\x81\xa4type\xa5nosuch", encode(Drain(1.0)) + b"x"])
-def test_a_malformed_command_is_logged_and_changes_nothing(frame: bytes) -> None:
+def test_malformed_commands_are_logged_and_change_nothing() -> None:
+    frames = [b"", b"garbage", b"\xc1", b"\x81\xa4type\xa6nosuch", encode(Drain(1.0)) + b"x", encode(Bye())]
     with open_gateway() as gateway:
         gateway.welcome()
-        gateway.send(frame)
+        for frame in frames:
+            gateway.send(frame)
         gateway.socket.send_multipart([gateway.peer, b"two", b"frames"])
         gateway.send(make_generate(make_prompt(9), 4))
         gateway.finish(b"r")
         assert gateway.tokens(b"r") == expected_tokens(make_prompt(9), 4)
-        assert gateway.log().count("invalid_command") == 2
+        assert gateway.log().count("invalid_command") == len(frames) + 1
 
 
 def test_a_request_that_cannot_be_read_is_answered_if_its_id_can() -> None:
@@ -411,12 +407,18 @@ def test_bad_arguments_are_refused_in_one_line(args: list[str], text: str, capfd
     assert text in lines[0]
 
 
-def test_a_folder_that_is_no_model_is_refused_with_exit_code_2(tmp_path: Path) -> None:
-    done = run_worker("--model", str(tmp_path), "--gateway", "ipc:///tmp/x")
-    assert done.returncode == 2
-    assert done.stderr.startswith("cannot_start error=")
-    assert len(done.stderr.splitlines()) == 1
-    assert "holds no config.json" in done.stderr
+def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(tmp_path), "--gateway", "ipc:///tmp/x", "--device", "cpu"]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("cannot_start error=")
+    assert "holds no config.json" in lines[0]
+
+
+def test_the_exit_code_of_a_refusal_reaches_the_shell() -> None:
+    command = [sys.executable, "-m", "worker", "--model", "oracle:"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
 
 
 def test_the_oracle_needs_no_torch() -> None:

@@ -11,6 +11,7 @@ it had been restarted, but with its cache.
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import signal
@@ -310,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: Options, engine: Engine, hello: Hello, socket: zmq.Socket[bytes]) -> int:
+    signal_fd = _catch_signals()
     limits = hello.limits
     log(
         "ready",
@@ -326,10 +328,12 @@ def _serve(options: Options, engine: Engine, hello: Hello, socket: zmq.Socket[by
         engine,
         hello,
         socket,
-        signal_fd=_catch_signals(),
+        signal_fd=signal_fd,
         stdin_fd=sys.stdin.fileno() if options.exit_with_stdin else None,
         drain_s=options.drain_s,
     )
+    gc.collect()
+    gc.freeze()  # weights and blocks live as long as the process: the collector need not look at them again
     exit_code = worker.run()
     socket.setsockopt(zmq.LINGER, int(1000 * BYE_TIMEOUT_S))  # for the last words, on their way already
     return exit_code

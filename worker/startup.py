@@ -5,7 +5,6 @@ Whatever does not allow a start is a `ConfigurationError` in one sentence. torch
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import secrets
@@ -76,8 +75,6 @@ def build(options: Options) -> tuple[Engine, Hello]:
         device=loaded.device,
         pid=os.getpid(),
     )
-    gc.collect()
-    gc.freeze()  # a million blocks live as long as the process: the collector need not look at them again
     return engine, hello
 
 
