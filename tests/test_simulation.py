@@ -1,0 +1,55 @@
+"""Seeded stories of faults: whatever happens, streams equal the oracle's and nothing is left behind."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation import Simulation
+
+NUM_SEEDS = 150
+
+
+def test_streams_equal_the_oracle_whatever_happens_to_workers() -> None:
+    reasons: dict[str, int] = {}
+    num_losses = num_redispatches = num_stale = num_gaps = 0
+    for seed in range(NUM_SEEDS):
+        simulation = Simulation(seed)
+        try:
+            simulation.run()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        for client in simulation.clients.values():
+            assert client.sink.finished is not None
+            reasons[client.sink.finished.reason] = reasons.get(client.sink.finished.reason, 0) + 1
+        statistics = simulation.core.statistics()
+        num_losses += simulation.num_losses
+        num_redispatches += statistics.num_redispatches
+        num_stale += statistics.num_stale_outputs
+        num_gaps += statistics.num_resyncs
+    # The stories are worth telling: every kind of end and of trouble has happened.
+    assert set(reasons) == {"stop", "length", "abort", "deadline", "error"}
+    assert reasons["error"] < 0.1 * sum(reasons.values())
+    assert min(num_losses, num_redispatches, num_gaps) > NUM_SEEDS // 2
+    print(reasons, f"losses {num_losses}, redispatches {num_redispatches}, stale {num_stale}, gaps {num_gaps}")
+
+
+def test_the_same_seed_is_the_same_story() -> None:
+    assert Simulation(7).run() == Simulation(7).run()
+    assert Simulation(7).run() != Simulation(8).run()
+
+
+def test_without_faults_every_request_gets_its_whole_answer() -> None:
+    simulation = Simulation(1, num_faults=0)
+    simulation.run()
+    for client in simulation.clients.values():
+        assert client.may_be_cut or client.sink.tokens == client.expected
+    assert simulation.core.statistics().num_lost == {}
+
+
+@pytest.mark.slow
+def test_a_thousand_more_seeds() -> None:
+    for seed in range(10_000, 11_000):
+        try:
+            Simulation(seed).run()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
