@@ -93,6 +93,7 @@ def load_model(
                 on_progress(i + 1, config.num_layers)
         embedding = reader.read("model.embed_tokens.weight")
         lm_head = embedding if config.tie_word_embeddings else reader.read("lm_head.weight")
+        lm_head = lm_head.t() if _shares_head(config, device) else lm_head.t().contiguous()
         weights = Weights(embedding, layers, reader.read("model.norm.weight"), lm_head)
     if make_attention is not None:
         attention = make_attention(config)
@@ -104,7 +105,7 @@ def load_model(
         fingerprint=model_fingerprint(folder),
         dtype=resolved,
         device=device,
-        weight_bytes=weight_bytes(config, resolved),
+        weight_bytes=weight_bytes(config, resolved, device),
     )
 
 
@@ -199,9 +200,17 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, device: str | torch.device = "cpu") -> int:
     """Return what the weights of such a model take in memory, to refuse it before loading it."""
-    return sum(math.prod(shape) for shape in expected_shapes(config).values()) * dtype.itemsize
+    count = sum(math.prod(shape) for shape in expected_shapes(config).values())
+    if config.tie_word_embeddings and not _shares_head(config, torch.device(device)):
+        count += config.vocab_size * config.hidden_size
+    return count * dtype.itemsize
+
+
+def _shares_head(config: ModelConfig, device: torch.device) -> bool:
+    """Return whether tied heads share memory; a CPU gets a transposed copy, which it reads faster."""
+    return config.tie_word_embeddings and device.type != "cpu"
 
 
 def model_fingerprint(path: str | Path) -> str:
@@ -334,13 +343,16 @@ class _Reader:
         def gate_up(kind: str) -> Tensor:
             return torch.cat([self.read(f"{prefix}mlp.{part}_proj.{kind}") for part in ("gate", "up")])
 
+        def transposed(weight: Tensor) -> Tensor:
+            return weight.t().contiguous()
+
         return LayerWeights(
             input_norm=self.read(prefix + "input_layernorm.weight"),
-            qkv=qkv("weight"),
-            output=self.read(prefix + "self_attn.o_proj.weight"),
+            qkv=transposed(qkv("weight")),
+            output=transposed(self.read(prefix + "self_attn.o_proj.weight")),
             post_norm=self.read(prefix + "post_attention_layernorm.weight"),
-            gate_up=gate_up("weight"),
-            down=self.read(prefix + "mlp.down_proj.weight"),
+            gate_up=transposed(gate_up("weight")),
+            down=transposed(self.read(prefix + "mlp.down_proj.weight")),
             qkv_bias=qkv("bias") if config.qkv_bias else None,
             output_bias=self.read(prefix + "self_attn.o_proj.bias") if config.output_bias else None,
             gate_up_bias=gate_up("bias") if config.mlp_bias else None,

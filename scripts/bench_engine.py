@@ -1,0 +1,219 @@
+"""Prefill and decode rates of our engine beside `transformers` generate and its continuous batching.
+
+Same weights, same random prompts, greedy, one torch thread, everything in one run and taken in turns:
+
+    python scripts/bench_engine.py [--model FOLDER] [--batch 1,8,32] [--json FILE]
+
+Prefill is the time until the last sequence has its first token, decode the time from there to the end; for
+`transformers` generate the two are told apart by a second run that stops after one token, for its continuous batching
+by its own time stamps of the tokens. "call" counts generated tokens over the whole call: prefill, decode and, for
+continuous batching, what `generate_batch` needs to start and to stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cache.kv_store import KvStore
+from cache.prefix_cache import PrefixCache
+from protocol.messages import Generate, Sampling
+from protocol.prefix import derive_namespace, derive_root, hash_prompt
+from protocol.tokens import pack_tokens
+from worker.engine import Engine
+from worker.loader import load_model
+from worker.sampling import sample
+from worker.scheduler import EngineLimits
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK_SIZE = 16
+SPACE = derive_namespace(b"benchmark", "tenant")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one run; the answers, to see that all computed the same."""
+
+    prefill_s: float
+    decode_s: float
+    call_s: float
+    answers: list[list[int]]
+
+
+def make_engine(folder: Path, num_tokens: int, max_requests: int) -> Engine:
+    loaded = load_model(folder, "cpu", "fp32")
+    config = loaded.config
+    num_blocks = 2 * max_requests * (num_tokens // BLOCK_SIZE + 2)
+    shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+    return Engine(
+        loaded.model,
+        KvStore(*shape, dtype=loaded.dtype, device="cpu"),
+        sample,
+        PrefixCache(num_blocks, BLOCK_SIZE),
+        EngineLimits(max_requests=max_requests, max_step_tokens=2048, max_context=config.max_position),
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+    )
+
+
+def run_engine(engine: Engine, prompts: list[list[int]], num_tokens: int) -> Times:
+    """Submit everything at once and step until it is done."""
+    root = derive_root(b"benchmark", "model", "float32")
+    answers: dict[bytes, int] = {}
+    begin = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        packed = pack_tokens(prompt)
+        hashes = hash_prompt(root, SPACE, SPACE, packed, 0, BLOCK_SIZE)
+        command = Generate(
+            req_id=i.to_bytes(16, "big"),
+            attempt=1,
+            tenant="benchmark",
+            token_ids=packed,
+            num_prompt_tokens=len(prompt),
+            root=root,
+            prefix_hashes=hashes,
+            num_public_tokens=0,
+            namespace=SPACE,
+            max_tokens=num_tokens,
+            sampling=Sampling(temperature=0.0),
+            ignore_eos=True,
+        )
+        engine.submit(command)
+    answers = {i.to_bytes(16, "big"): [] for i in range(len(prompts))}
+    prefilled = begin
+    while engine.has_work:
+        for output in engine.step().outputs:
+            if not answers[output.req_id]:
+                prefilled = time.perf_counter()
+            answers[output.req_id] += memoryview(output.token_ids).cast("I").tolist()
+    end = time.perf_counter()
+    return Times(prefilled - begin, end - prefilled, end - begin, list(answers.values()))
+
+
+def make_reference(folder: Path) -> Any:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def greedy_config(num_tokens: int) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+
+def run_generate(model: Any, prompts: list[list[int]], num_tokens: int) -> Times:
+    ids = torch.tensor(prompts)
+    begin = time.perf_counter()
+    model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy_config(1))
+    first = time.perf_counter() - begin
+    begin = time.perf_counter()
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy_config(num_tokens))
+    total = time.perf_counter() - begin
+    return Times(first, total - first, total, out[:, ids.shape[1] :].tolist())
+
+
+def run_continuous(model: Any, prompts: list[list[int]], num_tokens: int) -> Times:
+    from transformers import ContinuousBatchingConfig
+
+    pages = sum(-(-(len(prompt) + num_tokens) // 256) + 1 for prompt in prompts)
+    config = ContinuousBatchingConfig(num_blocks=pages, max_batch_tokens=2048)
+    called = time.perf_counter()
+    results = model.generate_batch(
+        prompts,
+        generation_config=greedy_config(num_tokens),
+        continuous_batching_config=config,
+        record_timestamps=True,
+    )
+    call_s = time.perf_counter() - called
+    outputs = list(results.values())
+    begin = min(output.lifespan[0] for output in outputs)
+    prefilled = max(output.timestamps[0] for output in outputs)
+    end = max(output.timestamps[-1] for output in outputs)
+    return Times(prefilled - begin, end - prefilled, call_s, [list(output.generated_tokens) for output in outputs])
+
+
+def best_of(runs: dict[str, Callable[[list[list[int]]], Times]], prompts: list[list[list[int]]]) -> dict[str, Times]:
+    """Run every contender on every set of prompts, in turns; the fastest prefill and decode of each count."""
+    seen: dict[str, list[Times]] = {name: [] for name in runs}
+    for batch in prompts:
+        for name, run in runs.items():
+            seen[name].append(run(batch))
+        answers = [seen[name][-1].answers for name in runs]
+        if any(answer != answers[0] for answer in answers):
+            warnings.warn("the contenders' answers differ (ties in rounding?)", stacklevel=1)
+    return {
+        name: Times(
+            min(t.prefill_s for t in times),
+            min(t.decode_s for t in times),
+            min(t.call_s for t in times),
+            times[0].answers,
+        )
+        for name, times in seen.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "kvasir" / "demo_model")
+    parser.add_argument("--batch", default="1,8,32", help="batch sizes, comma-separated")
+    parser.add_argument("--prompt", type=int, default=128, help="prompt tokens per sequence")
+    parser.add_argument("--tokens", type=int, default=64, help="generated tokens per sequence")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--no-continuous", action="store_true", help="leave out the continuous batching of transformers"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    batches = [int(size) for size in options.batch.split(",")]
+    engine = make_engine(options.model, options.prompt + options.tokens, max(batches))
+    reference = make_reference(options.model)
+    vocab_size = reference.config.vocab_size
+    runs: dict[str, Callable[[list[list[int]]], Times]] = {
+        "kvasir": lambda prompts: run_engine(engine, prompts, options.tokens),
+        "generate": lambda prompts: run_generate(reference, prompts, options.tokens),
+    }
+    if not options.no_continuous:
+        runs["continuous"] = lambda prompts: run_continuous(reference, prompts, options.tokens)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    print(f"{options.prompt} prompt + {options.tokens} generated tokens, fp32, one thread: tokens/s (kvasir / it)")
+    print(f"{'batch':>5} {'':8}" + "".join(f"{name:>22}" for name in runs))
+    for size in batches:
+        shape = (options.repeats, size, options.prompt)
+        prompts = torch.randint(10, vocab_size, shape, generator=generator).tolist()
+        times = best_of(runs, prompts)
+        counts = {"prefill": options.prompt, "decode": options.tokens - 1, "call": options.tokens}
+        for phase, count_each in counts.items():
+            count = size * count_each
+            rates = {name: count / getattr(t, f"{phase}_s") for name, t in times.items()}
+            ratios = {name: rates["kvasir"] / rate for name, rate in rates.items()}
+            cells = (f"{rates[name]:13.0f} ({ratios[name]:5.2f}x)" for name in runs)
+            print(f"{size:5} {phase:8}" + "".join(f"{cell:>22}" for cell in cells))
+            rows.append({"batch": size, "phase": phase, "tokens_per_s": rates, "kvasir_ratio": ratios})
+    if options.json:
+        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+        setting = {"model": str(options.model), "prompt": options.prompt, "tokens": options.tokens}
+        options.json.write_text(json.dumps({"machine": machine, "setting": setting, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
