@@ -194,12 +194,12 @@ def _load_torch(options: Options) -> Loaded:
             f"{options.model} needs {_gib(needed)} for its weights in {_name(dtype)}, but only {_gib(free_bytes())} "
             f"are free on {device.type}; use a smaller model or a narrower --dtype."
         )
-    log("loading", model=options.model, device=device.type, dtype=_name(dtype), weight_bytes=needed)
     block_bytes = bytes_per_block(config.num_layers, options.block_size, config.num_kv_heads, config.head_dim, dtype)
     num_blocks = choose_num_blocks(
         options.kv_memory, free_bytes=free_bytes() - needed, block_bytes=block_bytes, on_gpu=on_gpu
     )
     limits = choose_limits(options, window=config.max_position, num_blocks=num_blocks, on_gpu=on_gpu)
+    log("loading", model=options.model, device=device.type, dtype=_name(dtype), weight_bytes=needed)
     try:
         loaded = load_model(
             options.model,
