@@ -7,6 +7,7 @@ sandbox.
 
 from __future__ import annotations
 
+import codecs
 import datetime
 import json
 from collections.abc import Sequence
@@ -14,11 +15,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
+import jinja2.utils
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
+from gateway.pieces import token_pieces
 from protocol.client_messages import ChatMessage
 from protocol.errors import BadRequest, ModelError
 
@@ -29,6 +34,7 @@ class ModelText:
     def __init__(self, tokenizer: Tokenizer, template: str | None, tokens: dict[str, str], vocab_size: int) -> None:
         """`tokens`: special tokens that the template may name (`bos_token`, ...). `vocab_size`: ids the model knows."""
         self._tokenizer = tokenizer
+        self._pieces = token_pieces(tokenizer, vocab_size)
         self._tokens = tokens
         self._template = None if template is None else _compile(template)
         self.vocab_size = vocab_size
@@ -63,17 +69,24 @@ class ModelText:
             raise BadRequest("messages is empty; send at least one message", param="messages")
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return self._template.render(messages=turns, add_generation_prompt=True, tools=None, **self._tokens)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            return self._template.render(
+                messages=turns, add_generation_prompt=True, tools=None, documents=None, **self._tokens
+            )
+        except Exception as error:  # foreign code: whatever it raises is its way to refuse
             raise BadRequest(f"the model's chat template refuses these messages: {error}", param="messages") from None
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of `token_ids` as a whole, special tokens left out."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        """Return the text that `token_ids` add to a text before them, special tokens left out."""
+        pieces = self._pieces
+        return b"".join([pieces[token_id] for token_id in token_ids]).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one token, which need not be whole characters; none for special tokens."""
+        return self._pieces[token_id]
 
     def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
         """Return a fresh incremental detokeniser that ends at any of the `stop` strings."""
-        return Detokenizer(self._tokenizer, tuple(stop))
+        return Detokenizer(self._pieces, tuple(stop))
 
 
 class Detokenizer:
@@ -84,12 +97,11 @@ class Detokenizer:
     `ModelText.decode` of all ids, cut at the first stop string.
     """
 
-    __slots__ = ("_held", "_pending", "_stop", "_stream", "_tokenizer", "stopped")
+    __slots__ = ("_held", "_pieces", "_rest", "_stop", "stopped")
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._pending: list[int] = []  # ids since the stream last gave text: an incomplete character, if anything
+    def __init__(self, pieces: list[bytes], stop: tuple[str, ...]) -> None:
+        self._pieces = pieces
+        self._rest = b""  # the beginning of a character
         self._stop = stop
         self._held = ""
         self.stopped = False
@@ -98,23 +110,17 @@ class Detokenizer:
         """Return the text that `token_ids` complete."""
         if self.stopped:
             return ""
-        text = ""
-        step, tokenizer, pending = self._stream.step, self._tokenizer, self._pending
-        for token_id in token_ids:
-            piece = step(tokenizer, token_id)
-            if piece is None:
-                pending.append(token_id)
-            else:
-                pending.clear()
-                text += piece
+        pieces = self._pieces
+        data = self._rest + b"".join([pieces[token_id] for token_id in token_ids])
+        text, num_used = codecs.utf_8_decode(data, "replace", False)
+        self._rest = data[num_used:]
         return self._until_stop(text) if self._stop else text
 
     def finish(self) -> str:
         """Return what was held back: the answer ends here."""
         if self.stopped:
             return ""
-        rest = str(self._tokenizer.decode(self._pending, skip_special_tokens=True)) if self._pending else ""
-        self._pending.clear()
+        rest, self._rest = self._rest.decode("utf-8", "replace"), b""
         text = self._until_stop(rest) if self._stop else rest
         if not self.stopped:
             text, self._held = text + self._held, ""
@@ -153,21 +159,25 @@ def load_text(path: Path) -> ModelText:
     tokenizer.no_truncation()
     settings = _read_json(path / "tokenizer_config.json")
     config = _read_json(path / "config.json")
-    tokens = {name: _token(settings.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    tokens = {name: token for name in settings if name.endswith("_token") and (token := _token(settings[name]))}
     vocab_size = config.get("vocab_size") or tokenizer.get_vocab_size(with_added_tokens=True)
     try:
         return ModelText(tokenizer, _find_template(path, settings), tokens, int(vocab_size))
     except jinja2.TemplateError as error:
         raise ModelError(f"the chat template of {path} cannot be read: {error}; mend or remove it") from None
+    except ModelError as error:
+        raise ModelError(f"{file}: {error}") from None
 
 
 def _compile(template: str) -> jinja2.Template:
     """Compile as the `transformers` library does, so that a template renders the same here."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
+    environment.globals["dict"] = _make_dict
+    environment.globals["namespace"] = _SafeNamespace
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)
 
@@ -202,8 +212,47 @@ def _token(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what a model is trained on; here it is its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        line = next(parser.stream).lineno
+        return [jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)]
+
+
+class _SafeNamespace(jinja2.utils.Namespace):
+    """Jinja's `namespace`, without names that could lead out of the sandbox (as in `transformers`)."""
+
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        attributes = dict(*args, **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        super().__init__(attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
+
+
+def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> NoReturn:

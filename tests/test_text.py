@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
-from gateway.text import load_text
+from gateway.text import ModelText, load_text
 from protocol.client_messages import ChatMessage
 from protocol.errors import BadRequest, ModelError
 
@@ -19,7 +21,8 @@ DEMO = Path(__file__).resolve().parent.parent / "kvasir" / "demo_model"
 TEXT = load_text(DEMO)
 
 LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
     "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
@@ -33,6 +36,17 @@ CHATML = """{%- for message in messages %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+GENERATION = """{%- set ns = namespace(turns=0) -%}
+{%- for message in messages -%}
+    {%- set ns.turns = ns.turns + 1 -%}
+    {%- if message.role == 'assistant' -%}
+        {%- generation -%}{{ message.content }}<|im_end|>{%- endgeneration -%}
+    {%- else -%}
+        {{ ns.turns }} {{ message | tojson(indent=1) }} {{ dict(a=1) | tojson }} {{ bos_token is defined }}
+    {%- endif -%}
+    {%- if loop.index > 5 %}{% break %}{% endif -%}
+{%- endfor -%}
+{%- if tools is not none or documents is not none %}{{ raise_exception('no tools were given') }}{% endif -%}"""
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}"
@@ -57,7 +71,11 @@ def folder_with_template(tmp_path: Path, template: str | None) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("template", [LLAMA3, CHATML, MISTRAL, None], ids=["llama3", "chatml", "mistral", "bundled"])
+@pytest.mark.parametrize(
+    "template",
+    [LLAMA3, CHATML, MISTRAL, GENERATION, None],
+    ids=["llama3", "chatml", "mistral", "generation", "bundled"],
+)
 def test_a_chat_renders_and_tokenises_as_transformers_does(tmp_path: Path, template: str | None) -> None:
     folder = DEMO if template is None else folder_with_template(tmp_path, template)
     theirs = AutoTokenizer.from_pretrained(str(folder))
@@ -72,8 +90,18 @@ def test_what_a_user_writes_is_never_run_as_a_template() -> None:
     assert "{{ 7 * 7 }}" in TEXT.render_chat(CONVERSATION)
 
 
-def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path) -> None:
-    folder = folder_with_template(tmp_path, "{{ messages.__class__.__mro__[1].__subclasses__() }}")
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ namespace(__class__=1) }}",
+        "{{ dict.__globals__['json'] }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_a_template_cannot_reach_out_of_its_sandbox(tmp_path: Path, template: str) -> None:
+    folder = folder_with_template(tmp_path, template)
     with pytest.raises(BadRequest, match="refuses"):
         load_text(folder).render_chat(CONVERSATION)
 
@@ -96,9 +124,36 @@ def test_folders_that_are_no_model_are_refused_by_name(tmp_path: Path) -> None:
         load_text(tmp_path)
 
 
-def in_pieces(ids: list[int], cuts: list[int]) -> list[list[int]]:
+def make_sentence_piece(decoder: decoders.Decoder) -> ModelText:
+    """A tokenizer as Llama 2 and Mistral have: `▁` for spaces, single bytes as `<0xNN>` tokens."""
+    words = ["▁", "a", "b", "▁a", "▁b", "ab", "▁ab", "é", "▁é", "▁▁", ".", "你", "�"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return ModelText(tokenizer, None, {}, len(names) + 8)
+
+
+SENTENCE_PIECE = make_sentence_piece(
+    decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+)
+METASPACE = make_sentence_piece(decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]))
+
+
+def decode_after_a_prompt(text: ModelText, ids: list[int]) -> str:
+    """The oracle: what the public tokenizer decodes more when `ids` follow a prompt, here its token "a" or "."."""
+    prompt = text._tokenizer.token_to_id(".")
+    before = text._tokenizer.decode([prompt])
+    whole = text._tokenizer.decode([prompt, *ids], skip_special_tokens=True)
+    assert whole.startswith(before)
+    return whole[len(before) :]
+
+
+def push_in_pieces(text: ModelText, ids: list[int], cuts: list[int], stop: list[str] | None = None) -> tuple[str, bool]:
     borders = sorted({0, len(ids), *(cut % (len(ids) + 1) for cut in cuts)})
-    return [ids[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    detokenizer = text.detokenizer(stop or ())
+    pushed = "".join(detokenizer.push(ids[a:b]) for a, b in itertools.pairwise(borders)) + detokenizer.finish()
+    return pushed, detokenizer.stopped
 
 
 @settings(max_examples=200, deadline=None)
@@ -106,31 +161,59 @@ def in_pieces(ids: list[int], cuts: list[int]) -> list[list[int]]:
 def test_pieces_of_text_add_up_to_the_whole_decode(text: str, more: list[int], cuts: list[int]) -> None:
     """Random ids at the end make invalid UTF-8; the decoder's replacement characters must come out the same."""
     ids = TEXT.encode(text) + more
-    detokenizer = TEXT.detokenizer()
-    pushed = "".join(detokenizer.push(piece) for piece in in_pieces(ids, cuts)) + detokenizer.finish()
-    assert pushed == TEXT.decode(ids)
+    pushed, _ = push_in_pieces(TEXT, ids, cuts)
+    assert pushed == TEXT.decode(ids) == decode_after_a_prompt(TEXT, ids)
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.text("abc é😀", max_size=60),
-    st.lists(st.text("abc é", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.sampled_from([SENTENCE_PIECE, METASPACE]),
+    st.lists(st.one_of(st.sampled_from("aé你😀 "), st.integers(259, 271)), max_size=12),
     st.lists(st.integers(0, 1000), max_size=12),
 )
-def test_an_answer_ends_exactly_before_the_stop_string_that_is_complete_first(
+def test_sentence_piece_answers_keep_their_first_space_and_join_their_bytes(
+    text: ModelText, parts: list[str | int], cuts: list[int]
+) -> None:
+    ids = [id for part in parts for id in ([part] if isinstance(part, int) else [3 + byte for byte in part.encode()])]
+    pushed, _ = push_in_pieces(text, ids, cuts)
+    assert pushed == text.decode(ids) == decode_after_a_prompt(text, ids)
+
+
+@given(st.lists(st.integers(0, 279), max_size=12), st.lists(st.integers(0, 1000), max_size=12))
+def test_bytes_that_are_no_text_become_replacement_characters(ids: list[int], cuts: list[int]) -> None:
+    """A model may well draw such tokens, and ids that only pad the vocabulary."""
+    pushed, _ = push_in_pieces(SENTENCE_PIECE, ids, cuts)
+    assert pushed == SENTENCE_PIECE.decode(ids)
+
+
+def test_a_decoder_that_does_not_work_token_by_token_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="CTC"):
+        make_sentence_piece(decoders.CTC())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(st.text("ab", max_size=20), st.text("abc é😀", max_size=60)),
+    st.one_of(st.lists(st.text(chars, min_size=1, max_size=4), min_size=1, max_size=3) for chars in ("ab", "abc é")),
+    st.lists(st.integers(0, 1000), max_size=12),
+)
+def test_an_answer_ends_exactly_before_the_stop_string_that_comes_first(
     text: str, stop: list[str], cuts: list[int]
 ) -> None:
     ids = TEXT.encode(text)
     whole = TEXT.decode(ids)
-    found = [(whole.find(each) + len(each), whole.find(each)) for each in stop if each in whole]
-    detokenizer = TEXT.detokenizer(stop)
-    pushed = "".join(detokenizer.push(piece) for piece in in_pieces(ids, cuts)) + detokenizer.finish()
-    assert pushed == (whole[: min(found)[1]] if found else whole)
-    assert detokenizer.stopped == bool(found)
+    pushed, stopped = push_in_pieces(TEXT, ids, cuts, stop)
+    # As if looked for after every character: the first to be complete counts, of those the one that begins first.
+    ends = {whole.find(each) + len(each): 0 for each in stop if each in whole}
+    if not ends:
+        assert (pushed, stopped) == (whole, False)
+        return
+    seen = whole[: min(ends)]
+    assert stopped
+    assert pushed == whole[: min(seen.find(each) for each in stop if each in seen)]
 
 
 def test_special_tokens_are_not_shown() -> None:
     end = TEXT._tokenizer.token_to_id("<|endoftext|>")
     assert end is not None
-    detokenizer = TEXT.detokenizer()
-    assert detokenizer.push([*TEXT.encode("x = 1"), end]) + detokenizer.finish() == "x = 1"
+    assert push_in_pieces(TEXT, [*TEXT.encode("x = 1"), end], []) == ("x = 1", False)
