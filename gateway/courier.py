@@ -4,6 +4,9 @@ A ROUTER's POLLOUT means that *some* client has room, so it cannot say when one 
 take goes into a bounded outbox and is tried again a little later; a client that stays stuck, or whose outbox overflows,
 loses what it did not read: every call of it that is not fully sent gets one error instead, and new requests of it
 are dropped until it has read those.
+
+Messages are posted, and sent by `flush`: what a client gets in one step is one multipart, since a send that must wake
+libzmq's thread costs more than everything else that is done for a message.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from protocol.errors import Overloaded
 from protocol.link import Link, LinkBusy, PeerGone
 
 C = TypeVar("C")
+MAX_FRAMES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +39,11 @@ class OutboxLimits:
 
 @dataclass(slots=True, eq=False)
 class Peer(Generic[C]):
-    """A client that has calls or unsent messages; others are not remembered. `cut`: it lost what it did not read."""
+    """A client that has calls or unsent messages: others are not remembered. `cut`: it lost what it did not read."""
 
     routing_id: bytes
     calls: dict[int, C] = field(default_factory=dict)
+    posted: list[tuple[int, bytes]] = field(default_factory=list)  # (call id, frame), for the next flush
     outbox: deque[tuple[int, bytes]] = field(default_factory=deque)  # (call id, frame)
     num_outbox_bytes: int = 0
     stuck_since: float = 0.0
@@ -56,13 +61,14 @@ class Courier(Generic[C]):
         self._limits = limits
         self._abandon = abandon
         self._peers: dict[bytes, Peer[C]] = {}
+        self._posted: list[Peer[C]] = []
         self._stuck: dict[bytes, Peer[C]] = {}
         self._lot = trio.lowlevel.ParkingLot()
         self.num_gone = 0
         self.num_cut = 0
 
     def peer(self, routing_id: bytes) -> Peer[C]:
-        """Return the peer with that routing id; a new one is remembered only once it has calls or an outbox."""
+        """Return the peer with that routing id; a new one is not remembered before it has a call or gets a message."""
         return self._peers.get(routing_id) or Peer(routing_id)
 
     def remember(self, peer: Peer[C]) -> None:
@@ -70,8 +76,8 @@ class Courier(Generic[C]):
         self._peers[peer.routing_id] = peer
 
     def release(self, peer: Peer[C]) -> None:
-        """Forget `peer` if it has neither calls nor an outbox."""
-        if not peer.calls and not peer.outbox:
+        """Forget `peer` if nothing is left of it."""
+        if not peer.calls and not peer.posted and not peer.outbox:
             self._peers.pop(peer.routing_id, None)
 
     def num_peers(self) -> int:
@@ -81,11 +87,27 @@ class Courier(Generic[C]):
         """Return how many messages wait in all outboxes."""
         return sum(len(peer.outbox) for peer in self._stuck.values())
 
-    def send(self, peer: Peer[C], call_id: int, frame: bytes) -> None:
-        """Send `frame`, which belongs to `call_id`, after everything that was sent to `peer` before. Never waits."""
+    def post(self, peer: Peer[C], call_id: int, frame: bytes) -> None:
+        """Have `frame`, which belongs to `call_id`, sent to `peer` at the next `flush`, after everything before it."""
+        if not peer.posted:
+            self._posted.append(peer)
+            self._peers[peer.routing_id] = peer
+        peer.posted.append((call_id, frame))
+
+    def flush(self) -> None:
+        """Send what was posted. Never waits."""
+        peers, self._posted = self._posted, []
+        for peer in peers:
+            while peer.posted:  # empty at once if the peer is found to be gone, or is cut
+                batch = peer.posted[:MAX_FRAMES]
+                del peer.posted[:MAX_FRAMES]
+                self._send(peer, batch)
+            self.release(peer)
+
+    def _send(self, peer: Peer[C], posted: list[tuple[int, bytes]]) -> None:
         if not peer.outbox:
             try:
-                self._link.send_nowait((peer.routing_id, frame))
+                self._link.send_nowait([peer.routing_id, *[frame for _, frame in posted]])
                 return
             except LinkBusy:
                 peer.stuck_since = trio.current_time()
@@ -94,8 +116,8 @@ class Courier(Generic[C]):
             except PeerGone:
                 self._forget(peer)
                 return
-        peer.outbox.append((call_id, frame))
-        peer.num_outbox_bytes += len(frame)
+        peer.outbox.extend(posted)
+        peer.num_outbox_bytes += sum(len(frame) for _, frame in posted)
         limits = self._limits
         if len(peer.outbox) > limits.max_messages or peer.num_outbox_bytes > limits.max_bytes:
             self._cut(peer)
@@ -131,7 +153,8 @@ class Courier(Generic[C]):
             return
         peer.cut = True
         self.num_cut += 1
-        unfinished = dict.fromkeys([call_id for call_id, _ in peer.outbox] + list(peer.calls))
+        unfinished = dict.fromkeys([call_id for call_id, _ in [*peer.outbox, *peer.posted]] + list(peer.calls))
+        peer.posted.clear()
         self._abandon(peer)
         error = Overloaded(
             "the answers were not read in time and have been dropped; read faster or ask for less"
@@ -142,6 +165,7 @@ class Courier(Generic[C]):
     def _forget(self, peer: Peer[C]) -> None:
         self.num_gone += 1
         peer.outbox.clear()
+        peer.posted.clear()
         self._stuck.pop(peer.routing_id, None)
         self._abandon(peer)
         self._peers.pop(peer.routing_id, None)

@@ -128,6 +128,7 @@ class ZmqEdge:
                 while True:
                     for frames in await self._link.receive(64):
                         self._handle(frames)
+                    self._courier.flush()
             except LinkClosed:
                 nursery.cancel_scope.cancel()
 
@@ -140,6 +141,7 @@ class ZmqEdge:
         dirty, self._dirty = self._dirty, []
         for call in dirty:
             self._flush_call(call)
+        self._courier.flush()
 
     def statistics(self) -> EdgeStatistics:
         """Return the counters."""
@@ -170,7 +172,7 @@ class ZmqEdge:
             self._num_malformed += 1
             call_id = _recover_id(frames[-1])
             if call_id is not None:  # else nobody would know what is answered
-                self._courier.send(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
+                self._courier.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
             return
         match message:
             case CompletionRequest():
@@ -180,7 +182,7 @@ class ZmqEdge:
                 if call is not None:
                     self._cancel(call)
             case ModelsRequest():
-                self._courier.send(peer, message.id, encode(self._list_models(message)))
+                self._courier.post(peer, message.id, encode(self._list_models(message)))
 
     def _begin(self, peer: Peer[_Call], request: CompletionRequest) -> None:
         self._num_requests += 1
@@ -227,6 +229,7 @@ class ZmqEdge:
                 self._close(call)
                 error = problem if isinstance(problem, KvasirError) else _internal_error(problem)
                 self._refuse(call.peer, call.request.id, error)
+                self._courier.flush()
         finally:
             self._num_preparing -= 1
 
@@ -278,7 +281,7 @@ class ZmqEdge:
 
     def _refuse(self, peer: Peer[_Call], call_id: int, error: KvasirError) -> None:
         self._num_refused += 1
-        self._courier.send(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
+        self._courier.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
 
     # ---- core -> client ------------------------------------------------------------------------------------------
 
@@ -306,13 +309,13 @@ class ZmqEdge:
             packed = pack_tokens(piece.token_ids) if request.want_tokens else b""
             self._send(call, CompletionChunk(request.id, piece.text, packed, piece.logprobs))
         end = piece.finished
-        if end is not None and not call.closed:  # sending may have found the client gone
+        if end is not None:
             self._close(call)
             usage = Usage(end.num_prompt_tokens, end.num_output_tokens, end.num_cached_tokens)
             self._send(call, CompletionDone(request.id, end.reason, usage, end.worker_id, end.ttft_s, end.error))
 
     def _send(self, call: _Call, message: GatewayMessage) -> None:
-        self._courier.send(call.peer, call.request.id, encode(message))
+        self._courier.post(call.peer, call.request.id, encode(message))
 
 
 def _internal_error(bug: Exception) -> KvasirError:

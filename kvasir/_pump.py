@@ -173,18 +173,17 @@ class _State:
             except zmq.Again:
                 return
             try:
-                if len(frames) != 1:
-                    raise InvalidMessage(f"a message of {len(frames)} frames")
-                message = GATEWAY_MESSAGES.decode(frames[0])
+                messages = [GATEWAY_MESSAGES.decode(frame) for frame in frames]
             except InvalidMessage as error:
                 self._fail_all(InvalidMessage(f"{self.endpoint} is no gateway of this client's version: {error}"))
                 continue
-            if isinstance(message, CompletionChunk):
-                mailbox = self.calls.get(message.id)
-            else:
-                mailbox = self.calls.pop(message.id, None)
-            if mailbox is not None:
-                mailbox.put(message)
+            for message in messages:
+                if isinstance(message, CompletionChunk):
+                    mailbox = self.calls.get(message.id)
+                else:
+                    mailbox = self.calls.pop(message.id, None)
+                if mailbox is not None:
+                    mailbox.put(message)
 
     def _fail_all(self, error: KvasirError) -> None:
         for call_id in list(self.calls):

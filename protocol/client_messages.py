@@ -1,5 +1,8 @@
 """Client SDK <-> gateway, over a DEALER and the gateway's ROUTER: one frame per message, no routing ids in them.
 
+Towards the client, the messages of one step may come together, as the frames of one multipart: each frame is a message
+of its own, and all of them are one send and one wake-up.
+
 Every message carries the API key or answers one that did: there is no session to lose, and a revoked key stops
 working at the next request. `id` is the client's own number for a request, unique per connection. Every
 `CompletionRequest` gets any number of `CompletionChunk`s and then exactly one `CompletionDone`.

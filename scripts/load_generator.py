@@ -75,11 +75,11 @@ def generate_zmq(
         for dealer, _ in poller.poll(1000):
             with contextlib.suppress(zmq.Again):
                 while True:
-                    message = GATEWAY_MESSAGES.decode(dealer.recv(zmq.NOBLOCK))
-                    if isinstance(message, CompletionDone):
-                        latencies.append(time.perf_counter() - began.pop(message.id))
-                        errors += message.error is not None or message.usage.completion_tokens != int(max_tokens)
-                        send(dealer)
+                    for message in map(GATEWAY_MESSAGES.decode, dealer.recv_multipart(zmq.NOBLOCK)):
+                        if isinstance(message, CompletionDone):
+                            latencies.append(time.perf_counter() - began.pop(message.id))
+                            errors += message.error is not None or message.usage.completion_tokens != int(max_tokens)
+                            send(dealer)
     return sample(latencies, errors, now - begun)
 
 

@@ -27,6 +27,7 @@ from protocol.client_messages import (
     CancelRequest,
     CompletionDone,
     CompletionRequest,
+    GatewayMessage,
     Usage,
 )
 from protocol.codec import encode
@@ -135,6 +136,7 @@ class RawClient:
             self.socket.setsockopt(getattr(zmq, name), value)
         self.socket.connect(endpoint)
         self.next_id = 0
+        self.received: list[GatewayMessage] = []
 
     def send(self, *frames: bytes) -> None:
         self.socket.send_multipart(frames)
@@ -152,8 +154,10 @@ class RawClient:
         self.send(encode(CancelRequest(call_id)))
 
     async def receive(self):
-        await until(lambda: self.socket.poll(0) != 0)
-        return GATEWAY_MESSAGES.decode(self.socket.recv())
+        if not self.received:
+            await until(lambda: self.socket.poll(0) != 0)
+            self.received += map(GATEWAY_MESSAGES.decode, self.socket.recv_multipart())
+        return self.received.pop(0)
 
     async def answer(self, call_id: int) -> tuple[str, list[int], CompletionDone]:
         """Return everything that comes for `call_id`; nothing else may come meanwhile."""
@@ -168,6 +172,7 @@ class RawClient:
 
     async def assert_silent(self, for_s: float = 0.05) -> None:
         await trio.sleep(for_s)
+        assert not self.received
         assert not self.socket.poll(0)
 
 
