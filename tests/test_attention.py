@@ -18,7 +18,7 @@ from worker.model_config import ModelConfig, RopeConfig
 from worker.step import SequenceSlice
 from worker.working_set import WorkingSetAttention, working_set_bytes
 
-BLOCK_SIZE = 4
+BLOCK_SIZE = 5  # divides no power of two
 MAX_TOKENS = 300  # beyond two shelf capacities
 
 
@@ -201,7 +201,7 @@ def test_steady_decode_copies_no_sequence_again(monkeypatch: pytest.MonkeyPatch)
     harness.step({0: 30, 1: 40, 2: 50, 3: 60})
     harness.step(dict.fromkeys(range(4), 1))
     admitted: list[int] = []
-    monkeypatch.setattr(attention, "_admit", lambda piece, kv: admitted.append(piece.seq_key))
+    monkeypatch.setattr(attention, "_admit", lambda piece, kv, coming: admitted.append(piece.seq_key))
     harness.step(dict.fromkeys(range(4), 1))
     harness.step({3: 1, 1: 1, 0: 1})  # 2 finished: nobody else is copied in anew
     harness.step({0: 1, 3: 1, 1: 1})
@@ -214,7 +214,7 @@ def test_forgotten_and_absent_sequences_give_their_memory_back() -> None:
     harness.step({0: 5, 1: 5, 2: 200})
     harness.step({0: 1, 1: 1, 2: 1})
     full = attention.allocated_bytes
-    assert full <= working_set_bytes(make_config(), torch.float32, 3, 206)
+    assert full <= working_set_bytes(make_config(), torch.float32, 3, 206, BLOCK_SIZE)
     attention.forget(2)
     assert attention.allocated_bytes < full
     harness.step({2: 3})

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from protocol.errors import ModelError
 from worker.loader import load_model, model_fingerprint, read_config, resolve_dtype, weight_bytes
-from worker.model import Model
+from worker.model import LayerWeights, Model
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,15 @@ def test_loading_reports_what_it_holds_and_how_far_it_is(folder: Path) -> None:
     assert weight_bytes(loaded.config, torch.bfloat16) * 2 == loaded.weight_bytes
     assert loaded.fingerprint == model_fingerprint(folder)
     assert (loaded.dtype, loaded.device) == (torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weight_bytes_are_what_the_weights_take(tmp_path: Path, tied: bool) -> None:
+    folder = save_reference(make_reference("qwen3", tie_word_embeddings=tied), tmp_path)
+    weights = load_model(folder).model.weights
+    layers = [getattr(layer, name) for layer in weights.layers for name in LayerWeights.__dataclass_fields__]
+    tensors = [weights.embedding, weights.lm_head, weights.final_norm, *(t for t in layers if t is not None)]
+    assert sum(tensor.nbytes for tensor in tensors) == weight_bytes(read_config(folder), torch.float32)
 
 
 def test_end_of_sequence_ids_come_from_the_generation_config_first(folder: Path) -> None:

@@ -12,6 +12,7 @@ length, has lost its row, so nothing stale can be read. Beyond `limit_bytes` seq
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -24,12 +25,14 @@ from worker.batch import Batch
 from worker.model_config import ModelConfig
 from worker.step import SequenceSlice
 
-_MIN_CAPACITY = 128  # tokens; a multiple of every block size in use
+_MIN_CAPACITY = 128  # tokens
 
 
-def working_set_bytes(config: ModelConfig, dtype: torch.dtype, num_sequences: int, num_tokens: int) -> int:
+def working_set_bytes(
+    config: ModelConfig, dtype: torch.dtype, num_sequences: int, num_tokens: int, block_size: int = 16
+) -> int:
     """Return an upper bound of the memory for `num_sequences` sequences of `num_tokens` tokens each."""
-    return 2 * num_sequences * _row_bytes(config, dtype, _capacity(num_tokens))
+    return 2 * num_sequences * _row_bytes(config, dtype, _capacity(num_tokens, block_size))
 
 
 class WorkingSetAttention(GatherAttention):
@@ -52,12 +55,13 @@ class WorkingSetAttention(GatherAttention):
     def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
         """Let absent sequences go, take new ones in, and return `singles` shelf by shelf, row by row."""
         by_key = {piece.seq_key: piece for piece in singles}
-        for seq_key in [key for key, shelf in self._rows.items() if not shelf.continues(key, by_key.get(key))]:
-            self.forget(seq_key)
-        self._overflow = []
-        for piece in singles:
-            if piece.seq_key not in self._rows and not self._admit(piece, kv):
-                self._overflow.append(piece)
+        for shelf in list(self._shelves.values()):
+            for seq_key in reversed(shelf.seq_keys):  # from the last row on, so that no row moves that leaves as well
+                if not shelf.continues(seq_key, by_key.get(seq_key)):
+                    self.forget(seq_key)
+        new = [piece for piece in singles if piece.seq_key not in self._rows]
+        coming = Counter(_capacity(piece.end, kv.block_size) for piece in new)
+        self._overflow = [piece for piece in new if not self._admit(piece, kv, coming)]
         self._active = [self._shelves[capacity] for capacity in sorted(self._shelves)]
         return [by_key[key] for shelf in self._active for key in shelf.seq_keys] + self._overflow
 
@@ -89,12 +93,17 @@ class WorkingSetAttention(GatherAttention):
         if not shelf.seq_keys:
             del self._shelves[shelf.capacity]
 
-    def _admit(self, piece: SequenceSlice, kv: KvStore) -> bool:
-        """Copy a sequence into a row, or return False when that would go beyond the limit."""
-        capacity = _capacity(piece.end)
+    def _admit(self, piece: SequenceSlice, kv: KvStore, coming: Counter[int]) -> bool:
+        """Copy a sequence into a row, or return False when that would go beyond the limit.
+
+        `coming` counts who is still to be admitted, by capacity, so that a shelf grows once for all of them.
+        """
+        capacity = _capacity(piece.end, kv.block_size)
         shelf = self._shelves.get(capacity) or _Shelf(capacity, self._config, kv.data.dtype, kv.data.device)
-        if not shelf.reserve(self.limit_bytes - self.allocated_bytes):
+        free_bytes = self.limit_bytes - self.allocated_bytes
+        if not shelf.reserve(coming[capacity], free_bytes) and not shelf.reserve(1, free_bytes):
             return False
+        coming[capacity] -= 1
         shelf.add(piece, kv)
         self._shelves[capacity] = shelf
         self._rows[piece.seq_key] = shelf
@@ -123,12 +132,12 @@ class _Shelf:
         """Return whether the row of `seq_key` can take the one token of `piece`."""
         return piece is not None and self.lengths[seq_key] == piece.start < self.capacity
 
-    def reserve(self, limit_bytes: int) -> bool:
-        """Make room for one more row; False when old and new memory together would need more than `limit_bytes`."""
+    def reserve(self, count: int, limit_bytes: int) -> bool:
+        """Make room for `count` more rows; False when that takes more than `limit_bytes` beside what is held now."""
         used = len(self.seq_keys)
-        if self.data is not None and used < self.data.shape[2]:
+        if self.data is not None and used + count <= self.data.shape[2]:
             return True
-        num_rows = max(2, used + used // 2)
+        num_rows = max(used + count, used + used // 2)
         if num_rows * _row_bytes(self.config, self.dtype, self.capacity) > limit_bytes:
             return False
         config = self.config
@@ -200,8 +209,10 @@ class _Shelf:
         return scaled_dot_product_attention(queries, keys, values, attn_mask=mask).view(count, num_heads * head_dim)
 
 
-def _capacity(num_tokens: int) -> int:
-    return max(_MIN_CAPACITY, 1 << (num_tokens - 1).bit_length())
+def _capacity(num_tokens: int, block_size: int) -> int:
+    """Return the next power of two, rounded up to whole blocks."""
+    capacity = max(_MIN_CAPACITY, 1 << (num_tokens - 1).bit_length())
+    return -(-capacity // block_size) * block_size
 
 
 def _row_bytes(config: ModelConfig, dtype: torch.dtype, capacity: int) -> int:
