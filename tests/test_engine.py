@@ -18,7 +18,8 @@ from cache.block_pool import IntegrityError
 from protocol.messages import Generate, Sampling
 from protocol.prefix import split_hashes
 from protocol.tokens import pack_tokens
-from worker.step import SampleRow
+from worker.oracle_model import OracleStore
+from worker.step import SampleRow, SequenceSlice
 
 SEEDED = Sampling(temperature=0.7, seed=12345)
 
@@ -220,6 +221,24 @@ def test_work_that_waits_counts_only_what_is_not_cached() -> None:
     rig.submit(make_generate(make_prompt(14), 1, req_id=b"3"))  # 12 of 14 are cached
     load = rig.step().load
     assert (load.num_prefill_tokens, load.pending_tokens) == (6, 36)
+
+
+@pytest.mark.parametrize(("tokens_per_s", "largest"), [(10_000.0, 400), (200.0, 100), (10.0, 64)])
+def test_a_slow_worker_takes_smaller_chunks(tokens_per_s: float, largest: int) -> None:
+    rig = Rig(num_blocks=1024, max_step_tokens=400)
+    forward = rig.model.forward
+
+    def slow(slices: list[SequenceSlice], kv: OracleStore) -> list[int]:
+        rig.clock.now += sum(len(piece.token_ids) for piece in slices) / tokens_per_s
+        return forward(slices, kv)
+
+    rig.model.forward = slow  # type: ignore[method-assign]
+    stream = rig.submit(make_generate(make_prompt(3000), 1))
+    rig.run()
+    sizes = [len(step[0].token_ids) for step in rig.model.steps]
+    assert sizes[0] == 64
+    assert all(abs(size - largest) <= 1 for size in sizes[1:-1])
+    assert stream.token_ids == expected_tokens(make_prompt(3000), 1)
 
 
 # ---- endings

@@ -16,13 +16,12 @@ from cache.prefix_cache import CacheStatistics, PrefixCache
 from protocol.errors import BadRequest, Overloaded
 from protocol.messages import FinishReason, Generate, Load, Output, Snapshot, StepReport, TokenLogprobs
 from protocol.tokens import num_tokens, pack_tokens
-from worker.scheduler import EngineLimits, Plan, schedule
+from worker.scheduler import MIN_CHUNK, EngineLimits, Plan, schedule
 from worker.sequence import Sequence, make_sequence
 from worker.step import Sampled, Sampler, SampleRow, SequenceSlice, StepModel, StepStore
 
-_FIRST_RATE = 1000.0  # prompt tokens per second, until measured
+_FIRST_RATE = 100.0  # prompt tokens per second, until measured: low, so that the first chunk is a small one
 _RATE_SHARE = 0.2  # weight of the newest step in the measured rate
-_MIN_RATE_TOKENS = 64  # fewer say more about a step's fixed costs than about the rate
 
 _Batch = list[tuple[Sequence, SequenceSlice]]
 
@@ -224,8 +223,9 @@ class Engine:
         outputs, self._outputs = self._outputs, []
         num_prefill = sum(count for _, count in plan.work[plan.num_decodes :])
         step_s = self._clock() - plan.now if plan.work else 0.0
-        if num_prefill >= _MIN_RATE_TOKENS and step_s > 0:
-            self._rate += _RATE_SHARE * (num_prefill / step_s - self._rate)
+        if num_prefill >= MIN_CHUNK and step_s > 0:  # less says more about a step's fixed costs than about the rate
+            rate = num_prefill / step_s
+            self._rate = rate if self._rate == _FIRST_RATE else self._rate + _RATE_SHARE * (rate - self._rate)
         self._num_steps += 1
         if self._check and not self.num_unfinished:
             self.check_integrity()

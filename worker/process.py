@@ -15,7 +15,6 @@ import gc
 import os
 import secrets
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -52,6 +51,7 @@ HELLO_RETRY_S = 2.0
 SILENCE_S = 10.0  # how often to complain that no gateway answers
 BYE_TIMEOUT_S = 1.0
 EXIT_REFUSED = 2
+STDIN_FD = 0
 
 
 class Worker:
@@ -329,7 +329,7 @@ def _serve(options: Options, engine: Engine, hello: Hello, socket: zmq.Socket[by
         hello,
         socket,
         signal_fd=signal_fd,
-        stdin_fd=sys.stdin.fileno() if options.exit_with_stdin else None,
+        stdin_fd=STDIN_FD if options.exit_with_stdin else None,
         drain_s=options.drain_s,
     )
     gc.collect()

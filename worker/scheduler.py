@@ -23,14 +23,21 @@ from dataclasses import dataclass, field
 from cache.prefix_cache import PrefixCache
 from worker.sequence import Sequence
 
+MIN_CHUNK = 64
+
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """`max_requests` run at a time; `max_context` tokens per sequence; `max_step_tokens` is a step's budget."""
+    """`max_requests` run at a time; `max_context` tokens per sequence; `max_step_tokens` is a step's budget.
+
+    Prefill in one step takes no more than about `max_step_s`, as far as chunks of `MIN_CHUNK` tokens allow: a slow
+    machine must not stop decoding, or seem dead, for a whole budget of prompt tokens.
+    """
 
     max_requests: int
     max_step_tokens: int
     max_context: int
+    max_step_s: float = 0.5
     ageing: float = 0.2
 
 
@@ -104,7 +111,7 @@ def _add_prefills(
     uncached = {s.key: s.num_tokens - cached[s.key][0] * size for s in waiting}
     for s in prefilling:
         uncached[s.key] = s.num_remaining
-    budget = limits.max_step_tokens - plan.num_decodes
+    budget = min(limits.max_step_tokens - plan.num_decodes, max(MIN_CHUNK, int(rate * limits.max_step_s)))
     num_available = room.num_available - num_needed
     num_reserved = sum(s.num_missing_blocks(s.num_tokens, size) for s in prefilling)
     num_running = len(room.running)
