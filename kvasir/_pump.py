@@ -188,7 +188,8 @@ class _State:
     def _fail_all(self, error: KvasirError) -> None:
         for call_id in list(self.calls):
             self.calls.pop(call_id).put(error)
-        self.unsent.clear()
+            if self.unsent.pop(call_id, None) is None:
+                self.cancels.append(encode(CancelRequest(call_id)))
 
     def _fail_sent(self) -> None:
         for call_id in [call_id for call_id in self.calls if call_id not in self.unsent]:

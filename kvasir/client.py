@@ -86,7 +86,10 @@ class Client:
         call_id = self._pump.next_id()
         mailbox: queue.SimpleQueue[Message | KvasirError] = queue.SimpleQueue()
         self._pump.send(call_id, encode_request(ModelsRequest(call_id, self._api_key)), mailbox)
-        return models_of(_get(mailbox, self._timeout_s))
+        try:
+            return models_of(_get(mailbox, self._timeout_s))
+        finally:
+            self._pump.cancel(call_id)  # does nothing once it is answered
 
     def close(self) -> None:
         """Disconnect; what is in flight is cancelled and raises `ConnectionLost`. Idempotent."""

@@ -281,6 +281,7 @@ def test_bytes_that_are_no_message_fail_the_calls_instead_of_hanging_them(client
     gateway.send(gateway.wait_for(CompletionRequest).id, b"\xc1 rubbish")
     with pytest.raises(errors.InvalidMessage, match="version"):
         next(stream)
+    gateway.wait_for(CancelRequest)
     gateway.script = echo
     assert client.generate("z").text == "z"
 
