@@ -191,15 +191,21 @@ def test_a_decoder_that_does_not_work_token_by_token_is_refused_by_name() -> Non
         make_sentence_piece(decoders.CTC())
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.one_of(st.text("ab", max_size=20), st.text("abc é😀", max_size=60)),
-    st.one_of(st.lists(st.text(chars, min_size=1, max_size=4), min_size=1, max_size=3) for chars in ("ab", "abc é")),
-    st.lists(st.integers(0, 1000), max_size=12),
-)
+@st.composite
+def texts_with_stops(draw: st.DrawFn) -> tuple[str, list[str]]:
+    """A text, and strings that overlap in it or come close to being in it."""
+    text = draw(st.text("ab é😀", min_size=1, max_size=30))
+    starts = st.integers(0, len(text) - 1)
+    spans = draw(st.lists(st.tuples(starts, st.integers(1, 4), st.sampled_from(["", "", "", "a"])), max_size=3))
+    return text, [text[start : start + length] + more for start, length, more in spans]
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts_with_stops(), st.lists(st.integers(0, 1000), max_size=4))
 def test_an_answer_ends_exactly_before_the_stop_string_that_comes_first(
-    text: str, stop: list[str], cuts: list[int]
+    case: tuple[str, list[str]], cuts: list[int]
 ) -> None:
+    text, stop = case
     ids = TEXT.encode(text)
     whole = TEXT.decode(ids)
     pushed, stopped = push_in_pieces(TEXT, ids, cuts, stop)
