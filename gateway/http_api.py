@@ -145,7 +145,7 @@ class HttpApi:
 
     async def _whole(self, answers: list[Answer], waiter: _Waiter, form: _Form) -> HttpResponse:
         pieces = [Piece() for _ in answers]
-        while waiter.num_open:
+        while any(piece.finished is None for piece in pieces):
             await waiter.wait()
             for piece, answer in zip(pieces, answers, strict=True):
                 _extend(piece, answer.take())

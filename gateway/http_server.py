@@ -269,11 +269,14 @@ class _Connection:
             try:
                 self._parser.feed_data(data)
             except httptools.HttpParserUpgrade:
-                self._refuse(400, "upgrades are not supported here")
+                # An upgrade may be ignored (RFC 9110 §7.8); the parser stops here, so that answer is the last one.
+                self._refused = True
+                if self._ready:
+                    self._ready[-1].keep_alive = False
             except httptools.HttpParserError as error:
                 if not self._refused:
                     self._refuse(400, f"malformed HTTP: {error}")
-            if self._reading == "headers" and self._num_bytes > self._limits.max_header_bytes:
+            if self._reading == "headers" and self._num_bytes > self._limits.max_header_bytes and not self._refused:
                 self._refuse(431, f"the request's headers exceed {self._limits.max_header_bytes} bytes")
             if self._ready:
                 self._responder.unpark()
@@ -291,6 +294,7 @@ class _Connection:
         self._url = b""
         self._headers: dict[str, str] = {}
         self._num_headers = 0
+        self._header_bytes = 0
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._num_bytes = 0
@@ -308,9 +312,11 @@ class _Connection:
 
     def on_url(self, url: bytes) -> None:
         self._url += url
+        self._header_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._num_headers += 1
+        self._header_bytes += len(name) + len(value) + 4
         if self._num_headers > self._limits.max_headers:
             return
         key, text = name.decode("latin-1").lower(), value.decode("latin-1")
@@ -324,6 +330,8 @@ class _Connection:
         length = headers.get("content-length", "")
         if self._num_headers > limits.max_headers:
             self._refuse(431, f"more than {limits.max_headers} headers")
+        elif self._header_bytes > limits.max_header_bytes:
+            self._refuse(431, f"the request's headers exceed {limits.max_header_bytes} bytes")
         elif length.isdigit() and int(length) > limits.max_body_bytes:
             self._refuse(413, f"a body of {length} bytes exceeds {limits.max_body_bytes}")
         elif "expect" in headers and headers["expect"].lower() != "100-continue":

@@ -135,7 +135,7 @@ class Intake:
             if request.messages is not None:
                 return pack_tokens(text.encode_chat(request.messages))
             return pack_tokens(text.encode(request.text or ""))
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):  # the tokenizer calls a lone surrogate no string
             raise BadRequest("the prompt is no valid Unicode text (a lone surrogate); send valid UTF-8") from None
 
     def _submit(self, request: CompletionRequest, tenant: Tenant, sink: Sink, info: ModelInfo, packed: bytes) -> Submit:

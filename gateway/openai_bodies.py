@@ -75,7 +75,7 @@ class ChatBody(Body, kw_only=True):
 
 
 class CompletionBody(Body, kw_only=True):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str | int | list[int]]  # one text, several, token ids, or several times token ids
     logprobs: int | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -208,7 +208,10 @@ def _prompts(prompt: str | list[Any]) -> list[dict[str, Any]]:
         return [{"text": prompt}]
     if not prompt:
         raise BadRequest("prompt is empty; send a string or token ids", param="prompt")
-    if isinstance(prompt[0], int):
+    kinds = {type(each) for each in prompt}
+    if len(kinds) > 1:
+        raise BadRequest("prompt mixes texts and token ids; send one kind", param="prompt")
+    if kinds == {int}:
         return [{"token_ids": _pack(prompt)}]
     if len(prompt) > MAX_PROMPTS:
         raise BadRequest(f"up to {MAX_PROMPTS} prompts fit one request, not {len(prompt)}", param="prompt")
