@@ -1,0 +1,93 @@
+"""`python -m gateway`: read the settings, run the gateway until SIGINT or SIGTERM.
+
+Exit codes: 0 after a clean stop, 2 when it cannot start (one line says why), 1 for a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import trio
+
+from gateway.app import serve
+from gateway.config import GatewayConfig, ModelConfig
+from protocol.errors import ConfigurationError
+
+
+def parse(argv: list[str] | None = None) -> GatewayConfig:
+    """Return the settings in `argv`; argparse prints what is wrong and exits with 2."""
+    parser = argparse.ArgumentParser(prog="kvasir gateway", description="Run a Kvasir gateway in the foreground.")
+    parser.add_argument("--state-dir", type=Path, required=True, help="database and deployment secret; survives")
+    parser.add_argument("--run-dir", type=Path, help="sockets (default: STATE_DIR/run)")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH", help="serve a folder; repeatable")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="local workers per model; 0: they dial in")
+    parser.add_argument("--worker-args", default="", metavar="ARGS", help="passed to every local worker")
+    parser.add_argument("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="HTTP edge, or `off`")
+    parser.add_argument("--zmq", action="append", default=[], metavar="ENDPOINT", help="further SDK endpoints")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens per KV block (default: 16)")
+    parser.add_argument("--stall-s", type=float, default=15.0, help="a worker that makes no step for so long is lost")
+    parser.add_argument("--restart-delays", default="1,2,5,10,30", metavar="S,S,...", help="back-off of local workers")
+    parser.add_argument("--drain-s", type=float, default=30.0, help="how long running requests may take at shutdown")
+    args = parser.parse_args(argv)
+    try:
+        delays = tuple(float(part) for part in args.restart_delays.split(","))
+        http = None if args.http == "off" else _address(args.http)
+        models = tuple(_model(text, args.workers, tuple(shlex.split(args.worker_args))) for text in args.model)
+    except ValueError as error:
+        parser.error(str(error))
+    if len({model.name for model in models}) != len(models):
+        parser.error("two models have the same name; every --model needs a name of its own")
+    if args.block_size < 1 or args.workers < 0:
+        parser.error("--block-size must be at least 1 and --workers at least 0")
+    return GatewayConfig(
+        state_dir=args.state_dir.resolve(),
+        run_dir=(args.run_dir or args.state_dir / "run").resolve(),
+        models=models,
+        http=http,
+        zmq_endpoints=tuple(args.zmq),
+        block_size=args.block_size,
+        stall_s=args.stall_s,
+        restart_delays_s=delays,
+        drain_s=args.drain_s,
+    )
+
+
+def main() -> int:
+    """Run and return the exit code."""
+    config = parse()
+    code = 0
+    try:
+        trio.run(serve, config)
+    except* ConfigurationError as errors:
+        print(f"kvasir gateway: {_first(errors)}", file=sys.stderr)
+        code = 2
+    except* KeyboardInterrupt:
+        code = 130
+    return code
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"--http {text!r} is no HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _model(text: str, num_workers: int, worker_args: tuple[str, ...]) -> ModelConfig:
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise ValueError(f"--model {text!r} is no NAME=PATH")
+    return ModelConfig(name, Path(path).resolve(), num_workers, worker_args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

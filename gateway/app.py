@@ -1,0 +1,138 @@
+"""The gateway put together: who is started in which order, and how it all stops.
+
+Three nurseries, one inside the other; their order is the shutdown order. Innermost the edges, then the core's actors
+(worker port, ticker), outermost the local workers. SIGINT or SIGTERM starts the drain: the edges refuse what is new,
+what runs is finished within `drain_s`, then edges, core and workers end in this order. A second signal ends at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+import trio
+import zmq
+
+from gateway.admin import Admin, open_admin_link
+from gateway.config import GatewayConfig, ModelConfig
+from gateway.core import Core, CoreConfig
+from gateway.house import GatewayHouse
+from gateway.http_api import HttpApi
+from gateway.http_server import HttpServer, open_listeners
+from gateway.intake import Intake
+from gateway.lock import hold_lock
+from gateway.log import log
+from gateway.metrics import render_metrics
+from gateway.store import open_store
+from gateway.supervisor import Supervisor
+from gateway.tenants import TenantDirectory
+from gateway.text import ModelText, load_text
+from gateway.worker_checks import LivenessConfig
+from gateway.worker_link import WorkerPort
+from gateway.zmq_edge import ZmqEdge
+from protocol.link import open_router
+from protocol.prefix import derive_namespace
+
+ORACLE = "oracle:"  # the test model: no folder, no tokenizer
+
+
+async def serve(config: GatewayConfig) -> None:
+    """Run a gateway until a signal or `kvasir`'s drain command ends it.
+
+    Raises:
+        ConfigurationError: it cannot start: a directory, socket, database or model folder is not as it must be, or
+            all local workers refused to start.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(hold_lock(config.state_dir))
+        if config.run_dir != config.state_dir:
+            stack.enter_context(hold_lock(config.run_dir))
+        store = open_store(config.state_dir)
+        stack.callback(store.close)
+        context: zmq.Context[zmq.Socket[bytes]] = stack.enter_context(_zmq_context())
+        texts = {model.name: _load_text(model) for model in config.models}
+        directory = TenantDirectory(store.secret, store.load())
+
+        port = WorkerPort(open_router(context, [config.worker_endpoint]))
+        core = Core(
+            _core_config(config, store.secret),
+            port.send,
+            trio.current_time,
+            epoch=os.urandom(8),
+            notify=lambda notice: supervisor.notice(notice),
+        )
+        supervisor = Supervisor(config, core)
+        intake = Intake(core, directory, texts, store.secret, config.block_size)
+        edge = ZmqEdge(open_router(context, config.client_endpoints), core, intake, directory)
+        server = HttpServer(
+            HttpApi(core, intake, directory, lambda: render_metrics(core.statistics(), server.statistics))
+        )
+        listeners = [] if config.http is None else await open_listeners(*config.http)
+        stopping = trio.Event()
+        house = GatewayHouse(config, core, intake, supervisor, stopping.set)
+        admin = Admin(open_admin_link(context, config.admin_endpoint), directory, store, house, version=_version())
+
+        async with trio.open_nursery() as outer:
+            outer.start_soon(_watch_signals, stopping, outer.cancel_scope)
+            async with supervisor.running(), trio.open_nursery() as middle:
+                await middle.start(port.run, core)
+                async with trio.open_nursery() as edges:
+                    await edges.start(admin.run)
+                    await edges.start(edge.run)
+                    if listeners:
+                        await edges.start(server.run, listeners)
+                    log("gateway_ready", pid=os.getpid(), **house.endpoints())
+                    await stopping.wait()
+                    log("draining", unfinished=core.num_unfinished, deadline_s=config.drain_s)
+                    core.drain()
+                    edge.drain()
+                    server.drain()
+                    with trio.move_on_after(config.drain_s):
+                        while core.num_unfinished or server.statistics.num_open:  # noqa: ASYNC110 two plain counters
+                            await trio.sleep(0.05)
+                    edge.flush()
+                    edges.cancel_scope.cancel()
+                middle.cancel_scope.cancel()
+            outer.cancel_scope.cancel()
+    log("stopped")
+
+
+def _core_config(config: GatewayConfig, secret: bytes) -> CoreConfig:
+    return CoreConfig(
+        public_namespace=derive_namespace(secret, "public"),
+        block_size=config.block_size,
+        models=frozenset(model.name for model in config.models),
+        liveness=LivenessConfig(stall_s=config.stall_s),
+    )
+
+
+def _load_text(model: ModelConfig) -> ModelText | None:
+    return None if str(model.path).startswith(ORACLE) else load_text(model.path)
+
+
+async def _watch_signals(stopping: trio.Event, scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
+        async for number in received:
+            log("signal", name=signal.Signals(number).name)
+            if stopping.is_set():
+                scope.cancel()  # the second one: no more waiting
+            stopping.set()
+
+
+@contextmanager
+def _zmq_context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        yield context
+    finally:
+        context.destroy(linger=0)
+
+
+def _version() -> str:
+    try:
+        return version("kvasir-gateway")
+    except PackageNotFoundError:  # run from a checkout
+        return "unknown"
