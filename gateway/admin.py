@@ -57,8 +57,8 @@ class House(Protocol):
 
     def is_draining(self) -> bool: ...
 
-    def explain(self, request: str) -> dict[str, Any] | None:
-        """Return the routing record of the request whose id begins with `request`, as JSON values, or None."""
+    def explain(self, request: str) -> list[dict[str, Any]] | None:
+        """Return the router's decisions, one per attempt, on the request of that id, as JSON values, or None."""
 
     def drain(self) -> None:
         """Begin the shutdown that SIGTERM begins."""
@@ -150,10 +150,10 @@ class Admin:
             case am.StatusQuery():
                 return self._status()
             case am.ExplainQuery():
-                record = self._house.explain(command.request)
-                if record is None:
+                decisions = self._house.explain(command.request)
+                if decisions is None:
                     raise NotFound(f"no request {command.request!r} is known; only the last ones are remembered")
-                return am.ExplainReply(command.request, record)
+                return am.ExplainReply(command.request, decisions)
             case am.DrainGateway():
                 log("admin", command=name, actor=command.actor)
                 self._house.drain()

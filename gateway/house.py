@@ -103,9 +103,9 @@ class GatewayHouse:
     def is_draining(self) -> bool:
         return self._core.statistics().is_draining
 
-    def explain(self, request: str) -> dict[str, Any] | None:
+    def explain(self, request: str) -> list[dict[str, Any]] | None:
         decisions = self._core.find_explained(request)
-        return None if decisions is None else {"decisions": msgspec.to_builtins(decisions)}
+        return None if decisions is None else msgspec.to_builtins(decisions)
 
     def drain(self) -> None:
         self._stop()

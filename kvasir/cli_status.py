@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import click
 from rich.console import Group, RenderableType
@@ -63,9 +64,10 @@ def explain(request: str, as_json: bool) -> None:
         print_as_json(reply)
         return
     console = make_console()
-    for number, attempt in enumerate(reply.decision["attempts"], start=1):
-        console.print(f"attempt {number}: {attempt['num_tokens']} tokens -> [bold]{plain(attempt['worker_id'])}[/bold]")
-        console.print(_terms_table(attempt))
+    for number, decision in enumerate(reply.decisions, start=1):
+        worker, num_tokens = plain(decision["worker_id"]), decision["num_tokens"]
+        console.print(f"attempt {number}: {num_tokens} tokens to [bold]{worker}[/bold], the cheapest of:")
+        console.print(_terms_table(decision))
 
 
 def render_status(reply: am.StatusReply) -> RenderableType:
@@ -114,13 +116,12 @@ def _model_table(models: list[am.ModelStatus]) -> Table:
     return table
 
 
-def _terms_table(attempt: dict[str, object]) -> Table:
-    terms = attempt["terms"]
-    assert isinstance(terms, list)
+def _terms_table(decision: dict[str, Any]) -> Table:
+    terms = decision["terms"]
     names = [name for name in (terms[0] if terms else {}) if name != "worker_id"]
     table = make_table("worker", *names, numbers=names)
     for row in terms:
-        chosen = "bold" if row["worker_id"] == attempt["worker_id"] else None
+        chosen = "bold" if row["worker_id"] == decision["worker_id"] else None
         values = [f"{row[name]:.4f}" if isinstance(row[name], float) else str(row[name]) for name in names]
         table.add_row(plain(row["worker_id"]), *values, style=chosen)
     return table

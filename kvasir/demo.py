@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from kvasir._session import Completion
 from kvasir.admin_client import admin_socket, ask
-from kvasir.chat import choose_model
+from kvasir.chat import choose_model, harmless
 from kvasir.cli_output import make_table, plain
 from kvasir.client import Client
 from kvasir.demo_keys import obtain_key
@@ -27,7 +28,8 @@ from protocol.admin_messages import PrefixPublish, PrefixReply
 from protocol.errors import BadRequest, RequestFailed
 
 PREFIX_NAME = "kvasir-demo"
-MAX_TOKENS = 24
+MAX_TOKENS = 48
+MAX_LINES = 6  # of what it wrote in full
 TIMEOUT_S = 120.0
 SNIPPET_CHARS = 44
 
@@ -71,12 +73,12 @@ def run_demo(console: Console, *, model: str | None = None, quiet: bool = False)
         speak = _warm_up(demo, name)
         ask(PrefixPublish(name=PREFIX_NAME, text=system, replace=True), PrefixReply)
         plan: tuple[tuple[str, str, str, Callable[[], Completion]], ...] = (
-            ("demo", "published prompt, first time", "cold", lambda: speak(demo, system, QUESTIONS[0])),
-            ("demo", "published prompt, again", "warm", lambda: speak(demo, system, QUESTIONS[1])),
-            ("demo-b", "published prompt, first contact", "warm", lambda: speak(demo_b, system, QUESTIONS[2])),
-            ("demo", "private text, first time", "cold", lambda: _complete(demo, name, private)),
-            ("demo-b", "the same text, demo-b's own", "cold", lambda: _complete(demo_b, name, private)),
-            ("demo", "private text, again", "warm", lambda: _complete(demo, name, private)),
+            ("demo", "published, first time", "cold", lambda: speak(demo, system, QUESTIONS[0])),
+            ("demo", "published, again", "warm", lambda: speak(demo, system, QUESTIONS[1])),
+            ("demo-b", "published, first contact", "warm", lambda: speak(demo_b, system, QUESTIONS[2])),
+            ("demo", "private, first time", "cold", lambda: _complete(demo, name, private)),
+            ("demo-b", "the same text, its own", "cold", lambda: _complete(demo_b, name, private)),
+            ("demo", "private, again", "warm", lambda: _complete(demo, name, private)),
         )
         rows: list[Row] = []
         with contextlib.nullcontext(lambda rows: None) if quiet else _shown(console, run) as show:
@@ -95,6 +97,9 @@ def run_demo(console: Console, *, model: str | None = None, quiet: bool = False)
             f"{row.tenant}: {row.what} should have been {row.expects}, had {row.cached_tokens} cached tokens; {hint}"
         )
     if not quiet:
+        for row in (rows[0], rows[3]):
+            console.print(f"\nWhat it wrote to {row.tenant} ({row.what}):")
+            console.print(Text(excerpt(row.text)), style="dim")
         console.print(f"\n{plain(reading(rows))}", soft_wrap=True)
     return rows
 
@@ -107,6 +112,13 @@ def reading(rows: list[Row]) -> str:
         f"(private text: {warm.ttft_ms:.0f} instead of {private.ttft_ms:.0f}); demo-b found {shared.cached_tokens} "
         f"tokens of the published prompt at its very first contact, and {theirs.cached_tokens} of demo's private text."
     )
+
+
+def excerpt(text: str) -> str:
+    """Return the first lines of `text` that have something in them, indented."""
+    lines = [line for line in harmless(text).splitlines() if line.strip()]
+    more = ["…"] if len(lines) > MAX_LINES else []
+    return "\n".join("  " + line for line in [*lines[:MAX_LINES], *more])
 
 
 def as_json(rows: list[Row]) -> dict[str, object]:
@@ -156,7 +168,7 @@ def _shown(console: Console, run: str) -> Iterator[Callable[[list[Row]], None]]:
 
 
 def _table(rows: list[Row]) -> Table:
-    numbers = ("prompt", "cached", "first token")
+    numbers = ("prompt", "cached", "TTFT")
     table = make_table("tenant", "what", "worker", *numbers, "it wrote", numbers=numbers)
     for row in rows:
         colour = ("green" if row.expects == "warm" else "cyan") if row.is_as_expected else "red"

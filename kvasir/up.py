@@ -192,7 +192,7 @@ def print_welcome(plan: UpPlan, key: str, log: Path, console: Console) -> None:
     for endpoint in (f"ipc://{run_dir() / 'client.sock'}", *plan.zmq):
         console.print(f"  [bold]ZeroMQ[/bold]   {plain(endpoint)}", soft_wrap=True)
     models = ", ".join(text.partition("=")[0] for text in plan.models)
-    console.print(f"  [bold]models[/bold]   {plain(models)}, {plan.num_workers} workers each")
+    console.print(f"  [bold]models[/bold]   {plain(models)} ({plan.num_workers} workers each)")
     console.print(f"  [bold]API key[/bold]  {plain(key)}", soft_wrap=True)
     console.print(f"           [dim]tenant demo, kept in {plain(key_path('demo'))}[/dim]", soft_wrap=True)
     console.print(f"  [bold]log[/bold]      {plain(log)}", soft_wrap=True)

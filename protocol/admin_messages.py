@@ -157,7 +157,7 @@ class PrefixInfo(Struct, frozen=True, forbid_unknown_fields=True):
 class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """One worker. `state`: starting, ready, draining or lost. Token counters since its incarnation joined.
 
-    `prefill_rate`: tokens/s, `decode_rate`: tokens/s of one stream, both as the router has learned them.
+    `prefill_rate`: tokens/s, `decode_rate`: tokens/s of what runs now, as the router has learned them.
     `num_free_blocks` counts those whose content can be evicted; `num_cached_blocks` hold something findable.
     """
 
@@ -265,10 +265,10 @@ class StatusReply(AdminReply, tag="status"):
 
 
 class ExplainReply(AdminReply, tag="explained"):
-    """A request's route: `decision` is the router's own record, as JSON values."""
+    """A request's route: `decisions` are the router's own records, one per attempt, as JSON values."""
 
     request: str
-    decision: dict[str, Any]
+    decisions: list[dict[str, Any]]
 
 
 AnyCommand = (

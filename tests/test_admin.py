@@ -64,8 +64,9 @@ class FakeHouse:
     def is_draining(self) -> bool:
         return self.drained
 
-    def explain(self, request: str) -> dict[str, Any] | None:
-        return {"worker": "demo-0", "terms": {"wait_s": 0.5}} if request == "known" else None
+    def explain(self, request: str) -> list[dict[str, Any]] | None:
+        terms = [{"worker_id": "demo-0", "wait_s": 0.5}, {"worker_id": "demo-1", "wait_s": 0.25}]
+        return [{"worker_id": "demo-1", "num_tokens": 7, "terms": terms}] if request == "known" else None
 
     def drain(self) -> None:
         self.drained = True
@@ -250,7 +251,7 @@ def test_status_explain_and_drain_reach_the_house(home: Path) -> None:
         assert status.workers == FakeHouse().workers() and status.models == FakeHouse().models()
         assert [tenant.name for tenant in status.tenants] == ["acme"]
         assert (status.pid, status.version, status.draining) == (os.getpid(), "1.2.3", False)
-        assert office.ask(am.ExplainQuery(request="known"), am.ExplainReply).decision["worker"] == "demo-0"
+        assert office.ask(am.ExplainQuery(request="known"), am.ExplainReply).decisions[0]["worker_id"] == "demo-1"
         office.ask(am.DrainGateway(), am.Done)
         assert office.house.drained
 

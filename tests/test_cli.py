@@ -132,6 +132,8 @@ def test_tables_name_what_is_there_and_never_a_secret(office: Office, home: Path
     assert "[red]odd[/red]" in kvasir(capsys, "key", "list")[0]
     out, _ = kvasir(capsys, "status")
     assert "demo-0" in out and "ready" in out and "60/100" in out and "http://127.0.0.1:8000/v1" in out
+    out, _ = kvasir(capsys, "explain", "known")
+    assert "7 tokens to demo-1" in out and "wait_s" in out and "0.2500" in out
     assert "demo" in kvasir(capsys, "models")[0]
     assert kvasir_json(capsys, "models")["models"][0]["max_context"] == 2048
 
@@ -353,7 +355,7 @@ def test_the_demonstration_shows_the_same_at_every_run(
         assert [row["cached_tokens"] > 0 for row in rows] == [False, True, True, False, False, True]
         assert [row["tenant"] for row in rows] == ["demo", "demo", "demo-b", "demo", "demo-b", "demo"]
     out, _ = kvasir(capsys, "demo")
-    assert "published prompt, first contact" in out and "and 0 of demo's private text" in out and "\x1b" not in out
+    assert "published, first contact" in out and "and 0 of demo's private text" in out and "\x1b" not in out
     [prefix] = kvasir_json(capsys, "prefix", "list")["prefixes"]
     assert prefix["name"] == "kvasir-demo"
 
