@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from kvasir._session import Completion
+from kvasir.cli_output import harmless
 from kvasir.client import Client
 from protocol.errors import AuthenticationFailed, BadRequest, ConnectionLost, KvasirError, PromptTooLong
 
@@ -143,8 +144,3 @@ def summary(done: Completion, streaming_s: float) -> str:
     if done.finish_reason == "length":
         parts.append("cut at --max-tokens or the window")
     return " · ".join(parts)
-
-
-def harmless(text: str) -> str:
-    """Return `text` without control characters but newline and tab."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)

@@ -20,7 +20,7 @@ except ModuleNotFoundError as missing:  # the SDK alone installs neither
     raise SystemExit(2) from None
 
 from kvasir.cli_output import example
-from kvasir.cli_run import gateway, up, worker
+from kvasir.cli_run import down, gateway, up, worker
 from kvasir.cli_status import explain, models, status
 from kvasir.cli_talk import chat, demo
 from kvasir.cli_tenants import key, prefix, tenant
@@ -51,7 +51,7 @@ def cli() -> None:
     """LLM serving on boxes you own: tenants, prefix-routed workers, a paged KV cache."""
 
 
-for command in (up, chat, demo, status, models, tenant, key, prefix, explain, gateway, worker):
+for command in (up, down, chat, demo, status, models, tenant, key, prefix, explain, gateway, worker):
     cli.add_command(command)
 
 

@@ -59,8 +59,13 @@ def make_table(*columns: str, numbers: Sequence[str] = ()) -> Table:
 
 
 def plain(text: object) -> str:
-    """Return `text` as it is, with nothing in it taken for markup and no control characters."""
+    """Return `text` on one line as it is, with nothing in it taken for markup and no control characters."""
     return escape("".join(char if char.isprintable() else "�" for char in str(text)))
+
+
+def harmless(text: str) -> str:
+    """Return `text` without control characters but newline and tab: what others wrote must not steer the terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)
 
 
 def age(created_at: float, now: float | None = None) -> str:

@@ -9,8 +9,10 @@ import click
 
 from kvasir import processes
 from kvasir import up as upper
-from kvasir.cli_output import example, make_console
+from kvasir.admin_client import ask
+from kvasir.cli_output import example, json_option, make_console, print_json
 from kvasir.paths import run_dir, state_dir
+from protocol.admin_messages import Done, DrainGateway, StatusQuery, StatusReply
 from protocol.errors import BadRequest, KvasirError
 
 HELP_TIMEOUT_S = 30
@@ -99,6 +101,19 @@ def up(
         wait_s=wait_s,
     )
     upper.serve(plan, make_console(), then=_demonstrate if with_demo else None)
+
+
+@click.command()
+@json_option
+@example("kvasir down")
+def down(as_json: bool) -> None:
+    """Stop the running gateway as Ctrl-C does: it takes nothing new, finishes what runs, then leaves."""
+    pid = ask(StatusQuery(), StatusReply).pid
+    reply = ask(DrainGateway(), Done)
+    if as_json:
+        print_json(reply)
+    else:
+        click.echo(f"the gateway (process {pid}) finishes what runs and stops")
 
 
 def _demonstrate(key: str) -> None:

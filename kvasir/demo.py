@@ -18,8 +18,8 @@ from rich.text import Text
 
 from kvasir._session import Completion
 from kvasir.admin_client import admin_socket, ask
-from kvasir.chat import choose_model, harmless
-from kvasir.cli_output import make_table, plain
+from kvasir.chat import choose_model
+from kvasir.cli_output import harmless, make_table, plain
 from kvasir.client import Client
 from kvasir.demo_keys import obtain_key
 from kvasir.demo_text import PRIVATE_CODE, QUESTIONS, SYSTEM_PROMPT
@@ -97,7 +97,7 @@ def run_demo(console: Console, *, model: str | None = None, quiet: bool = False)
             f"{row.tenant}: {row.what} should have been {row.expects}, had {row.cached_tokens} cached tokens; {hint}"
         )
     if not quiet:
-        for row in (rows[0], rows[3]):
+        for row in (row for row in (rows[0], rows[3]) if row.text.strip()):
             console.print(f"\nWhat it wrote to {row.tenant} ({row.what}):")
             console.print(Text(excerpt(row.text)), style="dim")
         console.print(f"\n{plain(reading(rows))}", soft_wrap=True)

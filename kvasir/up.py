@@ -13,10 +13,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from kvasir import processes
 from kvasir.admin_client import ask, is_listening
-from kvasir.cli_output import plain
+from kvasir.cli_output import harmless, plain
 from kvasir.demo_keys import key_path, obtain_key
 from kvasir.paths import home_dir, run_dir, state_dir
 from protocol.admin_messages import StatusQuery, StatusReply
@@ -87,7 +88,7 @@ def serve(plan: UpPlan, console: Console, *, then: Callable[[str], None] | None 
     """
     socket = run_dir() / "admin.sock"
     if is_listening(socket):
-        raise ConfigurationError(f"a gateway is running at {socket} already; use it, or stop it first")
+        raise ConfigurationError(f"a gateway is running at {socket} already; use it, or stop it with `kvasir down`")
     log = home_dir() / "gateway.log"
     process = processes.start("gateway", plan.gateway_args(), log)
     try:
@@ -99,7 +100,9 @@ def serve(plan: UpPlan, console: Console, *, then: Callable[[str], None] | None 
                 then(key)
                 console.print("Serving. Ctrl-C stops.")
             process.wait()
-        raise ConfigurationError(_epitaph(process, log))
+        if process.returncode:
+            raise ConfigurationError(_epitaph(process, log))
+        console.print("the gateway was told to stop", style="dim")
     except _Stopped:
         console.print("\nstopping: running requests may finish, Ctrl-C again cuts them off", style="dim")
         _stop(process, plan.drain_s + 10)
@@ -142,9 +145,8 @@ def _wait_until_ready(plan: UpPlan, process: subprocess.Popen[bytes], log: Path,
                 ready = {name: _num_ready(status, name) for name in names}
                 if all(number >= plan.num_workers for number in ready.values()):
                     break
-                show(
-                    ", ".join(f"{name}: {number} of {plan.num_workers} workers ready" for name, number in ready.items())
-                )
+                counts = [f"{name}: {number} of {plan.num_workers} workers ready" for name, number in ready.items()]
+                show(", ".join(counts), _last_line(log))
                 for name, number in ready.items():
                     restarts = sum(worker.num_restarts for worker in status.workers if worker.model == name)
                     if not number and restarts >= HOPELESS_RESTARTS * plan.num_workers:
@@ -167,17 +169,18 @@ def _num_ready(status: StatusReply, model: str) -> int:
 
 
 @contextlib.contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str], None]]:
-    """Show what is going on: a spinner on a terminal, else a line whenever it changes."""
+def _progress(console: Console) -> Iterator[Callable[..., None]]:
+    """Give `show(text, detail)`: a spinner on a terminal, else a line whenever `text` changes."""
     if console.is_terminal:
+        width = console.width - 4
         with console.status("") as spinner:
-            yield lambda text: spinner.update(plain(text))
+            yield lambda text, detail="": spinner.update(Text(f"{text}  {detail}"[:width]))
     else:
         last = [""]
 
-        def show(text: str) -> None:
+        def show(text: str, detail: str = "") -> None:
             if text != last[0]:
-                console.print(plain(text))
+                console.print(Text(text))
                 last[0] = text
 
         yield show
@@ -211,9 +214,11 @@ def _epitaph(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 def _last_words(log: Path) -> str:
-    lines = processes.last_lines(log, 1)
-    said = lines[0].removeprefix("kvasir gateway: ") if lines else "it said nothing"
-    return f"{said} (log: {log})"
+    return f"{_last_line(log).removeprefix('kvasir gateway: ') or 'it said nothing'} (log: {log})"
+
+
+def _last_line(log: Path) -> str:
+    return harmless("".join(processes.last_lines(log, 1)))
 
 
 def _stop(process: subprocess.Popen[bytes], timeout_s: float) -> None:

@@ -21,9 +21,9 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from kvasir import demo_keys, up
-from kvasir.chat import Chat, choose_model, harmless
+from kvasir.chat import Chat, choose_model
 from kvasir.cli import cli, run
-from kvasir.cli_output import age, bar, count, duration, percent, plain
+from kvasir.cli_output import age, bar, count, duration, harmless, percent, plain
 from protocol.client_messages import ModelCard, Usage
 from protocol.errors import AuthenticationFailed, BadRequest, ConfigurationError, PromptTooLong
 from tests.test_admin import Office, open_office
@@ -161,7 +161,7 @@ def test_json_of_status_keeps_its_fields(office: Office, capsys: Any) -> None:
         (["status", "--no-such-option"], ["--no-such-option"]),
         (["up", "--model", "x=/no/such/folder"], ["/no/such/folder"]),
         (["up", "--http", "nonsense"], ["HOST:PORT"]),
-        (["up"], ["already"]),
+        (["up"], ["already", "kvasir down"]),
     ],
     ids=" ".join,
 )
@@ -180,6 +180,11 @@ def test_a_text_too_long_for_a_frame_is_refused_before_it_is_sent(office: Office
 )
 def test_without_a_gateway_it_says_how_to_start_one(home: Path, capsys: Any, args: list[str]) -> None:
     assert_one_line(kvasir(capsys, *args, code=2)[1], "no gateway is running", "kvasir up", str(home))
+
+
+def test_down_asks_the_gateway_to_drain(office: Office, capsys: Any) -> None:
+    assert str(os.getpid()) in kvasir(capsys, "down")[0]
+    assert office.house.drained
 
 
 def test_chat_without_a_key_says_where_to_get_one(home: Path, capsys: Any) -> None:
