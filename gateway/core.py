@@ -89,12 +89,13 @@ class Core(CoreApi):
         self._config = config
         self._send = send
         self._clock = clock
-        self._notify = notify
+        self.notify = notify
         self._members = Members(epoch, config.models)
         self._book = RequestBook(config.queue, config.models, clock())
         self._totals = Totals()
         self._explained: OrderedDict[bytes, list[Decision]] = OrderedDict()
         self._draining = False
+        self._ticked_at = clock()
 
     # ---- edges ---------------------------------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ class Core(CoreApi):
             self._totals.num_refused_workers += 1
             refused = Refused(reason)
             self._send(peer, refused)
-            self._notify(Rejected(hello, reason))
+            self.notify(Rejected(hello, reason))
             return refused
         for old in (known, holder):
             if old is not None and old.is_member:
@@ -145,7 +146,7 @@ class Core(CoreApi):
         worker = self._members.admit(peer, hello, now)
         model = self._book.model(hello.model, now)
         model.workers.append(worker)
-        self._notify(Joined(hello))
+        self.notify(Joined(hello))
         welcome = self._welcome(worker)
         self._dispatch(model, now)
         return welcome
@@ -186,8 +187,14 @@ class Core(CoreApi):
     def tick(self) -> None:
         """Act on the passing of time: lost workers, deadlines, models without workers. Call it some ten times/s."""
         now = self._clock()
+        heartbeat_s = self._config.liveness.heartbeat_s
+        was_deaf = now - self._ticked_at > max(heartbeat_s, 1.0)  # suspended, or a long block: not the workers' fault
+        self._ticked_at = now
         for worker in list(self._members.by_id.values()):
-            self._check(worker, now)
+            if was_deaf:
+                worker.forgive(now)
+            else:
+                self._check(worker, now)
         for request in self._book.take_late(now):
             where = "while it waited for a worker" if request.state == "queued" else "while it was running"
             self._stop(request, "deadline", _deadline_exceeded(request, where))
@@ -221,6 +228,12 @@ class Core(CoreApi):
     def explain(self, req_id: bytes) -> list[Decision] | None:
         """Return one routing decision per attempt of a recent request, with the terms of every candidate."""
         return self._explained.get(req_id)
+
+    def find_explained(self, request: str) -> list[Decision] | None:
+        """Return the same for the newest request whose id, in hexadecimal, begins like `request` (what clients see
+        before a dash is no part of it)."""
+        start = request.rpartition("-")[2].lower()
+        return next((self._explained[req_id] for req_id in reversed(self._explained) if _begins(req_id, start)), None)
 
     def statistics(self) -> CoreStatistics:
         """Return every counter and gauge. O(workers + tenants)."""
@@ -359,7 +372,8 @@ class Core(CoreApi):
         reason = output.finish_reason
         assert reason is not None
         worker.counters.num_finished += 1
-        if reason == "abort":  # not asked for: the worker hands it back
+        if reason == "abort":  # not asked for: a worker that is about to leave hands it back, and wants no more
+            worker.state = "draining"
             self._go_on(request, now)
         elif reason == "deadline":
             self._book.finish(request, reason, _deadline_exceeded(request, "on its worker"))
@@ -421,7 +435,7 @@ class Core(CoreApi):
             else:
                 request.num_deaths += cause != "bye"
                 self._go_on(request, now)
-        self._notify(Lost(worker.worker_id, worker.hello.pid, cause, reason, len(unfinished)))
+        self.notify(Lost(worker.worker_id, worker.hello.pid, cause, reason, len(unfinished)))
 
     def _go_on(self, request: Request, now: float) -> None:
         """Queue `request`, whose attempt is over without an end, first of its tenant; or finish it for good."""
@@ -465,6 +479,10 @@ class Core(CoreApi):
         self._explained[req_id] = [decision]
         if len(self._explained) > self._config.max_explained:
             self._explained.popitem(last=False)
+
+
+def _begins(req_id: bytes, start: str) -> bool:
+    return bool(start) and req_id.hex().startswith(start)
 
 
 def _deadline_exceeded(request: Request, where: str) -> DeadlineExceeded:

@@ -104,7 +104,7 @@ def failure(worker: Worker, now: float, config: LivenessConfig) -> tuple[Cause, 
             return "stalled", f"made no step for {quiet_s:.1f} s with {len(worker.in_flight)} requests to work on"
         oldest = next(iter(worker.in_flight.values()))
         is_idle = not (worker.load.num_running or worker.load.num_waiting)
-        if is_idle and now - oldest.dispatched_at > config.stall_s:
+        if is_idle and worker.loaded_at - oldest.dispatched_at > config.stall_s:
             return "forgot", f"reports no work although {len(worker.in_flight)} requests were sent to it"
         return None
     quiet_s = now - worker.last_report_at

@@ -80,6 +80,7 @@ class Worker:
     last_step_at: float = 0.0  # a report whose step counter had grown, or the work it had to begin with
     last_probe_at: float = 0.0
     load: Load = field(default_factory=Load)
+    loaded_at: float = 0.0  # when `load` was reported
     in_flight: dict[bytes, Request] = field(default_factory=dict)
     index: PrefixIndex = field(default_factory=PrefixIndex)
     backlog: Backlog = field(default_factory=Backlog)
@@ -151,12 +152,17 @@ class Worker:
         """Take in what a step report says of the engine."""
         self.counters.num_reports += 1
         self.load = load
+        self.loaded_at = now
         if step > self.step:
             self.step = step
             self.last_step_at = now
         self.rates.learn(load)
         if load.num_prefill_tokens:
             self.backlog.advance(load.num_prefill_tokens)
+
+    def forgive(self, now: float) -> None:
+        """Start all timers anew: nobody was listening."""
+        self.last_report_at = self.last_step_at = now
 
     def matched(self, request: Request, num_cached_tokens: int) -> None:
         """Take in how many tokens the worker has found in its cache for `request`, beside what was predicted."""

@@ -307,15 +307,17 @@ def test_requests_handed_back_are_not_tried_for_ever() -> None:
     bench.core.check_integrity()
 
 
-def test_an_abort_nobody_asked_for_hands_the_request_back() -> None:
+def test_an_abort_nobody_asked_for_hands_the_request_back_for_another_worker() -> None:
     bench = Bench()
     bench.join("w1", max_requests=1)
     sink = bench.submit()
     bench.take()
     bench.report(b"w1", output(b"r1", 0, [5]), output(b"r1", 1, [], "abort"))
-    [(_, generate)] = bench.take()
-    assert (generate.attempt, unpack_tokens(generate.token_ids)[-1]) == (2, 5)
-    bench.report(b"w1", output(b"r1", 1, [6], "stop", attempt=2))
+    assert bench.take() == []  # not to the one that has just handed it back
+    bench.join("w2")
+    [(peer, generate)] = bench.take()
+    assert (peer, generate.attempt, unpack_tokens(generate.token_ids)[-1]) == (b"w2", 2, 5)
+    bench.report(b"w2", output(b"r1", 1, [6], "stop", attempt=2))
     assert sink.tokens == [5, 6]
 
 
@@ -447,6 +449,19 @@ def test_a_worker_that_forgot_its_requests_is_lost() -> None:
         bench.pass_time(0.5)
         bench.report(b"w1", load=Load())
     assert bench.core.statistics().num_lost == {"forgot": 1}
+
+
+def test_a_gateway_that_was_suspended_does_not_blame_its_workers() -> None:
+    bench = Bench(liveness=LIVENESS)
+    bench.join("w1")
+    bench.submit()
+    bench.pass_time(1.0)
+    bench.now += 3_600.0
+    bench.core.tick()
+    bench.pass_time(4.0)
+    assert bench.core.statistics().num_lost == {}
+    bench.pass_time(2.0)
+    assert bench.core.statistics().num_lost == {"stalled": 1}
 
 
 def test_a_quiet_workers_link_is_probed_so_that_its_death_is_seen_within_a_heartbeat() -> None:
@@ -624,6 +639,9 @@ def test_explain_keeps_one_decision_per_attempt_and_forgets_the_oldest() -> None
     bench.submit(b"r3")
     assert bench.core.explain(b"r1") is None
     assert bench.core.explain(b"r3") is not None
+    assert bench.core.find_explained("chatcmpl-" + b"r3".hex()) == bench.core.explain(b"r3")
+    assert bench.core.find_explained("72") == bench.core.explain(b"r3")  # the newest that begins so
+    assert bench.core.find_explained("") is None
 
 
 def test_statistics_count_tokens_per_worker_and_tenant() -> None:

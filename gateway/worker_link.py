@@ -1,0 +1,81 @@
+"""The workers' port: carries commands and reports between one ROUTER and the core. Decides nothing."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import trio
+
+from gateway.log import log
+from protocol.codec import encode
+from protocol.errors import InvalidMessage
+from protocol.link import Link, LinkBusy, LinkClosed, PeerGone
+from protocol.messages import REPORTS, Bye, Command, Hello, Snapshot, StepReport
+
+TICK_S = 0.1
+
+
+class WorkersCore(Protocol):
+    """What the port needs of the core."""
+
+    def worker_hello(self, peer: bytes, hello: Hello) -> object: ...
+    def worker_report(self, peer: bytes, report: StepReport | Snapshot | Bye) -> None: ...
+    def worker_violation(self, peer: bytes, reason: str) -> None: ...
+    def tick(self) -> None: ...
+
+
+class WorkerPort:
+    """One ROUTER to all workers. `send` is the core's way out, `run` its way in, and its clock's tick.
+
+    A worker's outbox is libzmq's queue for its link, bounded by the link profile's high water. Credits keep it nearly
+    empty, so that a full one means a dead worker: `send` says False, and the core hands its requests to others.
+    """
+
+    def __init__(self, link: Link, *, tick_s: float = TICK_S) -> None:
+        self._link = link
+        self._tick_s = tick_s
+
+    def send(self, peer: bytes, command: Command) -> bool:
+        """Hand `command` to libzmq; return False, with nothing sent, if `peer` is gone or does not keep up."""
+        try:
+            self._link.send_nowait([peer, encode(command)])
+        except (PeerGone, LinkBusy, LinkClosed):
+            return False
+        return True
+
+    async def run(self, core: WorkersCore, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Bring what workers say to `core` and tick it, until the link is closed or the task is cancelled.
+
+        Cancellation leaves the link open; what was received has been brought to the core. An exception out of the
+        core is a bug and ends the gateway.
+        """
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._link.run)
+            nursery.start_soon(self._tick, core)
+            task_status.started()
+            try:
+                while True:
+                    for frames in await self._link.receive():
+                        self._take(core, frames)
+            except LinkClosed:
+                nursery.cancel_scope.cancel()
+
+    async def _tick(self, core: WorkersCore) -> None:
+        while True:
+            await trio.sleep(self._tick_s)
+            core.tick()
+
+    def _take(self, core: WorkersCore, frames: list[bytes]) -> None:
+        peer = frames[0]
+        try:
+            if len(frames) != 2:
+                raise InvalidMessage(f"{len(frames) - 1} frames where one belongs")
+            report = REPORTS.decode(frames[1])
+        except InvalidMessage as error:
+            log("invalid_report", peer=peer.hex(), reason=error.message)
+            core.worker_violation(peer, f"sent something that is no report: {error.message}")
+            return
+        if isinstance(report, Hello):
+            core.worker_hello(peer, report)
+        else:
+            core.worker_report(peer, report)
