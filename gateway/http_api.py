@@ -15,7 +15,8 @@ import msgspec
 import trio
 
 from gateway.answer import Answer, Piece
-from gateway.http_server import Exchange, HttpRequest, HttpResponse
+from gateway.http_parser import HttpRequest
+from gateway.http_server import Exchange, HttpResponse
 from gateway.intake import Intake
 from gateway.openai_bodies import (
     Body,
@@ -184,7 +185,7 @@ class HttpApi:
         first = next((piece.finished for piece in pieces if piece.finished and piece.finished.error), None)
         if first is not None and first.error is not None and first.num_output_tokens == 0:
             return error_response(first.error)  # refused before anything was sent: a plain status says it best
-        await exchange.begin(
+        exchange.begin(
             200, "text/event-stream; charset=utf-8", [("cache-control", "no-cache"), ("x-kvasir-request-id", req_id)]
         )
         out = [chunk([form.opening(index)], more) for index in range(len(answers))] if form.opening else []
@@ -209,8 +210,7 @@ class HttpApi:
         if wants_usage:
             out.append(chunk([], {"usage": _usage(answers, [end for end in ends if end is not None])}))
         out.append(b"data: [DONE]\n\n")
-        await exchange.write(b"".join(out))
-        await exchange.end()
+        await exchange.end(b"".join(out))
         return None
 
     def _envelope(self, answer_id: str, kind: str, model: str) -> dict[str, Any]:

@@ -1,57 +1,52 @@
-"""A small HTTP/1.1 server on Trio streams, parsed by httptools (llhttp): connections, bounds and deadlines; no routes.
+"""A small HTTP/1.1 server on Trio: connections, deadlines, streams of answers; no routes.
 
-Each connection has two tasks for its whole life: a reader, which feeds the parser and notices that the client has
-gone, and a responder, which answers the requests in order. A request therefore costs no task, no cancel scope and no
-timer of its own: one reaper looks at all connections twice a second and ends those that are too slow.
+A connection is one task for its whole life, and a request costs no task, no cancel scope and no timer of its own:
 
-llhttp is strict by default, so that what two parsers could read in two ways (Content-Length beside
-Transfer-Encoding, differing lengths, folded headers, bare line feeds in chunks) is refused and the connection closed.
+- One epoll object, edge-triggered, watches all connections, and one task waits for it. It wakes the connections that
+  have input, and cancels one whose client has gone while its request is being answered.
+- Sockets are read and written without waiting first; a task waits only for what is not there yet.
+- One reaper looks at all connections twice a second and ends those that are too slow.
+
+A client that closes its sending side counts as gone: half-closed connections are not worth a leak.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import contextlib
+import errno
+import select
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http import HTTPStatus
-from typing import Literal
 
-import httptools
 import trio
 
+from gateway.http_parser import HttpRequest, MessageLimits, RequestParser
 from gateway.log import log
 from protocol.errors import ConfigurationError
 
 READ_BYTES = 64 << 10
-MAX_PIPELINED = 8
+_GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _STATUS_LINE = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+_FULL = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 
 
 @dataclass(frozen=True, slots=True)
-class HttpLimits:
-    """Bounds of what strangers can make the server hold, and for how long (seconds)."""
+class HttpLimits(MessageLimits):
+    """Bounds of what strangers can make the server hold, and for how long (seconds).
+
+    `max_total_body_bytes`: of all bodies that are held at one time.
+    """
 
     max_connections: int = 1024
-    max_header_bytes: int = 32 << 10  # request line and all headers
-    max_headers: int = 100
-    max_body_bytes: int = 8 << 20
+    max_total_body_bytes: int = 256 << 20
     headers_s: float = 5.0
     body_s: float = 30.0
     idle_s: float = 75.0
     write_s: float = 15.0  # a client that takes nothing for so long is cut
-
-
-@dataclass(slots=True)
-class HttpRequest:
-    """One request, complete. `headers` by lower-case name; a repeated header's values are joined with commas."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-    keep_alive: bool
-    is_http_10: bool = False
-    refusal: tuple[int, str] | None = None  # set: malformed or out of bounds; to be answered and the connection closed
+    linger_s: float = 1.0  # how long a refused client may go on sending before it is cut
 
 
 @dataclass(slots=True)
@@ -66,9 +61,10 @@ class HttpResponse:
 
 @dataclass(slots=True)
 class HttpStatistics:
-    """Counters since the start; `num_open` is a gauge. `num_cut`: connections that were too slow."""
+    """Counters since the start; `num_open` and `num_body_bytes` are gauges. `num_cut`: for being too slow."""
 
     num_open: int = 0
+    num_body_bytes: int = 0
     num_accepted: int = 0
     num_turned_away: int = 0
     num_requests: int = 0
@@ -83,27 +79,36 @@ class Exchange:
     def __init__(self, connection: _Connection, request: HttpRequest) -> None:
         self._connection = connection
         self._request = request
-        self.has_begun = False
         self._chunked = not request.is_http_10
+        self._head = b""
+        self.has_begun = False
 
-    async def begin(self, status: int, content_type: str, headers: Sequence[tuple[str, str]] = ()) -> None:
-        """Send the status and headers of a streamed answer. Cancelled in a write: the connection is closed after it."""
+    def begin(self, status: int, content_type: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+        """Set the status and headers of a streamed answer; they leave with the first piece of its body."""
         self.has_begun = True
         if not self._chunked:
             self._request.keep_alive = False
         length = b"transfer-encoding: chunked\r\n" if self._chunked else b""
-        head = _head(status, content_type, headers, length, keep_alive=self._request.keep_alive)
-        await self._connection.send(status, head)
+        self._head = self._connection.head(self._request, status, content_type, headers, length)
 
     async def write(self, data: bytes) -> None:
-        """Send a piece of the body, waiting for a client that is slow."""
-        if data:
-            await self._connection.send(0, b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        """Send a piece of the body. Waits, and is a checkpoint, only for a client that is slow.
 
-    async def end(self) -> None:
-        """End the body."""
+        Cancelled, or the client gone: what was sent is unknown; the connection is closed.
+
+        Raises:
+            trio.BrokenResourceError: the client is gone.
+        """
+        if data:
+            head, self._head = self._head, b""
+            await self._connection.send(head + (b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data))
+
+    async def end(self, data: bytes = b"") -> None:
+        """Send the last piece of the body and end it. As `write` otherwise."""
+        head, self._head = self._head, b""
         if self._chunked:
-            await self._connection.send(0, b"0\r\n\r\n")
+            data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
+        await self._connection.send(head + data)
 
 
 Handler = Callable[[HttpRequest, Exchange], Awaitable[HttpResponse | None]]
@@ -120,7 +125,8 @@ class HttpServer:
         self.limits = limits or HttpLimits()
         self.statistics = HttpStatistics()
         self.draining = False
-        self._connections: set[_Connection] = set()
+        self._date = b""
+        self._connections: dict[int, _Connection] = {}  # by file descriptor
         self._accepting = trio.CancelScope()
 
     async def run(
@@ -130,47 +136,85 @@ class HttpServer:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Accept and serve; returns after `drain`, once the last connection is closed. Cancelling cuts them all."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._reap)
-            async with trio.open_nursery() as connections:
-                with self._accepting:
-                    task_status.started()
-                    await trio.serve_listeners(self._serve, list(listeners), handler_nursery=connections)
-            nursery.cancel_scope.cancel()
+        with contextlib.ExitStack() as stack:
+            epoll = stack.enter_context(select.epoll())
+            for listener in listeners:
+                stack.callback(listener.socket.close)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch, epoll)
+                nursery.start_soon(self._reap)
+                async with trio.open_nursery() as connections:
+                    with self._accepting:
+                        async with trio.open_nursery() as acceptors:
+                            for listener in listeners:
+                                acceptors.start_soon(self._accept, listener, epoll, connections)
+                            task_status.started()
+                    for listener in listeners:
+                        listener.socket.close()
+                nursery.cancel_scope.cancel()
+
+    @property
+    def date(self) -> bytes:
+        """The Date header, good for half a second."""
+        if not self._date:
+            self._date = f"date: {formatdate(usegmt=True)}\r\n".encode()
+        return self._date
 
     def drain(self) -> None:
         """Accept nothing new, close idle connections, and each other one after the answer it is giving."""
         self.draining = True
         self._accepting.cancel()
-        for connection in list(self._connections):
+        for connection in self._connections.values():
             if connection.is_idle:
                 connection.scope.cancel()
 
-    async def _serve(self, stream: trio.SocketStream) -> None:
-        if len(self._connections) >= self.limits.max_connections:
-            self.statistics.num_turned_away += 1
-            await _turn_away(stream)
-            return
-        connection = _Connection(self, stream)
-        self._connections.add(connection)
-        self.statistics.num_accepted += 1
-        self.statistics.num_open += 1
+    async def _accept(self, listener: trio.SocketListener, epoll: select.epoll, connections: trio.Nursery) -> None:
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                log("http_accept_failed", error=error.strerror)
+                await trio.sleep(0.1)
+                continue
+            plain = socket.socket(fileno=stream.socket.detach())
+            if len(self._connections) >= self.limits.max_connections:
+                self.statistics.num_turned_away += 1
+                _turn_away(plain)
+                continue
+            connection = _Connection(self, plain)
+            self._connections[plain.fileno()] = connection
+            epoll.register(plain.fileno(), select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+            self.statistics.num_accepted += 1
+            self.statistics.num_open += 1
+            connections.start_soon(self._serve, connection, plain)
+
+    async def _serve(self, connection: _Connection, plain: socket.socket) -> None:
         try:
             await connection.run()
         finally:
+            del self._connections[plain.fileno()]
             self.statistics.num_open -= 1
-            self._connections.discard(connection)
-            with trio.CancelScope(shield=True):
-                await trio.aclose_forcefully(stream)
+            plain.close()
+
+    async def _watch(self, epoll: select.epoll) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(epoll.fileno())
+            for descriptor, mask in epoll.poll(0):
+                connection = self._connections.get(descriptor)
+                if connection is not None:
+                    connection.notice(gone=bool(mask & _GONE))
 
     async def _reap(self) -> None:
         while True:
-            await trio.sleep(0.5)
+            self._date = b""  # made anew for the next answer
             now = trio.current_time()
-            for connection in list(self._connections):
+            for connection in self._connections.values():
                 if connection.is_late(now):
                     self.statistics.num_cut += 1
                     connection.scope.cancel()
+            await trio.sleep(0.5)
 
 
 async def open_listeners(host: str, port: int) -> list[trio.SocketListener]:
@@ -186,260 +230,204 @@ async def open_listeners(host: str, port: int) -> list[trio.SocketListener]:
         raise ConfigurationError(f"cannot serve HTTP on {host}:{port}: {reason}; choose another --http") from None
 
 
-async def _turn_away(stream: trio.SocketStream) -> None:
-    with trio.move_on_after(1):
+def _turn_away(plain: socket.socket) -> None:
+    with plain:
         try:
-            await stream.send_all(_STATUS_LINE[503] + b"retry-after: 1\r\nconnection: close\r\n\r\n")
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            plain.send(_STATUS_LINE[503] + b"retry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        except OSError:
             pass
-    await trio.aclose_forcefully(stream)
-
-
-Phase = Literal["idle", "headers", "body", "answering"]
 
 
 class _Connection:
-    """One client. Also the parser's callback object, hence the `on_*` methods."""
+    """One client and the task that serves it."""
 
-    def __init__(self, server: HttpServer, stream: trio.SocketStream) -> None:
+    def __init__(self, server: HttpServer, plain: socket.socket) -> None:
+        self.scope = trio.CancelScope()
         self._server = server
         self._limits = server.limits
-        self._stream = stream
-        self.scope = trio.CancelScope()
-        self._parser = httptools.HttpRequestParser(self)
-        self._ready: deque[HttpRequest] = deque()
-        self._responder = trio.lowlevel.ParkingLot()
-        self._reader = trio.lowlevel.ParkingLot()
+        self._socket = plain
+        self._parser = RequestParser(server.limits)
+        self._reader: trio.lowlevel.Task | None = None  # set while it waits for input
+        self._has_input = False
+        self._is_drained = True  # of input, when it was last read
+        self._is_gone = False
         self._answering = False
+        self._lingering = False
+        self._since = trio.current_time()  # when the present phase of reading began
         self._writing_since: float | None = None
-        self._reading: Phase = "idle"
-        self._since = trio.current_time()
-        self._wants_continue = False
-        self._refused = False
-        self._reset()
+        self._num_held = 0  # bytes of bodies
 
     @property
     def is_idle(self) -> bool:
-        return self._reading == "idle" and not self._answering and not self._ready
+        return self._parser.phase == "idle" and not self._answering
 
     def is_late(self, now: float) -> bool:
-        """Return whether the client has been too slow in whatever it is doing."""
+        """Return whether the client has been too slow in whatever it is to do now."""
         limits = self._limits
         if self._writing_since is not None:
             return now - self._writing_since > limits.write_s
-        if self._reading == "headers":
-            return now - self._since > limits.headers_s
-        if self._reading == "body":
-            return now - self._since > limits.body_s
-        return self.is_idle and now - self._since > limits.idle_s
+        if self._lingering:
+            return now - self._since > limits.linger_s
+        if self._answering:
+            return False
+        phase = self._parser.phase
+        bound = limits.idle_s if phase == "idle" else limits.headers_s if phase == "headers" else limits.body_s
+        return now - self._since > bound
+
+    def notice(self, *, gone: bool) -> None:
+        """There is input, or the client is gone. Called by the watcher."""
+        self._has_input = True
+        if gone:
+            self._is_gone = True
+            if self._answering:
+                self.scope.cancel()
+        if self._reader is not None:
+            reader, self._reader = self._reader, None
+            trio.lowlevel.reschedule(reader)
 
     async def run(self) -> None:
         """Serve until the client or we are done with each other."""
         with self.scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._respond, nursery.cancel_scope)
-                try:
-                    await self._read()
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    pass
-                # End of input: nobody is there to read an answer, half-closed clients are not worth a leak.
-                nursery.cancel_scope.cancel()
+            try:
+                await self._serve()
+            except trio.BrokenResourceError:
+                pass
+        self._hold(0)
 
-    async def send(self, status: int, data: bytes) -> None:
-        """Write `data`; a client that takes nothing is noticed by the reaper."""
-        if status:
-            by_status = self._server.statistics.by_status
-            by_status[status] = by_status.get(status, 0) + 1
-        self._writing_since = trio.current_time()
-        await self._stream.send_all(data)
+    async def send(self, data: bytes) -> None:
+        """Write `data`, without a checkpoint if the client takes it at once."""
+        sent = self._send_now(data)
+        if sent == len(data):
+            return
+        rest = memoryview(data)[sent:]
+        while rest:
+            self._writing_since = trio.current_time()
+            await trio.lowlevel.wait_writable(self._socket)
+            rest = rest[self._send_now(rest) :]
         self._writing_since = None
 
-    # ---- reading -------------------------------------------------------------------------------------------------
+    def head(
+        self, request: HttpRequest, status: int, content_type: str, headers: Sequence[tuple[str, str]], length: bytes
+    ) -> bytes:
+        """Return an answer's status line and headers, and count it."""
+        by_status = self._server.statistics.by_status
+        by_status[status] = by_status.get(status, 0) + 1
+        if self._server.draining:
+            request.keep_alive = False
+        more = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        kind = f"content-type: {content_type}\r\n{more}".encode("latin-1", "replace")
+        keep = b"" if request.keep_alive else b"connection: close\r\n"
+        if request.is_http_10 and request.keep_alive:
+            keep = b"connection: keep-alive\r\n"
+        return b"%b%b%b%b%b\r\n" % (_STATUS_LINE[status], self._server.date, kind, length, keep)
 
-    async def _read(self) -> None:
+    # ---- the task ----------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        parser = self._parser
         while True:
-            data = await self._stream.receive_some(READ_BYTES)
+            while parser.requests:
+                request = parser.requests.popleft()
+                await self._answer(request)
+                if not request.keep_alive or self._server.draining:
+                    return
+                if parser.requests:
+                    await trio.lowlevel.checkpoint()  # pipelined ones let others go first
+            if parser.refusal is not None:
+                await self._refuse(parser.refusal.status, parser.refusal.reason)
+                return
+            if parser.take_continue():
+                await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            phase = parser.phase
+            data = await self._receive()
             if not data:
                 return
-            if self._refused:
-                continue  # read and throw away, so that the client gets to read the refusal
-            if self._reading == "idle":
-                self._begin("headers")
-            self._num_bytes += len(data)
-            try:
-                self._parser.feed_data(data)
-            except httptools.HttpParserUpgrade:
-                # An upgrade may be ignored (RFC 9110 §7.8); the parser stops here, so that answer is the last one.
-                self._refused = True
-                if self._ready:
-                    self._ready[-1].keep_alive = False
-            except httptools.HttpParserError as error:
-                if not self._refused:
-                    self._refuse(400, f"malformed HTTP: {error}")
-            if self._reading == "headers" and self._num_bytes > self._limits.max_header_bytes and not self._refused:
-                self._refuse(431, f"the request's headers exceed {self._limits.max_header_bytes} bytes")
-            if self._ready:
-                self._responder.unpark()
-            if self._wants_continue and not self._answering:
-                self._wants_continue = False
-                await self._stream.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
-            while len(self._ready) >= MAX_PIPELINED:
-                await self._reader.park()
-
-    def _begin(self, phase: Phase) -> None:
-        self._reading = phase
-        self._since = trio.current_time()
-
-    def _reset(self) -> None:
-        self._url = b""
-        self._headers: dict[str, str] = {}
-        self._num_headers = 0
-        self._header_bytes = 0
-        self._body: list[bytes] = []
-        self._body_bytes = 0
-        self._num_bytes = 0
-
-    def _refuse(self, status: int, reason: str) -> None:
-        """Answer `status` after what is ready already, then close; what is left of the input is not believed."""
-        self._refused = True
-        self._server.statistics.num_malformed += 1
-        self._begin("idle")
-        self._ready.append(HttpRequest("", "", {}, b"", keep_alive=False, refusal=(status, reason)))
-
-    def on_message_begin(self) -> None:
-        self._begin("headers")
-        self._reset()
-
-    def on_url(self, url: bytes) -> None:
-        self._url += url
-        self._header_bytes += len(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._num_headers += 1
-        self._header_bytes += len(name) + len(value) + 4
-        if self._num_headers > self._limits.max_headers:
-            return
-        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
-        known = self._headers.get(key)
-        self._headers[key] = text if known is None else f"{known},{text}"
-
-    def on_headers_complete(self) -> None:
-        if self._refused:
-            return
-        limits, headers = self._limits, self._headers
-        length = headers.get("content-length", "")
-        if self._num_headers > limits.max_headers:
-            self._refuse(431, f"more than {limits.max_headers} headers")
-        elif self._header_bytes > limits.max_header_bytes:
-            self._refuse(431, f"the request's headers exceed {limits.max_header_bytes} bytes")
-        elif length.isdigit() and int(length) > limits.max_body_bytes:
-            self._refuse(413, f"a body of {length} bytes exceeds {limits.max_body_bytes}")
-        elif "expect" in headers and headers["expect"].lower() != "100-continue":
-            self._refuse(417, "only `Expect: 100-continue` is known here")
-        else:
-            self._wants_continue = "expect" in headers
-            self._begin("body")
-
-    def on_body(self, body: bytes) -> None:
-        if self._refused:
-            return
-        self._body_bytes += len(body)
-        if self._body_bytes > self._limits.max_body_bytes:
-            self._refuse(413, f"the body exceeds {self._limits.max_body_bytes} bytes")
-        else:
-            self._body.append(body)
-
-    def on_message_complete(self) -> None:
-        if self._refused:
-            return
-        self._wants_continue = False
-        parser = self._parser
-        try:
-            path = httptools.parse_url(self._url).path.decode("ascii")
-        except (httptools.HttpParserError, UnicodeDecodeError, AttributeError):
-            self._refuse(400, "the request's URL is malformed")
-            return
-        request = HttpRequest(
-            parser.get_method().decode("ascii"),
-            path,
-            self._headers,
-            self._body[0] if len(self._body) == 1 else b"".join(self._body),
-            keep_alive=parser.should_keep_alive(),
-            is_http_10=parser.get_http_version() == "1.0",
-        )
-        self._ready.append(request)
-        self._begin("idle")
-        self._reset()
-
-    # ---- answering -----------------------------------------------------------------------------------------------
-
-    async def _respond(self, connection_scope: trio.CancelScope) -> None:
-        try:
-            while True:
-                while not self._ready:
-                    await self._responder.park()
-                request = self._ready.popleft()
-                self._answering = True
-                await self._answer(request)
-                self._answering = False
-                self._reader.unpark()
-                if not request.keep_alive or self._server.draining:
-                    await self._say_goodbye()
+            parser.feed(data)
+            if parser.phase != phase:
+                self._since = trio.current_time()
+            if parser.num_body_bytes or self._num_held or len(data) == READ_BYTES:
+                self._hold(parser.num_body_bytes + sum(len(request.body) for request in parser.requests))
+                if self._server.statistics.num_body_bytes > self._limits.max_total_body_bytes:
+                    await self._refuse(503, "too many large requests are being read; try again in a moment")
                     return
-                if not self._ready:
-                    self._since = trio.current_time()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-        finally:
-            connection_scope.cancel()
+
+    async def _receive(self) -> bytes:
+        """Return what the client has sent, waiting for some; nothing at its end."""
+        while True:
+            if not self._is_drained or self._has_input or self._is_gone:
+                self._has_input = False
+                try:
+                    data = self._socket.recv(READ_BYTES)
+                except (BlockingIOError, InterruptedError):
+                    data = None
+                except OSError:
+                    return b""
+                # A short read has emptied the socket: whatever comes now is a new edge.
+                self._is_drained = data is None or len(data) < READ_BYTES
+                if data is not None:
+                    return data
+            self._reader = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
+
+    def _abort(self, _: object) -> trio.lowlevel.Abort:
+        self._reader = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
     async def _answer(self, request: HttpRequest) -> None:
-        if request.refusal is not None:
-            status, reason = request.refusal
-            body = b'{"error":{"message":"%b","type":"invalid_request_error","param":null,"code":"bad_http"}}'
-            text = reason.replace("\\", "/").replace('"', "'").encode("ascii", "replace")
-            await self.send(status, _whole(HttpResponse(status, body % text), keep_alive=False))
-            return
         self._server.statistics.num_requests += 1
+        self._answering = True
+        if self._is_gone:
+            self.scope.cancel()  # whoever can be answered without waiting still is
         exchange = Exchange(self, request)
         try:
             response = await self._server.handler(request, exchange)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+        except trio.BrokenResourceError:
             raise
         except Exception as error:
             log("http_handler_failed", path=request.path, error=repr(error))
             request.keep_alive = False
-            if not exchange.has_begun:
-                body = (
-                    b'{"error":{"message":"internal error","type":"server_error","param":null,"code":"internal_error"}}'
-                )
-                await self.send(500, _whole(HttpResponse(500, body), keep_alive=False))
-            return
+            if exchange.has_begun:
+                return  # cut short: the client sees that the body has no end
+            response = _error(500, "server_error", "internal_error", "internal error; the gateway's log has more")
         if response is not None:
-            keep_alive = request.keep_alive and not self._server.draining
-            data = _whole(response, keep_alive=keep_alive, has_body=request.method != "HEAD")
-            await self.send(response.status, data)
+            length = b"content-length: %d\r\n" % len(response.body)
+            head = self.head(request, response.status, response.content_type, response.headers, length)
+            await self.send(head if request.method == "HEAD" else head + response.body)
+        self._answering = False
+        self._since = trio.current_time()
+        if self._num_held:
+            self._hold(self._parser.num_body_bytes + sum(len(other.body) for other in self._parser.requests))
 
-    async def _say_goodbye(self) -> None:
-        """Half-close and wait a moment for the client's end: closing at once could destroy what it has not read."""
+    async def _refuse(self, status: int, reason: str) -> None:
+        """Answer what is no request, then wait for the client's end: closing now could destroy the answer."""
+        self._server.statistics.num_malformed += 1
+        response = _error(status, "server_error" if status >= 500 else "invalid_request_error", "bad_http", reason)
+        nothing = HttpRequest("", "", {}, b"", keep_alive=False)
+        length = b"content-length: %d\r\n" % len(response.body)
+        await self.send(self.head(nothing, status, response.content_type, (), length) + response.body)
+        self._hold(0)
+        self._lingering, self._since = True, trio.current_time()
         try:
-            await self._stream.send_eof()
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError:
             return
-        if self._refused:
-            await trio.sleep(0.2)
+        while await self._receive():
+            await trio.lowlevel.checkpoint()
+
+    def _send_now(self, data: bytes | memoryview) -> int:
+        try:
+            return self._socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            raise trio.BrokenResourceError(f"the client is gone: {error}") from None
+
+    def _hold(self, num_bytes: int) -> None:
+        self._server.statistics.num_body_bytes += num_bytes - self._num_held
+        self._num_held = num_bytes
 
 
-def _whole(response: HttpResponse, *, keep_alive: bool, has_body: bool = True) -> bytes:
-    length = b"content-length: %d\r\n" % len(response.body)
-    head = _head(response.status, response.content_type, response.headers, length, keep_alive=keep_alive)
-    return head + response.body if has_body else head
-
-
-def _head(
-    status: int, content_type: str, headers: Sequence[tuple[str, str]], length: bytes, *, keep_alive: bool
-) -> bytes:
-    more = "".join([f"{name}: {value}\r\n" for name, value in headers])
-    connection = b"" if keep_alive else b"connection: close\r\n"
-    kind = f"content-type: {content_type}\r\n{more}".encode("latin-1")
-    return b"%b%b%b%b\r\n" % (_STATUS_LINE[status], kind, length, connection)
+def _error(status: int, kind: str, code: str, reason: str) -> HttpResponse:
+    text = reason.replace("\\", "/").replace('"', "'").encode("ascii", "replace")
+    body = b'{"error":{"message":"%b","type":"%b","param":null,"code":"%b"}}' % (text, kind.encode(), code.encode())
+    return HttpResponse(status, body)

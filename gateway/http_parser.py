@@ -1,0 +1,178 @@
+"""HTTP/1.1 requests out of bytes, parsed by httptools (llhttp); bounds, but no I/O and no clock.
+
+llhttp is strict by default, so that what two parsers could read in two ways (Content-Length beside Transfer-Encoding,
+differing lengths, folded headers, bare line feeds in chunks) is refused. What it leaves to its user is checked here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+import httptools
+
+Phase = Literal["idle", "headers", "body"]
+
+
+@dataclass(frozen=True, slots=True)
+class MessageLimits:
+    """Bounds of one request. The request line and all headers, trailers too, count as header bytes."""
+
+    max_header_bytes: int = 32 << 10
+    max_headers: int = 100
+    max_body_bytes: int = 8 << 20
+
+
+@dataclass(slots=True)
+class HttpRequest:
+    """One request, complete. `headers` by lower-case name; a repeated header's values are joined with commas."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    keep_alive: bool
+    is_http_10: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why what a client sends is no request. Nothing that follows it can be believed: answer it and close."""
+
+    status: int
+    reason: str
+
+
+class RequestParser:
+    """Feed it bytes; take `requests` from the left. Once `refusal` is set it must not be fed any more.
+
+    `phase` is that of the request which is still incomplete. `num_body_bytes` is what it holds of that one's body.
+    """
+
+    def __init__(self, limits: MessageLimits) -> None:
+        self.requests: deque[HttpRequest] = deque()
+        self.refusal: Refusal | None = None
+        self.phase: Phase = "idle"
+        self.num_body_bytes = 0
+        self._limits = limits
+        self._parser = httptools.HttpRequestParser(self)
+        self._wants_continue = False
+        self._clear()
+
+    def feed(self, data: bytes) -> None:
+        """Parse `data`; sets `refusal` when it is malformed or out of bounds."""
+        if self.phase == "idle":
+            self.phase = "headers"
+        self._num_fed += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:  # a wish that we may ignore; the parser would not go on
+            self.requests[-1].keep_alive = False
+        except httptools.HttpParserError as error:
+            if self.refusal is None:
+                self.refusal = Refusal(400, f"malformed HTTP: {error}")
+            return
+        limits = self._limits
+        if self.phase == "headers" and self._num_fed > limits.max_header_bytes:
+            self.refusal = Refusal(431, f"the request's headers exceed {limits.max_header_bytes} bytes")
+        elif self.phase == "body" and self._num_fed > limits.max_header_bytes + 2 * limits.max_body_bytes:
+            self.refusal = Refusal(413, "the body's chunks are much larger than what is in them")
+
+    def take_continue(self) -> bool:
+        """Return, once, whether the client waits for `100 Continue` before it sends the body."""
+        wants, self._wants_continue = self._wants_continue, False
+        return wants and self.phase == "body" and not self.num_body_bytes
+
+    def _clear(self) -> None:
+        self._url = b""
+        self._headers: dict[str, str] = {}
+        self._num_headers = 0
+        self._num_header_bytes = 0
+        self._num_fed = 0
+        self._body: list[bytes] = []
+        self.num_body_bytes = 0
+
+    def _refuse(self, status: int, reason: str) -> None:
+        self.refusal = Refusal(status, reason)
+        raise ValueError(reason)  # makes the parser stop
+
+    # ---- called by the parser, in this order -------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self.phase = "headers"
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+        self._count_header_bytes(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_headers += 1
+        if self._num_headers > self._limits.max_headers:
+            self._refuse(431, f"more than {self._limits.max_headers} headers")
+        self._count_header_bytes(len(name) + len(value) + 4)
+        if self.phase == "body":
+            return  # a trailer: nobody has asked for one, and it must not pass for a header
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
+        known = self._headers.get(key)
+        if known is not None:
+            if key == "host":
+                self._refuse(400, "more than one Host header")
+            text = f"{known},{text}"
+        self._headers[key] = text
+
+    def on_headers_complete(self) -> None:
+        headers, limit = self._headers, self._limits.max_body_bytes
+        coding = headers.get("transfer-encoding")
+        length = headers.get("content-length")
+        version = self._parser.get_http_version()
+        if "host" not in headers and version != "1.0":
+            self._refuse(400, "no Host header")
+        if coding is not None and (version == "1.0" or coding.strip().lower() != "chunked"):
+            self._refuse(501, f"transfer coding {coding[:40]!r} is not known here; use chunked, over HTTP/1.1")
+        if length is not None and int(length) > limit:
+            self._refuse(413, f"a body of {length} bytes exceeds the bound of {limit} bytes")
+        expected = headers.get("expect")
+        if expected is not None and expected.lower() != "100-continue":
+            self._refuse(417, "only `Expect: 100-continue` is known here")
+        self._wants_continue = expected is not None
+        self.phase = "body"
+
+    def on_body(self, body: bytes) -> None:
+        self.num_body_bytes += len(body)
+        if self.num_body_bytes > self._limits.max_body_bytes:
+            self._refuse(413, f"the body exceeds the bound of {self._limits.max_body_bytes} bytes")
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        parser, body = self._parser, self._body
+        request = HttpRequest(
+            parser.get_method().decode("ascii"),
+            self._path(),
+            self._headers,
+            body[0] if len(body) == 1 else b"".join(body),
+            parser.should_keep_alive(),
+            parser.get_http_version() == "1.0",
+        )
+        self.requests.append(request)
+        self._clear()
+        self.phase = "idle"
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _count_header_bytes(self, num_bytes: int) -> None:
+        self._num_header_bytes += num_bytes
+        if self._num_header_bytes > self._limits.max_header_bytes:
+            self._refuse(431, f"the request's headers exceed {self._limits.max_header_bytes} bytes")
+
+    def _path(self) -> str:
+        url = self._url
+        if not url.startswith(b"/"):  # an absolute URL, as proxies send
+            try:
+                url = httptools.parse_url(url).path or b""
+            except httptools.HttpParserError:
+                url = b""
+        path = url.partition(b"?")[0]
+        if not path or not path.isascii():
+            self._refuse(400, "the request's URL is malformed")
+        return path.decode("ascii")
