@@ -26,6 +26,7 @@ from kvasir.cli import cli, run
 from kvasir.cli_output import age, bar, count, duration, harmless, percent, plain
 from protocol.client_messages import ModelCard, Usage
 from protocol.errors import AuthenticationFailed, BadRequest, ConfigurationError, PromptTooLong
+from tests.box import open_box
 from tests.test_admin import Office, open_office
 
 pytestmark = pytest.mark.timeout(60)
@@ -488,3 +489,24 @@ def test_numbers_are_shown_short() -> None:
     assert percent(1, 0) == "–" and percent(1, 4) == "25 %"
     assert bar(1, 2, 4) == "██░░" and bar(9, 2, 4) == "████" and bar(1, 0, 4) == "░░░░"
     assert plain("[red]x\x1b") == "\\[red]x�"
+
+
+# ---- the real thing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_demo_chat_status_and_down_against_a_real_gateway() -> None:
+    with open_box() as box:
+        for _ in range(2):
+            rows = box.json("demo")["rows"]
+            assert [row["cached_tokens"] > 0 for row in rows] == [False, True, True, False, False, True]
+            assert all(row["worker"].startswith("demo-") and row["ttft_ms"] > 0 for row in rows)
+        said = box.kvasir("chat", "--max-tokens", "8", input="Hello!\nAnd again!\n").stdout
+        assert said.count("prompt tokens cached") == 2
+        assert {worker["id"] for worker in box.workers()} == {"demo-0", "demo-1"}
+        [tenant, _] = box.json("tenant", "list")["tenants"]
+        assert tenant["name"] == "demo" and tenant["usage"]["cached_tokens"] > 0
+        assert "demo-0" in box.kvasir("status").stdout
+        box.kvasir("down")
+        assert box.process.wait(30) == 0
