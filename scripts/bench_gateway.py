@@ -44,17 +44,22 @@ MODEL = ROOT / "kvasir" / "demo_model"
 MODEL_NAME = "demo"
 NUM_BACKENDS = 2
 WRK_SCRIPT = """
-local bodies, next = {}, 0
+local heads, tails, count = {}, {}, 0
 function init(args)
-  for line in io.lines(args[1]) do bodies[#bodies + 1] = line end
-  next = math.random(#bodies)
+  for line in io.lines(args[1]) do
+    local at = line:find("@@@@@@@@", 1, true)
+    heads[#heads + 1], tails[#tails + 1] = line:sub(1, at - 1), line:sub(at + 8)
+  end
+  math.randomseed(os.time())
+  count = math.random(10000000, 90000000)
   wrk.method = "POST"
   wrk.headers["Content-Type"] = "application/json"
   wrk.headers["Authorization"] = "Bearer " .. args[2]
 end
 function request()
-  next = next % #bodies + 1
-  return wrk.format(nil, nil, nil, bodies[next])
+  count = count + 1
+  local i = count % #heads + 1
+  return wrk.format(nil, nil, nil, heads[i] .. string.format("%08d", count) .. tails[i])
 end
 function done(summary, latency, requests)
   local errors = summary.errors
@@ -128,7 +133,8 @@ def main() -> None:
 
 
 class Load:
-    """The same prompts for every column: 64 conversations over 8 shared openings, so that prefixes repeat."""
+    """The same prompts for every column: 64 conversations over 8 shared openings, so that prefixes repeat. Each request
+    ends in a number of its own (`@@@@@@@@` stands for it), so that no whole prompt ever comes twice."""
 
     def __init__(self, args: argparse.Namespace, work: Path) -> None:
         import tokenizers
@@ -147,7 +153,7 @@ class Load:
                 start = rng.randrange(len(ids) - half)
                 prompt = head + ids[start : start + args.prompt_tokens - half]
                 self.prompts.append(prompt)
-                self.texts.append(tokenizer.decode(prompt))
+                self.texts.append(tokenizer.decode(prompt[:-8]) + "@@@@@@@@")  # about a token per digit
         rng.shuffle(self.texts)
         self.bodies = {
             "completions": [self._body({"prompt": text}) for text in self.texts],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import select
 import socket
 import sys
@@ -17,7 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,33 +36,37 @@ def generate_zmq(
     """Four connections, each with a quarter of the requests in flight; a new one for each that is done."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     greedy = Sampling(temperature=0.0)
-    requests = []
-    for prompt in json.loads(Path(prompts_path).read_text()):
-        as_text = isinstance(prompt, str)
-        content = {"text": prompt} if as_text else {"token_ids": pack_tokens(prompt)}
-        requests.append(
-            CompletionRequest(
-                0,
-                key,
-                MODEL_NAME,
-                **content,
-                max_tokens=int(max_tokens),
-                sampling=greedy,
-                want_text=as_text,
-                want_tokens=not as_text,
-            )
-        )
+    prompts = json.loads(Path(prompts_path).read_text())
+    as_text = isinstance(prompts[0], str)
+    packed = [b"" if as_text else pack_tokens(prompt[:-8]) for prompt in prompts]
     sockets = [context.socket(zmq.DEALER) for _ in range(4)]
     poller = zmq.Poller()
     began: dict[int, float] = {}
     latencies: list[float] = []
     errors = sent = 0
+    first = random.randrange(10_000_000, 90_000_000)
 
     def send(dealer: zmq.Socket[bytes]) -> None:
         nonlocal sent
         sent += 1
+        number = f"{first + sent:08d}"
+        index = sent % len(prompts)
+        if as_text:
+            prompt = {"text": prompts[index].replace("@@@@@@@@", number)}
+        else:
+            prompt = {"token_ids": packed[index] + pack_tokens(300 + int(digit) for digit in number)}
+        request = CompletionRequest(
+            sent,
+            key,
+            MODEL_NAME,
+            **prompt,
+            max_tokens=int(max_tokens),
+            sampling=greedy,
+            want_text=as_text,
+            want_tokens=not as_text,
+        )
         began[sent] = time.perf_counter()
-        dealer.send(encode(msgspec.structs.replace(requests[sent % len(requests)], id=sent)))
+        dealer.send(encode(request))
 
     for dealer in sockets:
         dealer.connect(endpoint)
@@ -90,6 +94,7 @@ def generate_http(port: str, path: str, key: str, bodies_path: str, in_flight: s
         f"Content-Length: {len(body.encode())}\r\n\r\n{body}".encode()
         for body in Path(bodies_path).read_text().splitlines()
     ]
+    first = random.randrange(10_000_000, 90_000_000)
     epoll = select.epoll()
     connections: dict[int, tuple[socket.socket, bytearray]] = {}
     began: dict[int, float] = {}
@@ -100,7 +105,7 @@ def generate_http(port: str, path: str, key: str, bodies_path: str, in_flight: s
         nonlocal sent
         sent += 1
         began[connection.fileno()] = time.perf_counter()
-        connection.sendall(requests[sent % len(requests)])
+        connection.sendall(requests[sent % len(requests)].replace(b"@@@@@@@@", b"%08d" % (first + sent)))
 
     for _ in range(int(in_flight)):
         connection = socket.create_connection(("127.0.0.1", int(port)))
