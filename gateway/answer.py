@@ -12,12 +12,16 @@ from protocol.messages import TokenLogprobs
 
 @dataclass(slots=True)
 class Piece:
-    """What an answer has gained since the last time: final text, its tokens, and perhaps the end."""
+    """What an answer has gained since the last time: final text, its tokens, and perhaps the end.
+
+    `start`: how many characters the answer had before.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: Finished | None = None
+    start: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +37,7 @@ class Answer:
     detokenizer: Detokenizer | None = None
     submit: Submit | None = None
     num_tokens: int = 0
+    num_chars: int = 0
     is_over: bool = False
     _events: list[Event] = field(default_factory=list)
 
@@ -43,7 +48,7 @@ class Answer:
     def take(self) -> Piece:
         """Return what came since the last call."""
         events, self._events = self._events, []
-        piece = Piece()
+        piece = Piece(start=self.num_chars)
         detokenizer = self.detokenizer
         for event in events:
             if isinstance(event, Finished):
@@ -58,6 +63,7 @@ class Answer:
                 piece.text += detokenizer.finish()
                 if detokenizer.stopped:
                     piece.finished = self._stopped(piece.finished)
+        self.num_chars += len(piece.text)
         return piece
 
     def cancel(self) -> None:

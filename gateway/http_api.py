@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 import trio
@@ -38,6 +40,7 @@ _completion_body = msgspec.json.Decoder(CompletionBody)
 _encode = msgspec.json.Encoder().encode
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _TYPES |= {413: "invalid_request_error", 429: "rate_limit_error"}
+MAX_WAITING_EVENTS = 16_384  # about 3 MB of them
 _FINISH = {"stop": "stop", "length": "length", "abort": "stop"}
 
 
@@ -62,6 +65,8 @@ class HttpApi:
         """Answer one request; every `KvasirError` becomes an OpenAI-style error object with its status."""
         try:
             return await self._route(request, exchange)
+        except _WrongMethod as error:
+            return error_response(error.info(), [("allow", ", ".join(error.methods))])
         except KvasirError as error:
             return error_response(error.info())
 
@@ -79,12 +84,14 @@ class HttpApi:
             return await self._complete(completion, completion_requests(completion), tenant, _COMPLETION, exchange)
         if path == "/v1/models" or path.startswith("/v1/models/"):
             _only(request, "GET", "HEAD")
-            return self._models(self._authenticate(request), path.removeprefix("/v1/models").removeprefix("/"))
+            return self._models(self._authenticate(request), unquote(path.removeprefix("/v1/models").removeprefix("/")))
         if path == "/health":
             _only(request, "GET", "HEAD")
             return self._health()
         if path == "/metrics":
             _only(request, "GET", "HEAD")
+            if not request.is_local:  # on this machine for a scraper without a key; they name tenants by id only
+                self._authenticate(request)
             return HttpResponse(200, self._metrics(), "text/plain; version=0.0.4; charset=utf-8")
         raise NotFound(f"there is nothing at {path[:120]!r}; see /v1/models, /v1/chat/completions, /v1/completions")
 
@@ -123,7 +130,7 @@ class HttpApi:
         form: _Form,
         exchange: Exchange,
     ) -> HttpResponse | None:
-        waiter = _Waiter(len(requests), every_event=bool(body.stream) or bool(requests[0].stop))
+        waiter = _Waiter(len(requests), exchange.cut, every_event=bool(body.stream) or bool(requests[0].stop))
         answers = [Answer(self._core, waiter.wake) for _ in requests]
         try:
             for request, answer in zip(requests, answers, strict=True):
@@ -138,13 +145,13 @@ class HttpApi:
                 self._core.submit(answer.submit)
             if body.stream:
                 wants_usage = body.stream_options is not None and body.stream_options.include_usage
-                return await self._stream(answers, waiter, form, exchange, wants_usage=wants_usage)
-            return await self._whole(answers, waiter, form)
+                return await self._stream(answers, waiter, form, exchange, body.n or 1, wants_usage=wants_usage)
+            return await self._whole(answers, waiter, form, body.n or 1)
         finally:
             for answer in answers:
                 answer.cancel()
 
-    async def _whole(self, answers: list[Answer], waiter: _Waiter, form: _Form) -> HttpResponse:
+    async def _whole(self, answers: list[Answer], waiter: _Waiter, form: _Form, num_choices: int) -> HttpResponse:
         pieces = [Piece() for _ in answers]
         while any(piece.finished is None for piece in pieces):
             await waiter.wait()
@@ -164,10 +171,17 @@ class HttpApi:
         req_id = submit.req_id.hex()
         whole = self._envelope(form.id_prefix + req_id, form.whole, submit.model)
         headers = [("x-kvasir-worker", ends[0].worker_id), ("x-kvasir-request-id", req_id)]
-        return _json(200, {**whole, "choices": choices, "usage": _usage(answers, ends)}, headers)
+        return _json(200, {**whole, "choices": choices, "usage": _usage(ends, num_choices)}, headers)
 
     async def _stream(
-        self, answers: list[Answer], waiter: _Waiter, form: _Form, exchange: Exchange, *, wants_usage: bool
+        self,
+        answers: list[Answer],
+        waiter: _Waiter,
+        form: _Form,
+        exchange: Exchange,
+        num_choices: int,
+        *,
+        wants_usage: bool,
     ) -> HttpResponse | None:
         submit = answers[0].submit
         assert submit is not None
@@ -208,7 +222,7 @@ class HttpApi:
             await waiter.wait()
             pieces = [answer.take() for answer in answers]
         if wants_usage:
-            out.append(chunk([], {"usage": _usage(answers, [end for end in ends if end is not None])}))
+            out.append(chunk([], {"usage": _usage([end for end in ends if end is not None], num_choices)}))
         out.append(b"data: [DONE]\n\n")
         await exchange.end(b"".join(out))
         return None
@@ -218,26 +232,44 @@ class HttpApi:
 
 
 class _Waiter:
-    """Wakes one task about several answers: at every event, or only when all have ended."""
+    """Wakes one task about several answers: at every event, or only when all have ended.
 
-    def __init__(self, num_open: int, *, every_event: bool) -> None:
+    `overrun` is called when very many events wait for a task that is to see each: its client does not read.
+    """
+
+    def __init__(self, num_open: int, overrun: Callable[[], None], *, every_event: bool) -> None:
         self.num_open = num_open
+        self._overrun = overrun
         self._every_event = every_event
+        self._num_waiting = 0
         self._has_news = False
-        self._lot = trio.lowlevel.ParkingLot()
+        self._task: trio.lowlevel.Task | None = None
 
     def wake(self, event: Event) -> None:
         if isinstance(event, Finished):
             self.num_open -= 1
+        elif not self._every_event:
+            return
+        self._num_waiting += 1
+        if self._num_waiting > MAX_WAITING_EVENTS:
+            self._overrun()
         if self._every_event or not self.num_open:
             self._has_news = True
-            self._lot.unpark()
+            if self._task is not None:
+                task, self._task = self._task, None
+                trio.lowlevel.reschedule(task)
 
     async def wait(self) -> None:
         """Wait for news since the last wait. A checkpoint only if there are none yet."""
         if not self._has_news:
-            await self._lot.park()
+            self._task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
         self._has_news = False
+        self._num_waiting = 0
+
+    def _abort(self, _: object) -> trio.lowlevel.Abort:
+        self._task = None
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 class _Form:
@@ -305,10 +337,10 @@ class _CompletionForm(_Form):
 _CHAT, _COMPLETION = _ChatForm(), _CompletionForm()
 
 
-def error_response(info: ErrorInfo) -> HttpResponse:
+def error_response(info: ErrorInfo, more_headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
     """Return an error as its HTTP status and OpenAI-style object."""
     status = BY_CODE.get(info.code, KvasirError).http_status
-    headers = []
+    headers = list(more_headers)
     if info.retry_after_s is not None:
         headers.append(("retry-after", str(max(1, round(info.retry_after_s)))))
     if status == 401:
@@ -322,9 +354,15 @@ def _error_object(info: ErrorInfo) -> dict[str, Any]:
     return {"message": info.message, "type": kind, "param": info.param, "code": info.code}
 
 
+class _WrongMethod(MethodNotAllowed):
+    def __init__(self, request: HttpRequest, methods: Sequence[str]) -> None:
+        super().__init__(f"{request.path} takes {' or '.join(methods)}, not {request.method}")
+        self.methods = methods
+
+
 def _only(request: HttpRequest, *methods: str) -> None:
     if request.method not in methods:
-        raise MethodNotAllowed(f"{request.path} takes {' or '.join(methods)}, not {request.method}")
+        raise _WrongMethod(request, methods)
 
 
 def _json(status: int, content: Any, headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
@@ -343,14 +381,12 @@ def _end(piece: Piece) -> Finished:
     return piece.finished
 
 
-def _usage(answers: list[Answer], ends: list[Finished]) -> dict[str, Any]:
+def _usage(ends: list[Finished], num_choices: int) -> dict[str, Any]:
     """Tokens of all choices; a prompt with several choices is counted once, its cached tokens as the first had them."""
-    prompts = {
-        answer.submit.token_ids: end for answer, end in zip(answers[::-1], ends[::-1], strict=True) if answer.submit
-    }
-    num_prompt = sum(end.num_prompt_tokens for end in prompts.values())
+    prompts = ends[::num_choices]
+    num_prompt = sum(end.num_prompt_tokens for end in prompts)
     num_output = sum(end.num_output_tokens for end in ends)
-    num_cached = sum(end.num_cached_tokens for end in prompts.values())
+    num_cached = sum(end.num_cached_tokens for end in prompts)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_output,
@@ -362,7 +398,7 @@ def _usage(answers: list[Answer], ends: list[Finished]) -> dict[str, Any]:
 def _chat_logprobs(piece: Piece, text: ModelText | None) -> dict[str, Any] | None:
     if not piece.logprobs or text is None:
         return None
-    return {"content": [_chat_token(text, *pair) for pair in zip(piece.token_ids, piece.logprobs, strict=True)]}
+    return {"content": [_chat_token(text, *pair) for pair in zip(piece.token_ids, piece.logprobs, strict=False)]}
 
 
 def _chat_token(text: ModelText, token_id: int, logprobs: TokenLogprobs) -> dict[str, Any]:
@@ -371,15 +407,19 @@ def _chat_token(text: ModelText, token_id: int, logprobs: TokenLogprobs) -> dict
 
 
 def _scored(text: ModelText, token_id: int, logprob: float) -> dict[str, Any]:
-    shown = text.decode([token_id])
-    return {"token": shown, "logprob": logprob, "bytes": list(shown.encode())}
+    piece = text.token_bytes(token_id)
+    return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
 
 
 def _completion_logprobs(piece: Piece, text: ModelText | None) -> dict[str, Any] | None:
     if not piece.logprobs or text is None:
         return None
     tokens = [text.decode([token_id]) for token_id in piece.token_ids]
-    offsets = [sum(map(len, tokens[:index])) for index in range(len(tokens))]
-    top = [{text.decode([candidate]): value for candidate, value in entry.top} for entry in piece.logprobs]
-    values = [entry.logprob for entry in piece.logprobs]
-    return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+    return {
+        "tokens": tokens,
+        "token_logprobs": [entry.logprob for entry in piece.logprobs],
+        "top_logprobs": [
+            {text.decode([candidate]): value for candidate, value in entry.top} for entry in piece.logprobs
+        ],
+        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=piece.start)),
+    }

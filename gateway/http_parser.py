@@ -26,7 +26,10 @@ class MessageLimits:
 
 @dataclass(slots=True)
 class HttpRequest:
-    """One request, complete. `headers` by lower-case name; a repeated header's values are joined with commas."""
+    """One request, complete. `headers` by lower-case name; a repeated header's values are joined with commas.
+
+    `path` as it was sent, percent-encoding and all. `is_local`: from this machine, as far as the server can see.
+    """
 
     method: str
     path: str
@@ -34,6 +37,7 @@ class HttpRequest:
     body: bytes
     keep_alive: bool
     is_http_10: bool = False
+    is_local: bool = False
 
 
 @dataclass(frozen=True, slots=True)

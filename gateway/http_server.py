@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import select
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -102,6 +103,10 @@ class Exchange:
         if data:
             head, self._head = self._head, b""
             await self._connection.send(head + (b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data))
+
+    def cut(self) -> None:
+        """Give the client up: cancel what serves it and close the connection."""
+        self._connection.cut()
 
     async def end(self, data: bytes = b"") -> None:
         """Send the last piece of the body and end it. As `write` otherwise."""
@@ -212,8 +217,7 @@ class HttpServer:
             now = trio.current_time()
             for connection in self._connections.values():
                 if connection.is_late(now):
-                    self.statistics.num_cut += 1
-                    connection.scope.cancel()
+                    connection.cut()
             await trio.sleep(0.5)
 
 
@@ -238,6 +242,13 @@ def _turn_away(plain: socket.socket) -> None:
             pass
 
 
+def _is_loopback(plain: socket.socket) -> bool:
+    try:
+        return ipaddress.ip_address(plain.getpeername()[0]).is_loopback
+    except (OSError, ValueError):  # gone already, or no IP address
+        return False
+
+
 class _Connection:
     """One client and the task that serves it."""
 
@@ -246,6 +257,7 @@ class _Connection:
         self._server = server
         self._limits = server.limits
         self._socket = plain
+        self._is_local = _is_loopback(plain)
         self._parser = RequestParser(server.limits)
         self._reader: trio.lowlevel.Task | None = None  # set while it waits for input
         self._has_input = False
@@ -273,6 +285,12 @@ class _Connection:
         phase = self._parser.phase
         bound = limits.idle_s if phase == "idle" else limits.headers_s if phase == "headers" else limits.body_s
         return now - self._since > bound
+
+    def cut(self) -> None:
+        """The client is too slow."""
+        if not self.scope.cancel_called:
+            self._server.statistics.num_cut += 1
+            self.scope.cancel()
 
     def notice(self, *, gone: bool) -> None:
         """There is input, or the client is gone. Called by the watcher."""
@@ -314,7 +332,7 @@ class _Connection:
         by_status[status] = by_status.get(status, 0) + 1
         if self._server.draining:
             request.keep_alive = False
-        more = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        more = "".join([f"{name}: {' '.join(value.split())}\r\n" for name, value in headers])  # no line breaks
         kind = f"content-type: {content_type}\r\n{more}".encode("latin-1", "replace")
         keep = b"" if request.keep_alive else b"connection: close\r\n"
         if request.is_http_10 and request.keep_alive:
@@ -328,6 +346,7 @@ class _Connection:
         while True:
             while parser.requests:
                 request = parser.requests.popleft()
+                request.is_local = self._is_local
                 await self._answer(request)
                 if not request.keep_alive or self._server.draining:
                     return

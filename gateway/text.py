@@ -179,7 +179,9 @@ def _compile(template: str) -> jinja2.Template:
     environment.globals["dict"] = _make_dict
     environment.globals["namespace"] = _SafeNamespace
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(template)
+    compiled = environment.from_string(template)
+    compiled.globals = dict(compiled.globals)  # a ChainMap, which every rendering would walk
+    return compiled
 
 
 def _find_template(path: Path, settings: dict[str, Any]) -> str | None:
