@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from gateway.ends import deadline_exceeded, end_without_worker, last_word, misfit
 from gateway.members import Members
 from gateway.request import Request
 from gateway.request_book import Model, QueueConfig, RequestBook
@@ -24,9 +25,7 @@ from gateway.statistics import CoreStatistics, Totals, core_statistics
 from gateway.worker_checks import Cause, Joined, LivenessConfig, Lost, Notice, Rejected, failure, refusal
 from gateway.workers import Worker
 from protocol.errors import (
-    DeadlineExceeded,
     KvasirError,
-    RequestFailed,
     Unavailable,
 )
 from protocol.messages import (
@@ -197,7 +196,7 @@ class Core(CoreApi):
                 self._check(worker, now)
         for request in self._book.take_late(now):
             where = "while it waited for a worker" if request.state == "queued" else "while it was running"
-            self._stop(request, "deadline", _deadline_exceeded(request, where))
+            self._stop(request, "deadline", deadline_exceeded(request, where))
         for model in self._book.models.values():
             if model.queue and not model.workers:
                 self._give_up_waiting(model, now)
@@ -264,7 +263,7 @@ class Core(CoreApi):
             assert request is not None
             deadline = request.submit.deadline
             if deadline is not None and deadline <= now:
-                self._book.finish(request, "deadline", _deadline_exceeded(request, "while it waited for a worker"))
+                self._book.finish(request, "deadline", deadline_exceeded(request, "while it waited for a worker"))
             else:
                 self._route(request, model, able, now)
 
@@ -325,13 +324,13 @@ class Core(CoreApi):
         """Deliver one output; return what is wrong with it, if anything."""
         request = worker.in_flight.get(output.req_id)
         if request is None or request.attempt != output.attempt:
-            worker.counters.num_stale_outputs += 1
-            self._totals.num_stale_outputs += 1
+            self._count_stale(worker)
             return None
         if request.state == "dispatched":
-            violation = self._deliver(worker, request, output, now)
+            violation = misfit(request, output)
             if violation is not None:
                 return violation
+            self._deliver(worker, request, output, now)
         if output.finish_reason is None or worker.in_flight.get(output.req_id) is not request:
             return None
         worker.give_back(request)
@@ -341,22 +340,17 @@ class Core(CoreApi):
             self._end_attempt(worker, request, output, now)
         return None
 
-    def _deliver(self, worker: Worker, request: Request, output: Output, now: float) -> str | None:
-        """Put the tokens of one output; return what is wrong with it, if anything, with nothing delivered."""
-        packed = output.token_ids
+    def _deliver(self, worker: Worker, request: Request, output: Output, now: float) -> None:
+        """Put the tokens of an output that fits; what has been delivered already is not delivered again."""
         num_delivered = len(request.delivered) // TOKEN_BYTES
-        if output.seq != num_delivered or len(packed) % TOKEN_BYTES:
-            if output.seq < num_delivered and output.finish_reason is None:
-                worker.counters.num_stale_outputs += 1
-                self._totals.num_stale_outputs += 1
-                return None
-            return f"output of {len(packed)} bytes at {output.seq}, expected whole tokens at {num_delivered}"
-        if num_delivered + len(packed) // TOKEN_BYTES > request.submit.max_tokens:
-            return f"more than the {request.submit.max_tokens} tokens asked for"
+        if output.seq < num_delivered:
+            self._count_stale(worker)
+            return
         if output.num_cached_tokens is not None:
             worker.matched(request, output.num_cached_tokens)
+        packed = output.token_ids
         if not packed:
-            return None
+            return
         if request.pending is not None:
             worker.prefilled(request)
         if request.first_token_at is None:
@@ -365,23 +359,20 @@ class Core(CoreApi):
         request.delivered += packed
         worker.counters.num_output_tokens += len(packed) // TOKEN_BYTES
         request.submit.sink.put(Delta(output.req_id, unpack_tokens(packed), output.logprobs))
-        return None
 
     def _end_attempt(self, worker: Worker, request: Request, output: Output, now: float) -> None:
         """Finish a request with its worker's last word, or queue it again if the worker hands it back."""
-        reason = output.finish_reason
-        assert reason is not None
         worker.counters.num_finished += 1
-        if reason == "abort":  # not asked for: a worker that is about to leave hands it back, and wants no more
+        if output.finish_reason == "abort":  # not asked for: the worker is about to leave, and wants no more
             worker.state = "draining"
             self._go_on(request, now)
-        elif reason == "deadline":
-            self._book.finish(request, reason, _deadline_exceeded(request, "on its worker"))
-        elif reason == "error":
-            text = f"worker {worker.worker_id!r} refused the request: {output.error or 'no reason given'}"
-            self._book.finish(request, reason, RequestFailed(text))
         else:
-            self._book.finish(request, reason)
+            end = last_word(request, output, worker.worker_id)
+            self._book.finish(request, end.reason, end.error)
+
+    def _count_stale(self, worker: Worker) -> None:
+        worker.counters.num_stale_outputs += 1
+        self._totals.num_stale_outputs += 1
 
     # ---- workers come and go -------------------------------------------------------------------------------------
 
@@ -440,25 +431,14 @@ class Core(CoreApi):
     def _go_on(self, request: Request, now: float) -> None:
         """Queue `request`, whose attempt is over without an end, first of its tenant; or finish it for good."""
         config = self._config
-        submit = request.submit
-        end = request.end_of_delivered()
-        if end is not None:
-            self._book.finish(request, end)
-        elif submit.deadline is not None and submit.deadline <= now:
-            self._book.finish(request, "deadline", _deadline_exceeded(request, "when its worker was lost"))
-        elif request.num_deaths >= config.max_deaths:
-            self._totals.num_poisoned += 1
-            text = f"{request.num_deaths} workers died while they had this request, so it is not tried again"
-            self._book.finish(
-                request, "error", RequestFailed(text + "; if others succeed, look for what is special in it")
-            )
-        elif request.attempt > config.max_redispatches:
-            text = f"given up after {request.attempt} attempts: every worker was lost or handed the request back"
-            self._book.finish(request, "error", RequestFailed(text))
-        else:
+        end = end_without_worker(request, now, config.max_redispatches, config.max_deaths)
+        if end is None:
             request.go_on_elsewhere(config.block_size)
             self._book.requeue(request, now)
             self._totals.num_redispatches += 1
+        else:
+            self._totals.num_poisoned += end.is_poison
+            self._book.finish(request, end.reason, end.error)
 
     # ---- time ----------------------------------------------------------------------------------------------------
 
@@ -483,11 +463,3 @@ class Core(CoreApi):
 
 def _begins(req_id: bytes, start: str) -> bool:
     return bool(start) and req_id.hex().startswith(start)
-
-
-def _deadline_exceeded(request: Request, where: str) -> DeadlineExceeded:
-    submit = request.submit
-    allowed_s = (submit.deadline or submit.arrived) - submit.arrived
-    return DeadlineExceeded(
-        f"the deadline of {allowed_s:.1f} s passed {where}; allow more time or ask for fewer tokens"
-    )

@@ -114,13 +114,15 @@ class Backlog:
 class Candidate(msgspec.Struct, eq=False):
     """A worker that serves the request's model and has a credit, as the rule sees it.
 
-    `leader`: the entry of `backlog` whose blocks the request would reuse, if what is cached is not computed yet.
+    Of the cached tokens those beyond `num_resident_blocks` are still to be computed there, by requests that were sent
+    before; `leader` is the entry of `backlog` that computes the last of them, if there are any.
     `round_s`: time of one decode step with what is running there now, 0 if nothing is; `step_tokens`: prompt tokens
     that one step takes at most.
     """
 
     worker_id: str
     num_cached_tokens: int
+    num_resident_blocks: int
     prefill_tokens_per_s: float
     round_s: float
     step_tokens: int
@@ -144,26 +146,29 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """Where a request goes and why: the terms of all candidates. `key` is its place in the worker's backlog."""
+    """Where a request goes and why: the terms of all candidates. `key` is its place in the worker's backlog;
+    `num_resident_blocks` of its prompt are there already."""
 
     worker_id: str
     num_tokens: int
     terms: tuple[Terms, ...]
     chosen: Terms
     key: float
+    num_resident_blocks: int
 
 
 def choose(num_tokens: int, candidates: Sequence[Candidate], now: float, config: RouterConfig) -> Decision:
     """Return the cheapest of `candidates` (at least one) for a request of `num_tokens` tokens. Pure, deterministic."""
-    is_cold = all(2 * candidate.num_cached_tokens < num_tokens for candidate in candidates)
-    heat_price = config.heat_price if is_cold else 0.0
+    most_cached = max([candidate.num_cached_tokens for candidate in candidates])
+    heat_price = config.heat_price if 2 * most_cached < num_tokens else 0.0
     scored = [_terms(num_tokens, candidate, now, heat_price, config) for candidate in candidates]
-    if len(scored) == 1:
-        chosen = scored[0]
-    else:
+    best = 0
+    if len(scored) > 1:
         limit = min([terms.cost_s for terms in scored]) + config.tie_s
-        chosen = min([terms for terms in scored if terms.cost_s <= limit], key=_preference)
-    return Decision(chosen.worker_id, num_tokens, tuple(scored), chosen, chosen.miss_s + config.ageing * now)
+        best = min([(_preference(terms), i) for i, terms in enumerate(scored) if terms.cost_s <= limit])[1]
+    chosen = scored[best]
+    key = chosen.miss_s + config.ageing * now
+    return Decision(chosen.worker_id, num_tokens, tuple(scored), chosen, key, candidates[best].num_resident_blocks)
 
 
 def _preference(terms: Terms) -> tuple[int, float, str]:

@@ -119,6 +119,7 @@ class Worker:
         return Candidate(
             hello.worker_id,
             cached * hello.block_size,
+            resident,
             self.rates.prefill_tokens_per_s,
             self.rates.round_s if in_flight > len(backlog) else 0.0,
             hello.limits.max_step_tokens,
@@ -140,8 +141,7 @@ class Worker:
         num_uncached = max(1, decision.num_tokens - chosen.num_cached_tokens)
         request.pending = self.backlog.add(decision.key, num_uncached, request.prefix_hashes)
         # Everything that is not resident, also what others have reserved: they may be gone before this one.
-        num_resident, _ = self.index.match(request.prefix_hashes, decision.num_tokens)
-        request.reserved = request.prefix_hashes[num_resident * HASH_BYTES :]
+        request.reserved = request.prefix_hashes[decision.num_resident_blocks * HASH_BYTES :]
         if request.reserved:
             self.index.reserve(request.reserved)
         self._heat_s = self.heat_s(now, heat_decay_s) + chosen.miss_s

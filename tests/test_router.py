@@ -21,7 +21,7 @@ def make_candidate(worker_id: str = "w1", cached: int = 0, *, pending: tuple[int
     for num_tokens in pending:
         backlog.add(num_tokens / RATE, num_tokens, b"")
     values = {"round_s": 0.0, "step_tokens": 512, "num_running": len(pending), "heat_s": 0.0, "leader": None, **extra}
-    return Candidate(worker_id, cached, RATE, backlog=backlog, **values)
+    return Candidate(worker_id, cached, 0, RATE, backlog=backlog, **values)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_request_waits_for_the_one_that_computes_its_prefix() -> None:
     hashes = make_hashes([*range(900), 1, 2, 3])
     assert backlog.leader(hashes, 225) is leader
     assert backlog.leader(make_hashes([7, *range(899)]), 225) is None
-    candidate = Candidate("w1", 900, RATE, 0.0, 512, 1, 0.0, backlog, leader)
+    candidate = Candidate("w1", 900, 0, RATE, 0.0, 512, 1, 0.0, backlog, leader)
     # It would be computed first, having 100 tokens, but not before the leader's 900.
     assert choose(1_000, [candidate], 0.0, CONFIG).chosen.wait_s == pytest.approx(0.9 + 0.256)
 
