@@ -9,6 +9,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import trio
 
@@ -17,9 +18,14 @@ from gateway.config import GatewayConfig, ModelConfig
 from protocol.errors import ConfigurationError
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; `{self.prog} --help` lists the options\n")
+
+
 def parse(argv: list[str] | None = None) -> GatewayConfig:
     """Return the settings in `argv`; argparse prints what is wrong and exits with 2."""
-    parser = argparse.ArgumentParser(prog="kvasir gateway", description="Run a Kvasir gateway in the foreground.")
+    parser = _Parser(prog="kvasir gateway", description="Run a Kvasir gateway in the foreground.")
     parser.add_argument("--state-dir", type=Path, required=True, help="database and deployment secret; survives")
     parser.add_argument("--run-dir", type=Path, help="sockets (default: STATE_DIR/run)")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH", help="serve a folder; repeatable")
