@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from protocol.errors import KvasirError
+
+if TYPE_CHECKING:
+    from cache.ownership import Order
 
 PUBLIC = "public"
 """Owner of the blocks of published prefixes; tenants' blocks are owned by the tenant's name."""
@@ -26,8 +30,10 @@ class IntegrityError(KvasirError):
 class Block:
     """One block. `hash` is set while it is published; the fields after it are then its identity and never change.
 
-    `owner` is who had it last and outlives `free`: the next owner, if another, must have it zeroed. `older` and
-    `newer` are links for the eviction policy's own list.
+    `owner` is who had it last and outlives `free`: the next owner, if another, must have it zeroed. `order` is the
+    eviction order that it belongs to while it is not free. `released_at` counts releases of all blocks: what was
+    released earlier has the smaller number. `num_shields`: resident children that belong to another order or are
+    shielded themselves. `older` and `newer` are links for the eviction policy's own list.
     """
 
     block_id: int
@@ -39,6 +45,9 @@ class Block:
     tokens: bytes = b""
     parent: Block | None = None
     num_children: int = 0
+    num_shields: int = 0
+    released_at: int = 0
+    order: Order | None = None
     older: Block | None = None
     newer: Block | None = None
 

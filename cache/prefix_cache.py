@@ -4,17 +4,21 @@ A published block's identity is (hash, namespace, parent hash, token ids). The h
 a digest with other contents is a miss. Published blocks are immutable, and none outlives its parent. A block whose
 last reference goes stays resident, *idle*, until its room is needed.
 
-Knows nothing of tensors, scheduling or time. Not thread-safe.
+Every block that is not free has an owner; floors and caps of owners (`cache.ownership`) say whose blocks go. Pinned
+blocks are referenced by the cache itself.
+
+Knows nothing of tensors or scheduling; what time it is, `advance` says. Not thread-safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from cache.block_pool import Block, BlockPool, IntegrityError
+from cache.block_pool import PUBLIC, Block, BlockPool, IntegrityError
 from cache.block_table import BlockTable, Chain
-from cache.policy import Lru, Policy
+from cache.ownership import Account, Order, Quota, check_quotas, choose_victim
+from cache.policy import Lru, PolicyFactory
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,32 +34,99 @@ class CacheStatistics:
     num_twins: int
     num_evicted: int
     num_collisions: int
+    num_pinned: int
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerStatistics:
+    """One owner's account. `num_held` blocks now (allocated or resident), `block_s` blocks times seconds.
+
+    Counters since the start, in blocks: `num_hits` of the `num_looked_up` of its prompts were found. Evictions: of its
+    own for itself, of its own for others (`suffered`), of others' for itself (`caused`).
+    """
+
+    owner: str
+    floor: int
+    cap: int | None
+    num_held: int
+    block_s: float
+    num_looked_up: int
+    num_hits: int
+    num_evicted_own: int
+    num_suffered: int
+    num_caused: int
 
 
 class PrefixCache:
-    """`num_blocks` blocks of `block_size` tokens, allocated to tables and shared by what they hold."""
+    """`num_blocks` blocks of `block_size` tokens, allocated to tables and shared by what they hold.
 
-    def __init__(self, num_blocks: int, block_size: int, policy: Policy | None = None) -> None:
+    `make_policy` is called once for the common order and once per owner with a quota.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, make_policy: PolicyFactory = Lru) -> None:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
-        self._policy: Policy = policy or Lru()
+        self._make_policy = make_policy
+        self._commons = Order(make_policy())
+        self._own_orders: dict[str, Order] = {}  # by owner: those that have a quota
+        self._orders = [self._commons]
+        self._accounts: dict[str, Account] = {}
+        self._pins: dict[str, BlockTable] = {}
+        self._now = 0.0
+        self._num_releases = 0
         self._by_hash: dict[bytes, Block] = {}
         self._stored: dict[bytes, None] = {}  # this step's events; a dict keeps the order: parents before children
         self._removed: dict[bytes, None] = {}
-        self._num_idle = 0
         self._num_matched = self._num_inserted = self._num_twins = self._num_evicted = self._num_collisions = 0
 
     @property
     def num_available(self) -> int:
-        """How many blocks `allocate` can hand out now: free ones and idle ones, all of which can be evicted."""
-        return self.pool.num_free + self._num_idle
+        """How many blocks `allocate` can hand to an owner without a quota: free ones and idle ones that may go.
 
-    def match(self, chain: Chain, table: BlockTable, max_blocks: int) -> int:
+        Exact without quotas. With them it may count published blocks too much, above somebody else's that turn out to
+        be within his floor, until one `allocate` has failed because of it.
+        """
+        if len(self._orders) == 1:
+            return self.pool.num_free + self._commons.num_idle
+        takable = sum(order.num_takable for order in self._orders)
+        if takable:  # what goes may bare shielded blocks
+            takable = sum(min(order.num_idle, order.num_above_floor) for order in self._orders)
+        return self.pool.num_free + takable
+
+    def reserve_of(self, owner: str) -> int:
+        """Return how many blocks `allocate` can hand to `owner` beyond `num_available`: idle ones within his floor."""
+        order = self._own_orders.get(owner)
+        return order.num_evictable - order.num_takable if order else 0
+
+    def room_of(self, owner: str) -> int | None:
+        """Return how many blocks the cap of `owner` lets him have anew, those counted that he can evict of his own.
+
+        None: he has no cap.
+        """
+        order = self._own_orders.get(owner)
+        if order is None or order.quota.cap is None:
+            return None
+        assert order.account is not None
+        return max(0, order.quota.cap - order.account.num_held + order.num_evictable)
+
+    def num_above_floor(self, owner: str) -> int:
+        """Return how many of the blocks that `owner` holds are not within his floor."""
+        order = self._own_orders.get(owner)
+        return order.num_above_floor if order else self._account(owner).num_held
+
+    def advance(self, now: float) -> None:
+        """Say what time it is, in seconds of any clock that does not go back."""
+        if not self._accounts:
+            self._now = now
+        self._now = max(self._now, now)
+
+    def match(self, chain: Chain, table: BlockTable, max_blocks: int, *, again: bool = False) -> int:
         """Fill the empty `table` with the longest resident run of `chain`, referenced; return its length in blocks.
 
-        At most `max_blocks`. A digest whose stored parent, namespace or token ids differ counts as a miss.
+        At most `max_blocks`. A digest whose stored parent, namespace or token ids differ counts as a miss. `again`: a
+        sequence comes back, which is no use of the cache that its owner's account should show.
         """
-        by_hash, policy = self._by_hash, self._policy
+        by_hash = self._by_hash
         tokens, num_public = chain.tokens, chain.num_public_blocks
         block_ids = table.block_ids
         previous: Block | None = None
@@ -72,14 +143,15 @@ class PrefixCache:
             ):
                 self._num_collisions += 1
                 break
-            block.ref_count += 1
-            policy.on_hit(block)
-            if block.ref_count == 1:
-                self._num_idle -= 1
+            self._reference(block)
             block_ids.append(block.block_id)
             previous = block
         table.num_published = len(block_ids)
         self._num_matched += len(block_ids)
+        if not again:
+            account = self._account(chain.owner)
+            account.num_looked_up += min(max_blocks, len(chain))
+            account.num_hits += len(block_ids)
         return len(block_ids)
 
     def probe(self, chain: Chain, max_blocks: int) -> tuple[int, int]:
@@ -95,24 +167,21 @@ class PrefixCache:
         return num_resident, num_resident - num_in_use
 
     def allocate(self, chain: Chain, table: BlockTable, num_blocks: int) -> list[int] | None:
-        """Append `num_blocks` fresh blocks to `table`, evicting idle ones where none are free.
+        """Append `num_blocks` fresh blocks to `table`, evicting idle ones where none are free or the owner's cap asks
+        for it.
 
-        Returns the ids of those that had another owner and must be zeroed before anything reads them, or None, with
-        nothing changed, when fewer than `num_blocks` are available.
+        Returns the ids of those that had another owner and must be zeroed before anything reads them, or None when
+        that many cannot be had: then `table` is as it was, and nothing was evicted but in the case that
+        `num_available` names.
         """
-        pool = self.pool
-        num_missing = num_blocks - pool.num_free
-        if num_missing > self._num_idle:
+        owner, block_ids = chain.owner, table.block_ids
+        start = len(block_ids)
+        num_public = min(max(0, chain.num_public_blocks - start), num_blocks)
+        if not self._make_room(owner, num_blocks, num_blocks - num_public):
             return None
-        if num_missing > 0:
-            self.evict(num_missing)
-        to_zero = []
-        block_ids = table.block_ids
-        for index in range(len(block_ids), len(block_ids) + num_blocks):
-            block, is_foreign = pool.allocate(chain.owner_of(index))
-            block_ids.append(block.block_id)
-            if is_foreign:
-                to_zero.append(block.block_id)
+        to_zero: list[int] = []
+        self._hand_out(PUBLIC, num_public, block_ids, to_zero)
+        self._hand_out(owner, num_blocks - num_public, block_ids, to_zero)
         return to_zero
 
     def insert(self, chain: Chain, table: BlockTable, num_blocks: int) -> None:
@@ -156,14 +225,77 @@ class PrefixCache:
         table.num_published = 0
         table.publishable = True
 
-    def evict(self, num_blocks: int) -> int:
-        """Evict up to `num_blocks` idle blocks, in the policy's order, and return how many went."""
+    def evict(self, num_blocks: int, owner: str | None = None) -> int:
+        """Evict up to `num_blocks` idle blocks to make room for `owner`, and return how many went.
+
+        `owner` None: for nobody; all floors hold.
+        """
+        own = self._own_orders.get(owner) if owner is not None else None
         for num_evicted in range(num_blocks):
-            block = self._policy.victim()
+            if len(self._orders) == 1:
+                block = self._commons.policy.victim()
+            else:
+                block = choose_victim(self._orders, own)
             if block is None:
                 return num_evicted
-            self._evict(block)
+            self._evict(block, owner)
         return num_blocks
+
+    def clear(self, owner: str) -> int:
+        """Evict all idle blocks of `owner` on which no other block builds, and return how many went."""
+        num_evicted = 0
+        for block in reversed(list(self._by_hash.values())):  # children come after their parents
+            if block.owner == owner and not block.ref_count and not block.num_children:
+                self._evict(block, owner)
+                num_evicted += 1
+        return num_evicted
+
+    def set_quotas(self, quotas: Mapping[str, Quota]) -> None:
+        """Put these quotas in the place of all there are, at once: whoever holds more than his cap loses idle blocks.
+
+        O(num_blocks) when somebody gets a quota or loses it.
+
+        Raises:
+            BadRequest: the floors do not fit together, or published blocks were given a quota; nothing has changed.
+        """
+        if PUBLIC in quotas:
+            raise BadRequest("published blocks take no KV floor or cap; pin the prefix instead")
+        check_quotas(quotas, self.pool.num_blocks, self._num_pinned)
+        wanted = {owner: quota for owner, quota in quotas.items() if quota != Quota()}
+        moved = wanted.keys() ^ self._own_orders.keys()
+        for owner in self._own_orders.keys() - wanted.keys():
+            del self._own_orders[owner]
+        for owner, quota in wanted.items():
+            if owner not in self._own_orders:
+                self._own_orders[owner] = Order(self._make_policy(), self._account(owner))
+            self._own_orders[owner].quota = quota
+        self._orders = [self._commons, *self._own_orders.values()]
+        if moved:
+            self._move_blocks(moved)
+        for owner, order in self._own_orders.items():
+            while order.is_over_cap and (block := order.victim()) is not None:
+                self._evict(block, owner)
+
+    def pin(self, name: str, chain: Chain) -> int:
+        """Keep what is resident of `chain` until `unpin(name)`; return how many blocks that are now.
+
+        Call it again when more is resident. What was pinned under that name is pinned no more.
+        """
+        table = BlockTable()
+        num_blocks = self.match(chain, table, len(chain), again=True)
+        self.unpin(name)
+        total = sum(order.quota.floor for order in self._orders)
+        if total + self._num_pinned + num_blocks > self.pool.num_blocks:
+            self.free(table)
+            return 0
+        self._pins[name] = table
+        return num_blocks
+
+    def unpin(self, name: str) -> None:
+        """Let go of what is pinned under `name`: unless somebody uses it, it can be evicted from now on."""
+        table = self._pins.pop(name, None)
+        if table is not None:
+            self.free(table)
 
     def take_events(self) -> tuple[bytes, bytes]:
         """Return the packed hashes stored and removed since the last call, netted: no hash is in both."""
@@ -176,17 +308,43 @@ class PrefixCache:
         """Return the packed hashes of all published blocks, parents before their children."""
         return b"".join(self._by_hash)
 
+    def block_of(self, digest: bytes) -> Block | None:
+        """Return the published block of `digest`, to be read and not kept, or None if it is not resident."""
+        return self._by_hash.get(digest)
+
     def statistics(self) -> CacheStatistics:
         return CacheStatistics(
             num_blocks=self.pool.num_blocks,
             num_free=self.pool.num_free,
-            num_idle=self._num_idle,
+            num_idle=sum(order.num_idle for order in self._orders),
             num_published=len(self._by_hash),
             num_matched=self._num_matched,
             num_inserted=self._num_inserted,
             num_twins=self._num_twins,
             num_evicted=self._num_evicted,
             num_collisions=self._num_collisions,
+            num_pinned=self._num_pinned,
+        )
+
+    def owner_statistics(self) -> list[OwnerStatistics]:
+        """Return the accounts of all owners there ever were."""
+        return [self._owner_statistics(account) for account in self._accounts.values()]
+
+    def _owner_statistics(self, account: Account) -> OwnerStatistics:
+        account.settle(self._now)
+        order = self._own_orders.get(account.owner)
+        quota = order.quota if order else Quota()
+        return OwnerStatistics(
+            owner=account.owner,
+            floor=quota.floor,
+            cap=quota.cap,
+            num_held=account.num_held,
+            block_s=account.block_s,
+            num_looked_up=account.num_looked_up,
+            num_hits=account.num_hits,
+            num_evicted_own=account.num_evicted_own,
+            num_suffered=account.num_suffered,
+            num_caused=account.num_caused,
         )
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
@@ -195,7 +353,7 @@ class PrefixCache:
         Raises:
             IntegrityError: with the first contradiction found.
         """
-        tables = list(tables)
+        tables = [*tables, *self._pins.values()]
         self.pool.check_integrity(block_id for table in tables for block_id in table.references())
         num_children: dict[int, int] = {}
         for digest, block in self._by_hash.items():
@@ -214,19 +372,52 @@ class PrefixCache:
                 raise IntegrityError(f"block {block.block_id} counts {block.num_children} children wrongly")
             if block.hash is not None and self._by_hash.get(block.hash) is not block:
                 raise IntegrityError(f"block {block.block_id} is published but cannot be found")
-        idle = [block.block_id for block in self._policy.idle_blocks()]
-        expected = {block.block_id for block in self._by_hash.values() if not block.ref_count}
-        if len(idle) != len(expected) or set(idle) != expected or len(idle) != self._num_idle:
-            raise IntegrityError(
-                f"{len(expected)} blocks are idle, the policy has {len(idle)}, counted {self._num_idle}"
-            )
-        victim = self._policy.victim()
-        if victim is not None and (victim.num_children or victim.ref_count):
-            raise IntegrityError(f"the next victim {victim.block_id} is in use or has resident children")
+        self._check_ownership()
         for table in tables:
             for i in range(table.num_published):
                 if self._resident(table, i).hash is None:
                     raise IntegrityError(f"a table counts block {table.block_ids[i]} as published; it is not")
+
+    def _check_ownership(self) -> None:
+        held: dict[str, int] = dict.fromkeys(self._accounts, 0)
+        shields: dict[int, int] = {}
+        idle: dict[int, list[Block]] = {id(order): [] for order in self._orders}
+        for block in self.pool.blocks:
+            if not block.ref_count and block.hash is None:
+                if block.order is not None:
+                    raise IntegrityError(f"block {block.block_id} is free but belongs to an order")
+                continue
+            assert block.owner is not None
+            held[block.owner] += 1
+            if block.order is not self._order_of(block.owner):
+                raise IntegrityError(f"block {block.block_id} of {block.owner} is not in its owner's order")
+            if block.hash is not None and not block.ref_count:
+                idle[id(block.order)].append(block)
+        for account in self._accounts.values():
+            if account.num_held != held[account.owner]:
+                raise IntegrityError(f"{account.owner} holds {held[account.owner]} blocks, counted {account.num_held}")
+        for block in reversed(self._by_hash.values()):
+            parent = block.parent
+            if parent is not None and (block.order is not parent.order or shields.get(block.block_id)):
+                shields[parent.block_id] = shields.get(parent.block_id, 0) + 1
+        for block in self.pool.blocks:
+            if block.num_shields != shields.get(block.block_id, 0):
+                raise IntegrityError(f"block {block.block_id} counts {block.num_shields} shields wrongly")
+        for order in self._orders:
+            blocks = idle[id(order)]
+            num_shielded = sum(block.num_shields > 0 for block in blocks)
+            if (len(blocks), num_shielded) != (order.num_idle, order.num_shielded):
+                raise IntegrityError(
+                    f"{len(blocks)} blocks are idle, {num_shielded} of them shielded, in an order that counts "
+                    f"{order.num_idle} and {order.num_shielded}"
+                )
+            leaves = [block.block_id for block in order.policy.leaves()]
+            expected = {block.block_id for block in blocks if not block.num_children}
+            if len(leaves) != len(expected) or set(leaves) != expected:
+                raise IntegrityError(f"{len(expected)} blocks of an order are leaves, its policy has {len(leaves)}")
+            victim = order.victim()
+            if (victim is None) != (not expected) or (victim and victim.block_id not in expected):
+                raise IntegrityError("the next victim of an order is none of its leaves")
 
     def _resident(self, table: BlockTable, index: int) -> Block:
         """The published block of `table` at `index`: its own or the twin's."""
@@ -243,8 +434,11 @@ class PrefixCache:
             assert parent.hash is not None
             block.parent_hash = parent.hash
             parent.num_children += 1
+            if block.order is not parent.order:
+                self._shield(parent)
         self._by_hash[digest] = block
-        self._policy.on_insert(block)
+        assert block.order is not None
+        block.order.policy.on_insert(block)
         self._num_inserted += 1
         if digest in self._removed:
             del self._removed[digest]
@@ -252,39 +446,164 @@ class PrefixCache:
             self._stored[digest] = None
 
     def _add_twin(self, table: BlockTable, index: int, block: Block) -> None:
-        block.ref_count += 1
-        self._policy.on_hit(block)
-        if block.ref_count == 1:
-            self._num_idle -= 1
+        self._reference(block)
         table.twins[index] = block
         self._num_twins += 1
+
+    def _reference(self, block: Block) -> None:
+        order = block.order
+        assert order is not None
+        block.ref_count += 1
+        order.policy.on_hit(block)
+        if block.ref_count == 1:
+            order.num_idle -= 1
+            if block.num_shields:
+                order.num_shielded -= 1
 
     def _release(self, block: Block) -> None:
         block.ref_count -= 1
         if block.ref_count:
             return
         if block.hash is None:
-            self.pool.free(block)
-        else:
-            self._num_idle += 1
-            self._policy.on_release(block)
+            self._give_back(block)
+            return
+        order = block.order
+        assert order is not None
+        self._num_releases += 1
+        block.released_at = self._num_releases
+        order.num_idle += 1
+        if block.num_shields:
+            order.num_shielded += 1
+        order.policy.on_release(block)
 
-    def _evict(self, block: Block) -> None:
-        digest = block.hash
-        assert digest is not None
-        self._policy.on_evict(block)
+    def _make_room(self, owner: str, num_blocks: int, num_own: int) -> bool:
+        """Evict until `num_blocks` are free and the cap of `owner` leaves room for `num_own` of them."""
+        room = self.room_of(owner)
+        if (room is not None and room < num_own) or num_blocks > self.num_available + self.reserve_of(owner):
+            return False
+        if room is not None:
+            order = self._own_orders[owner]
+            assert order.account is not None and order.quota.cap is not None
+            for _ in range(order.account.num_held + num_own - order.quota.cap):
+                block = order.victim()
+                if block is None:
+                    return False
+                self._evict(block, owner)
+        num_missing = num_blocks - self.pool.num_free
+        return num_missing <= 0 or self.evict(num_missing, owner) == num_missing
+
+    def _hand_out(self, owner: str, num_blocks: int, block_ids: list[int], to_zero: list[int]) -> None:
+        if not num_blocks:
+            return
+        order = self._order_of(owner)
+        for _ in range(num_blocks):
+            block, is_foreign = self.pool.allocate(owner)
+            block.order = order
+            block_ids.append(block.block_id)
+            if is_foreign:
+                to_zero.append(block.block_id)
+        self._account(owner).hold(num_blocks, self._now)
+
+    def _give_back(self, block: Block) -> None:
+        assert block.owner is not None
+        block.order = None
+        self._account(block.owner).hold(-1, self._now)
+        self.pool.free(block)
+
+    def _evict(self, block: Block, requester: str | None) -> None:
+        digest, order, parent = block.hash, block.order, block.parent
+        assert digest is not None and order is not None and block.owner is not None
+        order.policy.on_evict(block)
+        order.num_idle -= 1
         del self._by_hash[digest]
-        if block.parent is not None:
-            block.parent.num_children -= 1
         block.hash = block.parent = None
         block.parent_hash = block.namespace = block.tokens = b""
-        self.pool.free(block)
-        self._num_idle -= 1
+        self._give_back(block)
+        if parent is not None:
+            parent.num_children -= 1
+            if order is not parent.order:
+                self._unshield(parent)
+            if not parent.num_children and not parent.ref_count:
+                assert parent.order is not None
+                parent.order.policy.on_leaf(parent)
+                parent.order.reconsider()
         self._num_evicted += 1
         if digest in self._stored:
             del self._stored[digest]
         else:
             self._removed[digest] = None
+        if requester == block.owner:
+            self._account(block.owner).num_evicted_own += 1
+        else:
+            self._account(block.owner).num_suffered += 1
+            if requester is not None:
+                self._account(requester).num_caused += 1
+
+    # ---- owners
+
+    @property
+    def _num_pinned(self) -> int:
+        return sum(len(table.block_ids) for table in self._pins.values())
+
+    def _account(self, owner: str) -> Account:
+        account = self._accounts.get(owner)
+        if account is None:
+            account = self._accounts[owner] = Account(owner, settled_at=self._now)
+        return account
+
+    def _order_of(self, owner: str) -> Order:
+        return self._own_orders.get(owner, self._commons)
+
+    def _shield(self, block: Block | None) -> None:
+        """Count one more child of `block` that is in another order or shielded itself."""
+        while block is not None:
+            block.num_shields += 1
+            if block.num_shields > 1:
+                return
+            if not block.ref_count:
+                assert block.order is not None
+                block.order.num_shielded += 1
+            block = block.parent if block.parent is None or block.parent.order is block.order else None
+
+    def _unshield(self, block: Block | None) -> None:
+        """Undo one `_shield`."""
+        while block is not None:
+            block.num_shields -= 1
+            if block.num_shields:
+                return
+            if not block.ref_count:
+                assert block.order is not None
+                block.order.num_shielded -= 1
+            block = block.parent if block.parent is None or block.parent.order is block.order else None
+
+    def _move_blocks(self, owners: Iterable[str]) -> None:
+        """Put the blocks of `owners` into the orders that are theirs now, and count all shields anew."""
+        moved = [
+            block
+            for block in self.pool.blocks
+            if block.order is not None and block.owner in owners and block.order is not self._order_of(block.owner)
+        ]
+        moved.sort(key=lambda block: block.released_at)
+        for block in moved:
+            old, new = block.order, self._order_of(block.owner or "")
+            assert old is not None
+            block.order = new
+            if block.hash is None:
+                continue
+            old.policy.on_evict(block)
+            new.policy.on_insert(block)
+            if not block.ref_count:
+                old.num_idle -= 1
+                new.num_idle += 1
+                new.policy.on_release(block)
+        for order in self._orders:
+            order.num_shielded = 0
+            order.reconsider()
+        for block in self.pool.blocks:
+            block.num_shields = 0
+        for block in self._by_hash.values():
+            if block.parent is not None and block.order is not block.parent.order:
+                self._shield(block.parent)
 
 
 def _partition(length: int, holds: Callable[[int], bool]) -> int:
