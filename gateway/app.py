@@ -66,6 +66,7 @@ async def serve(config: GatewayConfig) -> None:
         )
         supervisor = Supervisor(config, core)
         intake = Intake(core, directory, texts, store.secret, config.block_size)
+        intake.warm()
         edge = ZmqEdge(open_router(context, config.client_endpoints), core, intake, directory)
         server = HttpServer(
             HttpApi(core, intake, directory, lambda: render_metrics(core.statistics(), server.statistics))

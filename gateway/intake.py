@@ -22,7 +22,7 @@ from protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavail
 from protocol.prefix import derive_namespace, derive_root, hash_prompt
 from protocol.tokens import TOKEN_BYTES, pack_tokens
 
-QUICK_CHARS = 8_192  # longer texts are tokenised in a thread: about 2 ms at a megabyte per 250 ms
+QUICK_CHARS = 8_192  # longer texts are tokenised in a thread: it takes about 3 ms per 8 KiB
 MAX_THREADS = 4
 
 
@@ -62,6 +62,7 @@ class Intake:
         self._roots: dict[tuple[str, str], bytes] = {}
         self._prefixes: tuple[PublishedPrefix, ...] | None = None  # what `_published` was made of
         self._published: dict[str, dict[bytes, list[_Published]]] = {}  # model -> first block -> longest first
+        self._forms: dict[tuple[str, PublishedPrefix], list[bytes]] = {}  # what tokenising them has given
         self._threads = trio.CapacityLimiter(MAX_THREADS)
 
     def is_quick(self, request: CompletionRequest) -> bool:
@@ -110,12 +111,20 @@ class Intake:
             found[name] = max(sizes, default=0)
         return found
 
+    def warm(self) -> None:
+        """Tokenise all published prefixes for all models now rather than at the first request. May run in a thread,
+        as long as nothing else uses this intake."""
+        for model in self._texts:
+            self._published_for(model)
+
     def _find_model(self, name: str, tenant: Tenant) -> ModelInfo:
         models = self._core.models()
         if not name:
             mine = [model for model in models if tenant.may_use(model)]
             if len(mine) != 1:
-                raise BadRequest(f"several models are served; name one of: {', '.join(sorted(mine))}", param="model")
+                raise BadRequest(
+                    f"name one of the models you may use: {', '.join(sorted(mine)) or 'none'}", param="model"
+                )
             [name] = mine
         info = models.get(name)
         if info is None:
@@ -229,27 +238,33 @@ class Intake:
         if self._prefixes is not self._directory.prefixes:
             self._prefixes = self._directory.prefixes
             self._published.clear()
+            self._forms = {key: forms for key, forms in self._forms.items() if key[1] in self._prefixes}
         published = self._published.get(model)
         if published is None:
             published = self._published[model] = self._tokenise_published(model)
         return published
 
     def _tokenise_published(self, model: str) -> dict[bytes, list[_Published]]:
-        text = self._texts.get(model)
         buckets: dict[bytes, list[_Published]] = {}
-        if text is None:
-            return buckets
         block_bytes = self._block_size * TOKEN_BYTES
         for prefix in self._directory.prefixes:
-            for ids in published_forms(text, prefix.text):
-                packed = pack_tokens(ids)
-                packed = packed[: len(packed) // block_bytes * block_bytes]
-                if packed:
-                    form = _Published(prefix.name, packed, prefix.tenant_ids)
-                    buckets.setdefault(packed[:block_bytes], []).append(form)
+            for packed in self._packed_forms(model, prefix):
+                form = _Published(prefix.name, packed, prefix.tenant_ids)
+                buckets.setdefault(packed[:block_bytes], []).append(form)
         for forms in buckets.values():
             forms.sort(key=lambda form: -len(form.tokens))
         return buckets
+
+    def _packed_forms(self, model: str, prefix: PublishedPrefix) -> list[bytes]:
+        """Return the forms of `prefix` in whole blocks, tokenised once: a large one takes a second."""
+        found = self._forms.get((model, prefix))
+        if found is None:
+            text = self._texts.get(model)
+            block_bytes = self._block_size * TOKEN_BYTES
+            packed = [] if text is None else [pack_tokens(ids) for ids in published_forms(text, prefix.text)]
+            whole = [form[: len(form) // block_bytes * block_bytes] for form in packed]
+            found = self._forms[model, prefix] = [form for form in whole if form]
+        return found
 
 
 def published_forms(text: ModelText, published: str) -> list[list[int]]:

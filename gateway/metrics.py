@@ -100,7 +100,7 @@ def _table(lines: list[str], prefix: str, kind: str, rows: dict[str, tuple[str, 
 
 def _add(lines: list[str], name: str, kind: str, text: str, samples: Iterable[Sample]) -> None:
     lines.append(f"# HELP {name} {text}\n# TYPE {name} {kind}\n")
-    lines += [f"{name}{_labels(labels)} {value:.10g}\n" for labels, value in samples]
+    lines += [f"{name}{_labels(labels)} {value!r}\n" for labels, value in samples]
 
 
 def _histogram(
@@ -113,7 +113,7 @@ def _histogram(
             total += count
             le = "+Inf" if bound == float("inf") else f"{bound:g}"
             lines.append(f"{name}_bucket{_labels({**labels, 'le': le})} {total}\n")
-        lines.append(f"{name}_sum{_labels(labels)} {histogram.sum:g}\n{name}_count{_labels(labels)} {total}\n")
+        lines.append(f"{name}_sum{_labels(labels)} {histogram.sum!r}\n{name}_count{_labels(labels)} {total}\n")
 
 
 def _labels(labels: Mapping[str, str]) -> str:

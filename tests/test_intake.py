@@ -8,7 +8,8 @@ import pytest
 import trio
 
 from gateway.seam import Submit
-from gateway.tenants import PublishedPrefix, Tenant
+from gateway.tenants import PublishedPrefix, RemovePrefix, Tenant
+from gateway.text import ModelText
 from protocol.client_messages import ChatMessage, CompletionRequest
 from protocol.errors import BadRequest, KvasirError, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
 from protocol.messages import Sampling
@@ -88,6 +89,26 @@ def test_publishing_and_removing_take_effect_with_the_next_request() -> None:
     directory.apply(PublishedPrefix("support", SYSTEM))
     assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
     assert intake.public_tokens(directory.prefixes[0])["demo"] > 100
+
+
+def test_a_published_text_is_tokenised_once_whatever_is_published_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make_directory([PublishedPrefix("first", SYSTEM)])
+    intake = make_intake(FakeCore(lambda submit: []), directory)
+    seen: list[str] = []
+
+    def spy(text: ModelText, published: str) -> list[list[int]]:
+        seen.append(published)
+        return [text.encode(published)]
+
+    monkeypatch.setattr("gateway.intake.published_forms", spy)
+    intake._clock = lambda: 0.0
+    intake.warm()
+    directory.apply(PublishedPrefix("second", "x" + SYSTEM))
+    assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
+    directory.apply(RemovePrefix("first"))
+    assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens == 0
+    assert intake.prepare(ask(text="x" + SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
+    assert seen == [SYSTEM, "x" + SYSTEM]
 
 
 @pytest.mark.parametrize(
