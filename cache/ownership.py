@@ -13,11 +13,11 @@ A floor protects what is held, it does not keep free blocks in reserve; blocks i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cache.block_pool import Block
-from cache.policy import Policy
+from cache.block_pool import PUBLIC, Block, IntegrityError
+from cache.policy import Policy, PolicyFactory
 from protocol.errors import BadRequest
 
 
@@ -111,28 +111,219 @@ class Order:
         self._proposal = None
 
 
-def choose_victim(orders: Iterable[Order], own: Order | None) -> Block | None:
-    """Return the block that goes when the owner of `own` (None: nobody in particular) needs room: rules 2 to 4."""
-    best: Block | None = None
-    best_key = (True, 0)
-    for order in orders:
-        if order is not own and not order.num_above_floor:
-            continue
-        block = order.victim()
-        if block is None:
-            continue
-        key = (not order.is_over_cap, block.released_at)
-        if best is None or key < best_key:
-            best, best_key = block, key
-    return best
+@dataclass(frozen=True, slots=True)
+class OwnerStatistics:
+    """One owner's account. `num_held` blocks now (allocated or resident), `block_s` blocks times seconds.
+
+    Counters since the start, in blocks, as in `Account`.
+    """
+
+    owner: str
+    floor: int
+    cap: int | None
+    num_held: int
+    block_s: float
+    num_looked_up: int
+    num_hits: int
+    num_evicted_own: int
+    num_suffered: int
+    num_caused: int
+
+
+class Owners:
+    """All accounts and orders of one cache. The cache tells it what happens to blocks and asks it whose go."""
+
+    def __init__(self, make_policy: PolicyFactory) -> None:
+        self._make_policy = make_policy
+        self.commons = Order(make_policy())
+        self.orders = [self.commons]
+        self._own: dict[str, Order] = {}  # by owner: those that have a quota
+        self._accounts: dict[str, Account] = {}
+
+    @property
+    def total_floor(self) -> int:
+        return sum(order.quota.floor for order in self.orders)
+
+    @property
+    def num_idle(self) -> int:
+        return sum(order.num_idle for order in self.orders)
+
+    @property
+    def num_takable(self) -> int:
+        """Idle blocks that the pressure of an owner without a quota may take; see `PrefixCache.num_available`."""
+        if len(self.orders) == 1:
+            return self.commons.num_idle
+        takable = sum(order.num_takable for order in self.orders)
+        if takable:  # what goes may bare shielded blocks
+            takable = sum(min(order.num_idle, order.num_above_floor) for order in self.orders)
+        return takable
+
+    def account(self, owner: str, now: float = 0.0) -> Account:
+        account = self._accounts.get(owner)
+        if account is None:
+            account = self._accounts[owner] = Account(owner, settled_at=now)
+        return account
+
+    def order_of(self, owner: str) -> Order:
+        return self._own.get(owner, self.commons)
+
+    def choose(self, owner: str | None) -> Block | None:
+        """Return the block that goes when `owner` (None: nobody in particular) needs room: rules 2 to 4."""
+        if len(self.orders) == 1:
+            return self.commons.policy.victim()
+        best: Block | None = None
+        best_key = (True, 0)
+        own = self._own.get(owner) if owner is not None else None
+        for order in self.orders:
+            if order is not own and not order.num_above_floor:
+                continue
+            block = order.victim()
+            if block is None:
+                continue
+            key = (not order.is_over_cap, block.released_at)
+            if best is None or key < best_key:
+                best, best_key = block, key
+        return best
+
+    def shield(self, block: Block | None) -> None:
+        """Count one more child of `block` that is in another order or shielded itself."""
+        while block is not None:
+            block.num_shields += 1
+            if block.num_shields > 1:
+                return
+            assert block.order is not None
+            block.order.num_shielded += not block.ref_count
+            block = block.parent if block.parent is None or block.parent.order is block.order else None
+
+    def unshield(self, block: Block | None) -> None:
+        """Undo one `shield`."""
+        while block is not None:
+            block.num_shields -= 1
+            if block.num_shields:
+                return
+            assert block.order is not None
+            block.order.num_shielded -= not block.ref_count
+            block = block.parent if block.parent is None or block.parent.order is block.order else None
+
+    def set_quotas(self, quotas: Mapping[str, Quota], blocks: Sequence[Block], now: float) -> list[Order]:
+        """Put `quotas`, which fit, in the place of all there are; return the orders that have one now.
+
+        `blocks`: all of the pool. O(len(blocks)) when somebody gets a quota or loses it.
+        """
+        wanted = {owner: quota for owner, quota in quotas.items() if quota != Quota()}
+        moved = wanted.keys() ^ self._own.keys()
+        for owner in self._own.keys() - wanted.keys():
+            del self._own[owner]
+        for owner, quota in wanted.items():
+            if owner not in self._own:
+                self._own[owner] = Order(self._make_policy(), self.account(owner, now))
+            self._own[owner].quota = quota
+        self.orders = [self.commons, *self._own.values()]
+        if moved:
+            self._move(blocks)
+        return self.orders[1:]
+
+    def _move(self, blocks: Sequence[Block]) -> None:
+        """Put all blocks into the orders that are their owners' now, and count the shields anew."""
+        published = [block for block in blocks if block.hash is not None]
+        for block in sorted(blocks, key=lambda block: block.released_at):
+            old = block.order
+            if old is None or old is (new := self.order_of(block.owner or "")):
+                continue
+            block.order = new
+            if block.hash is None:
+                continue
+            old.policy.on_evict(block)
+            new.policy.on_insert(block)
+            if not block.ref_count:
+                old.num_idle -= 1
+                new.num_idle += 1
+                new.policy.on_release(block)
+        for order in self.orders:
+            order.num_shielded = 0
+            order.reconsider()
+        for block in published:
+            block.num_shields = 0
+        for block in published:
+            if block.parent is not None and block.order is not block.parent.order:
+                self.shield(block.parent)
+
+    def statistics(self, now: float) -> list[OwnerStatistics]:
+        """Return the accounts of all owners there ever were."""
+        return [self._statistics(account, now) for account in self._accounts.values()]
+
+    def _statistics(self, account: Account, now: float) -> OwnerStatistics:
+        account.settle(now)
+        quota = self.order_of(account.owner).quota
+        return OwnerStatistics(
+            owner=account.owner,
+            floor=quota.floor,
+            cap=quota.cap,
+            num_held=account.num_held,
+            block_s=account.block_s,
+            num_looked_up=account.num_looked_up,
+            num_hits=account.num_hits,
+            num_evicted_own=account.num_evicted_own,
+            num_suffered=account.num_suffered,
+            num_caused=account.num_caused,
+        )
+
+    def check_integrity(self, blocks: Sequence[Block]) -> None:
+        """Check accounts, orders and policies against `blocks`, all of the pool, whose tree is sound.
+
+        Raises:
+            IntegrityError: with the first contradiction found.
+        """
+        held: dict[str, int] = dict.fromkeys(self._accounts, 0)
+        shields: dict[int, int] = {}
+        idle: dict[int, list[Block]] = {id(order): [] for order in self.orders}
+        for block in blocks:
+            if not block.ref_count and block.hash is None:
+                if block.order is not None:
+                    raise IntegrityError(f"block {block.block_id} is free but belongs to an order")
+                continue
+            owner = block.owner or ""
+            held[owner] = held.get(owner, 0) + 1
+            if block.order is not self.order_of(owner):
+                raise IntegrityError(f"block {block.block_id} of {owner} is not in its owner's order")
+            if block.hash is not None and not block.ref_count:
+                idle[id(block.order)].append(block)
+            if block.parent is not None and (block.order is not block.parent.order or block.num_shields):
+                shields[block.parent.block_id] = shields.get(block.parent.block_id, 0) + 1
+        for owner, num_held in held.items():
+            if self.account(owner).num_held != num_held:
+                raise IntegrityError(f"{owner} holds {num_held} blocks, counted {self.account(owner).num_held}")
+        for block in blocks:
+            if block.num_shields != shields.get(block.block_id, 0):
+                raise IntegrityError(f"block {block.block_id} counts {block.num_shields} shields wrongly")
+        for order in self.orders:
+            _check_order(order, idle[id(order)])
+
+
+def _check_order(order: Order, idle: Sequence[Block]) -> None:
+    num_shielded = sum(block.num_shields > 0 for block in idle)
+    if (len(idle), num_shielded) != (order.num_idle, order.num_shielded):
+        raise IntegrityError(
+            f"{len(idle)} blocks are idle, {num_shielded} of them shielded, in an order that counts "
+            f"{order.num_idle} and {order.num_shielded}"
+        )
+    leaves = [block.block_id for block in order.policy.leaves()]
+    expected = {block.block_id for block in idle if not block.num_children}
+    if len(leaves) != len(expected) or set(leaves) != expected:
+        raise IntegrityError(f"{len(expected)} blocks of an order are leaves, its policy has {len(leaves)}")
+    victim = order.victim()
+    if (victim is None) != (not expected) or (victim is not None and victim.block_id not in expected):
+        raise IntegrityError("the next victim of an order is none of its leaves")
 
 
 def check_quotas(quotas: Mapping[str, Quota], num_blocks: int, num_pinned: int = 0) -> None:
-    """Check that all floors can be kept at once beside the pinned blocks.
+    """Check that all floors can be kept at once beside the pinned blocks, and that nobody has one for published ones.
 
     Raises:
-        BadRequest: they cannot, or a quota contradicts itself.
+        BadRequest: they cannot, or a quota makes no sense.
     """
+    if PUBLIC in quotas:
+        raise BadRequest("published blocks take no KV floor or cap; pin the prefix instead")
     for owner, quota in quotas.items():
         if quota.floor < 0 or (quota.cap is not None and not max(1, quota.floor) <= quota.cap):
             raise BadRequest(

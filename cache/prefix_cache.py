@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from cache.block_pool import PUBLIC, Block, BlockPool, IntegrityError
 from cache.block_table import BlockTable, Chain
-from cache.ownership import Account, Order, Quota, check_quotas, choose_victim
+from cache.ownership import Account, Owners, OwnerStatistics, Quota, check_quotas
 from cache.policy import Lru, PolicyFactory
 
 
@@ -37,26 +37,6 @@ class CacheStatistics:
     num_pinned: int
 
 
-@dataclass(frozen=True, slots=True)
-class OwnerStatistics:
-    """One owner's account. `num_held` blocks now (allocated or resident), `block_s` blocks times seconds.
-
-    Counters since the start, in blocks: `num_hits` of the `num_looked_up` of its prompts were found. Evictions: of its
-    own for itself, of its own for others (`suffered`), of others' for itself (`caused`).
-    """
-
-    owner: str
-    floor: int
-    cap: int | None
-    num_held: int
-    block_s: float
-    num_looked_up: int
-    num_hits: int
-    num_evicted_own: int
-    num_suffered: int
-    num_caused: int
-
-
 class PrefixCache:
     """`num_blocks` blocks of `block_size` tokens, allocated to tables and shared by what they hold.
 
@@ -66,11 +46,7 @@ class PrefixCache:
     def __init__(self, num_blocks: int, block_size: int, make_policy: PolicyFactory = Lru) -> None:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
-        self._make_policy = make_policy
-        self._commons = Order(make_policy())
-        self._own_orders: dict[str, Order] = {}  # by owner: those that have a quota
-        self._orders = [self._commons]
-        self._accounts: dict[str, Account] = {}
+        self._owners = Owners(make_policy)
         self._pins: dict[str, BlockTable] = {}
         self._now = 0.0
         self._num_releases = 0
@@ -86,38 +62,29 @@ class PrefixCache:
         Exact without quotas. With them it may count published blocks too much, above somebody else's that turn out to
         be within his floor, until one `allocate` has failed because of it.
         """
-        if len(self._orders) == 1:
-            return self.pool.num_free + self._commons.num_idle
-        takable = sum(order.num_takable for order in self._orders)
-        if takable:  # what goes may bare shielded blocks
-            takable = sum(min(order.num_idle, order.num_above_floor) for order in self._orders)
-        return self.pool.num_free + takable
+        return self.pool.num_free + self._owners.num_takable
 
     def reserve_of(self, owner: str) -> int:
         """Return how many blocks `allocate` can hand to `owner` beyond `num_available`: idle ones within his floor."""
-        order = self._own_orders.get(owner)
-        return order.num_evictable - order.num_takable if order else 0
+        order = self._owners.order_of(owner)
+        return order.num_evictable - order.num_takable
 
     def room_of(self, owner: str) -> int | None:
         """Return how many blocks the cap of `owner` lets him have anew, those counted that he can evict of his own.
 
         None: he has no cap.
         """
-        order = self._own_orders.get(owner)
-        if order is None or order.quota.cap is None:
+        order = self._owners.order_of(owner)
+        if order.quota.cap is None or order.account is None:
             return None
-        assert order.account is not None
         return max(0, order.quota.cap - order.account.num_held + order.num_evictable)
 
     def num_above_floor(self, owner: str) -> int:
         """Return how many of the blocks that `owner` holds are not within his floor."""
-        order = self._own_orders.get(owner)
-        return order.num_above_floor if order else self._account(owner).num_held
+        return max(0, self._account(owner).num_held - self._owners.order_of(owner).quota.floor)
 
     def advance(self, now: float) -> None:
         """Say what time it is, in seconds of any clock that does not go back."""
-        if not self._accounts:
-            self._now = now
         self._now = max(self._now, now)
 
     def match(self, chain: Chain, table: BlockTable, max_blocks: int, *, again: bool = False) -> int:
@@ -230,12 +197,8 @@ class PrefixCache:
 
         `owner` None: for nobody; all floors hold.
         """
-        own = self._own_orders.get(owner) if owner is not None else None
         for num_evicted in range(num_blocks):
-            if len(self._orders) == 1:
-                block = self._commons.policy.victim()
-            else:
-                block = choose_victim(self._orders, own)
+            block = self._owners.choose(owner)
             if block is None:
                 return num_evicted
             self._evict(block, owner)
@@ -258,23 +221,10 @@ class PrefixCache:
         Raises:
             BadRequest: the floors do not fit together, or published blocks were given a quota; nothing has changed.
         """
-        if PUBLIC in quotas:
-            raise BadRequest("published blocks take no KV floor or cap; pin the prefix instead")
         check_quotas(quotas, self.pool.num_blocks, self._num_pinned)
-        wanted = {owner: quota for owner, quota in quotas.items() if quota != Quota()}
-        moved = wanted.keys() ^ self._own_orders.keys()
-        for owner in self._own_orders.keys() - wanted.keys():
-            del self._own_orders[owner]
-        for owner, quota in wanted.items():
-            if owner not in self._own_orders:
-                self._own_orders[owner] = Order(self._make_policy(), self._account(owner))
-            self._own_orders[owner].quota = quota
-        self._orders = [self._commons, *self._own_orders.values()]
-        if moved:
-            self._move_blocks(moved)
-        for owner, order in self._own_orders.items():
-            while order.is_over_cap and (block := order.victim()) is not None:
-                self._evict(block, owner)
+        for order in self._owners.set_quotas(quotas, self.pool.blocks, self._now):
+            while order.is_over_cap and order.account is not None and (block := order.victim()) is not None:
+                self._evict(block, order.account.owner)
 
     def pin(self, name: str, chain: Chain) -> int:
         """Keep what is resident of `chain` until `unpin(name)`; return how many blocks that are now.
@@ -284,8 +234,7 @@ class PrefixCache:
         table = BlockTable()
         num_blocks = self.match(chain, table, len(chain), again=True)
         self.unpin(name)
-        total = sum(order.quota.floor for order in self._orders)
-        if total + self._num_pinned + num_blocks > self.pool.num_blocks:
+        if self._owners.total_floor + self._num_pinned + num_blocks > self.pool.num_blocks:
             self.free(table)
             return 0
         self._pins[name] = table
@@ -316,7 +265,7 @@ class PrefixCache:
         return CacheStatistics(
             num_blocks=self.pool.num_blocks,
             num_free=self.pool.num_free,
-            num_idle=sum(order.num_idle for order in self._orders),
+            num_idle=self._owners.num_idle,
             num_published=len(self._by_hash),
             num_matched=self._num_matched,
             num_inserted=self._num_inserted,
@@ -328,24 +277,7 @@ class PrefixCache:
 
     def owner_statistics(self) -> list[OwnerStatistics]:
         """Return the accounts of all owners there ever were."""
-        return [self._owner_statistics(account) for account in self._accounts.values()]
-
-    def _owner_statistics(self, account: Account) -> OwnerStatistics:
-        account.settle(self._now)
-        order = self._own_orders.get(account.owner)
-        quota = order.quota if order else Quota()
-        return OwnerStatistics(
-            owner=account.owner,
-            floor=quota.floor,
-            cap=quota.cap,
-            num_held=account.num_held,
-            block_s=account.block_s,
-            num_looked_up=account.num_looked_up,
-            num_hits=account.num_hits,
-            num_evicted_own=account.num_evicted_own,
-            num_suffered=account.num_suffered,
-            num_caused=account.num_caused,
-        )
+        return self._owners.statistics(self._now)
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Check pool, index, tree and policy against each other and against `tables`, all that exist. O(num_blocks).
@@ -372,52 +304,11 @@ class PrefixCache:
                 raise IntegrityError(f"block {block.block_id} counts {block.num_children} children wrongly")
             if block.hash is not None and self._by_hash.get(block.hash) is not block:
                 raise IntegrityError(f"block {block.block_id} is published but cannot be found")
-        self._check_ownership()
+        self._owners.check_integrity(self.pool.blocks)
         for table in tables:
             for i in range(table.num_published):
                 if self._resident(table, i).hash is None:
                     raise IntegrityError(f"a table counts block {table.block_ids[i]} as published; it is not")
-
-    def _check_ownership(self) -> None:
-        held: dict[str, int] = dict.fromkeys(self._accounts, 0)
-        shields: dict[int, int] = {}
-        idle: dict[int, list[Block]] = {id(order): [] for order in self._orders}
-        for block in self.pool.blocks:
-            if not block.ref_count and block.hash is None:
-                if block.order is not None:
-                    raise IntegrityError(f"block {block.block_id} is free but belongs to an order")
-                continue
-            assert block.owner is not None
-            held[block.owner] += 1
-            if block.order is not self._order_of(block.owner):
-                raise IntegrityError(f"block {block.block_id} of {block.owner} is not in its owner's order")
-            if block.hash is not None and not block.ref_count:
-                idle[id(block.order)].append(block)
-        for account in self._accounts.values():
-            if account.num_held != held[account.owner]:
-                raise IntegrityError(f"{account.owner} holds {held[account.owner]} blocks, counted {account.num_held}")
-        for block in reversed(self._by_hash.values()):
-            parent = block.parent
-            if parent is not None and (block.order is not parent.order or shields.get(block.block_id)):
-                shields[parent.block_id] = shields.get(parent.block_id, 0) + 1
-        for block in self.pool.blocks:
-            if block.num_shields != shields.get(block.block_id, 0):
-                raise IntegrityError(f"block {block.block_id} counts {block.num_shields} shields wrongly")
-        for order in self._orders:
-            blocks = idle[id(order)]
-            num_shielded = sum(block.num_shields > 0 for block in blocks)
-            if (len(blocks), num_shielded) != (order.num_idle, order.num_shielded):
-                raise IntegrityError(
-                    f"{len(blocks)} blocks are idle, {num_shielded} of them shielded, in an order that counts "
-                    f"{order.num_idle} and {order.num_shielded}"
-                )
-            leaves = [block.block_id for block in order.policy.leaves()]
-            expected = {block.block_id for block in blocks if not block.num_children}
-            if len(leaves) != len(expected) or set(leaves) != expected:
-                raise IntegrityError(f"{len(expected)} blocks of an order are leaves, its policy has {len(leaves)}")
-            victim = order.victim()
-            if (victim is None) != (not expected) or (victim and victim.block_id not in expected):
-                raise IntegrityError("the next victim of an order is none of its leaves")
 
     def _resident(self, table: BlockTable, index: int) -> Block:
         """The published block of `table` at `index`: its own or the twin's."""
@@ -435,7 +326,7 @@ class PrefixCache:
             block.parent_hash = parent.hash
             parent.num_children += 1
             if block.order is not parent.order:
-                self._shield(parent)
+                self._owners.shield(parent)
         self._by_hash[digest] = block
         assert block.order is not None
         block.order.policy.on_insert(block)
@@ -482,7 +373,7 @@ class PrefixCache:
         if (room is not None and room < num_own) or num_blocks > self.num_available + self.reserve_of(owner):
             return False
         if room is not None:
-            order = self._own_orders[owner]
+            order = self._owners.order_of(owner)
             assert order.account is not None and order.quota.cap is not None
             for _ in range(order.account.num_held + num_own - order.quota.cap):
                 block = order.victim()
@@ -495,7 +386,7 @@ class PrefixCache:
     def _hand_out(self, owner: str, num_blocks: int, block_ids: list[int], to_zero: list[int]) -> None:
         if not num_blocks:
             return
-        order = self._order_of(owner)
+        order = self._owners.order_of(owner)
         for _ in range(num_blocks):
             block, is_foreign = self.pool.allocate(owner)
             block.order = order
@@ -522,7 +413,7 @@ class PrefixCache:
         if parent is not None:
             parent.num_children -= 1
             if order is not parent.order:
-                self._unshield(parent)
+                self._owners.unshield(parent)
             if not parent.num_children and not parent.ref_count:
                 assert parent.order is not None
                 parent.order.policy.on_leaf(parent)
@@ -546,64 +437,7 @@ class PrefixCache:
         return sum(len(table.block_ids) for table in self._pins.values())
 
     def _account(self, owner: str) -> Account:
-        account = self._accounts.get(owner)
-        if account is None:
-            account = self._accounts[owner] = Account(owner, settled_at=self._now)
-        return account
-
-    def _order_of(self, owner: str) -> Order:
-        return self._own_orders.get(owner, self._commons)
-
-    def _shield(self, block: Block | None) -> None:
-        """Count one more child of `block` that is in another order or shielded itself."""
-        while block is not None:
-            block.num_shields += 1
-            if block.num_shields > 1:
-                return
-            if not block.ref_count:
-                assert block.order is not None
-                block.order.num_shielded += 1
-            block = block.parent if block.parent is None or block.parent.order is block.order else None
-
-    def _unshield(self, block: Block | None) -> None:
-        """Undo one `_shield`."""
-        while block is not None:
-            block.num_shields -= 1
-            if block.num_shields:
-                return
-            if not block.ref_count:
-                assert block.order is not None
-                block.order.num_shielded -= 1
-            block = block.parent if block.parent is None or block.parent.order is block.order else None
-
-    def _move_blocks(self, owners: Iterable[str]) -> None:
-        """Put the blocks of `owners` into the orders that are theirs now, and count all shields anew."""
-        moved = [
-            block
-            for block in self.pool.blocks
-            if block.order is not None and block.owner in owners and block.order is not self._order_of(block.owner)
-        ]
-        moved.sort(key=lambda block: block.released_at)
-        for block in moved:
-            old, new = block.order, self._order_of(block.owner or "")
-            assert old is not None
-            block.order = new
-            if block.hash is None:
-                continue
-            old.policy.on_evict(block)
-            new.policy.on_insert(block)
-            if not block.ref_count:
-                old.num_idle -= 1
-                new.num_idle += 1
-                new.policy.on_release(block)
-        for order in self._orders:
-            order.num_shielded = 0
-            order.reconsider()
-        for block in self.pool.blocks:
-            block.num_shields = 0
-        for block in self._by_hash.values():
-            if block.parent is not None and block.order is not block.parent.order:
-                self._shield(block.parent)
+        return self._owners.account(owner, self._now)
 
 
 def _partition(length: int, holds: Callable[[int], bool]) -> int:
