@@ -62,6 +62,7 @@ class Engine:
         self._model, self._kv, self._sampler, self._cache = model, kv, sampler, cache
         self.limits = limits
         self.public_namespace = bytes(16)
+        self.on_blocks: Callable[[bytes, bytes], None] | None = None  # told of every step's stored and removed hashes
         self._vocab_size, self._eos_token_ids = vocab_size, eos_token_ids
         self._clock = clock
         self._check = check
@@ -71,6 +72,11 @@ class Engine:
         self._outputs: list[Output] = []  # of the next report: what was refused or aborted between steps
         self._num_steps = self._event_seq = self._num_sequences = self._num_finished = self._num_preempted = 0
         self._rate = _FIRST_RATE
+
+    @property
+    def cache(self) -> PrefixCache:
+        """For reading only."""
+        return self._cache
 
     @property
     def has_work(self) -> bool:
@@ -142,7 +148,7 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         """Return all resident hashes. Call it between steps; the next events count on from it."""
-        self._cache.take_events()
+        self._take_events()
         return Snapshot(self._event_seq, self._cache.resident_hashes())
 
     def statistics(self) -> EngineStatistics:
@@ -217,7 +223,7 @@ class Engine:
 
     def _report(self, plan: Plan) -> StepReport:
         """Return what has happened since the last report."""
-        stored, removed = self._cache.take_events()
+        stored, removed = self._take_events()
         if stored or removed:
             self._event_seq += 1
         outputs, self._outputs = self._outputs, []
@@ -239,6 +245,12 @@ class Engine:
             step_s=step_s,
         )
         return StepReport(self._num_steps, self._event_seq, load, outputs, stored, removed)
+
+    def _take_events(self) -> tuple[bytes, bytes]:
+        stored, removed = self._cache.take_events()
+        if self.on_blocks is not None and (stored or removed):
+            self.on_blocks(stored, removed)
+        return stored, removed
 
     # ---- what happens to one sequence
 

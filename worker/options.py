@@ -7,11 +7,13 @@ import os
 import re
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from protocol.errors import ConfigurationError
+from worker.kv_events import WireForm
+from worker.kv_publisher import PublisherOptions, check_endpoint, read_client_keys, read_secret_key
 from worker.oracle_model import PREFIX
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -45,6 +47,8 @@ class Options:
     drain_s: float = 20.0
     exit_with_stdin: bool = False
     check: bool = False
+    kv_events: PublisherOptions | None = None
+    kv_form: WireForm = field(default_factory=WireForm)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,6 +85,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     add("--drain", type=_seconds, default=20.0, metavar="S", help="time to finish requests after SIGTERM (default 20)")
     add("--exit-with-stdin", action="store_true", help="exit when stdin closes, as it does when a supervisor dies")
     add("--check", action="store_true", help="verify the cache's bookkeeping whenever idle (for tests)")
+    _add_event_options(parser)
     args = parser.parse_args(argv)
     if not re.match(r"(ipc|tcp)://.", args.gateway):
         raise ConfigurationError(f"--gateway {args.gateway!r} is no endpoint; give ipc://PATH or tcp://HOST:PORT.")
@@ -104,6 +109,48 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         drain_s=args.drain,
         exit_with_stdin=args.exit_with_stdin,
         check=args.check,
+        kv_events=_event_options(args),
+        kv_form=WireForm(args.kv_events_form, args.kv_events_hashes, args.publish_token_ids),
+    )
+
+
+def _add_event_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("block events, as vLLM publishes them (docs/kv-events.md)")
+    add = group.add_argument
+    add("--kv-events", metavar="ENDPOINT", help="publish on ipc://PATH or tcp://HOST:PORT; connect:ENDPOINT dials")
+    add("--kv-events-replay", metavar="ENDPOINT", help="answer requests for missed batches here")
+    add("--kv-events-topic", default="", metavar="TEXT", help="first frame of every message (default: empty)")
+    add("--kv-events-form", choices=("map", "array"), default="map", help="array: as before June 2026 (default map)")
+    add("--kv-events-hashes", choices=("bytes", "int"), default="bytes", help="int: the low 64 bits (default bytes)")
+    add("--publish-token-ids", action="store_true", help="whoever can read the events can then read the prompts")
+    add("--kv-events-key", type=Path, metavar="FILE", help="CURVE secret key of both sockets, Z85")
+    add("--kv-events-clients", type=Path, metavar="FILE", help="CURVE public keys that may connect, one per line")
+    add("--insecure-events", action="store_true", help="allow tcp beyond this machine without CURVE")
+
+
+def _event_options(args: argparse.Namespace) -> PublisherOptions | None:
+    """Return where to publish; None without --kv-events, and then none of its options may be given."""
+    if args.kv_events is None:
+        for name in ("kv_events_replay", "kv_events_topic", "publish_token_ids", "kv_events_key", "kv_events_clients"):
+            if getattr(args, name):
+                raise ConfigurationError(
+                    f"--{name.replace('_', '-')} says how to publish; give --kv-events ENDPOINT too."
+                )
+        return None
+    if (args.kv_events_key is None) != (args.kv_events_clients is None):
+        raise ConfigurationError("--kv-events-key and --kv-events-clients belong together; give both or neither.")
+    has_key = args.kv_events_key is not None
+    for option, endpoint in (("--kv-events", args.kv_events), ("--kv-events-replay", args.kv_events_replay)):
+        if endpoint is not None:
+            check_endpoint(option, endpoint, has_key=has_key, insecure=args.insecure_events)
+    return PublisherOptions(
+        endpoint=args.kv_events,
+        replay_endpoint=args.kv_events_replay,
+        topic=args.kv_events_topic,
+        replay_with_topic=args.kv_events_form == "map",
+        secret_key=read_secret_key(args.kv_events_key) if has_key else None,
+        client_keys=read_client_keys(args.kv_events_clients) if has_key else frozenset(),
+        insecure=args.insecure_events,
     )
 
 

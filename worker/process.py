@@ -42,6 +42,8 @@ from protocol.messages import (
 from protocol.profile import LinkProfile, apply_profile
 from protocol.tokens import num_tokens
 from worker.engine import Engine
+from worker.kv_events import KvEvents
+from worker.kv_publisher import KvPublisher
 from worker.log import log
 from worker.options import Options, parse_options
 from worker.startup import build
@@ -68,8 +70,10 @@ class Worker:
         drain_s: float = 20.0,
         max_backlog: int = 4096,
         clock: Callable[[], float] = time.monotonic,
+        events: KvEvents | None = None,
     ) -> None:
         self._engine = engine
+        self._events = events
         self._hello = hello
         self._socket = socket
         self._signal_fd, self._stdin_fd = signal_fd, stdin_fd
@@ -91,6 +95,8 @@ class Worker:
         """Serve until drained, refused or left alone; return the exit code."""
         while True:
             self._receive()
+            if self._events is not None:
+                self._events.pump()
             self._keep_joined()
             if self._drain_deadline is not None:
                 self._drain()
@@ -125,6 +131,10 @@ class Worker:
         """Poll; return the file descriptors, other than the socket, that are readable."""
         wants_out = bool(self._backlog) or (not self._is_joined and self._clock() >= self._hello_at)
         self._poller.register(self._socket, zmq.POLLIN | (zmq.POLLOUT if wants_out else 0))
+        if self._events is not None:
+            self._poller.register(
+                self._events.outlet.socket, zmq.POLLIN | (zmq.POLLOUT if self._events.has_work else 0)
+            )
         for fd in (self._signal_fd, self._stdin_fd):
             if fd is not None:
                 self._poller.register(fd, zmq.POLLIN | zmq.POLLERR)
@@ -313,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(options: Options, engine: Engine, hello: Hello, socket: zmq.Socket[bytes]) -> int:
     signal_fd = _catch_signals()
     limits = hello.limits
+    events = _open_events(options, engine)
     log(
         "ready",
         worker=hello.worker_id,
@@ -331,12 +342,27 @@ def _serve(options: Options, engine: Engine, hello: Hello, socket: zmq.Socket[by
         signal_fd=signal_fd,
         stdin_fd=STDIN_FD if options.exit_with_stdin else None,
         drain_s=options.drain_s,
+        events=events,
     )
     gc.collect()
     gc.freeze()  # weights and blocks live as long as the process: the collector need not look at them again
-    exit_code = worker.run()
+    try:
+        exit_code = worker.run()
+    finally:
+        if events is not None:
+            events.outlet.close()
     socket.setsockopt(zmq.LINGER, int(1000 * BYE_TIMEOUT_S))  # for the last words, on their way already
     return exit_code
+
+
+def _open_events(options: Options, engine: Engine) -> KvEvents | None:
+    """Begin to publish the engine's block events if that is asked for."""
+    if options.kv_events is None:
+        return None
+    events = KvEvents(engine.cache, options.kv_form, KvPublisher(options.kv_events, options.kv_form))
+    engine.on_blocks = events.on_step
+    log("kv_events", endpoint=options.kv_events.endpoint, curve=options.kv_events.secret_key is not None)
+    return events
 
 
 def _catch_signals() -> int:
