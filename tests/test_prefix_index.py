@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.prefix_index import PrefixIndex
@@ -72,6 +72,7 @@ def test_reserved_blocks_count_as_cached_until_every_request_has_released_them()
     assert index.statistics().num_reserved == 0
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10), st.integers(0, 10), st.integers(0, 12))
 def test_closed_sets_are_matched_exactly(num_resident: int, num_reserved: int, max_blocks: int) -> None:
     index = PrefixIndex()
@@ -82,6 +83,7 @@ def test_closed_sets_are_matched_exactly(num_resident: int, num_reserved: int, m
     assert index.match(HASHES, max_blocks) == expected
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 9)))
 def test_a_set_that_is_not_closed_still_gives_a_border(resident: set[int]) -> None:
     """The last block counted is there and the next one is not: another estimate, never an arbitrary number."""

@@ -11,7 +11,7 @@ NUM_SEEDS = 150
 
 def test_streams_equal_the_oracle_whatever_happens_to_workers() -> None:
     reasons: dict[str, int] = {}
-    num_losses = num_redispatches = num_stale = num_gaps = 0
+    num_losses = num_redispatches = num_gaps = 0
     for seed in range(NUM_SEEDS):
         simulation = Simulation(seed)
         try:
@@ -24,13 +24,11 @@ def test_streams_equal_the_oracle_whatever_happens_to_workers() -> None:
         statistics = simulation.core.statistics()
         num_losses += simulation.num_losses
         num_redispatches += statistics.num_redispatches
-        num_stale += statistics.num_stale_outputs
         num_gaps += statistics.num_resyncs
     # The stories are worth telling: every kind of end and of trouble has happened.
     assert set(reasons) == {"stop", "length", "abort", "deadline", "error"}
     assert reasons["error"] < 0.1 * sum(reasons.values())
     assert min(num_losses, num_redispatches, num_gaps) > NUM_SEEDS // 2
-    print(reasons, f"losses {num_losses}, redispatches {num_redispatches}, stale {num_stale}, gaps {num_gaps}")
 
 
 def test_the_same_seed_is_the_same_story() -> None:
@@ -47,8 +45,8 @@ def test_without_faults_every_request_gets_its_whole_answer() -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_more_seeds() -> None:
-    for seed in range(10_000, 11_000):
+def test_four_hundred_more_seeds() -> None:
+    for seed in range(10_000, 10_400):
         try:
             Simulation(seed).run()
         except AssertionError as error:

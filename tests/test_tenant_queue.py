@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.request import Request
@@ -53,6 +53,7 @@ def test_iterating_and_counting_show_what_waits() -> None:
     assert queue.pop() is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["push", "front", "pop", "remove"]), st.integers(0, 3)), max_size=60))
 def test_the_queue_equals_a_list_of_turns(steps: list[tuple[str, int]]) -> None:
     """The oracle: a plain list of (tenant, its requests), rotated by hand."""
