@@ -16,13 +16,12 @@ import trio
 
 from gateway.seam import CoreApi, ModelInfo, Sink, Submit
 from gateway.tenants import PublishedPrefix, Tenant, TenantDirectory
-from gateway.text import Detokenizer, ModelText
+from gateway.text import QUICK_CHARS, Detokenizer, ModelText
 from protocol.client_messages import ChatMessage, CompletionRequest
 from protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
 from protocol.prefix import derive_namespace, derive_root, hash_prompt
 from protocol.tokens import TOKEN_BYTES, pack_tokens
 
-QUICK_CHARS = 8_192  # longer texts are tokenised in a thread: it takes about 3 ms per 8 KiB
 MAX_THREADS = 4
 
 

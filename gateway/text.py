@@ -24,8 +24,11 @@ import jinja2.utils
 from tokenizers import Tokenizer
 
 from gateway.pieces import token_pieces
+from gateway.word_encoder import make_word_encoder
 from protocol.client_messages import ChatMessage
 from protocol.errors import BadRequest, ModelError
+
+QUICK_CHARS = 8_192  # longer texts belong into a thread: the library takes about 3 ms for so many
 
 
 class ModelText:
@@ -35,6 +38,8 @@ class ModelText:
         """`tokens`: special tokens that the template may name (`bos_token`, ...). `vocab_size`: ids the model knows."""
         self._tokenizer = tokenizer
         self._pieces = token_pieces(tokenizer, vocab_size)
+        self._words = make_word_encoder(tokenizer)
+        self._around = _around(tokenizer)
         self._tokens = tokens
         self._template = None if template is None else _compile(template)
         self.vocab_size = vocab_size
@@ -45,8 +50,11 @@ class ModelText:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, with whatever the tokenizer puts around a text (a BOS token, say)."""
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
+        ids = self._encode_quickly(text)
+        if ids is not None and self._around is not None:
+            return [*self._around[0], *ids, *self._around[1]]
+        whole: list[int] = self._tokenizer.encode(text).ids
+        return whole
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Return the token ids of a conversation up to where the assistant's next answer begins.
@@ -54,8 +62,15 @@ class ModelText:
         Raises:
             BadRequest: as `render_chat`.
         """
-        ids: list[int] = self._tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids
+        text = self.render_chat(messages)
+        ids = self._encode_quickly(text)
+        if ids is None:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _encode_quickly(self, text: str) -> list[int] | None:
+        """Return the ids of a short text; long ones go to the library, which works without Python's lock."""
+        return self._words.encode(text) if self._words is not None and len(text) <= QUICK_CHARS else None
 
     def render_chat(self, messages: Sequence[ChatMessage]) -> str:
         """Return the text of a conversation, the cue for the assistant's answer included.
@@ -167,6 +182,20 @@ def load_text(path: Path) -> ModelText:
         raise ModelError(f"the chat template of {path} cannot be read: {error}; mend or remove it") from None
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from None
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
+    """Return the ids that the tokenizer puts before and after a text; None if it does not simply do that."""
+    found = None
+    for text in ("a", "b c"):
+        plain: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        whole: list[int] = tokenizer.encode(text).ids
+        starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+        around = [(whole[:start], whole[start + len(plain) :]) for start in starts]
+        if len(around) != 1 or found not in (None, around[0]):
+            return None
+        found = around[0]
+    return found
 
 
 def _compile(template: str) -> jinja2.Template:
