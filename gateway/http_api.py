@@ -17,8 +17,8 @@ import msgspec
 import trio
 
 from gateway.answer import Answer, Piece
+from gateway.http_connection import Exchange, HttpResponse
 from gateway.http_parser import HttpRequest
-from gateway.http_server import Exchange, HttpResponse
 from gateway.intake import Intake
 from gateway.openai_bodies import (
     Body,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from gateway.http_server import HttpStatistics
+from gateway.http_connection import HttpStatistics
 from gateway.statistics import CoreStatistics, HistogramStatistics, TenantStatistics, WorkerStatistics
 
 Sample = tuple[Mapping[str, str], float]

@@ -13,7 +13,8 @@ import pytest
 import trio
 
 from gateway.http_api import HttpApi
-from gateway.http_server import HttpLimits, HttpServer, open_listeners
+from gateway.http_connection import HttpLimits
+from gateway.http_server import HttpServer, open_listeners
 from gateway.seam import Finished
 from protocol.errors import Overloaded
 from tests.edge_helpers import KEYS, TEXT, FakeCore, make_directory, make_intake

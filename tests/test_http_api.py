@@ -11,8 +11,8 @@ import trio
 import trio.testing
 
 from gateway.http_api import MAX_WAITING_EVENTS, HttpApi
+from gateway.http_connection import HttpResponse
 from gateway.http_parser import HttpRequest
-from gateway.http_server import HttpResponse
 from gateway.seam import Delta, Finished, Submit
 from protocol.errors import RequestFailed
 from tests.edge_helpers import KEYS, TEXT, FakeCore, make_directory, make_intake

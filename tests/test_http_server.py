@@ -11,8 +11,9 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.http_connection import Exchange, Handler, HttpLimits, HttpResponse
 from gateway.http_parser import HttpRequest, MessageLimits, RequestParser
-from gateway.http_server import Exchange, Handler, HttpLimits, HttpResponse, HttpServer, open_listeners
+from gateway.http_server import HttpServer, open_listeners
 from protocol.errors import ConfigurationError
 
 pytestmark = pytest.mark.timeout(60)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.http_server import HttpStatistics
+from gateway.http_connection import HttpStatistics
 from gateway.metrics import render_metrics
 from gateway.statistics import CoreStatistics, Histogram, ModelStatistics, TenantStatistics
 
