@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any
 from urllib.parse import unquote
 
@@ -20,6 +19,7 @@ from gateway.answer import Answer, Piece
 from gateway.http_connection import Exchange, HttpResponse
 from gateway.http_parser import HttpRequest
 from gateway.intake import Intake
+from gateway.openai_answers import CHAT, COMPLETION, Form, error_object, usage_of
 from gateway.openai_bodies import (
     Body,
     ChatBody,
@@ -30,18 +30,13 @@ from gateway.openai_bodies import (
 )
 from gateway.seam import CoreApi, Event, Finished, ModelInfo
 from gateway.tenants import Tenant, TenantDirectory
-from gateway.text import ModelText
 from protocol.client_messages import CompletionRequest
 from protocol.errors import BY_CODE, AuthenticationFailed, ErrorInfo, KvasirError, MethodNotAllowed, NotFound
-from protocol.messages import TokenLogprobs
 
 _chat_body = msgspec.json.Decoder(ChatBody)
 _completion_body = msgspec.json.Decoder(CompletionBody)
 _encode = msgspec.json.Encoder().encode
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-_TYPES |= {413: "invalid_request_error", 429: "rate_limit_error"}
 MAX_WAITING_EVENTS = 16_384  # about 3 MB of them
-_FINISH = {"stop": "stop", "length": "length", "abort": "stop"}
 
 
 class HttpApi:
@@ -76,12 +71,12 @@ class HttpApi:
             _only(request, "POST")
             tenant = self._authenticate(request)
             chat: ChatBody = parse_body(_chat_body, request.body)
-            return await self._complete(chat, chat_requests(chat), tenant, _CHAT, exchange)
+            return await self._complete(chat, chat_requests(chat), tenant, CHAT, exchange)
         if path == "/v1/completions":
             _only(request, "POST")
             tenant = self._authenticate(request)
             completion: CompletionBody = parse_body(_completion_body, request.body)
-            return await self._complete(completion, completion_requests(completion), tenant, _COMPLETION, exchange)
+            return await self._complete(completion, completion_requests(completion), tenant, COMPLETION, exchange)
         if path == "/v1/models" or path.startswith("/v1/models/"):
             _only(request, "GET", "HEAD")
             return self._models(self._authenticate(request), unquote(path.removeprefix("/v1/models").removeprefix("/")))
@@ -127,7 +122,7 @@ class HttpApi:
         body: Body,
         requests: list[CompletionRequest],
         tenant: Tenant,
-        form: _Form,
+        form: Form,
         exchange: Exchange,
     ) -> HttpResponse | None:
         waiter = _Waiter(len(requests), exchange.cut, every_event=bool(body.stream) or bool(requests[0].stop))
@@ -151,7 +146,7 @@ class HttpApi:
             for answer in answers:
                 answer.cancel()
 
-    async def _whole(self, answers: list[Answer], waiter: _Waiter, form: _Form, num_choices: int) -> HttpResponse:
+    async def _whole(self, answers: list[Answer], waiter: _Waiter, form: Form, num_choices: int) -> HttpResponse:
         pieces = [Piece() for _ in answers]
         while any(piece.finished is None for piece in pieces):
             await waiter.wait()
@@ -165,19 +160,19 @@ class HttpApi:
         assert submit is not None
         text = self._intake.text(submit.model)
         choices = [
-            form.choice(index, piece, _FINISH.get(end.reason, end.reason), text)
+            form.choice(index, piece, end.reason, text)
             for index, (piece, end) in enumerate(zip(pieces, ends, strict=True))
         ]
         req_id = submit.req_id.hex()
         whole = self._envelope(form.id_prefix + req_id, form.whole, submit.model)
         headers = [("x-kvasir-worker", ends[0].worker_id), ("x-kvasir-request-id", req_id)]
-        return _json(200, {**whole, "choices": choices, "usage": _usage(ends, num_choices)}, headers)
+        return _json(200, {**whole, "choices": choices, "usage": usage_of(ends, num_choices)}, headers)
 
     async def _stream(
         self,
         answers: list[Answer],
         waiter: _Waiter,
-        form: _Form,
+        form: Form,
         exchange: Exchange,
         num_choices: int,
         *,
@@ -212,9 +207,9 @@ class HttpApi:
                     continue
                 ends[index] = end
                 if end.error is not None:
-                    out.append(b"data: %b\n\n" % _encode({"error": _error_object(end.error)}))
+                    out.append(b"data: %b\n\n" % _encode({"error": error_object(end.error)}))
                 else:
-                    out.append(chunk([form.ending(index, _FINISH.get(end.reason, end.reason))], more))
+                    out.append(chunk([form.ending(index, end.reason)], more))
             if None not in ends:
                 break
             await exchange.write(b"".join(out))
@@ -222,7 +217,7 @@ class HttpApi:
             await waiter.wait()
             pieces = [answer.take() for answer in answers]
         if wants_usage:
-            out.append(chunk([], {"usage": _usage([end for end in ends if end is not None], num_choices)}))
+            out.append(chunk([], {"usage": usage_of([end for end in ends if end is not None], num_choices)}))
         out.append(b"data: [DONE]\n\n")
         await exchange.end(b"".join(out))
         return None
@@ -272,71 +267,6 @@ class _Waiter:
         return trio.lowlevel.Abort.SUCCEEDED
 
 
-class _Form:
-    """How one of the two routes writes choices and chunks."""
-
-    id_prefix: str
-    whole: str
-    chunk: str
-    opening: Callable[[int], dict[str, Any]] | None
-
-    def choice(self, index: int, piece: Piece, reason: str, text: ModelText | None) -> dict[str, Any]:
-        raise AssertionError
-
-    def delta(self, index: int, piece: Piece, text: ModelText | None) -> dict[str, Any]:
-        raise AssertionError
-
-    def ending(self, index: int, reason: str) -> dict[str, Any]:
-        raise AssertionError
-
-
-class _ChatForm(_Form):
-    id_prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-
-    def __init__(self) -> None:
-        self.opening = lambda index: {
-            "index": index,
-            "delta": {"role": "assistant", "content": ""},
-            "logprobs": None,
-            "finish_reason": None,
-        }
-
-    def choice(self, index: int, piece: Piece, reason: str, text: ModelText | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        logprobs = _chat_logprobs(piece, text)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
-
-    def delta(self, index: int, piece: Piece, text: ModelText | None) -> dict[str, Any]:
-        logprobs = _chat_logprobs(piece, text)
-        return {"index": index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
-
-    def ending(self, index: int, reason: str) -> dict[str, Any]:
-        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
-
-
-class _CompletionForm(_Form):
-    id_prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
-    opening = None
-
-    def choice(self, index: int, piece: Piece, reason: str, text: ModelText | None) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": piece.text,
-            "logprobs": _completion_logprobs(piece, text),
-            "finish_reason": reason,
-        }
-
-    def delta(self, index: int, piece: Piece, text: ModelText | None) -> dict[str, Any]:
-        logprobs = _completion_logprobs(piece, text)
-        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": None}
-
-    def ending(self, index: int, reason: str) -> dict[str, Any]:
-        return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
-
-
-_CHAT, _COMPLETION = _ChatForm(), _CompletionForm()
-
-
 def error_response(info: ErrorInfo, more_headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
     """Return an error as its HTTP status and OpenAI-style object."""
     status = BY_CODE.get(info.code, KvasirError).http_status
@@ -345,13 +275,7 @@ def error_response(info: ErrorInfo, more_headers: Sequence[tuple[str, str]] = ()
         headers.append(("retry-after", str(max(1, round(info.retry_after_s)))))
     if status == 401:
         headers.append(("www-authenticate", "Bearer"))
-    return _json(status, {"error": _error_object(info)}, headers)
-
-
-def _error_object(info: ErrorInfo) -> dict[str, Any]:
-    status = BY_CODE.get(info.code, KvasirError).http_status
-    kind = _TYPES.get(status, "server_error")
-    return {"message": info.message, "type": kind, "param": info.param, "code": info.code}
+    return _json(status, {"error": error_object(info)}, headers)
 
 
 class _WrongMethod(MethodNotAllowed):
@@ -379,47 +303,3 @@ def _extend(piece: Piece, more: Piece) -> None:
 def _end(piece: Piece) -> Finished:
     assert piece.finished is not None
     return piece.finished
-
-
-def _usage(ends: list[Finished], num_choices: int) -> dict[str, Any]:
-    """Tokens of all choices; a prompt with several choices is counted once, its cached tokens as the first had them."""
-    prompts = ends[::num_choices]
-    num_prompt = sum(end.num_prompt_tokens for end in prompts)
-    num_output = sum(end.num_output_tokens for end in ends)
-    num_cached = sum(end.num_cached_tokens for end in prompts)
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_output,
-        "total_tokens": num_prompt + num_output,
-        "prompt_tokens_details": {"cached_tokens": num_cached},
-    }
-
-
-def _chat_logprobs(piece: Piece, text: ModelText | None) -> dict[str, Any] | None:
-    if not piece.logprobs or text is None:
-        return None
-    return {"content": [_chat_token(text, *pair) for pair in zip(piece.token_ids, piece.logprobs, strict=False)]}
-
-
-def _chat_token(text: ModelText, token_id: int, logprobs: TokenLogprobs) -> dict[str, Any]:
-    top = [_scored(text, candidate, value) for candidate, value in logprobs.top]
-    return {**_scored(text, token_id, logprobs.logprob), "top_logprobs": top}
-
-
-def _scored(text: ModelText, token_id: int, logprob: float) -> dict[str, Any]:
-    piece = text.token_bytes(token_id)
-    return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
-
-
-def _completion_logprobs(piece: Piece, text: ModelText | None) -> dict[str, Any] | None:
-    if not piece.logprobs or text is None:
-        return None
-    tokens = [text.decode([token_id]) for token_id in piece.token_ids]
-    return {
-        "tokens": tokens,
-        "token_logprobs": [entry.logprob for entry in piece.logprobs],
-        "top_logprobs": [
-            {text.decode([candidate]): value for candidate, value in entry.top} for entry in piece.logprobs
-        ],
-        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=piece.start)),
-    }

@@ -35,6 +35,7 @@ class Part(Struct):
 class Turn(Struct):
     role: Annotated[str, Meta(min_length=1, max_length=64)]
     content: str | list[Part] | None = None
+    tool_calls: Any = None  # understood only in order to be refused
 
 
 class Body(Struct, kw_only=True):
@@ -226,6 +227,8 @@ def _pack(token_ids: list[int]) -> bytes:
 
 
 def _text(turn: Turn) -> str:
+    if turn.tool_calls:
+        raise BadRequest("tool_calls in messages are not supported here; send their text", param="messages")
     if isinstance(turn.content, str):
         return turn.content
     for part in turn.content or ():

@@ -214,6 +214,11 @@ def test_wrong_bodies_and_paths_are_answered_with_an_error_object() -> None:
                     400,
                     "image_url",
                 ),
+                (
+                    {"model": "demo", "messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]},
+                    400,
+                    "tool_calls",
+                ),
                 (chat(n=99), 400, "n must be"),
                 (chat(response_format={"type": "json_object"}), 400, "response_format"),
                 (chat(logit_bias={"x": 1}), 400, "logit_bias"),
