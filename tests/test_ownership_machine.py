@@ -1,4 +1,4 @@
-"""Random lives of four owners' sequences under changing floors, caps and pins, against a model that scans and simulates.
+"""Random lives of four owners' sequences under changing floors, caps and pins, against a model that scans.
 
 The model knows no orders, heaps, shields or counters. A resident block is the path of contents that leads to it, with
 its owner and the moment of its last release; what may go is found by looking at all of them.
@@ -19,7 +19,7 @@ from cache.prefix_cache import PrefixCache
 from protocol.errors import BadRequest
 
 SIZE = 1
-NUM_BLOCKS = 9
+NUM_BLOCKS = 10
 OWNERS = {"a": b"a", "b": b"b", "c": b"g", "d": b"g"}  # c and d share a namespace
 Path = tuple[tuple[bytes, bytes], ...]  # (namespace, tokens) of a block and all its ancestors
 
@@ -155,6 +155,21 @@ class OwnershipMachine(RuleBasedStateMachine):
         tokens=st.lists(st.sampled_from([0, 1]), min_size=1, max_size=5),
     )
     def submit(self, owner: str, num_public: int, tokens: list[int]) -> Live:
+        return self.begin(owner, num_public, tokens)
+
+    @rule(
+        owner=st.sampled_from(list(OWNERS)),
+        num_public=st.integers(0, 2),
+        visits=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=4),
+    )
+    def visit(self, owner: str, num_public: int, visits: list[list[int]]) -> None:
+        """Whole lives, one after the other: what fills a cache with idle blocks."""
+        for tokens in visits:
+            live = self.begin(owner, num_public, tokens)
+            self.publish_all(live)
+            self.end(live)
+
+    def begin(self, owner: str, num_public: int, tokens: list[int]) -> Live:
         chain = make_chain(owner, num_public)
         chain.extend(tokens)
         live = Live(chain, BlockTable(), make_paths(chain))
@@ -166,6 +181,9 @@ class OwnershipMachine(RuleBasedStateMachine):
 
     @rule(live=sequences)
     def publish(self, live: Live) -> None:
+        self.publish_all(live)
+
+    def publish_all(self, live: Live) -> None:
         start, end = live.table.num_published, len(live.table.block_ids)
         self.cache.insert(live.chain, live.table, end)
         for i in range(start, end):
@@ -173,6 +191,9 @@ class OwnershipMachine(RuleBasedStateMachine):
 
     @rule(live=consumes(sequences))
     def finish(self, live: Live) -> None:
+        self.end(live)
+
+    def end(self, live: Live) -> None:
         self.live.remove(live)
         self.release(live.paths[: live.table.num_published])
         self.cache.free(live.table)
