@@ -7,6 +7,7 @@ what runs is finished within `drain_s`, then edges, core and workers end in this
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from gateway.zmq_edge import ZmqEdge
 from protocol.link import open_router
 from protocol.prefix import derive_namespace
 
+LAST_WORDS_MS = 500  # for what the last requests got before a stop
 ORACLE = "oracle:"  # the test model: no folder, no tokenizer
 
 
@@ -67,7 +69,9 @@ async def serve(config: GatewayConfig) -> None:
         supervisor = Supervisor(config, core)
         intake = Intake(core, directory, texts, store.secret, config.block_size)
         intake.warm()
-        edge = ZmqEdge(open_router(context, config.client_endpoints), core, intake, directory)
+        client_link = open_router(context, config.client_endpoints)
+        stack.callback(client_link.close, linger_ms=LAST_WORDS_MS)  # runs before the context ends, and is waited for
+        edge = ZmqEdge(client_link, core, intake, directory)
         server = HttpServer(
             HttpApi(core, intake, directory, lambda: render_metrics(core.statistics(), server.statistics))
         )
@@ -85,6 +89,8 @@ async def serve(config: GatewayConfig) -> None:
                     await edges.start(edge.run)
                     if listeners:
                         await edges.start(server.run, listeners)
+                    gc.collect()
+                    gc.freeze()  # what lives as long as the process need not be looked at again
                     log("gateway_ready", pid=os.getpid(), **house.endpoints())
                     await stopping.wait()
                     log("draining", unfinished=core.num_unfinished, deadline_s=config.drain_s)

@@ -175,6 +175,12 @@ class Core(CoreApi):
         if worker is not None:
             self._lose_and_dispatch(worker, "protocol", reason)
 
+    def worker_unreachable(self, peer: bytes) -> None:
+        """Note that a command that `send` had taken for `peer` could not be sent: if it is a worker, it is lost."""
+        worker = self._members.by_peer.get(peer)
+        if worker is not None:
+            self._lose_and_dispatch(worker, "link", "cannot be reached")
+
     def worker_lost(self, worker_id: str, reason: str, *, pid: int | None = None, cause: Cause = "exited") -> None:
         """Hand back everything `worker_id` has, since somebody saw it die. With `pid`, only if that is its process."""
         worker = self._members.by_id.get(worker_id)

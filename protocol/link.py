@@ -171,13 +171,16 @@ class Link:
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return
 
-    def close(self) -> None:
-        """Close the socket at once, unsent messages dropped; waiting tasks get `LinkClosed`. Idempotent."""
+    def close(self, linger_ms: int = 0) -> None:
+        """Close the socket; waiting tasks get `LinkClosed`. Idempotent.
+
+        What libzmq has not yet written it may go on writing for `linger_ms`, for which the context's end waits.
+        """
         if self._closed:
             return
         self._closed = True
         trio.lowlevel.notify_closing(self._descriptor)
-        self._socket.close(linger=0)
+        self._socket.close(linger=linger_ms)
         self._readers.unpark_all()
         self._writers.unpark_all()
 

@@ -1,9 +1,10 @@
 """Gateway <-> worker: commands go to a worker, reports come from it.
 
 A worker dials in and says `Hello`; `Welcome` or `Refused` is the answer. The gateway then sends at most
-`Hello.limits.max_requests` unfinished `Generate`s (credits); each gets exactly one `Output` with a `finish_reason`,
-aborted ones too. One `StepReport` per engine step carries everything that happened in it. Token ids and hashes are
-packed bytes (`protocol.tokens`, `protocol.prefix`).
+`Hello.limits.max_requests` unfinished `Generate`s (credits), several commands per ZeroMQ message where it has them, a
+frame each. Every `Generate` gets exactly one `Output` with a `finish_reason`, aborted ones too. One `StepReport` per
+engine step carries everything that happened in it. Token ids and hashes are packed bytes (`protocol.tokens`,
+`protocol.prefix`).
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def test_every_list_and_string_on_a_wire_is_bounded_and_over_long_ones_are_refus
         unit = plain[field.encode_name]
         if isinstance(info, mi.DictType):
             [value] = unit.values()
-            plain[field.encode_name] = {key: value for key in range(info.max_length + 1)}
+            plain[field.encode_name] = dict.fromkeys(range(info.max_length + 1), value)
         else:
             plain[field.encode_name] = (unit * (info.max_length + 1))[: info.max_length + 1]
         with pytest.raises(InvalidMessage, match=rf"\$\.{field.encode_name}"):
@@ -164,5 +164,5 @@ def test_pickled_bytes_are_refused_everywhere() -> None:
     for decoder in UNIONS.values():
         with pytest.raises(InvalidMessage):
             decoder.decode(pickled)
-    with pytest.raises(InvalidMessage, match="nesting|recursion|[Ii]nvalid|malformed|Expected"):
+    with pytest.raises(InvalidMessage, match=r"not a valid message"):
         messages.COMMANDS.decode(b"\x91" * 100_000 + os.urandom(4))

@@ -264,7 +264,7 @@ def test_malformed_commands_are_logged_and_change_nothing() -> None:
         gateway.send(make_generate(make_prompt(9), 4))
         gateway.finish(b"r")
         assert gateway.tokens(b"r") == expected_tokens(make_prompt(9), 4)
-        assert gateway.log().count("invalid_command") == len(frames) + 1
+        assert gateway.log().count("invalid_command") == len(frames) + 2
 
 
 def test_a_request_that_cannot_be_read_is_answered_if_its_id_can() -> None:
@@ -437,8 +437,8 @@ def test_reports_wait_in_a_bounded_backlog_and_an_overflow_starts_a_new_incarnat
     socket = open_socket(context, f"ipc://{tmp_path}/nobody")
     worker = Worker(rig.engine, hello, socket, max_backlog=5, clock=rig.clock)
     try:
-        worker._take([encode(Welcome(b"epoch 1", PUBLIC_SPACE, 1.0))])
-        worker._take([encode(make_generate(make_prompt(9), 100))])
+        worker._take(encode(Welcome(b"epoch 1", PUBLIC_SPACE, 1.0)))
+        worker._take(encode(make_generate(make_prompt(9), 100)))
         for _ in range(4):
             worker._send(rig.engine.step())
         assert len(worker._backlog) == 5  # the snapshot and four steps

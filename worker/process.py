@@ -125,7 +125,8 @@ class Worker:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._take(frames)
+            for frame in frames:  # the gateway packs what it has for us into one message
+                self._take(frame)
 
     def _wait(self) -> list[int]:
         """Poll; return the file descriptors, other than the socket, that are readable."""
@@ -153,14 +154,12 @@ class Worker:
             moments.append(self._drain_deadline)
         return max(0.0, min(moments) - self._clock())
 
-    def _take(self, frames: list[bytes]) -> None:
+    def _take(self, frame: bytes) -> None:
         """Carry out one command. Whatever is no command is logged and passed over."""
         try:
-            if len(frames) != 1:
-                raise InvalidMessage(f"{len(frames)} frames where one belongs")
-            command = COMMANDS.decode(frames[0])
+            command = COMMANDS.decode(frame)
         except InvalidMessage as error:
-            self._on_invalid(frames, error)
+            self._on_invalid(frame, error)
             return
         match command:
             case Identify():
@@ -179,9 +178,9 @@ class Worker:
             case Drain():
                 self._start_drain(command.deadline_s, "the gateway asked for it")
 
-    def _on_invalid(self, frames: list[bytes], error: InvalidMessage) -> None:
-        log("invalid_command", num_bytes=sum(map(len, frames)), error=error.message)
-        request = _request_of(frames[0])
+    def _on_invalid(self, frame: bytes, error: InvalidMessage) -> None:
+        log("invalid_command", num_bytes=len(frame), error=error.message)
+        request = _request_of(frame)
         if request is not None:
             self._engine.refuse(*request, "error", f"the worker cannot read this request: {error.message}"[:4096])
 
