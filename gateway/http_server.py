@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import select
 import socket
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from protocol.errors import ConfigurationError
 
 _GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _FULL = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+_PASSING = {errno.ECONNABORTED, errno.EINTR, errno.EPROTO, errno.EPERM, errno.ENETDOWN, errno.EHOSTUNREACH}
+MAX_ACCEPTS = 64
 
 
 class HttpServer:
@@ -73,26 +76,37 @@ class HttpServer:
                 connection.scope.cancel()
 
     async def _accept(self, listener: trio.SocketListener, epoll: select.epoll, connections: trio.Nursery) -> None:
-        while True:
-            try:
-                stream = await listener.accept()
-            except OSError as error:
-                if error.errno not in _FULL:
-                    raise
-                log("http_accept_failed", error=error.strerror)
-                await trio.sleep(0.1)
-                continue
-            plain = socket.socket(fileno=stream.socket.detach())
-            if len(self._connections) >= self._state.limits.max_connections:
-                self.statistics.num_turned_away += 1
-                _turn_away(plain)
-                continue
-            connection = Connection(self._state, plain)
-            self._connections[plain.fileno()] = connection
-            epoll.register(plain.fileno(), select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
-            self.statistics.num_accepted += 1
-            self.statistics.num_open += 1
-            connections.start_soon(self._serve, connection, plain)
+        """Accept for ever, many at a time: one per turn of the loop would keep a crowd waiting behind the requests."""
+        with socket.socket(fileno=os.dup(listener.socket.fileno())) as plain:
+            plain.setblocking(False)
+            while True:
+                await trio.lowlevel.wait_readable(plain)
+                for _ in range(MAX_ACCEPTS):
+                    try:
+                        self._welcome(plain.accept()[0], epoll, connections)
+                    except BlockingIOError:
+                        break
+                    except OSError as error:
+                        if error.errno in _FULL:
+                            log("http_accept_failed", error=error.strerror)
+                            await trio.sleep(0.1)
+                        elif error.errno not in _PASSING:
+                            raise
+
+    def _welcome(self, client: socket.socket, epoll: select.epoll, connections: trio.Nursery) -> None:
+        if len(self._connections) >= self._state.limits.max_connections:
+            self.statistics.num_turned_away += 1
+            _turn_away(client)
+            return
+        client.setblocking(False)
+        with contextlib.suppress(OSError):  # it may be gone already
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = Connection(self._state, client)
+        self._connections[client.fileno()] = connection
+        epoll.register(client.fileno(), select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+        self.statistics.num_accepted += 1
+        self.statistics.num_open += 1
+        connections.start_soon(self._serve, connection, client)
 
     async def _serve(self, connection: Connection, plain: socket.socket) -> None:
         try:

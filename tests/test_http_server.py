@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -234,6 +236,24 @@ def test_hundreds_of_pipelined_requests_are_answered_in_order_while_others_are_s
                 assert (await talk(port, last)).endswith(b"/last")
             paths = [part.rpartition(b"\r\n\r\n")[2] for part in answers[0].split(b"HTTP/1.1 200 OK")[1:]]
             assert paths == [*(b"/%d" % number for number in range(500)), b"/last"]
+
+    run(main)
+
+
+def test_a_crowd_is_let_in_within_a_few_turns_of_the_loop() -> None:
+    async def main() -> None:
+        server = HttpServer(say_path)
+        listeners = await open_listeners("127.0.0.1", 0)
+        address = listeners[0].socket.getsockname()
+        with contextlib.ExitStack() as stack:
+            for _ in range(40):
+                stack.enter_context(socket.create_connection(address))
+            async with trio.open_nursery() as nursery:
+                await nursery.start(server.run, listeners)
+                for _ in range(20):
+                    await trio.lowlevel.checkpoint()
+                assert server.statistics.num_accepted == 40
+                nursery.cancel_scope.cancel()
 
     run(main)
 
