@@ -5,7 +5,8 @@ decides. An owner with a floor or a cap has an order of its own. When room is ne
 
 1. Whoever is at his cap makes room among his own blocks.
 2. Blocks of owners above their cap go first.
-3. What an owner holds within his floor goes only for himself.
+3. What an owner holds within his floor goes only for himself, and as long as he holds less than his floor, only when
+   nothing else can go: else a flood would make him eat his own.
 4. Of what is left, the order whose next victim was released longest ago gives it.
 
 A floor protects what is held, it does not keep free blocks in reserve; blocks in use count as held.
@@ -92,6 +93,10 @@ class Order:
         cap = self.quota.cap
         return cap is not None and self.account is not None and self.account.num_held > cap
 
+    @property
+    def is_below_floor(self) -> bool:
+        return self.account is not None and self.account.num_held < self.quota.floor
+
     def victim(self) -> Block | None:
         """Return the policy's next victim. It is asked again only when its last answer is void."""
         block = self._proposal
@@ -175,7 +180,7 @@ class Owners:
         best_key = (True, 0)
         own = self._own.get(owner) if owner is not None else None
         for order in self.orders:
-            if order is not own and not order.num_above_floor:
+            if not order.num_above_floor and (order is not own or order.is_below_floor):
                 continue
             block = order.victim()
             if block is None:
@@ -183,7 +188,7 @@ class Owners:
             key = (not order.is_over_cap, block.released_at)
             if best is None or key < best_key:
                 best, best_key = block, key
-        return best
+        return own.victim() if best is None and own is not None else best
 
     def shield(self, block: Block | None) -> None:
         """Count one more child of `block` that is in another order or shielded itself."""

@@ -100,7 +100,8 @@ class OwnershipMachine(RuleBasedStateMachine):
 
         def may_go(path: Path) -> bool:
             owner = self.resident[path].owner
-            return owner == requester or held[owner] > self.quota(owner).floor
+            floor = self.quota(owner).floor
+            return held[owner] > floor or (owner == requester and held[owner] == floor)
 
         def key(path: Path) -> tuple[bool, int]:
             block = self.resident[path]
@@ -110,7 +111,9 @@ class OwnershipMachine(RuleBasedStateMachine):
         best = min(filter(may_go, self.leaves()), key=key, default=None)
         if best is not None:
             self.go(best, requester)
-        return best is not None
+        return best is not None or (
+            requester is not None and bool(self.quota(requester).floor) and self.take_own(requester)
+        )
 
     def make_room(self, owner: str, num_blocks: int, num_own: int) -> bool:
         cap = self.quota(owner).cap
