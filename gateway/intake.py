@@ -84,12 +84,14 @@ class Intake:
         return self._submit(request, tenant, sink, info, packed)
 
     async def prepare_in_thread(self, request: CompletionRequest, tenant: Tenant, sink: Sink) -> Submit:
-        """As `prepare`, tokenising in a thread. Cancellation waits for the thread and leaves nothing behind."""
+        """As `prepare`, tokenising in a thread. Cancelled, it returns at once; the thread ends by itself, unheard."""
         info = self._find_model(request.model, tenant)
         _check_form(request)
         packed = request.token_ids
         if packed is None:
-            packed = await trio.to_thread.run_sync(self._encode, info.name, request, limiter=self._threads)
+            packed = await trio.to_thread.run_sync(
+                self._encode, info.name, request, limiter=self._threads, abandon_on_cancel=True
+            )
         return self._submit(request, tenant, sink, info, packed)
 
     def detokenizer(self, request: CompletionRequest, submit: Submit) -> Detokenizer | None:
