@@ -23,7 +23,7 @@ from protocol.errors import ConfigurationError
 from protocol.messages import Resync, Snapshot
 from protocol.prefix import split_hashes
 from protocol.tokens import pack_tokens
-from worker import kv_events, kv_publisher
+from worker import kv_access, kv_events, kv_publisher
 from worker.kv_events import KvEvents, WireForm, encode_batch
 from worker.kv_publisher import KvPublisher, PublisherOptions
 from worker.options import parse_options
@@ -551,7 +551,7 @@ def test_with_curve_only_known_keys_get_in() -> None:
 )
 def test_the_gatekeeper_refuses_whatever_it_does_not_know(change: Callable[[list[bytes]], list[bytes]]) -> None:
     public, secret = zmq.curve_keypair()
-    request = [b"", b"1.0", b"7", kv_publisher.ZAP_DOMAIN, b"127.0.0.1", b"", b"CURVE", zmq.utils.z85.decode(public)]
+    request = [b"", b"1.0", b"7", kv_access.ZAP_DOMAIN, b"127.0.0.1", b"", b"CURVE", zmq.utils.z85.decode(public)]
     with open_site(secret_key=secret, client_keys=frozenset([public])) as site:
         asker = site.publisher._context.socket(zmq.DEALER)
         asker.setsockopt(zmq.LINGER, 0)
@@ -623,6 +623,17 @@ def test_what_is_safe_or_asked_for_by_name_is_allowed(args: list[str], tmp_path:
     assert (options.kv_events.secret_key is not None) == ("--kv-events-key" in args)
 
 
+def test_workers_of_one_command_line_publish_in_places_of_their_own() -> None:
+    args = ["--kv-events", "ipc:///run/{worker}.sock", "--kv-events-topic", "kv@{worker}@demo", "--worker-id", "demo-1"]
+    options = parse_options(["--model", "oracle:", "--gateway", "ipc:///x", *args]).kv_events
+    assert options is not None
+    assert (options.endpoint, options.replay_endpoint, options.topic) == (
+        "ipc:///run/demo-1.sock",
+        None,
+        "kv@demo-1@demo",
+    )
+
+
 def write_keys(folder: Path) -> dict[str, str]:
     public, secret = zmq.curve_keypair()
     texts = {
@@ -644,6 +655,11 @@ def test_an_endpoint_that_is_taken_is_named() -> None:
         with pytest.raises(ConfigurationError, match=f"--kv-events tcp://127.0.0.1:{port}: .*in use"):
             KvPublisher(PublisherOptions(f"tcp://127.0.0.1:{port}"), WireForm())
         taken.close()
+        with pytest.raises(ConfigurationError, match=r"events\.sock: .*in use"):
+            KvPublisher(site.options, site.form)
+        site.work(random.Random(1))
+        site.finish()
+        site.settle(site.follow(), within_s=5.0)  # undisturbed
 
 
 # ---- whole processes

@@ -13,13 +13,14 @@ Some facts, and what follows:
   restart is a gap, which ends in the replay of the new stream from its first `AllBlocksCleared`.
 - A replay buffer is no snapshot. Who asks for batches that are gone while no whole announcement is in the buffer gets
   what is there, and everything is announced anew on PUB.
-- CURVE without a ZAP handler lets every key in. Ours knows the allowed keys; any doubt is a refusal.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
+import errno
+import os
+import socket as socket_module
 import threading
 import time
 from collections import deque
@@ -28,15 +29,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
-from zmq.utils import z85
 
 from protocol.errors import ConfigurationError
 from protocol.profile import LinkProfile, apply_profile
+from worker.kv_access import ZAP_DOMAIN, Gatekeeper, check_endpoint
 from worker.kv_events import WireForm, encode_batch
 from worker.log import log
 
 END_SEQ = b"\xff" * 8
-ZAP_DOMAIN = b"kv-events"
 MAX_QUEUED = 1024  # batches between engine and thread
 MAX_REPLAYS = 64  # clients served at a time
 REPLAY_SLICE = 128  # batches sent to one client before others are looked after
@@ -115,72 +115,6 @@ class KvPublisher:
             self._context.term()
 
 
-def check_endpoint(option: str, endpoint: str, *, has_key: bool, insecure: bool) -> None:
-    """Refuse what others could read: tcp beyond this machine without CURVE, unless that is asked for by name.
-
-    Raises:
-        ConfigurationError: that, or no endpoint at all.
-    """
-    address = endpoint.removeprefix("connect:")
-    kind, _, rest = address.partition("://")
-    if kind not in ("tcp", "ipc") or not rest:
-        raise ConfigurationError(
-            f"{option} {endpoint!r} is no endpoint; give ipc://PATH, tcp://HOST:PORT, or connect:tcp://HOST:PORT."
-        )
-    if address != endpoint and has_key:
-        raise ConfigurationError(
-            f"{option} {endpoint!r}: a key protects a bound socket; leave out connect: or the key."
-        )
-    host = rest.rpartition(":")[0].strip("[]")
-    is_local = kind == "ipc" or host in ("localhost", "::1") or _is_loopback(host)
-    if not (is_local or has_key or insecure):
-        raise ConfigurationError(
-            f"{option} {endpoint!r} can be read by whoever reaches it, and block events tell what tenants ask. Give "
-            "--kv-events-key and --kv-events-clients, an address on 127.0.0.1, or --insecure-events if the network is."
-        )
-
-
-def read_secret_key(path: Path) -> bytes:
-    """Return the Z85 secret key in `path`: 40 characters and nothing else, or a file that `zmq.auth` wrote.
-
-    Raises:
-        ConfigurationError: unreadable, or no such key.
-    """
-    text = _read("--kv-events-key", path).strip()
-    match = re.search(r'secret-key\s*=\s*"([^"]{40})"', text)
-    key = (match[1] if match else text).encode()
-    try:
-        zmq.curve_public(key)
-    except (zmq.ZMQError, ValueError, TypeError):
-        raise ConfigurationError(f"--kv-events-key {path}: no CURVE secret key of 40 Z85 characters in it.") from None
-    return key
-
-
-def read_client_keys(path: Path) -> frozenset[bytes]:
-    """Return the Z85 public keys in `path`, one at the start of each line; lines that begin with "# " are remarks.
-
-    Raises:
-        ConfigurationError: unreadable, a line that is no key, or none at all.
-    """
-    keys = set()
-    for number, line in enumerate(_read("--kv-events-clients", path).splitlines(), 1):
-        if not line.strip() or line.startswith("# "):
-            continue
-        key, *_ = line.split()
-        try:
-            is_key = len(z85.decode(key)) == 32
-        except (ValueError, KeyError, IndexError):
-            is_key = False
-        if not is_key:
-            raise ConfigurationError(
-                f"--kv-events-clients {path}: line {number} begins with no public key (40 characters)."
-            )
-        keys.add(key.encode())
-    if not keys:
-        raise ConfigurationError(f"--kv-events-clients {path} names no key: nobody could connect.")
-    return frozenset(keys)
-
-
 @dataclass(slots=True)
 class _Replay:
     next_seq: int
@@ -203,17 +137,17 @@ class _Stream:
         self._beat_s = FIRST_BEAT_S
         self._beat_at = time.monotonic() + self._beat_s
         self._pair = _open_pair(context, is_engine=False)
-        self._zap = _open_zap(context) if options.secret_key is not None else None
-        self._client_keys = {z85.decode(key) for key in options.client_keys}
+        self._gate = Gatekeeper(context, options.client_keys) if options.secret_key is not None else None
         self._pub = _open_server(context, zmq.PUB, "--kv-events", options.endpoint, options)
         self._pub.setsockopt(zmq.LINGER, int(1000 * LAST_WORDS_S))
         self._router: Socket | None = None
         if options.replay_endpoint is not None:
             self._router = _open_server(context, zmq.ROUTER, "--kv-events-replay", options.replay_endpoint, options)
+        gate = [self._gate.socket] if self._gate is not None else []
+        self._served = [self._pair, *gate, *([self._router] if self._router is not None else [])]
         self._poller = zmq.Poller()
-        for socket in (self._pair, self._zap, self._router):
-            if socket is not None:
-                self._poller.register(socket, zmq.POLLIN)
+        for socket in self._served:
+            self._poller.register(socket, zmq.POLLIN)
 
     def run(self) -> None:
         """Serve until told to stop. A failure ends the stream, never the engine."""
@@ -222,19 +156,16 @@ class _Stream:
                 pass
             self._publish(encode_batch(time.time(), [self._form.cleared()]))
         except Exception as error:
-            log(
-                "kv_events_failed", error=repr(error), hint="block events are no longer published; the worker serves on"
-            )
-        for socket in (self._pub, self._router, self._zap, self._pair):
-            if socket is not None:
-                socket.close()
+            log("kv_events_failed", error=repr(error), hint="no block events from here on; the worker serves on")
+        for socket in (self._pub, *self._served):
+            socket.close()
 
     def _serve(self) -> bool:
         """One turn; False when told to stop. PUB comes first, replays are served in slices between."""
         timeout_s = 0.0 if self._replays else max(0.0, self._beat_at - time.monotonic())
         ready = dict(self._poller.poll(int(1000 * timeout_s) + (not self._replays)))
-        if self._zap is not None and self._zap in ready:
-            self._each(self._zap, self._authorise)
+        if self._gate is not None and self._gate.socket in ready:
+            self._each(self._gate.socket, self._gate.answer)
         if self._pair in ready and not self._take():
             return False
         if self._router is not None and self._router in ready:
@@ -286,7 +217,8 @@ class _Stream:
         if client in self._replays or len(self._replays) < MAX_REPLAYS:
             self._replays[client] = _Replay(start, time.monotonic() + REPLAY_PATIENCE_S)
         else:
-            self._reply(client, b"", END_SEQ, b"")
+            with contextlib.suppress(zmq.ZMQError):
+                self._reply(client, b"", END_SEQ, b"")
 
     def _continue(self, client: bytes) -> bool:
         """Send `client` its next slice; False when it cannot take any now."""
@@ -316,24 +248,6 @@ class _Stream:
         middle = [topic] if self._options.replay_with_topic else []
         self._router.send_multipart([client, b"", *middle, seq, payload], zmq.NOBLOCK)
 
-    # ---- who may connect
-
-    def _authorise(self, frames: list[bytes]) -> None:
-        """Answer one ZAP request (rfc.zeromq.org/spec/27): 200 for an allowed key, 400 for everything else."""
-        assert self._zap is not None
-        if len(frames) < 4:
-            return
-        peer, _, _, request_id = frames[:4]
-        is_allowed = (
-            frames[2:3] == [b"1.0"]
-            and len(frames) == 9
-            and frames[4] == ZAP_DOMAIN
-            and frames[7] == b"CURVE"
-            and frames[8] in self._client_keys
-        )
-        status = [b"200", b"OK", b"follower"] if is_allowed else [b"400", b"this key is not known here", b""]
-        self._zap.send_multipart([peer, b"", b"1.0", request_id, *status, b""], zmq.NOBLOCK)
-
     @staticmethod
     def _each(socket: Socket, handle: Callable[[list[bytes]], None]) -> None:
         with contextlib.suppress(zmq.Again):
@@ -349,13 +263,6 @@ def _open_pair(context: zmq.Context[Socket], *, is_engine: bool) -> Socket:
     socket.setsockopt(zmq.SNDHWM, 1)
     socket.setsockopt(zmq.RCVHWM, 1 if is_engine else MAX_QUEUED - 1)
     (socket.bind if is_engine else socket.connect)("inproc://kv-events")
-    return socket
-
-
-def _open_zap(context: zmq.Context[Socket]) -> Socket:
-    socket = context.socket(zmq.ROUTER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.bind("inproc://zeromq.zap.01")
     return socket
 
 
@@ -375,6 +282,8 @@ def _open_server(
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     address = endpoint.removeprefix("connect:")
     try:
+        if address == endpoint and address.startswith("ipc://"):
+            _refuse_if_taken(address.removeprefix("ipc://"))
         (socket.bind if address == endpoint else socket.connect)(address)
         if address == endpoint and address.startswith("ipc://"):
             Path(address.removeprefix("ipc://")).chmod(0o660)
@@ -384,13 +293,11 @@ def _open_server(
     return socket
 
 
-def _is_loopback(host: str) -> bool:
-    parts = host.split(".")
-    return len(parts) == 4 and parts[0] == "127" and all(part.isdecimal() for part in parts)
-
-
-def _read(option: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{option} {path}: {error}; give a text file that this user can read.") from None
+def _refuse_if_taken(path: str) -> None:
+    """Raise an OSError if somebody listens at `path`: libzmq would silently take the place of whoever does."""
+    with contextlib.closing(socket_module.socket(socket_module.AF_UNIX)) as probe:
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

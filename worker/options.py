@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from protocol.errors import ConfigurationError
+from worker.kv_access import check_endpoint, read_client_keys, read_secret_key
 from worker.kv_events import WireForm
-from worker.kv_publisher import PublisherOptions, check_endpoint, read_client_keys, read_secret_key
+from worker.kv_publisher import PublisherOptions
 from worker.oracle_model import PREFIX
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -87,6 +88,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     add("--check", action="store_true", help="verify the cache's bookkeeping whenever idle (for tests)")
     _add_event_options(parser)
     args = parser.parse_args(argv)
+    worker_id = args.worker_id or f"{socket.gethostname()}-{os.getpid()}"
     if not re.match(r"(ipc|tcp)://.", args.gateway):
         raise ConfigurationError(f"--gateway {args.gateway!r} is no endpoint; give ipc://PATH or tcp://HOST:PORT.")
     if args.deterministic and (args.device == "cuda" or args.dtype not in ("auto", "float64")):
@@ -95,7 +97,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     return Options(
         model=args.model,
         name=args.name or ("oracle" if is_oracle else Path(args.model).resolve().name),
-        worker_id=args.worker_id or f"{socket.gethostname()}-{os.getpid()}",
+        worker_id=worker_id,
         gateway=args.gateway,
         device="cpu" if args.deterministic else args.device,
         dtype="float64" if args.deterministic else args.dtype,
@@ -109,13 +111,14 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         drain_s=args.drain,
         exit_with_stdin=args.exit_with_stdin,
         check=args.check,
-        kv_events=_event_options(args),
+        kv_events=_event_options(args, worker_id),
         kv_form=WireForm(args.kv_events_form, args.kv_events_hashes, args.publish_token_ids),
     )
 
 
 def _add_event_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("block events, as vLLM publishes them (docs/kv-events.md)")
+    title = "block events, as vLLM publishes them (docs/kv-events.md); {worker} stands for the worker's id"
+    group = parser.add_argument_group(title)
     add = group.add_argument
     add("--kv-events", metavar="ENDPOINT", help="publish on ipc://PATH or tcp://HOST:PORT; connect:ENDPOINT dials")
     add("--kv-events-replay", metavar="ENDPOINT", help="answer requests for missed batches here")
@@ -128,8 +131,11 @@ def _add_event_options(parser: argparse.ArgumentParser) -> None:
     add("--insecure-events", action="store_true", help="allow tcp beyond this machine without CURVE")
 
 
-def _event_options(args: argparse.Namespace) -> PublisherOptions | None:
-    """Return where to publish; None without --kv-events, and then none of its options may be given."""
+def _event_options(args: argparse.Namespace, worker_id: str) -> PublisherOptions | None:
+    """Return where to publish, with the worker's id in the place of {worker}.
+
+    None without --kv-events, and then none of its options may be given.
+    """
     if args.kv_events is None:
         for name in ("kv_events_replay", "kv_events_topic", "publish_token_ids", "kv_events_key", "kv_events_clients"):
             if getattr(args, name):
@@ -140,13 +146,15 @@ def _event_options(args: argparse.Namespace) -> PublisherOptions | None:
     if (args.kv_events_key is None) != (args.kv_events_clients is None):
         raise ConfigurationError("--kv-events-key and --kv-events-clients belong together; give both or neither.")
     has_key = args.kv_events_key is not None
-    for option, endpoint in (("--kv-events", args.kv_events), ("--kv-events-replay", args.kv_events_replay)):
-        if endpoint is not None:
-            check_endpoint(option, endpoint, has_key=has_key, insecure=args.insecure_events)
+    endpoint = args.kv_events.replace("{worker}", worker_id)
+    replay_endpoint = args.kv_events_replay and args.kv_events_replay.replace("{worker}", worker_id)
+    for option, text in (("--kv-events", endpoint), ("--kv-events-replay", replay_endpoint)):
+        if text is not None:
+            check_endpoint(option, text, has_key=has_key, insecure=args.insecure_events)
     return PublisherOptions(
-        endpoint=args.kv_events,
-        replay_endpoint=args.kv_events_replay,
-        topic=args.kv_events_topic,
+        endpoint=endpoint,
+        replay_endpoint=replay_endpoint,
+        topic=args.kv_events_topic.replace("{worker}", worker_id),
         replay_with_topic=args.kv_events_form == "map",
         secret_key=read_secret_key(args.kv_events_key) if has_key else None,
         client_keys=read_client_keys(args.kv_events_clients) if has_key else frozenset(),
