@@ -17,12 +17,14 @@ import trio
 from gateway.seam import CoreApi, ModelInfo, Sink, Submit
 from gateway.tenants import PublishedPrefix, Tenant, TenantDirectory
 from gateway.text import QUICK_CHARS, Detokenizer, ModelText
+from gateway.word_encoder import Words
 from protocol.client_messages import ChatMessage, CompletionRequest
 from protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
 from protocol.prefix import derive_namespace, derive_root, hash_prompt
 from protocol.tokens import TOKEN_BYTES, pack_tokens
 
 MAX_THREADS = 4
+MAX_MEMORIES = 256  # of words, one per model and sharing scope; some megabytes each when full
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Intake:
         self._public_namespace = derive_namespace(secret, "public")
         self._namespaces: dict[tuple[str, str], bytes] = {}
         self._roots: dict[tuple[str, str], bytes] = {}
+        self._memories: dict[tuple[str, tuple[str, str]], Words] = {}
         self._prefixes: tuple[PublishedPrefix, ...] | None = None  # what `_published` was made of
         self._published: dict[str, dict[bytes, list[_Published]]] = {}  # model -> first block -> longest first
         self._forms: dict[tuple[str, PublishedPrefix], list[bytes]] = {}  # what tokenising them has given
@@ -80,7 +83,7 @@ class Intake:
         """
         info = self._find_model(request.model, tenant)
         _check_form(request)
-        packed = request.token_ids if request.token_ids is not None else self._encode(info.name, request)
+        packed = request.token_ids if request.token_ids is not None else self._encode(info, request, tenant)
         return self._submit(request, tenant, sink, info, packed)
 
     async def prepare_in_thread(self, request: CompletionRequest, tenant: Tenant, sink: Sink) -> Submit:
@@ -90,7 +93,7 @@ class Intake:
         packed = request.token_ids
         if packed is None:
             packed = await trio.to_thread.run_sync(
-                self._encode, info.name, request, limiter=self._threads, abandon_on_cancel=True
+                self._encode, info, request, tenant, limiter=self._threads, abandon_on_cancel=True
             )
         return self._submit(request, tenant, sink, info, packed)
 
@@ -137,16 +140,35 @@ class Intake:
             raise Unavailable(f"model {name!r} is still being loaded; try again in a moment", retry_after_s=2.0)
         return info
 
-    def _encode(self, model: str, request: CompletionRequest) -> bytes:
-        text = self._texts.get(model)
+    def _encode(self, info: ModelInfo, request: CompletionRequest, tenant: Tenant) -> bytes:
+        text = self._texts.get(info.name)
         if text is None:
-            raise BadRequest(f"model {model!r} has no tokenizer here; send token ids", param="prompt")
+            raise BadRequest(f"model {info.name!r} has no tokenizer here; send token ids", param="prompt")
+        num_chars = len(request.text or "") + sum(len(message.content) for message in request.messages or ())
+        if num_chars > text.max_chars(info.max_context):
+            raise PromptTooLong(
+                f"a prompt of {num_chars} characters cannot fit the {info.max_context} tokens of model {info.name!r}; "
+                "shorten it",
+                param="prompt",
+            )
+        memory = self._memory(info.name, tenant)
         try:
             if request.messages is not None:
-                return pack_tokens(text.encode_chat(request.messages))
-            return pack_tokens(text.encode(request.text or ""))
+                return pack_tokens(text.encode_chat(request.messages, memory))
+            return pack_tokens(text.encode(request.text or "", memory))
         except (UnicodeEncodeError, TypeError):  # the tokenizer calls a lone surrogate no string
             raise BadRequest("the prompt is no valid Unicode text (a lone surrogate); send valid UTF-8") from None
+
+    def _memory(self, model: str, tenant: Tenant) -> Words:
+        """Return the words that the tenant's sharing scope has used with a model; nobody else's, see `word_encoder`."""
+        key = (model, tenant.scope)
+        memory = self._memories.pop(key, None)
+        if memory is None:
+            memory = Words()
+            if len(self._memories) >= MAX_MEMORIES:
+                del self._memories[next(iter(self._memories))]
+        self._memories[key] = memory  # the last used one last
+        return memory
 
     def _submit(self, request: CompletionRequest, tenant: Tenant, sink: Sink, info: ModelInfo, packed: bytes) -> Submit:
         num_tokens = self._check_prompt(request, info, packed)

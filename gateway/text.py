@@ -24,7 +24,7 @@ import jinja2.utils
 from tokenizers import Tokenizer
 
 from gateway.pieces import token_pieces
-from gateway.word_encoder import make_word_encoder
+from gateway.word_encoder import Words, make_word_encoder
 from protocol.client_messages import ChatMessage
 from protocol.errors import BadRequest, ModelError
 
@@ -38,39 +38,52 @@ class ModelText:
         """`tokens`: special tokens that the template may name (`bos_token`, ...). `vocab_size`: ids the model knows."""
         self._tokenizer = tokenizer
         self._pieces = token_pieces(tokenizer, vocab_size)
+        self._longest = max(1, *map(len, self._pieces))
         self._words = make_word_encoder(tokenizer)
         self._around = _around(tokenizer)
         self._tokens = tokens
         self._template = None if template is None else _compile(template)
         self.vocab_size = vocab_size
 
+    def max_chars(self, num_tokens: int) -> int:
+        """Return a length in characters that no text of `num_tokens` tokens reaches.
+
+        A token stands for at most its bytes; the factor is for normalisers that compose or drop characters.
+        """
+        return 4 * num_tokens * self._longest
+
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, with whatever the tokenizer puts around a text (a BOS token, say)."""
-        ids = self._encode_quickly(text)
+    def encode(self, text: str, memory: Words | None = None) -> list[int]:
+        """Return the token ids of `text`, with whatever the tokenizer puts around a text (a BOS token, say).
+
+        `memory`: of the words that its owner has sent, which makes short texts quicker; None: without one.
+        """
+        ids = self._encode_quickly(text, memory)
         if ids is not None and self._around is not None:
             return [*self._around[0], *ids, *self._around[1]]
         whole: list[int] = self._tokenizer.encode(text).ids
         return whole
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Return the token ids of a conversation up to where the assistant's next answer begins.
+    def encode_chat(self, messages: Sequence[ChatMessage], memory: Words | None = None) -> list[int]:
+        """Return the token ids of a conversation up to where the assistant's next answer begins; `memory` as `encode`.
 
         Raises:
             BadRequest: as `render_chat`.
         """
         text = self.render_chat(messages)
-        ids = self._encode_quickly(text)
+        ids = self._encode_quickly(text, memory)
         if ids is None:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _encode_quickly(self, text: str) -> list[int] | None:
+    def _encode_quickly(self, text: str, memory: Words | None) -> list[int] | None:
         """Return the ids of a short text; long ones go to the library, which works without Python's lock."""
-        return self._words.encode(text) if self._words is not None and len(text) <= QUICK_CHARS else None
+        if self._words is None or memory is None or len(text) > QUICK_CHARS:
+            return None
+        return self._words.encode(text, memory)
 
     def render_chat(self, messages: Sequence[ChatMessage]) -> str:
         """Return the text of a conversation, the cue for the assistant's answer included.

@@ -4,6 +4,9 @@ Most of what the `tokenizers` library spends on a short text goes into cutting i
 which nobody here wants. This cuts the text with Python's `re` and remembers the token ids of each word, which the
 library itself has computed. Only ASCII, since there the patterns' character classes mean the same to both regex
 engines; only what is recognised in full. Everything else is left to the library.
+
+Whether a word is remembered shows in the time a text takes. So the memory belongs to the caller, who keeps one per
+sharing scope: no tenant can learn from the clock which words another one uses.
 """
 
 from __future__ import annotations
@@ -16,13 +19,17 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-MAX_WORDS = 1 << 16
+MAX_WORDS = 1 << 14  # in one memory
 MAX_WORD_CHARS = 64
 MAX_NEW_WORDS = 32  # in one text; learning a word costs as much as the library takes for ten of them
 
 # The cut that `ByteLevel` makes by itself: GPT-2's (Radford et al., 2019).
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ASCII_CLASSES = {"L": "A-Za-z", "N": "0-9", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": ""}
+
+
+Words = dict[str, list[int]]
+"""A memory: the token ids of words met so far. Filled by `WordEncoder.encode`; start with an empty one."""
 
 
 class WordEncoder:
@@ -34,15 +41,17 @@ class WordEncoder:
         self._specials = specials
         longest_first = sorted(specials, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if specials else None
-        self._words: dict[str, list[int]] = {}
 
-    def encode(self, text: str) -> list[int] | None:
-        """Return what the tokenizer gives for `text` without adding special tokens, None if that is its own affair."""
+    def encode(self, text: str, memory: Words) -> list[int] | None:
+        """Return what the tokenizer gives for `text` without adding special tokens, None if that is its own affair.
+
+        New words are added to `memory`, at most `MAX_NEW_WORDS` of them.
+        """
         if not text.isascii():
             return None
         ids: list[int] = []
         num_new = 0
-        known, specials = self._words, self._specials
+        specials = self._specials
         for index, part in enumerate([text] if self._special is None else self._special.split(text)):
             if index % 2:
                 ids.append(specials[part])
@@ -53,23 +62,23 @@ class WordEncoder:
             if len("".join(words)) != len(part):
                 return None
             for word in words:
-                found = known.get(word)
+                found = memory.get(word)
                 if found is None:
                     num_new += 1
-                    found = self._learn(word) if num_new <= MAX_NEW_WORDS else None
+                    found = self._learn(word, memory) if num_new <= MAX_NEW_WORDS else None
                     if found is None:
                         return None
                 ids += found
         return ids
 
-    def _learn(self, word: str) -> list[int] | None:
+    def _learn(self, word: str, memory: Words) -> list[int] | None:
         """Ask the tokenizer for a word, and remember what it says if to it, too, this is one word."""
         if len(word) > MAX_WORD_CHARS or len(self._tokenizer.pre_tokenizer.pre_tokenize_str(word)) != 1:
             return None
-        if len(self._words) >= MAX_WORDS:
-            self._words.clear()
+        if len(memory) >= MAX_WORDS:
+            memory.clear()
         ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
-        self._words[word] = ids
+        memory[word] = ids
         return ids
 
 
@@ -134,11 +143,11 @@ def _ascii_pattern(pattern: str) -> re.Pattern[str] | None:
 
 def _agrees(encoder: WordEncoder, tokenizer: Tokenizer) -> bool:
     """Try it on text of all kinds: a pattern that is read wrongly shows at once."""
-    rng = random.Random(1)
+    rng, memory = random.Random(1), Words()
     kinds = ["abcXYZ", "0123456789", " ", "  \t", "\n\r\n", "'sS'LL't", '!?.,;(){}[]<>=+-*/_#"\\', "\0\x1c\x1f\x7f\v\f"]
     for _ in range(300):
         text = "".join(rng.choice(rng.choice(kinds)) * rng.choice((1, 1, 2, 5)) for _ in range(24))
-        if encoder.encode(text) not in (None, tokenizer.encode(text, add_special_tokens=False).ids):
+        if encoder.encode(text, memory) not in (None, tokenizer.encode(text, add_special_tokens=False).ids):
             return False
     return True
 

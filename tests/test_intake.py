@@ -125,6 +125,7 @@ def test_a_published_text_is_tokenised_once_whatever_is_published_later(monkeypa
         ({"text": "x", "max_tokens": -3}, BadRequest, "at least 1, not -3", "max_tokens"),
         ({"text": "x", "max_tokens": 5000}, PromptTooLong, "ask for at most", "max_tokens"),
         ({"token_ids": pack_tokens([5] * 2048)}, PromptTooLong, "2048 tokens", "prompt"),
+        ({"text": "word " * 400_000}, PromptTooLong, "2000000 characters cannot fit", "prompt"),
         ({"messages": []}, BadRequest, "empty", "messages"),
         ({"text": "x", "stop": ["a"], "want_text": False}, BadRequest, "stop strings need text", "stop"),
         ({"text": "x", "stop_token_ids": [99999]}, BadRequest, "99999", "stop_token_ids"),
@@ -164,3 +165,13 @@ def test_a_long_text_is_tokenised_in_a_thread_with_the_same_result() -> None:
         assert threaded.req_id != inline.req_id
 
     trio.run(main)
+
+
+def test_the_words_of_a_tenant_are_remembered_for_its_sharing_scope_alone() -> None:
+    """What is remembered makes a text quicker, which the clock would tell to anybody who shares the memory."""
+    intake = make_intake(FakeCore(lambda submit: []))
+    left, right = Tenant("1", "a", sharing="group:g"), Tenant("2", "b", sharing="group:g")
+    assert intake._memory("demo", left) is intake._memory("demo", right)
+    assert intake._memory("demo", ALPHA) is not intake._memory("demo", left)
+    assert intake._memory("other", ALPHA) is not intake._memory("demo", ALPHA)
+    assert intake._memory("demo", ALPHA) is intake._memory("demo", ALPHA)

@@ -74,13 +74,13 @@ pieces = st.one_of(
 def test_ascii_texts_get_the_tokens_that_the_library_gives(name: str) -> None:
     encoder, tokenizer = ENCODERS[name], KNOWN[name]
     assert encoder is not None
-    num_answered = 0
+    num_answered, memory = 0, {}
 
     @settings(max_examples=200, deadline=None)
     @given(st.lists(pieces, max_size=8).map("".join))
     def check(text: str) -> None:
         nonlocal num_answered
-        ids = encoder.encode(text)
+        ids = encoder.encode(text, memory)
         num_answered += ids is not None
         assert ids in (None, tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -92,27 +92,39 @@ def test_ascii_texts_get_the_tokens_that_the_library_gives(name: str) -> None:
 def test_other_texts_are_left_to_the_library(text: str) -> None:
     encoder = ENCODERS["demo"]
     assert encoder is not None
-    assert text.isascii() or encoder.encode(text) is None
+    assert text.isascii() or encoder.encode(text, {}) is None
 
 
 def test_a_text_full_of_new_words_is_left_to_the_library_after_a_few() -> None:
     encoder = make_word_encoder(KNOWN["demo"])
     assert encoder is not None
     words = [f" w{''.join(chr(97 + int(digit)) for digit in str(number))}" for number in range(3 * MAX_NEW_WORDS)]
-    assert encoder.encode("".join(words)) is None
-    assert encoder.encode("".join(words[:MAX_NEW_WORDS])) is not None
-    assert encoder.encode("".join(words)) is None  # it has learnt that many more
-    assert encoder.encode("".join(words)) is not None
+    memory = {}
+    assert encoder.encode("".join(words), memory) is None
+    assert encoder.encode("".join(words[:MAX_NEW_WORDS]), memory) is not None
+    assert encoder.encode("".join(words), memory) is None  # it has learnt that many more
+    assert encoder.encode("".join(words), memory) is not None
+
+
+def test_what_one_memory_has_learnt_another_does_not_know() -> None:
+    """Two sharing scopes: the second is as slow with a word as if the first had never used it."""
+    encoder = make_word_encoder(KNOWN["demo"])
+    assert encoder is not None
+    mine, theirs = {}, {}
+    encoder.encode("secret words", mine)
+    encoder.encode("other words", theirs)
+    assert "secret" in mine and "secret" not in theirs
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(word_encoder, "MAX_WORDS", 10)
     encoder = make_word_encoder(KNOWN["demo"])
     assert encoder is not None
+    memory = {}
     for start in range(0, 4000, 40):
         text = SOURCE[start : start + 40]
-        assert encoder.encode(text) in (None, KNOWN["demo"].encode(text, add_special_tokens=False).ids)
-        assert len(encoder._words) <= 10
+        assert encoder.encode(text, memory) in (None, KNOWN["demo"].encode(text, add_special_tokens=False).ids)
+        assert len(memory) <= 10
 
 
 def make_unknown(name: str) -> Tokenizer:
@@ -170,4 +182,4 @@ def test_texts_keep_what_the_tokenizer_puts_around_them() -> None:
     text = ModelText(tokenizer, "{{ messages[0].content }}", {}, 600)
     for content in ("import os", "", "é", "x" * 10_000):
         plain = tokenizer.encode(content, add_special_tokens=False).ids
-        assert text.encode(content) == tokenizer.encode(content).ids == [bos, *plain, end]
+        assert text.encode(content) == text.encode(content, {}) == tokenizer.encode(content).ids == [bos, *plain, end]
