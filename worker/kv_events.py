@@ -20,13 +20,13 @@ import msgspec
 import zmq
 
 from cache.block_pool import Block
-from protocol.prefix import split_hashes
+from protocol.prefix import HASH_BYTES, split_hashes
 from protocol.tokens import unpack_tokens
 
 MEDIUM = "GPU"
 """What vLLM calls the pool that the engine computes in. Routers take any other name for a slower tier."""
 
-CHUNK_BLOCKS = 2048
+CHUNK_BLOCKS = 1024  # announced at a time, so that no step waits long
 
 Form = Literal["map", "array"]
 HashForm = Literal["bytes", "int"]
@@ -110,14 +110,18 @@ class WireForm:
     def stored(self, blocks: Iterable[Block], block_size: int) -> list[BlockStored]:
         """Return one event per run of `blocks` in which each is the parent of the next."""
         kind = BlockStoredArray if self.form == "array" else BlockStored
+        as_int = self.hashes == "int"
         events: list[BlockStored] = []
+        hashes: list[Hash] = []
         previous: Block | None = None
         for block in blocks:
-            assert block.hash is not None
+            digest = block.hash
+            assert digest is not None
             if previous is None or block.parent is not previous:
+                hashes = []
                 parent = None if block.parent is None else self.hash(block.parent_hash)
-                events.append(kind([], parent, [], block_size))
-            events[-1].block_hashes.append(self.hash(block.hash))
+                events.append(kind(hashes, parent, [], block_size))
+            hashes.append(int.from_bytes(digest[-8:], "big") if as_int else digest)
             if self.token_ids:
                 events[-1].token_ids += unpack_tokens(block.tokens)
             previous = block
@@ -151,26 +155,32 @@ class KvEvents:
         self.outlet = outlet
         self._cache, self._form, self._clock = cache, form, clock
         self._is_dirty = True
-        self._unannounced: OrderedDict[bytes, None] = OrderedDict()  # parents before children
+        # What is still to be announced, parents before children: what was resident at the clear, from the offset on and
+        # without what has gone since, and then what was stored since.
+        self._snapshot, self._offset = b"", 0
+        self._gone: set[bytes] = set()
+        self._late: OrderedDict[bytes, None] = OrderedDict()
 
     @property
     def has_work(self) -> bool:
         """Whether `pump` has something to send."""
-        return self._is_dirty or bool(self._unannounced)
+        return self._is_dirty or self._is_announcing
 
     def announce_all(self) -> None:
         """Have the next `pump`s clear and announce everything again."""
         self._is_dirty = True
-        self._unannounced.clear()
+        self._end_announcement()
 
     def on_step(self, stored: bytes, removed: bytes) -> None:
         """Send what one step has stored and removed: packed hashes, netted, read before anything changes again."""
         if self._is_dirty:
             return
         gone, digests = split_hashes(removed), split_hashes(stored)
-        if self._unannounced:
-            gone = [digest for digest in gone if self._unannounced.pop(digest, digest)]
-            self._unannounced.update(dict.fromkeys(digests))  # behind their parents, which may not be announced yet
+        if self._is_announcing:
+            self._gone.update(gone)
+            for digest in gone:
+                self._late.pop(digest, None)
+            self._late.update(dict.fromkeys(digests))  # behind their parents, which may not be announced yet
             digests = []
         events: list[Any] = [self._form.removed(gone)] if gone else []
         if digests:
@@ -185,13 +195,29 @@ class KvEvents:
         if self._is_dirty:
             self._is_dirty = False
             if self._send([self._form.cleared()], is_clear=True):
-                self._unannounced = OrderedDict.fromkeys(split_hashes(self._cache.resident_hashes()))
-        if self._unannounced:
-            num_blocks = min(CHUNK_BLOCKS, len(self._unannounced))
-            digests = [self._unannounced.popitem(last=False)[0] for _ in range(num_blocks)]
-            events: list[Any] = list(self._form.stored(self._resident(digests), self._cache.block_size))
+                self._snapshot = self._cache.resident_hashes()
+        if self._is_announcing:
+            events: list[Any] = list(self._form.stored(self._resident(self._next_chunk()), self._cache.block_size))
+            if not self._is_announcing:
+                self._end_announcement()
             if events:
                 self._send(events)
+
+    @property
+    def _is_announcing(self) -> bool:
+        return self._offset < len(self._snapshot) or bool(self._late)
+
+    def _next_chunk(self) -> list[bytes]:
+        if self._offset < len(self._snapshot):
+            piece = self._snapshot[self._offset : self._offset + CHUNK_BLOCKS * HASH_BYTES]
+            self._offset += len(piece)
+            return [digest for digest in split_hashes(piece) if digest not in self._gone]
+        return [self._late.popitem(last=False)[0] for _ in range(min(CHUNK_BLOCKS, len(self._late)))]
+
+    def _end_announcement(self) -> None:
+        self._snapshot, self._offset = b"", 0
+        self._gone.clear()
+        self._late.clear()
 
     def _send(self, events: list[Any], is_clear: bool = False) -> bool:
         if not self.outlet.offer(encode_batch(self._clock(), events), is_clear):
