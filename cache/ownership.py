@@ -155,13 +155,13 @@ class Owners:
 
     @property
     def num_takable(self) -> int:
-        """Idle blocks that the pressure of an owner without a quota may take; see `PrefixCache.num_available`."""
-        if len(self.orders) == 1:
-            return self.commons.num_idle
-        takable = sum(order.num_takable for order in self.orders)
-        if takable:  # what goes may bare shielded blocks
-            takable = sum(min(order.num_idle, order.num_above_floor) for order in self.orders)
-        return takable
+        """Idle blocks that the pressure of an owner without a quota may take, shielded ones not counted."""
+        return sum(order.num_takable for order in self.orders)
+
+    @property
+    def num_takable_at_most(self) -> int:
+        """The same with the shielded ones that may be bared by what goes."""
+        return sum(min(order.num_idle, order.num_above_floor) for order in self.orders)
 
     def account(self, owner: str, now: float = 0.0) -> Account:
         account = self._accounts.get(owner)

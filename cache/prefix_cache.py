@@ -59,8 +59,7 @@ class PrefixCache:
     def num_available(self) -> int:
         """How many blocks `allocate` can hand to an owner without a quota: free ones and idle ones that may go.
 
-        Exact without quotas. With them it may count published blocks too much, above somebody else's that turn out to
-        be within his floor, until one `allocate` has failed because of it.
+        With quotas there may be some more: those above other owners' blocks, which may have to stay, are not counted.
         """
         return self.pool.num_free + self._owners.num_takable
 
@@ -79,9 +78,15 @@ class PrefixCache:
             return None
         return max(0, order.quota.cap - order.account.num_held + order.num_evictable)
 
+    def quota_of(self, owner: str) -> Quota:
+        return self._owners.order_of(owner).quota
+
     def num_above_floor(self, owner: str) -> int:
         """Return how many of the blocks that `owner` holds are not within his floor."""
         return max(0, self._account(owner).num_held - self._owners.order_of(owner).quota.floor)
+
+    def is_below_floor(self, owner: str) -> bool:
+        return self._owners.order_of(owner).is_below_floor
 
     def advance(self, now: float) -> None:
         """Say what time it is, in seconds of any clock that does not go back."""
@@ -138,8 +143,8 @@ class PrefixCache:
         for it.
 
         Returns the ids of those that had another owner and must be zeroed before anything reads them, or None when
-        that many cannot be had: then `table` is as it was, and nothing was evicted but in the case that
-        `num_available` names.
+        that many cannot be had: then `table` is as it was. Up to `num_available` (and `reserve_of`, and within
+        `room_of`) that cannot happen; beyond, it tries, and what it has evicted in vain stays evicted.
         """
         owner, block_ids = chain.owner, table.block_ids
         start = len(block_ids)
@@ -370,7 +375,8 @@ class PrefixCache:
     def _make_room(self, owner: str, num_blocks: int, num_own: int) -> bool:
         """Evict until `num_blocks` are free and the cap of `owner` leaves room for `num_own` of them."""
         room = self.room_of(owner)
-        if (room is not None and room < num_own) or num_blocks > self.num_available + self.reserve_of(owner):
+        num_idle = self._owners.num_takable_at_most + self.reserve_of(owner)
+        if (room is not None and room < num_own) or num_blocks > self.pool.num_free + num_idle:
             return False
         if room is not None:
             order = self._owners.order_of(owner)

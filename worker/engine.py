@@ -16,7 +16,7 @@ from cache.prefix_cache import CacheStatistics, PrefixCache
 from protocol.errors import BadRequest, Overloaded
 from protocol.messages import FinishReason, Generate, Load, Output, Snapshot, StepReport, TokenLogprobs
 from protocol.tokens import num_tokens, pack_tokens
-from worker.scheduler import MIN_CHUNK, EngineLimits, Plan, schedule
+from worker.scheduler import MIN_CHUNK, EngineLimits, Plan, no_room, schedule
 from worker.sequence import Sequence, make_sequence
 from worker.step import Sampled, Sampler, SampleRow, SequenceSlice, StepModel, StepStore
 
@@ -182,12 +182,15 @@ class Engine:
 
     def _schedule(self) -> Plan:
         now = self._clock()
+        self._cache.advance(now)
         for sequence in [s for s in self._by_id.values() if s.deadline is not None and now >= s.deadline]:
             self._end(sequence, "deadline", "the request's deadline passed before it was finished")
         return schedule(self._running, self._waiting, self._cache, self.limits, now, self._rate)
 
     def _run(self, plan: Plan) -> tuple[_Batch, Any]:
         """Carry out `plan` up to the logits, [number of sequences whose last token is computed, …]."""
+        for sequence, text in plan.failed:
+            self._end(sequence, "error", text)
         for sequence in plan.preempted:
             self._preempt(sequence)
         for sequence in plan.admitted:
@@ -196,6 +199,9 @@ class Engine:
         to_zero: list[int] = []
         for sequence, count in plan.work:
             start = sequence.num_computed
+            if sequence is plan.last_resort and not self._allocate(sequence, sequence.num_tokens, to_zero):
+                self._end(sequence, "error", no_room(-(-sequence.num_tokens // self._cache.block_size)))
+                continue
             if not self._allocate(sequence, start + count, to_zero):
                 self._preempt(sequence)  # only after a hash collision is less there than the plan could see
                 continue
@@ -259,7 +265,12 @@ class Engine:
         self._running.append(sequence)
         size = self._cache.block_size
         # The last token is computed in any case: its logits are what the next one is drawn from.
-        num_matched = self._cache.match(sequence.chain, sequence.table, (sequence.num_tokens - 1) // size)
+        num_matched = self._cache.match(
+            sequence.chain,
+            sequence.table,
+            (sequence.num_tokens - 1) // size,
+            again=sequence.num_cached is not None,
+        )
         sequence.num_computed = num_matched * size
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_ids))
