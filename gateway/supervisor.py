@@ -27,6 +27,7 @@ from gateway.worker_checks import Joined, Lost, Notice, Rejected
 from protocol.errors import ConfigurationError
 
 EXIT_CONFIGURATION = 2  # a worker's code for what trying again cannot mend
+PACKAGES = str(Path(__file__).resolve().parent.parent)  # where our own packages lie
 HEALTHY_S = 60.0  # a worker that ran so long starts its back-off anew
 TERMINATE_S = 5.0  # from SIGTERM to SIGKILL
 LAST_WORDS_S = 1.0  # for output that a dead worker's children still hold
@@ -58,7 +59,7 @@ class LocalWorker:
 def worker_command(config: GatewayConfig, model: ModelConfig, worker_id: str) -> list[str]:
     """Return the command line of one local worker."""
     return [
-        *(sys.executable, "-m", "worker", "--model", str(model.path), "--name", model.name),
+        *(sys.executable, "-P", "-m", "worker", "--model", str(model.path), "--name", model.name),
         *("--worker-id", worker_id, "--gateway", config.worker_endpoint, "--block-size", str(config.block_size)),
         *("--exit-with-stdin", *model.worker_args),
     ]
@@ -92,6 +93,8 @@ class Supervisor:
         for model in config.models:
             for number in range(model.num_workers):
                 env = dict(environ)
+                # `-P` keeps a folder called worker, wherever we were started, from being taken for ours.
+                env["PYTHONPATH"] = os.pathsep.join(filter(None, (PACKAGES, environ.get("PYTHONPATH"))))
                 if len(devices) > 1:
                     env["CUDA_VISIBLE_DEVICES"] = devices[len(self._workers) % len(devices)]
                 worker_id = f"{model.name}-{number}"

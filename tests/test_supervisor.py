@@ -243,8 +243,8 @@ def test_the_worker_command_names_model_gateway_and_block_size(tmp_path) -> None
     model = ModelConfig("demo", Path("/models/demo"), 2, ("--kv-memory", "1G"))
     config = GatewayConfig(tmp_path, tmp_path, (model,), block_size=32)
     command = worker_command(config, model, "demo-1")
-    assert command[1:7] == ["-m", "worker", "--model", "/models/demo", "--name", "demo"]
-    assert command[7:] == [
+    assert command[1:8] == ["-P", "-m", "worker", "--model", "/models/demo", "--name", "demo"]
+    assert command[8:] == [
         *("--worker-id", "demo-1", "--gateway", config.worker_endpoint, "--block-size", "32"),
         *("--exit-with-stdin", "--kv-memory", "1G"),
     ]
