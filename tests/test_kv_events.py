@@ -479,6 +479,33 @@ def test_a_stalled_publisher_never_holds_up_the_engine(monkeypatch: pytest.Monke
         site.settle(follower, within_s=5.0)
 
 
+def test_a_client_that_does_not_take_its_replay_holds_up_nobody() -> None:
+    large = encode_batch(1.0, [WireForm().removed([H1] * 1000)])
+    with open_site() as site:
+        site.work(random.Random(1))
+        site.finish()
+        for _ in range(1000):
+            assert site.publisher.offer(large, False)
+            time.sleep(0.0001)
+        stuck = site.context.socket(zmq.DEALER)
+        stuck.setsockopt(zmq.LINGER, 0)
+        stuck.setsockopt(zmq.RCVHWM, 1)
+        assert site.options.replay_endpoint is not None
+        stuck.connect(site.options.replay_endpoint)
+        stuck.send_multipart([b"", bytes(8)])
+        assert stuck.poll(5000)
+        site.settle(site.follow(), within_s=5.0)
+        site.work(random.Random(2))
+        site.finish()
+        site.settle(site.followers[0], within_s=1.0)
+        num_answers = 0
+        while stuck.recv_multipart()[-2] != b"\xff" * 8:
+            num_answers += 1
+            assert stuck.poll(5000)
+        assert num_answers >= 1000
+        stuck.close()
+
+
 def test_garbage_on_the_replay_socket_changes_nothing() -> None:
     with open_site() as site:
         dealer = site.context.socket(zmq.DEALER)

@@ -270,7 +270,9 @@ def _open_server(
     context: zmq.Context[Socket], kind: int, option: str, endpoint: str, options: PublisherOptions
 ) -> Socket:
     socket = context.socket(kind)
-    apply_profile(socket, LinkProfile(max_frame_bytes=4096))  # of what comes in: subscriptions and replay requests
+    # Large frames only go out; what comes in are subscriptions and replay requests. A replay waits in its buffer.
+    high_water = 2 * REPLAY_SLICE if kind == zmq.ROUTER else LinkProfile().high_water
+    apply_profile(socket, LinkProfile(high_water=high_water, max_frame_bytes=4096))
     if kind == zmq.ROUTER:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     if "[" in endpoint:
