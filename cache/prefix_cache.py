@@ -245,6 +245,11 @@ class PrefixCache:
         self._pins[name] = table
         return num_blocks
 
+    def num_pinned(self, name: str) -> int:
+        """Return how many blocks are pinned under `name`."""
+        table = self._pins.get(name)
+        return len(table.block_ids) if table else 0
+
     def unpin(self, name: str) -> None:
         """Let go of what is pinned under `name`: unless somebody uses it, it can be evicted from now on."""
         table = self._pins.pop(name, None)

@@ -118,6 +118,44 @@ class Drain(Command, tag="drain"):
     deadline_s: Seconds
 
 
+class KvQuota(Struct, frozen=True, forbid_unknown_fields=True):
+    """A tenant's floor and cap in blocks of this worker's pool. `cap` None: none."""
+
+    tenant: Name
+    floor: Count = 0
+    cap: Annotated[int, Meta(ge=1, le=1 << 53)] | None = None
+
+
+class Quotas(Command, tag="quotas"):
+    """These floors and caps hold from now on, in the place of all before. Tenants that are not named have none."""
+
+    quotas: Annotated[list[KvQuota], Meta(max_length=1 << 16)]
+
+
+class ClearTenant(Command, tag="clear_tenant"):
+    """Drop what is cached of a tenant and not in use."""
+
+    tenant: Name
+
+
+class Pin(Command, tag="pin"):
+    """Keep the blocks of a published prefix from now on, as far as they are resident or become so.
+
+    `token_ids` are whole blocks, `prefix_hashes` in the public namespace. A name that is pinned already is replaced.
+    """
+
+    name: Name
+    token_ids: PackedTokens
+    root: Key16
+    prefix_hashes: PackedHashes
+
+
+class Unpin(Command, tag="unpin"):
+    """Let a pinned prefix go. Unknown names are ignored."""
+
+    name: Name
+
+
 # ---- reports: worker -> gateway ----------------------------------------------------------------------------------
 
 
@@ -209,15 +247,37 @@ class Snapshot(Report, tag="snapshot"):
     hashes: PackedHashes
 
 
+class KvAccount(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What one tenant ("public": the published prefixes) holds in a worker's pool, and counters since its boot.
+
+    `block_s`: blocks held times seconds. `num_hits` of `num_looked_up` blocks of prompts were found. Evicted: own
+    blocks for oneself, own blocks for others (`num_suffered`), others' for oneself (`num_caused`).
+    """
+
+    tenant: Name
+    num_held: Count = 0
+    block_s: Seconds = 0.0
+    num_looked_up: Count = 0
+    num_hits: Count = 0
+    num_evicted_own: Count = 0
+    num_suffered: Count = 0
+    num_caused: Count = 0
+
+
+class KvAccounts(Report, tag="kv_accounts"):
+    """All accounts of a worker's cache. Sent after steps in which something changed, at most once a second."""
+
+    accounts: Annotated[list[KvAccount], Meta(max_length=1 << 16)]
+    num_pinned: Count = 0
+
+
 class Bye(Report, tag="bye"):
     """The worker leaves in good order; everything it had is finished or handed back."""
 
     reason: Reason = ""
 
 
-COMMANDS: Decoder[Identify | Welcome | Refused | Generate | Abort | Resync | Drain] = Decoder(
-    Identify | Welcome | Refused | Generate | Abort | Resync | Drain, max_bytes=MAX_FRAME_BYTES
-)
-REPORTS: Decoder[Hello | StepReport | Snapshot | Bye] = Decoder(
-    Hello | StepReport | Snapshot | Bye, max_bytes=MAX_FRAME_BYTES
-)
+AnyCommand = Identify | Welcome | Refused | Generate | Abort | Resync | Drain | Quotas | ClearTenant | Pin | Unpin
+AnyReport = Hello | StepReport | Snapshot | KvAccounts | Bye
+COMMANDS: Decoder[AnyCommand] = Decoder(AnyCommand, max_bytes=MAX_FRAME_BYTES)
+REPORTS: Decoder[AnyReport] = Decoder(AnyReport, max_bytes=MAX_FRAME_BYTES)

@@ -11,10 +11,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cache.block_pool import IntegrityError
+from cache.block_pool import PUBLIC, IntegrityError
+from cache.block_table import Chain
+from cache.ownership import Quota
 from cache.prefix_cache import CacheStatistics, PrefixCache
 from protocol.errors import BadRequest, Overloaded
-from protocol.messages import FinishReason, Generate, Load, Output, Snapshot, StepReport, TokenLogprobs
+from protocol.messages import (
+    FinishReason,
+    Generate,
+    KvAccount,
+    KvAccounts,
+    Load,
+    Output,
+    Pin,
+    Quotas,
+    Snapshot,
+    StepReport,
+    TokenLogprobs,
+)
+from protocol.prefix import HASH_BYTES
 from protocol.tokens import num_tokens, pack_tokens
 from worker.scheduler import MIN_CHUNK, EngineLimits, Plan, no_room, schedule
 from worker.sequence import Sequence, make_sequence
@@ -72,6 +87,7 @@ class Engine:
         self._outputs: list[Output] = []  # of the next report: what was refused or aborted between steps
         self._num_steps = self._event_seq = self._num_sequences = self._num_finished = self._num_preempted = 0
         self._rate = _FIRST_RATE
+        self._wanted_pins: dict[str, Chain] = {}
 
     @property
     def cache(self) -> PrefixCache:
@@ -145,6 +161,65 @@ class Engine:
         batch, logits = self._run(plan)
         self._sample(batch, logits)
         return self._report(plan)
+
+    def set_quotas(self, command: Quotas) -> None:
+        """Put floors and caps in force, at once.
+
+        Raises:
+            BadRequest: they do not fit together in this pool; those before stay in force.
+        """
+        self._cache.set_quotas({quota.tenant: Quota(quota.floor, quota.cap) for quota in command.quotas})
+
+    def clear_tenant(self, tenant: str) -> int:
+        """Drop what is cached of `tenant` and not in use; return how many blocks that were."""
+        return self._cache.clear(tenant)
+
+    def pin(self, command: Pin) -> int:
+        """Keep a published prefix's blocks, those that come later too; return how many are resident now.
+
+        Raises:
+            BadRequest: the command contradicts itself.
+        """
+        try:
+            chain = Chain(
+                owner=PUBLIC,
+                root=command.root,
+                public_namespace=self.public_namespace,
+                namespace=self.public_namespace,
+                num_public_blocks=len(command.prefix_hashes) // HASH_BYTES,
+                block_size=self._cache.block_size,
+                packed_tokens=command.token_ids,
+                packed_hashes=command.prefix_hashes,
+            )
+        except ValueError as error:
+            raise BadRequest(f"prefix {command.name!r} cannot be pinned: {error}") from None
+        self._wanted_pins[command.name] = chain
+        return self._cache.pin(command.name, chain)
+
+    def unpin(self, name: str) -> None:
+        """Let a pinned prefix go."""
+        self._wanted_pins.pop(name, None)
+        self._cache.unpin(name)
+
+    def kv_accounts(self) -> KvAccounts:
+        """Return what every owner holds and came to. Also pins what has become resident of pinned prefixes."""
+        for name, chain in self._wanted_pins.items():
+            if self._cache.num_pinned(name) < len(chain):
+                self._cache.pin(name, chain)
+        accounts = [
+            KvAccount(
+                tenant=account.owner,
+                num_held=account.num_held,
+                block_s=account.block_s,
+                num_looked_up=account.num_looked_up,
+                num_hits=account.num_hits,
+                num_evicted_own=account.num_evicted_own,
+                num_suffered=account.num_suffered,
+                num_caused=account.num_caused,
+            )
+            for account in self._cache.owner_statistics()
+        ]
+        return KvAccounts(accounts, self._cache.statistics().num_pinned)
 
     def snapshot(self) -> Snapshot:
         """Return all resident hashes. Call it between steps; the next events count on from it."""

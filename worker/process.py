@@ -23,20 +23,25 @@ import msgspec
 import zmq
 
 from protocol.codec import encode
-from protocol.errors import ConfigurationError, InvalidMessage
+from protocol.errors import BadRequest, ConfigurationError, InvalidMessage
 from protocol.messages import (
     COMMANDS,
     Abort,
     Bye,
+    ClearTenant,
     Count,
     Drain,
     Generate,
     Hello,
     Id,
     Identify,
+    KvAccounts,
+    Pin,
+    Quotas,
     Refused,
     Report,
     Resync,
+    Unpin,
     Welcome,
 )
 from protocol.profile import LinkProfile, apply_profile
@@ -50,6 +55,7 @@ from worker.startup import build
 
 MAX_COMMANDS_PER_STEP = 256
 HELLO_RETRY_S = 2.0
+ACCOUNTS_EVERY_S = 1.0
 SILENCE_S = 10.0  # how often to complain that no gateway answers
 BYE_TIMEOUT_S = 1.0
 EXIT_REFUSED = 2
@@ -87,6 +93,8 @@ class Worker:
         self._heartbeat_s = 1.0
         self._hello_at = clock()  # when to say Hello (again) while not joined
         self._complain_at = clock() + SILENCE_S
+        self._accounts: KvAccounts | None = None  # as last reported
+        self._accounts_at = 0.0
         self._report_at = 0.0  # when an idle worker reports again
         self._drain_deadline: float | None = None
         self._exit_code: int | None = None
@@ -105,6 +113,7 @@ class Worker:
             if self._is_joined and (self._engine.has_work or self._clock() >= self._report_at):
                 self._send(self._engine.step())
                 self._report_at = self._clock() + self._heartbeat_s
+                self._send_accounts()
             self._flush()
 
     # ---- in
@@ -175,6 +184,15 @@ class Worker:
                 self._engine.abort(command.req_id, command.attempt)
             case Resync():
                 self._send(self._engine.snapshot())
+            case Quotas():
+                self._on_quotas(command)
+            case ClearTenant():
+                num_blocks = self._engine.clear_tenant(command.tenant)
+                log("tenant_cleared", tenant=command.tenant, num_blocks=num_blocks)
+            case Pin():
+                self._on_pin(command)
+            case Unpin():
+                self._engine.unpin(command.name)
             case Drain():
                 self._start_drain(command.deadline_s, "the gateway asked for it")
 
@@ -194,6 +212,7 @@ class Worker:
             self._engine.drop_all()
             self._backlog.clear()
         self._gateway_epoch = welcome.gateway_epoch
+        self._accounts = None
         self._engine.public_namespace = welcome.public_namespace
         self._heartbeat_s = max(0.01, welcome.heartbeat_s)
         if not self._is_joined:
@@ -210,6 +229,18 @@ class Worker:
             self._engine.refuse(command.req_id, command.attempt, seq, "abort", "this worker is draining")
         else:
             self._engine.submit(command)
+
+    def _on_quotas(self, command: Quotas) -> None:
+        try:
+            self._engine.set_quotas(command)
+        except BadRequest as error:  # the gateway has checked them against what it knew of this pool
+            log("quotas_refused", error=error.message)
+
+    def _on_pin(self, command: Pin) -> None:
+        try:
+            log("pinned", prefix=command.name, num_blocks=self._engine.pin(command))
+        except BadRequest as error:
+            log("pin_refused", error=error.message)
 
     # ---- joining and leaving
 
@@ -263,6 +294,17 @@ class Worker:
         self._exit_code = 0
 
     # ---- out
+
+    def _send_accounts(self) -> None:
+        """Report the accounts if they have changed, not too often."""
+        now = self._clock()
+        if now < self._accounts_at:
+            return
+        self._accounts_at = now + ACCOUNTS_EVERY_S
+        accounts = self._engine.kv_accounts()
+        if accounts != self._accounts:
+            self._accounts = accounts
+            self._send(accounts)
 
     def _send(self, report: Report) -> None:
         """Queue a report behind those that wait; when there are too many, start over."""
