@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -28,6 +28,8 @@ from gateway.tenants import (
     RemovePrefix,
     Tenant,
     TenantDirectory,
+    check_kv_quotas,
+    check_kv_size,
     check_name,
     issue_key,
     new_tenant_id,
@@ -51,6 +53,15 @@ class House(Protocol):
 
     def public_tokens(self, prefix: PublishedPrefix) -> dict[str, int]:
         """Return how many tokens of `prefix` are shared, per served model."""
+
+    def cache(self) -> list[am.CacheWorker]:
+        """Return who holds every worker's KV blocks."""
+
+    def kv_changed(self) -> None:
+        """Put the tenants' KV floors and caps, as they are now, in force on all workers."""
+
+    def clear_kv(self, tenant_id: str) -> None:
+        """Have all workers drop what is cached of a tenant."""
 
     def endpoints(self) -> dict[str, str]:
         """Return where clients can dial: "http", "zmq", ..."""
@@ -154,12 +165,20 @@ class Admin:
                 if decisions is None:
                     raise NotFound(f"no request {command.request!r} is known; only the last ones are remembered")
                 return am.ExplainReply(command.request, decisions)
+            case am.CacheQuery():
+                return am.CacheReply(self._house.cache())
+            case am.CacheClear():
+                tenant = self._directory.tenant(command.tenant)
+                self._house.clear_kv(tenant.id)
+                log("admin", command=name, subject=tenant.name, actor=command.actor)
+                return am.Done()
             case am.DrainGateway():
                 log("admin", command=name, actor=command.actor)
                 self._house.drain()
                 return am.Done()
             case _:
-                verdict = decide(self._directory, command, self._clock())
+                pools = {worker.id: worker.num_blocks for worker in self._house.workers() if worker.num_blocks}
+                verdict = decide(self._directory, command, self._clock(), pools)
         if verdict.changes:
             before, after = json.dumps(verdict.before), json.dumps(verdict.after)
             entry = AuditEntry(self._clock(), command.actor, name, verdict.subject, before, after)
@@ -167,6 +186,8 @@ class Admin:
             for change in verdict.changes:
                 self._directory.apply(change)
             log("admin", command=name, subject=verdict.subject, actor=command.actor)
+            if isinstance(command, am.TenantSet):
+                self._house.kv_changed()
         return self._complete(verdict.reply)
 
     def _complete(self, reply: am.AnyReply) -> am.AnyReply:
@@ -204,8 +225,12 @@ class Admin:
         )
 
 
-def decide(directory: TenantDirectory, command: am.AnyCommand, now: float) -> Verdict:
+def decide(
+    directory: TenantDirectory, command: am.AnyCommand, now: float, pools: Mapping[str, int] | None = None
+) -> Verdict:
     """Return what `command` about tenants, keys or prefixes comes to. Changes nothing; draws keys and ids.
+
+    `pools`: blocks of every worker, in which KV floors must fit.
 
     Raises:
         BadRequest, NotFound, Conflict: refused; says what now.
@@ -224,6 +249,8 @@ def decide(directory: TenantDirectory, command: am.AnyCommand, now: float) -> Ve
             if before == after:
                 return Verdict(am.Done(changed=False))
             return Verdict(am.Done(), (after,), after.name, _tenant_record(before), _tenant_record(after))
+        case am.TenantSet():
+            return _set_tenant(directory, command, pools or {})
         case am.KeyCreate():
             tenant = directory.tenant(command.tenant)
             key, text = issue_key(directory.deployment_secret, tenant.id, command.label, now)
@@ -262,6 +289,20 @@ def _create_tenant(directory: TenantDirectory, command: am.TenantCreate, now: fl
     )
 
 
+def _set_tenant(directory: TenantDirectory, command: am.TenantSet, pools: Mapping[str, int]) -> Verdict:
+    before = directory.tenant(command.name)
+    after = replace(
+        before,
+        kv_floor=before.kv_floor if command.kv_floor is None else check_kv_size(command.kv_floor, "kv_floor"),
+        kv_cap=before.kv_cap if command.kv_cap is None else check_kv_size(command.kv_cap, "kv_cap"),
+    )
+    if before == after:
+        return Verdict(am.Done(changed=False))
+    others = [tenant for tenant in directory.tenants() if tenant.id != before.id]
+    check_kv_quotas([*others, after], pools or {"any": 1_000_000})
+    return Verdict(am.Done(), (after,), after.name, _tenant_record(before), _tenant_record(after))
+
+
 def _publish_prefix(directory: TenantDirectory, command: am.PrefixPublish, now: float) -> Verdict:
     check_name(command.name, "prefix")
     if not command.text.strip():
@@ -296,7 +337,17 @@ def _tenant_infos(directory: TenantDirectory) -> list[am.TenantInfo]:
 def _tenant_info(directory: TenantDirectory, tenant: Tenant) -> am.TenantInfo:
     allowed = None if tenant.allowed_models is None else sorted(tenant.allowed_models)
     num_keys = sum(key.revoked_at is None for key in directory.keys_of(tenant.id))
-    return am.TenantInfo(tenant.id, tenant.name, tenant.status, tenant.sharing, allowed, tenant.created_at, num_keys)
+    return am.TenantInfo(
+        tenant.id,
+        tenant.name,
+        tenant.status,
+        tenant.sharing,
+        allowed,
+        tenant.created_at,
+        num_keys,
+        kv_floor=tenant.kv_floor,
+        kv_cap=tenant.kv_cap,
+    )
 
 
 def _key_infos(directory: TenantDirectory, tenants: Iterable[Tenant]) -> list[am.KeyInfo]:
@@ -318,7 +369,8 @@ def _prefix_info(directory: TenantDirectory, prefix: PublishedPrefix) -> am.Pref
 
 def _tenant_record(tenant: Tenant) -> dict[str, Any]:
     allowed = None if tenant.allowed_models is None else sorted(tenant.allowed_models)
-    return {"id": tenant.id, "status": tenant.status, "sharing": tenant.sharing, "allowed_models": allowed}
+    record = {"id": tenant.id, "status": tenant.status, "sharing": tenant.sharing, "allowed_models": allowed}
+    return record | {"kv_floor": tenant.kv_floor, "kv_cap": tenant.kv_cap}
 
 
 def _key_record(key: ApiKey) -> dict[str, Any]:

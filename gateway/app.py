@@ -29,7 +29,7 @@ from gateway.log import log
 from gateway.metrics import render_metrics
 from gateway.store import open_store
 from gateway.supervisor import Supervisor
-from gateway.tenants import TenantDirectory
+from gateway.tenants import TenantDirectory, kv_quotas
 from gateway.text import ModelText, load_text
 from gateway.worker_checks import LivenessConfig
 from gateway.worker_link import WorkerPort
@@ -66,6 +66,7 @@ async def serve(config: GatewayConfig) -> None:
             epoch=os.urandom(8),
             notify=lambda notice: supervisor.notice(notice),
         )
+        core.set_kv_quotas(lambda num_blocks: kv_quotas(directory.tenants(), num_blocks))
         supervisor = Supervisor(config, core)
         intake = Intake(core, directory, texts, store.secret, config.block_size)
         intake.warm()
@@ -77,7 +78,7 @@ async def serve(config: GatewayConfig) -> None:
         )
         listeners = [] if config.http is None else await open_listeners(*config.http)
         stopping = trio.Event()
-        house = GatewayHouse(config, core, intake, supervisor, stopping.set)
+        house = GatewayHouse(config, core, intake, supervisor, directory, stopping.set)
         admin = Admin(open_admin_link(context, config.admin_endpoint), directory, store, house, version=_version())
 
         async with trio.open_nursery() as outer:

@@ -31,11 +31,15 @@ from protocol.errors import (
 from protocol.messages import (
     Abort,
     Bye,
+    ClearTenant,
     Command,
     Drain,
     Hello,
     Identify,
+    KvAccounts,
+    KvQuota,
     Output,
+    Quotas,
     Refused,
     Resync,
     Snapshot,
@@ -93,6 +97,7 @@ class Core(CoreApi):
         self._book = RequestBook(config.queue, config.models, clock())
         self._totals = Totals()
         self._explained: OrderedDict[bytes, list[Decision]] = OrderedDict()
+        self._kv_quotas: Callable[[int], list[KvQuota]] | None = None
         self._draining = False
         self._ticked_at = clock()
 
@@ -150,7 +155,7 @@ class Core(CoreApi):
         self._dispatch(model, now)
         return welcome
 
-    def worker_report(self, peer: bytes, report: StepReport | Snapshot | Bye) -> None:
+    def worker_report(self, peer: bytes, report: StepReport | Snapshot | KvAccounts | Bye) -> None:
         """Take in a report. A peer that is no worker of ours is asked to say `Hello`, and its report dropped."""
         now = self._clock()
         worker = self._members.by_peer.get(peer)
@@ -163,6 +168,8 @@ class Core(CoreApi):
             self._step(worker, report, now)
         elif isinstance(report, Snapshot):
             worker.index.replace(report.event_seq, report.hashes)
+        elif isinstance(report, KvAccounts):
+            worker.kv = report
         else:
             self._lose(worker, "bye", report.reason or "said goodbye", now)
         model = self._book.models[worker.hello.model]
@@ -208,6 +215,30 @@ class Core(CoreApi):
                 self._give_up_waiting(model, now)
             self._dispatch(model, now)
         self._book.measure_rate(now)
+
+    # ---- KV ownership --------------------------------------------------------------------------------------------
+
+    def set_kv_quotas(self, quotas: Callable[[int], list[KvQuota]]) -> None:
+        """Put floors and caps in force on all workers, those that join later too.
+
+        `quotas(num_blocks)` returns them for a pool of that size.
+        """
+        self._kv_quotas = quotas
+        for worker in list(self._members.by_id.values()):
+            self._tell(worker, Quotas(quotas(worker.hello.num_blocks)))
+
+    def clear_kv(self, tenant_id: str) -> None:
+        """Have all workers drop what is cached of a tenant and not in use."""
+        for worker in list(self._members.by_id.values()):
+            self._tell(worker, ClearTenant(tenant_id))
+
+    def kv_accounts(self) -> dict[str, KvAccounts]:
+        """Return what every worker last said of who holds its blocks, by worker id."""
+        return {worker.worker_id: worker.kv for worker in self._members.by_id.values()}
+
+    def _tell(self, worker: Worker, command: Command) -> None:
+        if worker.is_member and not self._send(worker.peer, command):
+            self._lose_and_dispatch(worker, "link", "cannot be reached")
 
     def drain(self) -> None:
         """Refuse new requests from now on; what is queued or running is finished."""
@@ -387,6 +418,8 @@ class Core(CoreApi):
         welcome = Welcome(worker.epoch, config.public_namespace, config.liveness.heartbeat_s)
         if not self._send(worker.peer, welcome):
             self._lose_and_dispatch(worker, "link", "cannot be reached")
+        elif self._kv_quotas is not None and (quotas := self._kv_quotas(worker.hello.num_blocks)):
+            self._tell(worker, Quotas(quotas))
         return welcome
 
     def _held(self, holder: Worker, peer: bytes, now: float) -> str | None:

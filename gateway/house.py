@@ -11,8 +11,8 @@ from gateway.config import GatewayConfig
 from gateway.core import Core
 from gateway.intake import Intake
 from gateway.supervisor import Supervisor
-from gateway.tenants import PublishedPrefix
-from protocol.admin_messages import ModelStatus, UsageInfo, WorkerInfo
+from gateway.tenants import PublishedPrefix, TenantDirectory, kv_quotas
+from protocol.admin_messages import CacheTenant, CacheWorker, ModelStatus, UsageInfo, WorkerInfo
 
 
 class GatewayHouse:
@@ -24,12 +24,14 @@ class GatewayHouse:
         core: Core,
         intake: Intake,
         supervisor: Supervisor,
+        directory: TenantDirectory,
         stop: Callable[[], None],
     ) -> None:
         self._config = config
         self._core = core
         self._intake = intake
         self._supervisor = supervisor
+        self._directory = directory
         self._stop = stop
 
     def workers(self) -> list[WorkerInfo]:
@@ -89,6 +91,47 @@ class GatewayHouse:
             )
             for tenant in self._core.statistics().tenants
         }
+
+    def cache(self) -> list[CacheWorker]:
+        accounts = self._core.kv_accounts()
+        names = {tenant.id: tenant for tenant in self._directory.tenants()}
+        found = []
+        for worker in self._core.statistics().workers:
+            kv, size = accounts[worker.worker_id], self._config.block_size
+            quotas = {quota.tenant: quota for quota in kv_quotas(names.values(), worker.num_blocks)}
+            tenants = [
+                CacheTenant(
+                    tenant=names[account.tenant].name if account.tenant in names else account.tenant,
+                    floor=quotas[account.tenant].floor if account.tenant in quotas else 0,
+                    cap=quotas[account.tenant].cap if account.tenant in quotas else None,
+                    num_blocks=account.num_held,
+                    block_s=account.block_s,
+                    looked_up_tokens=account.num_looked_up * size,
+                    saved_tokens=account.num_hits * size,
+                    evicted_own=account.num_evicted_own,
+                    suffered=account.num_suffered,
+                    caused=account.num_caused,
+                )
+                for account in kv.accounts
+            ]
+            found.append(
+                CacheWorker(
+                    id=worker.worker_id,
+                    model=worker.model,
+                    block_size=size,
+                    num_blocks=worker.num_blocks,
+                    num_free_blocks=worker.num_free_blocks,
+                    num_pinned=kv.num_pinned,
+                    tenants=sorted(tenants, key=lambda tenant: -tenant.num_blocks),
+                )
+            )
+        return found
+
+    def kv_changed(self) -> None:
+        self._core.set_kv_quotas(lambda num_blocks: kv_quotas(self._directory.tenants(), num_blocks))
+
+    def clear_kv(self, tenant_id: str) -> None:
+        self._core.clear_kv(tenant_id)
 
     def public_tokens(self, prefix: PublishedPrefix) -> dict[str, int]:
         return self._intake.public_tokens(prefix)

@@ -47,6 +47,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TRIGGER audit_is_not_edited BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, 'append only'); END",
         "CREATE TRIGGER audit_is_not_shortened BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'append only'); END",
     ),
+    (
+        "ALTER TABLE tenants ADD COLUMN kv_floor TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE tenants ADD COLUMN kv_cap TEXT NOT NULL DEFAULT ''",
+    ),
 )
 
 
@@ -115,10 +119,11 @@ class Store:
             query = self._connection.execute
             records: list[Change] = []
             for row in query(
-                "SELECT id, name, status, sharing, allowed_models, created_at FROM tenants ORDER BY rowid"
+                "SELECT id, name, status, sharing, allowed_models, created_at, kv_floor, kv_cap "
+                "FROM tenants ORDER BY rowid"
             ):
-                tenant_id, name, status, sharing, models, created_at = row
-                records.append(Tenant(tenant_id, name, status, sharing, _parse_set(models), created_at))
+                tenant_id, name, status, sharing, models, created_at, floor, cap = row
+                records.append(Tenant(tenant_id, name, status, sharing, _parse_set(models), created_at, floor, cap))
             for row in query(
                 "SELECT id, tenant_id, digest, label, created_at, revoked_at FROM api_keys ORDER BY rowid"
             ):
@@ -283,8 +288,10 @@ def _upsert(change: Change) -> tuple[str, tuple[Any, ...]]:
     match change:
         case Tenant():
             return (
-                "INSERT INTO tenants VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET name = excluded.name, "
-                "status = excluded.status, sharing = excluded.sharing, allowed_models = excluded.allowed_models",
+                "INSERT INTO tenants (id, name, status, sharing, allowed_models, created_at, kv_floor, kv_cap) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET name = excluded.name, "
+                "status = excluded.status, sharing = excluded.sharing, allowed_models = excluded.allowed_models, "
+                "kv_floor = excluded.kv_floor, kv_cap = excluded.kv_cap",
                 (
                     change.id,
                     change.name,
@@ -292,6 +299,8 @@ def _upsert(change: Change) -> tuple[str, tuple[Any, ...]]:
                     change.sharing,
                     _dump_set(change.allowed_models),
                     change.created_at,
+                    change.kv_floor,
+                    change.kv_cap,
                 ),
             )
         case ApiKey():

@@ -10,17 +10,19 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from protocol.errors import AuthenticationFailed, BadRequest, Conflict, NotFound
+from protocol.messages import KvQuota
 
 Status = Literal["active", "disabled"]
 SECRET_BYTES = 32
 MAX_KEY_CHARS = 256
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_KV_SIZE = re.compile(r"[0-9]{1,12}|[0-9]{1,3}(\.[0-9]{1,4})?%")
 _UNKNOWN = "this API key is unknown or revoked; ask the operator for a new one (`kvasir key create TENANT`)"
 
 
@@ -29,7 +31,8 @@ class Tenant:
     """One customer of this deployment. `id` is random and never changes; `name` is what people type.
 
     `sharing`: "private", or "group:<name>" to share cached blocks with the other tenants of that group.
-    `allowed_models` None: all. `created_at`: seconds since the epoch.
+    `allowed_models` None: all. `created_at`: seconds since the epoch. `kv_floor` and `kv_cap`: of every worker's KV
+    pool, in blocks ("512") or as a share ("20%"); "" is none.
     """
 
     id: str
@@ -38,6 +41,8 @@ class Tenant:
     sharing: str = "private"
     allowed_models: frozenset[str] | None = None
     created_at: float = 0.0
+    kv_floor: str = ""
+    kv_cap: str = ""
 
     @property
     def scope(self) -> tuple[str, str]:
@@ -99,6 +104,71 @@ def check_name(name: str, what: str) -> str:
             param="name",
         )
     return name
+
+
+def check_kv_size(text: str, what: str) -> str:
+    """Return `text` as it is kept if it is a number of blocks, a share, or nothing ("", "none", "0").
+
+    Raises:
+        BadRequest: it is none of these.
+    """
+    text = text.strip().replace(" ", "")
+    if text in ("", "none") or re.fullmatch(r"0+(\.0+)?%?", text):
+        return ""
+    if not _KV_SIZE.fullmatch(text) or (text.endswith("%") and float(text[:-1]) > 100):
+        raise BadRequest(f"{what} {text[:40]!r} is no size; give blocks (512), a share (20%) or none", param=what)
+    return text
+
+
+def kv_blocks(text: str, num_blocks: int) -> int:
+    """Return how many of a pool's `num_blocks` a floor or cap that is not "" stands for; at least one."""
+    if text.endswith("%"):
+        return max(1, int(float(text[:-1]) * num_blocks / 100))
+    return int(text)
+
+
+def kv_quotas(tenants: Iterable[Tenant], num_blocks: int) -> list[KvQuota]:
+    """Return the floors and caps of `tenants` in blocks of a pool of `num_blocks`."""
+    return [
+        KvQuota(
+            tenant.id,
+            kv_blocks(tenant.kv_floor, num_blocks) if tenant.kv_floor else 0,
+            kv_blocks(tenant.kv_cap, num_blocks) if tenant.kv_cap else None,
+        )
+        for tenant in tenants
+        if tenant.kv_floor or tenant.kv_cap
+    ]
+
+
+def check_kv_quotas(tenants: Iterable[Tenant], pools: Mapping[str, int]) -> None:
+    """Check that all floors can be kept at once in every pool (worker id -> blocks), and as shares in any.
+
+    Raises:
+        BadRequest: they cannot; says which and by how much. Or somebody's floor is above his cap.
+    """
+    tenants = [tenant for tenant in tenants if tenant.kv_floor or tenant.kv_cap]
+    share = sum(float(tenant.kv_floor[:-1]) for tenant in tenants if tenant.kv_floor.endswith("%"))
+    if share > 100:
+        raise BadRequest(
+            f"KV floors of {share:g} % in all do not fit: at most 100 % can be promised; lower another tenant's first",
+            param="kv_floor",
+        )
+    for worker_id, num_blocks in pools.items():
+        quotas = kv_quotas(tenants, num_blocks)
+        for tenant, quota in zip(tenants, quotas, strict=True):
+            if quota.cap is not None and quota.floor > quota.cap:
+                raise BadRequest(
+                    f"tenant {tenant.name}: the KV floor {tenant.kv_floor} is above the cap {tenant.kv_cap} "
+                    f"({quota.floor} and {quota.cap} of the {num_blocks} blocks of worker {worker_id})",
+                    param="kv_cap",
+                )
+        total = sum(quota.floor for quota in quotas)
+        if total > num_blocks:
+            raise BadRequest(
+                f"KV floors of {total} blocks in all do not fit worker {worker_id}, which has {num_blocks}; "
+                "lower another tenant's first",
+                param="kv_floor",
+            )
 
 
 def new_tenant_id() -> str:

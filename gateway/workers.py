@@ -9,7 +9,7 @@ from typing import Literal
 from gateway.prefix_index import PrefixIndex
 from gateway.request import Request
 from gateway.router import Backlog, Candidate, Decision, RouterConfig
-from protocol.messages import Hello, Load
+from protocol.messages import Hello, KvAccounts, Load
 from protocol.prefix import HASH_BYTES, split_hashes
 
 DEFAULT_PREFILL_TOKENS_PER_S = 5_000.0
@@ -84,6 +84,7 @@ class Worker:
     in_flight: dict[bytes, Request] = field(default_factory=dict)
     index: PrefixIndex = field(default_factory=PrefixIndex)
     backlog: Backlog = field(default_factory=Backlog)
+    kv: KvAccounts = field(default_factory=lambda: KvAccounts([]))  # as last reported
     counters: WorkerCounters = field(default_factory=WorkerCounters)
     is_member: bool = True  # False once it is lost: nothing may be booked on it any more
     _heat_s: float = 0.0

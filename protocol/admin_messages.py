@@ -55,6 +55,24 @@ class TenantSetStatus(AdminCommand, tag="tenant_set_status", kw_only=True):
     active: bool
 
 
+class TenantSet(AdminCommand, tag="tenant_set", kw_only=True):
+    """Change a tenant's KV floor and cap; None leaves one as it is. "512" is blocks, "20%" a share, "none" lifts it."""
+
+    name: Name
+    kv_floor: Label | None = None
+    kv_cap: Label | None = None
+
+
+class CacheQuery(AdminCommand, tag="cache"):
+    """Who holds the workers' KV blocks and what it came to."""
+
+
+class CacheClear(AdminCommand, tag="cache_clear", kw_only=True):
+    """Drop what is cached of a tenant on all workers and not in use."""
+
+    tenant: Name
+
+
 class KeyCreate(AdminCommand, tag="key_create", kw_only=True):
     """Make an API key for a tenant."""
 
@@ -132,6 +150,8 @@ class TenantInfo(Struct, frozen=True, forbid_unknown_fields=True):
     created_at: float
     num_keys: int = 0
     usage: UsageInfo = UsageInfo()
+    kv_floor: str = ""
+    kv_cap: str = ""
 
 
 class KeyInfo(Struct, frozen=True, forbid_unknown_fields=True):
@@ -189,6 +209,37 @@ class ModelStatus(Struct, frozen=True, forbid_unknown_fields=True):
     max_context: int = 0
     num_workers: int = 0
     num_waiting: int = 0
+
+
+class CacheTenant(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a tenant ("public": published prefixes) holds on one worker, and counters since that worker's boot.
+
+    `floor`, `cap` in blocks. `looked_up_tokens` of prompts (whole blocks), `saved_tokens` of them found in the cache.
+    Evicted blocks: `evicted_own` for itself, `suffered` for others; `caused`: others' blocks for it.
+    """
+
+    tenant: str
+    floor: int = 0
+    cap: int | None = None
+    num_blocks: int = 0
+    block_s: float = 0.0
+    looked_up_tokens: int = 0
+    saved_tokens: int = 0
+    evicted_own: int = 0
+    suffered: int = 0
+    caused: int = 0
+
+
+class CacheWorker(Struct, frozen=True, forbid_unknown_fields=True):
+    """One worker's KV pool. `num_free_blocks` counts those whose content can be evicted."""
+
+    id: str
+    model: str
+    block_size: int
+    num_blocks: int
+    num_free_blocks: int
+    num_pinned: int = 0
+    tenants: list[CacheTenant] = []
 
 
 # ---- replies -----------------------------------------------------------------------------------------------------
@@ -251,6 +302,12 @@ class PrefixesReply(AdminReply, tag="prefixes"):
     prefixes: list[PrefixInfo]
 
 
+class CacheReply(AdminReply, tag="cache"):
+    """All workers' pools."""
+
+    workers: list[CacheWorker]
+
+
 class StatusReply(AdminReply, tag="status"):
     """The whole house. `pid` and `version` are the gateway's, `endpoints` what clients can dial."""
 
@@ -276,6 +333,9 @@ AnyCommand = (
     | TenantList
     | TenantShow
     | TenantSetStatus
+    | TenantSet
+    | CacheQuery
+    | CacheClear
     | KeyCreate
     | KeyList
     | KeyRevoke
@@ -295,6 +355,7 @@ AnyReply = (
     | KeysReply
     | PrefixReply
     | PrefixesReply
+    | CacheReply
     | StatusReply
     | ExplainReply
 )
