@@ -13,7 +13,7 @@ sees grow while 10^5 blocks are filled (token ids that the cache keeps included)
 two do in some way as well, and is what they should be compared with. Peers are read from --peer-dir:
 `mini-sglang` (github.com/sgl-project/mini-sglang: radix cache, cache manager) and `nano-vllm`
 (github.com/GeeeekExplorer/nano-vllm: block manager), on CPU tensors. mini-sglang's C++ comparison of token ids is
-replaced by numpy's here, which takes about 3 us of its time. Every system gets the prompt in the form it likes: packed
+replaced by numpy's here, which takes about 7 us of its time. Every system gets the prompt in the form it likes: packed
 bytes, a list, a tensor.
 """
 
