@@ -40,6 +40,8 @@ from protocol.errors import BadRequest, Conflict, KvasirError, NotFound
 from protocol.link import Link, LinkBusy, LinkClosed, PeerGone, open_router
 from protocol.profile import LinkProfile
 
+PREVIEW_CHARS = 60
+
 
 class House(Protocol):
     """What the operator may ask of the rest of the gateway. All calls are synchronous and cheap."""
@@ -59,6 +61,12 @@ class House(Protocol):
 
     def kv_changed(self) -> None:
         """Put the tenants' KV floors and caps, as they are now, in force on all workers."""
+
+    def prefixes_changed(self, prewarm: str | None = None) -> None:
+        """Have all workers pin what is to be pinned now, and compute the prefix `prewarm` if they do not have it."""
+
+    def saved_by_prefix(self) -> dict[str, int]:
+        """Return how many prompt tokens every published prefix has saved since the start."""
 
     def clear_kv(self, tenant_id: str) -> None:
         """Have all workers drop what is cached of a tenant."""
@@ -166,7 +174,7 @@ class Admin:
                     raise NotFound(f"no request {command.request!r} is known; only the last ones are remembered")
                 return am.ExplainReply(command.request, decisions)
             case am.CacheQuery():
-                return am.CacheReply(self._house.cache())
+                return self._cache()
             case am.CacheClear():
                 tenant = self._directory.tenant(command.tenant)
                 self._house.clear_kv(tenant.id)
@@ -188,6 +196,10 @@ class Admin:
             log("admin", command=name, subject=verdict.subject, actor=command.actor)
             if isinstance(command, am.TenantSet):
                 self._house.kv_changed()
+            if isinstance(command, (am.PrefixPublish, am.PrefixRemove)):
+                self._house.prefixes_changed()
+        if isinstance(command, am.PrefixPin):
+            self._house.prefixes_changed(command.name if command.prewarm else None)
         return self._complete(verdict.reply)
 
     def _complete(self, reply: am.AnyReply) -> am.AnyReply:
@@ -211,6 +223,14 @@ class Admin:
     def _with_tokens(self, info: am.PrefixInfo) -> am.PrefixInfo:
         prefix = self._directory.prefix(info.name)
         return structs.replace(info, public_tokens=self._house.public_tokens(prefix)) if prefix else info
+
+    def _cache(self) -> am.CacheReply:
+        saved = self._house.saved_by_prefix()
+        prefixes = [
+            am.CachePrefix(prefix.name, saved.get(prefix.name, 0), prefix.pinned, prefix.text[:PREVIEW_CHARS])
+            for prefix in self._directory.prefixes
+        ]
+        return am.CacheReply(self._house.cache(), sorted(prefixes, key=lambda prefix: -prefix.saved_tokens))
 
     def _status(self) -> am.StatusReply:
         return am.StatusReply(
@@ -267,6 +287,15 @@ def decide(
             return Verdict(am.Done(), (revoked,), _owner(directory, key), _key_record(key), _key_record(revoked))
         case am.PrefixPublish():
             return _publish_prefix(directory, command, now)
+        case am.PrefixPin():
+            before_pin = directory.prefix(command.name)
+            if before_pin is None:
+                raise NotFound(f"no prefix is called {command.name[:80]!r}; `kvasir prefix list` shows those there are")
+            after_pin = replace(before_pin, pinned=command.pinned)
+            if after_pin == before_pin:
+                return Verdict(am.Done(changed=False))
+            record, now_record = _prefix_record(before_pin), _prefix_record(after_pin)
+            return Verdict(am.Done(), (after_pin,), after_pin.name, record, now_record)
         case am.PrefixList():
             return Verdict(am.PrefixesReply([_prefix_info(directory, prefix) for prefix in directory.prefixes]))
         case am.PrefixRemove():
@@ -308,8 +337,8 @@ def _publish_prefix(directory: TenantDirectory, command: am.PrefixPublish, now: 
     if not command.text.strip():
         raise BadRequest("the text to publish is empty; name a file with some text in it", param="text")
     allowed = None if command.tenants is None else frozenset(directory.tenant(name).id for name in command.tenants)
-    prefix = PublishedPrefix(command.name, command.text, allowed, now)
     before = directory.prefix(command.name)
+    prefix = PublishedPrefix(command.name, command.text, allowed, now, pinned=before is not None and before.pinned)
     if before is not None and (before.text, before.tenant_ids) == (prefix.text, prefix.tenant_ids):
         return Verdict(am.PrefixReply(_prefix_info(directory, before), changed=False))
     if before is not None and not command.replace:
@@ -361,7 +390,7 @@ def _key_infos(directory: TenantDirectory, tenants: Iterable[Tenant]) -> list[am
 def _prefix_info(directory: TenantDirectory, prefix: PublishedPrefix) -> am.PrefixInfo:
     ids = prefix.tenant_ids
     names = None if ids is None else [tenant.name for tenant in directory.tenants() if tenant.id in ids]
-    return am.PrefixInfo(prefix.name, names, len(prefix.text), prefix.created_at)
+    return am.PrefixInfo(prefix.name, names, len(prefix.text), prefix.created_at, pinned=prefix.pinned)
 
 
 # What the audit trail keeps: no digests of keys, of a text only what identifies it.
@@ -380,4 +409,5 @@ def _key_record(key: ApiKey) -> dict[str, Any]:
 def _prefix_record(prefix: PublishedPrefix) -> dict[str, Any]:
     raw = prefix.text.encode()
     ids = None if prefix.tenant_ids is None else sorted(prefix.tenant_ids)
-    return {"blake2b": blake2b(raw, digest_size=16).hexdigest(), "num_bytes": len(raw), "tenant_ids": ids}
+    digest = blake2b(raw, digest_size=16).hexdigest()
+    return {"blake2b": digest, "num_bytes": len(raw), "tenant_ids": ids, "pinned": prefix.pinned}

@@ -70,6 +70,7 @@ async def serve(config: GatewayConfig) -> None:
         supervisor = Supervisor(config, core)
         intake = Intake(core, directory, texts, store.secret, config.block_size)
         intake.warm()
+        core.set_pins(intake.pins)
         client_link = open_router(context, config.client_endpoints)
         stack.callback(client_link.close, linger_ms=LAST_WORDS_MS)  # runs before the context ends, and is waited for
         edge = ZmqEdge(client_link, core, intake, directory)

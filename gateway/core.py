@@ -12,8 +12,10 @@ Compute is at-least-once; an event reaches a sink exactly once and in order, and
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
+
+import msgspec
 
 from gateway.ends import deadline_exceeded, end_without_worker, last_word, misfit
 from gateway.members import Members
@@ -39,16 +41,20 @@ from protocol.messages import (
     KvAccounts,
     KvQuota,
     Output,
+    Pin,
     Quotas,
     Refused,
     Resync,
     Snapshot,
     StepReport,
+    Unpin,
     Welcome,
 )
+from protocol.prefix import HASH_BYTES
 from protocol.tokens import TOKEN_BYTES, unpack_tokens
 
 _DRAINING = Unavailable("the gateway is shutting down; send the request to another one, or again in a minute")
+_MAX_SAVED = 10_000  # forms of published prefixes, old ones too
 _PROBE = Abort(b"\0", 0)  # nobody's request: workers ignore it, but a dead link cannot take it
 
 
@@ -98,6 +104,8 @@ class Core(CoreApi):
         self._totals = Totals()
         self._explained: OrderedDict[bytes, list[Decision]] = OrderedDict()
         self._kv_quotas: Callable[[int], list[KvQuota]] | None = None
+        self._pins: Callable[[str], list[Pin]] | None = None
+        self._saved: dict[tuple[str, bytes], int] = {}
         self._draining = False
         self._ticked_at = clock()
 
@@ -226,6 +234,29 @@ class Core(CoreApi):
         self._kv_quotas = quotas
         for worker in list(self._members.by_id.values()):
             self._tell(worker, Quotas(quotas(worker.hello.num_blocks)))
+
+    def set_pins(self, pins: Callable[[str], list[Pin]], *, prewarm: Container[str] = ()) -> None:
+        """Have all workers keep the published prefixes that `pins(model)` returns, those that join later too.
+
+        `prewarm`: names among them that are computed at once by whoever does not have them.
+        """
+        self._pins = pins
+        for worker in list(self._members.by_id.values()):
+            self._tell_pins(worker, prewarm)
+
+    def _tell_pins(self, worker: Worker, prewarm: Container[str] = ()) -> None:
+        assert self._pins is not None
+        pins = self._pins(worker.hello.model)
+        for name in worker.pins.keys() - {pin.name for pin in pins}:
+            self._tell(worker, Unpin(name))
+        for pin in pins:
+            if worker.pins.get(pin.name) != pin.prefix_hashes[-HASH_BYTES:] or pin.name in prewarm:
+                self._tell(worker, msgspec.structs.replace(pin, prewarm=pin.name in prewarm))
+        worker.pins = {pin.name: pin.prefix_hashes[-HASH_BYTES:] for pin in pins}
+
+    def saved_by_prefix(self) -> dict[tuple[str, bytes], int]:
+        """Return how many prompt tokens were found in the cache in public zones, by model and their last hash."""
+        return self._saved
 
     def clear_kv(self, tenant_id: str) -> None:
         """Have all workers drop what is cached of a tenant and not in use."""
@@ -385,6 +416,7 @@ class Core(CoreApi):
             return
         if output.num_cached_tokens is not None:
             worker.matched(request, output.num_cached_tokens)
+            self._count_saved(request, output.num_cached_tokens)
         packed = output.token_ids
         if not packed:
             return
@@ -396,6 +428,14 @@ class Core(CoreApi):
         request.delivered += packed
         worker.counters.num_output_tokens += len(packed) // TOKEN_BYTES
         request.submit.sink.put(Delta(output.req_id, unpack_tokens(packed), output.logprobs))
+
+    def _count_saved(self, request: Request, num_cached: int) -> None:
+        submit = request.submit
+        num_saved = min(num_cached, submit.num_public_tokens)
+        if num_saved and len(self._saved) < _MAX_SAVED:
+            end = submit.num_public_tokens // self._config.block_size * HASH_BYTES
+            key = submit.model, submit.prefix_hashes[end - HASH_BYTES : end]
+            self._saved[key] = self._saved.get(key, 0) + num_saved
 
     def _end_attempt(self, worker: Worker, request: Request, output: Output, now: float) -> None:
         """Finish a request with its worker's last word, or queue it again if the worker hands it back."""
@@ -420,6 +460,8 @@ class Core(CoreApi):
             self._lose_and_dispatch(worker, "link", "cannot be reached")
         elif self._kv_quotas is not None and (quotas := self._kv_quotas(worker.hello.num_blocks)):
             self._tell(worker, Quotas(quotas))
+        if self._pins is not None and worker.is_member:
+            self._tell_pins(worker)
         return welcome
 
     def _held(self, holder: Worker, peer: bytes, now: float) -> str | None:

@@ -130,6 +130,20 @@ class GatewayHouse:
     def kv_changed(self) -> None:
         self._core.set_kv_quotas(lambda num_blocks: kv_quotas(self._directory.tenants(), num_blocks))
 
+    def prefixes_changed(self, prewarm: str | None = None) -> None:
+        models = self._core.models()
+        names = {pin.name for model in models for pin in self._intake.pins(model)}
+        self._core.set_pins(self._intake.pins, prewarm={name for name in names if name.rpartition("/")[0] == prewarm})
+
+    def saved_by_prefix(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        by_hash = {model: self._intake.prefix_of_hash(model) for model in self._core.models()}
+        for (model, digest), num_tokens in self._core.saved_by_prefix().items():
+            prefix = by_hash.get(model, {}).get(digest)
+            if prefix is not None:
+                found[prefix.name] = found.get(prefix.name, 0) + num_tokens
+        return found
+
     def clear_kv(self, tenant_id: str) -> None:
         self._core.clear_kv(tenant_id)
 

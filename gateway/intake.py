@@ -20,7 +20,8 @@ from gateway.text import QUICK_CHARS, Detokenizer, ModelText
 from gateway.word_encoder import Words
 from protocol.client_messages import ChatMessage, CompletionRequest
 from protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
-from protocol.prefix import derive_namespace, derive_root, hash_prompt
+from protocol.messages import Pin
+from protocol.prefix import HASH_BYTES, derive_namespace, derive_root, hash_prompt
 from protocol.tokens import TOKEN_BYTES, pack_tokens
 
 MAX_THREADS = 4
@@ -114,6 +115,33 @@ class Intake:
             sizes = [len(form.tokens) // TOKEN_BYTES for form in forms if form.name == prefix.name]
             found[name] = max(sizes, default=0)
         return found
+
+    def pins(self, model: str) -> list[Pin]:
+        """Return the pinned prefixes as workers of `model` are told of them, one per form."""
+        info = self._core.models().get(model)
+        if info is None or not info.fingerprint:
+            return []
+        pinned = [prefix for prefix in self._directory.prefixes if prefix.pinned]
+        return [
+            Pin(f"{prefix.name}/{number}", form, self._root(info), self._public_hashes(info, form))
+            for prefix in pinned
+            for number, form in enumerate(self._packed_forms(model, prefix))
+        ]
+
+    def prefix_of_hash(self, model: str) -> dict[bytes, PublishedPrefix]:
+        """Return the published prefixes of `model` by the hash of the last block of each of their forms."""
+        info = self._core.models().get(model)
+        if info is None or not info.fingerprint:
+            return {}
+        return {
+            self._public_hashes(info, form)[-HASH_BYTES:]: prefix
+            for prefix in self._directory.prefixes
+            for form in self._packed_forms(model, prefix)
+        }
+
+    def _public_hashes(self, info: ModelInfo, packed: bytes) -> bytes:
+        space = self._public_namespace
+        return hash_prompt(self._root(info), space, space, packed, len(packed) // TOKEN_BYTES, self._block_size)
 
     def warm(self) -> None:
         """Tokenise all published prefixes for all models now rather than at the first request. May run in a thread,

@@ -50,6 +50,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         "ALTER TABLE tenants ADD COLUMN kv_floor TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE tenants ADD COLUMN kv_cap TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE prefixes ADD COLUMN pinned INTEGER NOT NULL DEFAULT 0",
     ),
 )
 
@@ -128,8 +129,10 @@ class Store:
                 "SELECT id, tenant_id, digest, label, created_at, revoked_at FROM api_keys ORDER BY rowid"
             ):
                 records.append(ApiKey(*row))
-            for row in query("SELECT name, text, tenant_ids, created_at FROM prefixes ORDER BY created_at, rowid"):
-                records.append(PublishedPrefix(row[0], row[1], _parse_set(row[2]), row[3]))
+            for row in query(
+                "SELECT name, text, tenant_ids, created_at, pinned FROM prefixes ORDER BY created_at, rowid"
+            ):
+                records.append(PublishedPrefix(row[0], row[1], _parse_set(row[2]), row[3], bool(row[4])))
             return records
 
     def audit(self, last: int = 1000) -> list[AuditEntry]:
@@ -311,8 +314,8 @@ def _upsert(change: Change) -> tuple[str, tuple[Any, ...]]:
             )
         case PublishedPrefix():
             return (
-                "INSERT OR REPLACE INTO prefixes VALUES (?, ?, ?, ?)",
-                (change.name, change.text, _dump_set(change.tenant_ids), change.created_at),
+                "INSERT OR REPLACE INTO prefixes (name, text, tenant_ids, created_at, pinned) VALUES (?, ?, ?, ?, ?)",
+                (change.name, change.text, _dump_set(change.tenant_ids), change.created_at, change.pinned),
             )
         case RemovePrefix():
             return "DELETE FROM prefixes WHERE name = ?", (change.name,)

@@ -69,12 +69,16 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class PublishedPrefix:
-    """A text that an operator publishes: its cached blocks are shared by `tenant_ids` (None: every tenant)."""
+    """A text that an operator publishes: its cached blocks are shared by `tenant_ids` (None: every tenant).
+
+    `pinned`: workers keep its blocks.
+    """
 
     name: str
     text: str
     tenant_ids: frozenset[str] | None = None
     created_at: float = 0.0
+    pinned: bool = False
 
     def may_be_used_by(self, tenant: Tenant) -> bool:
         return self.tenant_ids is None or tenant.id in self.tenant_ids

@@ -85,6 +85,7 @@ class Worker:
     index: PrefixIndex = field(default_factory=PrefixIndex)
     backlog: Backlog = field(default_factory=Backlog)
     kv: KvAccounts = field(default_factory=lambda: KvAccounts([]))  # as last reported
+    pins: dict[str, bytes] = field(default_factory=dict)  # what it was told to pin: name -> hash of the last block
     counters: WorkerCounters = field(default_factory=WorkerCounters)
     is_member: bool = True  # False once it is lost: nothing may be booked on it any more
     _heat_s: float = 0.0

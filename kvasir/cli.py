@@ -19,6 +19,7 @@ except ModuleNotFoundError as missing:  # the SDK alone installs neither
     print(f"kvasir: {missing.name} is not installed; run: pip install 'kvasir-gateway[cli]'", file=sys.stderr)
     raise SystemExit(2) from None
 
+from kvasir.cli_cache import cache
 from kvasir.cli_output import example
 from kvasir.cli_run import down, gateway, up, worker
 from kvasir.cli_status import explain, models, status
@@ -51,7 +52,7 @@ def cli() -> None:
     """LLM serving on boxes you own: tenants, prefix-routed workers, a paged KV cache."""
 
 
-for command in (up, down, chat, demo, status, models, tenant, key, prefix, explain, gateway, worker):
+for command in (up, down, chat, demo, status, models, tenant, key, prefix, cache, explain, gateway, worker):
     cli.add_command(command)
 
 

@@ -91,6 +91,7 @@ def tenant_show(name: str, as_json: bool) -> None:
         ("status", info.status),
         ("sharing", info.sharing),
         ("models", "all" if info.allowed_models is None else ", ".join(info.allowed_models)),
+        ("KV floor, cap", f"{info.kv_floor or 'none'}, {info.kv_cap or 'none'}"),
         ("created", f"{age(info.created_at)} ago"),
         ("requests", f"{usage.num_requests} ({usage.num_running} running, {usage.num_waiting} waiting)"),
         ("prompt tokens", f"{usage.prompt_tokens}, {percent(usage.cached_tokens, usage.prompt_tokens)} cached"),
@@ -100,6 +101,20 @@ def tenant_show(name: str, as_json: bool) -> None:
     make_console().print(table)
     click.echo()
     _print_keys(reply.keys)
+
+
+@tenant.command("set")
+@click.argument("name")
+@click.option("--kv-floor", metavar="SIZE", help="KV blocks that others cannot take: 512, 20%, or none.")
+@click.option("--kv-cap", metavar="SIZE", help="KV blocks it may hold at most, on each worker: 2048, 50%, or none.")
+@json_option
+@example("kvasir tenant set acme --kv-floor 20% --kv-cap 50%\nkvasir tenant set acme --kv-cap none")
+def tenant_set(name: str, kv_floor: str | None, kv_cap: str | None, as_json: bool) -> None:
+    """Change a tenant's share of every worker's KV memory, at once. Floors that do not fit together are refused."""
+    if kv_floor is None and kv_cap is None:
+        raise BadRequest("say what to change: --kv-floor SIZE, --kv-cap SIZE")
+    reply = ask(am.TenantSet(name=name, kv_floor=kv_floor, kv_cap=kv_cap), am.Done)
+    _print_done(reply, as_json, f"tenant {name} is changed")
 
 
 @tenant.command("disable")
@@ -214,6 +229,26 @@ def prefix_list(as_json: bool) -> None:
             tokens, when = _tokens(info), f"{age(info.created_at)} ago"
             table.add_row(plain(info.name), plain(names), str(info.num_chars), plain(tokens), when)
         make_console().print(table)
+
+
+@prefix.command("pin")
+@click.argument("name")
+@click.option("--prewarm", is_flag=True, help="Compute it now on all workers that do not have it.")
+@json_option
+@example("kvasir prefix pin support --prewarm")
+def prefix_pin(name: str, prewarm: bool, as_json: bool) -> None:
+    """Keep a published text's blocks on all workers, whatever else needs room."""
+    reply = ask(am.PrefixPin(name=name, prewarm=prewarm), am.Done)
+    _print_done(reply, as_json, f"prefix {name} is pinned")
+
+
+@prefix.command("unpin")
+@click.argument("name")
+@json_option
+@example("kvasir prefix unpin support")
+def prefix_unpin(name: str, as_json: bool) -> None:
+    """Let a pinned text's blocks go when room is needed."""
+    _print_done(ask(am.PrefixPin(name=name, pinned=False), am.Done), as_json, f"prefix {name} is not pinned any more")
 
 
 @prefix.command("remove")

@@ -111,6 +111,14 @@ class PrefixRemove(AdminCommand, tag="prefix_remove", kw_only=True):
     name: Name
 
 
+class PrefixPin(AdminCommand, tag="prefix_pin", kw_only=True):
+    """Keep a published prefix's blocks on all workers, or (`pinned` false) let them go. `prewarm`: compute it now."""
+
+    name: Name
+    pinned: bool = True
+    prewarm: bool = False
+
+
 class StatusQuery(AdminCommand, tag="status"):
     """How the gateway, its workers, models and tenants are doing."""
 
@@ -172,6 +180,7 @@ class PrefixInfo(Struct, frozen=True, forbid_unknown_fields=True):
     num_chars: int
     created_at: float
     public_tokens: dict[str, int] = {}
+    pinned: bool = False
 
 
 class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
@@ -242,6 +251,15 @@ class CacheWorker(Struct, frozen=True, forbid_unknown_fields=True):
     tenants: list[CacheTenant] = []
 
 
+class CachePrefix(Struct, frozen=True, forbid_unknown_fields=True):
+    """A published prefix: its beginning, and how many prompt tokens it has saved since the gateway started."""
+
+    name: str
+    saved_tokens: int
+    pinned: bool
+    preview: str
+
+
 # ---- replies -----------------------------------------------------------------------------------------------------
 
 
@@ -303,9 +321,10 @@ class PrefixesReply(AdminReply, tag="prefixes"):
 
 
 class CacheReply(AdminReply, tag="cache"):
-    """All workers' pools."""
+    """All workers' pools, and the published prefixes that saved most first."""
 
     workers: list[CacheWorker]
+    prefixes: list[CachePrefix] = []
 
 
 class StatusReply(AdminReply, tag="status"):
@@ -342,6 +361,7 @@ AnyCommand = (
     | PrefixPublish
     | PrefixList
     | PrefixRemove
+    | PrefixPin
     | StatusQuery
     | ExplainQuery
     | DrainGateway

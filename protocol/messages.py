@@ -142,12 +142,14 @@ class Pin(Command, tag="pin"):
     """Keep the blocks of a published prefix from now on, as far as they are resident or become so.
 
     `token_ids` are whole blocks, `prefix_hashes` in the public namespace. A name that is pinned already is replaced.
+    `prewarm`: compute now what is not resident.
     """
 
     name: Name
     token_ids: PackedTokens
     root: Key16
     prefix_hashes: PackedHashes
+    prewarm: bool = False
 
 
 class Unpin(Command, tag="unpin"):

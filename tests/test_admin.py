@@ -45,6 +45,11 @@ class FakeHouse:
     """A gateway with one worker and nothing to do."""
 
     drained = False
+    kv_changes = 0
+
+    def __init__(self) -> None:
+        self.cleared: list[str] = []
+        self.prewarmed: list[str | None] = []
 
     def workers(self) -> list[am.WorkerInfo]:
         return [am.WorkerInfo("demo-0", "demo", "ready", num_blocks=100, num_free_blocks=40, pid=7)]
@@ -57,6 +62,21 @@ class FakeHouse:
 
     def public_tokens(self, prefix: PublishedPrefix) -> dict[str, int]:
         return {"demo": len(prefix.text) // 16 * 16}
+
+    def cache(self) -> list[am.CacheWorker]:
+        return [am.CacheWorker("demo-0", "demo", 16, 100, 40, tenants=[am.CacheTenant("acme", num_blocks=60)])]
+
+    def kv_changed(self) -> None:
+        self.kv_changes += 1
+
+    def prefixes_changed(self, prewarm: str | None = None) -> None:
+        self.prewarmed.append(prewarm)
+
+    def saved_by_prefix(self) -> dict[str, int]:
+        return {"support": 4096}
+
+    def clear_kv(self, tenant_id: str) -> None:
+        self.cleared.append(tenant_id)
 
     def endpoints(self) -> dict[str, str]:
         return {"http": "http://127.0.0.1:8000/v1"}

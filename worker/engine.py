@@ -25,6 +25,7 @@ from protocol.messages import (
     Output,
     Pin,
     Quotas,
+    Sampling,
     Snapshot,
     StepReport,
     TokenLogprobs,
@@ -37,6 +38,8 @@ from worker.step import Sampled, Sampler, SampleRow, SequenceSlice, StepModel, S
 
 _FIRST_RATE = 100.0  # prompt tokens per second, until measured: low, so that the first chunk is a small one
 _RATE_SHARE = 0.2  # weight of the newest step in the measured rate
+
+_PREWARM_ID = b"\0prewarm\0"  # begins the ids of the engine's own requests; the gateway's are 16 random bytes
 
 _Batch = list[tuple[Sequence, SequenceSlice]]
 
@@ -133,7 +136,8 @@ class Engine:
 
     def refuse(self, req_id: bytes, attempt: int, seq: int, reason: FinishReason, text: str) -> None:
         """Answer a request that is not taken; `seq` is the number of its tokens already delivered."""
-        self._outputs.append(Output(req_id, attempt, seq, finish_reason=reason, error=text))
+        if not req_id.startswith(_PREWARM_ID):
+            self._outputs.append(Output(req_id, attempt, seq, finish_reason=reason, error=text))
 
     def abort(self, req_id: bytes, attempt: int) -> None:
         """Stop a request and free its blocks now; the next report says "abort". Unknown ids are ignored."""
@@ -194,7 +198,27 @@ class Engine:
         except ValueError as error:
             raise BadRequest(f"prefix {command.name!r} cannot be pinned: {error}") from None
         self._wanted_pins[command.name] = chain
-        return self._cache.pin(command.name, chain)
+        num_pinned = self._cache.pin(command.name, chain)
+        if command.prewarm and num_pinned < len(chain):
+            self._prewarm(command, len(chain) * chain.block_size)
+        return num_pinned
+
+    def _prewarm(self, command: Pin, num_tokens: int) -> None:
+        """Compute a published prefix on the operator's account, as a request that nobody hears of."""
+        request = Generate(
+            req_id=_PREWARM_ID + command.prefix_hashes[-HASH_BYTES:],
+            attempt=0,
+            tenant=PUBLIC,
+            token_ids=command.token_ids,
+            num_prompt_tokens=num_tokens,
+            root=command.root,
+            prefix_hashes=command.prefix_hashes,
+            num_public_tokens=num_tokens,
+            namespace=self.public_namespace,
+            max_tokens=1,
+            sampling=Sampling(temperature=0.0),
+        )
+        self.submit(request)
 
     def unpin(self, name: str) -> None:
         """Let a pinned prefix go."""
@@ -396,7 +420,8 @@ class Engine:
         if not sequence.cached_reported and sequence.num_cached is not None:
             output.num_cached_tokens = sequence.num_cached
             sequence.cached_reported = True
-        self._outputs.append(output)
+        if not sequence.req_id.startswith(_PREWARM_ID):
+            self._outputs.append(output)
 
     def _forget(self, sequence: Sequence) -> None:
         del self._by_id[sequence.req_id, sequence.attempt]

@@ -1,0 +1,84 @@
+"""`kvasir cache`: who holds the workers' KV memory, and what it came to."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from kvasir.admin_client import ask
+from kvasir.cli_output import bar, count, example, json_option, make_console, make_table, percent, plain, print_json
+from protocol import admin_messages as am
+
+MAX_PREFIXES = 10
+_NUMBERS = ("blocks", "floor", "cap", "hit rate", "tokens saved", "block-s", "lost", "took", "own")
+
+
+@click.group()
+@example("kvasir cache show")
+def cache() -> None:
+    """Show and clear what is cached."""
+
+
+@cache.command("show")
+@json_option
+@example("kvasir cache show\nkvasir cache show --json | jq '.workers[].tenants'")
+def cache_show(as_json: bool) -> None:
+    """Show who holds every worker's KV blocks, what that saved, and the published prefixes that saved most.
+
+    block-s: blocks held times seconds. Evicted blocks: `lost` to others, `took` from others, `own` for itself.
+    """
+    reply = ask(am.CacheQuery(), am.CacheReply)
+    if as_json:
+        print_json(reply)
+    elif not reply.workers:
+        click.echo("no workers yet; see `kvasir status`")
+    else:
+        make_console().print(Group(*[_worker(worker) for worker in reply.workers], _prefixes(reply.prefixes)))
+
+
+@cache.command("clear")
+@click.option("--tenant", required=True, metavar="T", help="Whose blocks to drop.")
+@json_option
+@example("kvasir cache clear --tenant acme")
+def cache_clear(tenant: str, as_json: bool) -> None:
+    """Drop what is cached of a tenant on all workers. Blocks of requests that are running stay till they end."""
+    reply = ask(am.CacheClear(tenant=tenant), am.Done)
+    if as_json:
+        print_json(reply)
+    else:
+        click.echo(f"the workers drop what is cached of tenant {tenant}")
+
+
+def _worker(worker: am.CacheWorker) -> RenderableType:
+    held = sum(tenant.num_blocks for tenant in worker.tenants)
+    title = Text.from_markup(
+        f"[bold]{plain(worker.id)}[/bold]  {plain(worker.model)}  {count(held)} of {count(worker.num_blocks)} blocks "
+        f"held ({worker.block_size} tokens each), {count(worker.num_pinned)} pinned"
+    )
+    table = make_table("tenant", "", *_NUMBERS, numbers=_NUMBERS)
+    for tenant in worker.tenants:
+        table.add_row(
+            plain("(published)" if tenant.tenant == "public" else tenant.tenant),
+            bar(tenant.num_blocks, worker.num_blocks, 20),
+            count(tenant.num_blocks),
+            count(tenant.floor) if tenant.floor else "–",
+            "–" if tenant.cap is None else count(tenant.cap),
+            percent(tenant.saved_tokens, tenant.looked_up_tokens),
+            count(tenant.saved_tokens),
+            count(tenant.block_s),
+            count(tenant.suffered),
+            count(tenant.caused),
+            count(tenant.evicted_own),
+        )
+    return Group(title, table if worker.tenants else Text("nothing is cached yet", "dim"), Text())
+
+
+def _prefixes(prefixes: list[am.CachePrefix]) -> RenderableType:
+    if not prefixes:
+        return Text("no prefix is published", "dim")
+    table = make_table("published prefix", "tokens saved", "", "begins", numbers=("tokens saved",))
+    for prefix in prefixes[:MAX_PREFIXES]:
+        preview = plain(" ".join(prefix.preview.split()))
+        table.add_row(plain(prefix.name), count(prefix.saved_tokens), "pinned" if prefix.pinned else "", preview)
+    return table
