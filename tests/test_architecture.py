@@ -1,4 +1,4 @@
-"""The direction of imports (docs/architecture.md): protocol <- cache <- worker, protocol <- gateway, protocol <- kvasir."""
+"""The direction of imports: protocol <- cache <- worker, protocol <- gateway, protocol <- kvasir."""
 
 from __future__ import annotations
 

@@ -27,7 +27,10 @@ def test_golden_vectors() -> None:
     assert ALICE.hex() == "6bedf173c721b34898b9b8b5b2a009dc"
     assert derive_root(SECRET, "fingerprint", "float32", "adapter").hex() == "55628af5fc4d7060c472c13a98f588ae"
     chain = hash_prompt(ROOT, PUBLIC, ALICE, pack_tokens(range(40)), 16, 16)
-    assert [digest.hex() for digest in split_hashes(chain)] == ["fed3cd7a07b7157669212d9073cc4f41", "65781bdffa4b063212d4a2fa8e581020"]
+    assert [digest.hex() for digest in split_hashes(chain)] == [
+        "fed3cd7a07b7157669212d9073cc4f41",
+        "65781bdffa4b063212d4a2fa8e581020",
+    ]
 
 
 def test_the_chain_is_what_the_docstring_says() -> None:
