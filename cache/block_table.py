@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cache.block_pool import PUBLIC, Block
+from cache.policy import Use
 from protocol.prefix import extend_chain, split_hashes
 from protocol.tokens import TOKEN_BYTES, pack_tokens
 
@@ -16,11 +17,14 @@ class BlockTable:
     `block_ids` is what the model reads and only ever grows, until `free` empties it. The first `num_published` blocks
     are resident under this sequence's hashes. Where another sequence had published the same block first, ours stays
     private and `twins[index]` is the published one, referenced too, so that the chain below it has a parent.
+    `use` is what is known about the request, `visit` the eviction policy's own note.
     """
 
     block_ids: list[int] = field(default_factory=list)
     num_published: int = 0
     twins: dict[int, Block] = field(default_factory=dict)
+    use: Use | None = None
+    visit: object | None = None
     publishable: bool = True  # False after a hash collision: nothing further can be published under this chain
 
     def references(self) -> list[int]:

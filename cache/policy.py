@@ -11,12 +11,42 @@ that order may keep them: `block.num_children` says whether a block may go, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from cache.block_pool import Block
 
+if TYPE_CHECKING:
+    from cache.block_table import BlockTable, Chain
+
 _MIN_HEAP = 64
+
+Hint = Literal["one_shot", "open", "closing"]
+"""What a client may say about a request: nothing follows it, the conversation goes on, this was its last turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Keep blocks `start` to `end` (None: to the end) of a request with `priority` (0 to 100) for `duration_s`."""
+
+    start: int = 0
+    end: int | None = None
+    priority: int = 50
+    duration_s: float | None = None
+
+
+@dataclass(slots=True)
+class Use:
+    """What is known about a request that uses the cache, beyond its blocks. It may be filled in later.
+
+    `num_answer_tokens` None: the answer is not complete, though the blocks may be free already (only a replay that
+    does not model time in use does that).
+    """
+
+    num_answer_tokens: int | None = None
+    hint: Hint | None = None
+    retention: tuple[Retention, ...] = ()
 
 
 class Policy(Protocol):
@@ -50,6 +80,17 @@ class Policy(Protocol):
 
 
 PolicyFactory = Callable[[], Policy]
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """What a policy factory may be as well, to be told about whole requests. One per cache."""
+
+    def on_match(self, chain: Chain, table: BlockTable, now: float) -> None:
+        """A new request was matched: `table` references what was found of `chain`."""
+
+    def on_free(self, table: BlockTable, now: float) -> None:
+        """Everything that `table` references is about to be released, the deepest block first."""
 
 
 class Lru:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from cache.block_pool import PUBLIC, Block, BlockPool, IntegrityError
 from cache.block_table import BlockTable, Chain
 from cache.ownership import Account, Owners, OwnerStatistics, Quota, check_quotas
-from cache.policy import Lru, PolicyFactory
+from cache.policy import Lru, Observer, PolicyFactory
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,15 @@ class CacheStatistics:
 class PrefixCache:
     """`num_blocks` blocks of `block_size` tokens, allocated to tables and shared by what they hold.
 
-    `make_policy` is called once for the common order and once per owner with a quota.
+    `make_policy` is called once for the common order and once per owner with a quota. If it is an `Observer`, too, it
+    is told about requests.
     """
 
     def __init__(self, num_blocks: int, block_size: int, make_policy: PolicyFactory = Lru) -> None:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         self._owners = Owners(make_policy)
+        self._observer = make_policy if isinstance(make_policy, Observer) else None
         self._pins: dict[str, BlockTable] = {}
         self._now = 0.0
         self._num_releases = 0
@@ -124,6 +126,8 @@ class PrefixCache:
             account = self._account(chain.owner)
             account.num_looked_up += min(max_blocks, len(chain))
             account.num_hits += len(block_ids)
+            if self._observer is not None:
+                self._observer.on_match(chain, table, self._now)
         return len(block_ids)
 
     def probe(self, chain: Chain, max_blocks: int) -> tuple[int, int]:
@@ -188,6 +192,8 @@ class PrefixCache:
     def free(self, table: BlockTable) -> None:
         """Give back everything that `table` references and empty it. Published blocks stay resident, idle."""
         blocks, twins = self.pool.blocks, table.twins
+        if self._observer is not None:
+            self._observer.on_free(table, self._now)
         for i in range(len(table.block_ids) - 1, -1, -1):  # the tail first: children before parents
             self._release(blocks[table.block_ids[i]])
             if twins and i in twins:
