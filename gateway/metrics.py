@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from gateway.http_connection import HttpStatistics
-from gateway.statistics import CoreStatistics, HistogramStatistics, TenantStatistics, WorkerStatistics
+from gateway.statistics import CoreStatistics, HistogramStatistics, KvStatistics, TenantStatistics, WorkerStatistics
 
 Sample = tuple[Mapping[str, str], float]
 
@@ -32,6 +32,15 @@ _WORKER_COUNTERS = {
     "mispredicted_tokens": ("num_mispredicted_tokens", "Sum of |predicted - actual| cached tokens."),
     "stale_outputs": ("num_stale_outputs", "Outputs dropped because their attempt was over."),
     "index_gaps": ("num_index_gaps", "Gaps in the block events, each mended by a snapshot."),
+}
+_KV_GAUGES = {"blocks": ("num_held", "KV blocks held: allocated, or cached and idle.")}
+_KV_COUNTERS = {
+    "block_seconds": ("block_s", "KV blocks held times seconds."),
+    "looked_up_blocks": ("num_looked_up", "Whole blocks of prompts that the worker began to serve."),
+    "hit_blocks": ("num_hits", "Of them found in its cache."),
+    "evicted_own_blocks": ("num_evicted_own", "Own blocks evicted for oneself."),
+    "suffered_blocks": ("num_suffered", "Own blocks evicted for others."),
+    "caused_blocks": ("num_caused", "Others' blocks evicted for oneself."),
 }
 _TENANT_GAUGES = {
     "queued": ("queued", "Requests waiting for a worker."),
@@ -74,6 +83,8 @@ def render_metrics(core: CoreStatistics, http: HttpStatistics | None) -> bytes:
     _table(lines, "kvasir_worker_", "counter", _WORKER_COUNTERS, core.workers, _worker_labels)
     _table(lines, "kvasir_tenant_", "gauge", _TENANT_GAUGES, core.tenants, _tenant_labels)
     _table(lines, "kvasir_tenant_", "counter", _TENANT_COUNTERS, core.tenants, _tenant_labels)
+    _table(lines, "kvasir_kv_", "gauge", _KV_GAUGES, core.kv, _kv_labels)
+    _table(lines, "kvasir_kv_", "counter", _KV_COUNTERS, core.kv, _kv_labels)
     if http is not None:
         by_status = [({"status": str(status)}, count) for status, count in sorted(http.by_status.items())]
         _add(lines, "kvasir_http_responses_total", "counter", "HTTP answers by status.", by_status)
@@ -88,6 +99,10 @@ def _worker_labels(worker: WorkerStatistics) -> Mapping[str, str]:
 
 def _tenant_labels(tenant: TenantStatistics) -> Mapping[str, str]:
     return {"tenant": tenant.tenant_id}
+
+
+def _kv_labels(account: KvStatistics) -> Mapping[str, str]:
+    return {"worker": account.worker_id, "tenant": account.tenant_id}
 
 
 def _table(lines: list[str], prefix: str, kind: str, rows: dict[str, tuple[str, str]], items: Iterable, labels) -> None:  # type: ignore[no-untyped-def,type-arg]

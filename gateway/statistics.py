@@ -12,6 +12,7 @@ import msgspec
 if TYPE_CHECKING:
     from gateway.request_book import Model
     from gateway.workers import Worker
+    from protocol.messages import KvAccount
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -139,6 +140,20 @@ class WorkerStatistics(msgspec.Struct, frozen=True):
     index_bytes_per_block: float
 
 
+class KvStatistics(msgspec.Struct, frozen=True):
+    """What one tenant ("public": published prefixes) holds on one worker, as it last said; see `KvAccount`."""
+
+    worker_id: str
+    tenant_id: str
+    num_held: int
+    block_s: float
+    num_looked_up: int
+    num_hits: int
+    num_evicted_own: int
+    num_suffered: int
+    num_caused: int
+
+
 class ModelStatistics(msgspec.Struct, frozen=True):
     """One model: its queue and the latencies of its requests."""
 
@@ -167,6 +182,7 @@ class CoreStatistics(msgspec.Struct, frozen=True):
     models: list[ModelStatistics]
     workers: list[WorkerStatistics]
     tenants: list[TenantStatistics]
+    kv: list[KvStatistics] = []
 
 
 def core_statistics(
@@ -179,6 +195,7 @@ def core_statistics(
 ) -> CoreStatistics:
     """Return everything as one value."""
     per_model = [model_statistics(model) for model in models]
+    workers = list(workers)
     return CoreStatistics(
         is_draining=is_draining,
         num_queued=sum(model.queued for model in per_model),
@@ -193,6 +210,22 @@ def core_statistics(
         models=per_model,
         workers=[worker_statistics(worker, now) for worker in workers],
         tenants=[tenant_statistics(tenant_id, counters) for tenant_id, counters in tenants.items()],
+        kv=[kv_statistics(worker, account) for worker in workers for account in worker.kv.accounts],
+    )
+
+
+def kv_statistics(worker: Worker, account: KvAccount) -> KvStatistics:
+    """Return one account."""
+    return KvStatistics(
+        worker_id=worker.worker_id,
+        tenant_id=account.tenant,
+        num_held=account.num_held,
+        block_s=account.block_s,
+        num_looked_up=account.num_looked_up,
+        num_hits=account.num_hits,
+        num_evicted_own=account.num_evicted_own,
+        num_suffered=account.num_suffered,
+        num_caused=account.num_caused,
     )
 
 

@@ -64,14 +64,19 @@ def _worker(worker: am.CacheWorker) -> RenderableType:
             count(tenant.num_blocks),
             count(tenant.floor) if tenant.floor else "–",
             "–" if tenant.cap is None else count(tenant.cap),
-            percent(tenant.saved_tokens, tenant.looked_up_tokens),
-            count(tenant.saved_tokens),
+            *_savings(tenant),
             count(tenant.block_s),
             count(tenant.suffered),
             count(tenant.caused),
             count(tenant.evicted_own),
         )
     return Group(title, table if worker.tenants else Text("nothing is cached yet", "dim"), Text())
+
+
+def _savings(tenant: am.CacheTenant) -> tuple[str, str]:
+    if tenant.tenant == "public":  # what published blocks save is saved by the tenants
+        return "–", "–"
+    return percent(tenant.saved_tokens, tenant.looked_up_tokens), count(tenant.saved_tokens)
 
 
 def _prefixes(prefixes: list[am.CachePrefix]) -> RenderableType:

@@ -1,0 +1,235 @@
+"""Floors, caps and pins on their way: command line words to blocks, disk, the core's commands, a worker process."""
+
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+from pathlib import Path
+
+import pytest
+from core_helpers import BLOCK_SIZE, Bench, make_submit, output
+from engine_helpers import PUBLIC_SPACE, ROOT, SIZE, Rig, make_generate, make_prompt
+from hypothesis import given
+from hypothesis import strategies as st
+from test_admin import home, open_office  # noqa: F401 a fixture
+from test_worker_process import open_gateway
+
+from gateway.metrics import render_metrics
+from gateway.store import DATABASE_NAME, MIGRATIONS, open_store
+from gateway.tenants import Tenant, check_kv_quotas, check_kv_size, kv_blocks, kv_quotas
+from protocol import admin_messages as am
+from protocol.errors import BadRequest, NotFound
+from protocol.messages import ClearTenant, KvAccount, KvAccounts, KvQuota, Pin, Quotas, Unpin, Welcome
+from protocol.prefix import hash_prompt
+from protocol.tokens import pack_tokens
+
+
+@pytest.mark.parametrize("text", ["", "none", "0", "0%", " none "])
+def test_nothing_is_no_quota(text: str) -> None:
+    assert check_kv_size(text, "kv_floor") == ""
+
+
+@pytest.mark.parametrize("text", ["-1", "20", "20.5%", "100%", "1e3", "101%", "20 %", "ten", "%", "5%%", "1.5"])
+def test_sizes_are_blocks_or_shares(text: str) -> None:
+    if text in ("20", "20.5%", "100%", "20 %"):
+        assert 1 <= kv_blocks(check_kv_size(text, "kv_cap"), 1000) <= 1000
+    else:
+        with pytest.raises(BadRequest, match=r"kv_cap .* is no size"):
+            check_kv_size(text, "kv_cap")
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(10, 100_000))
+def test_shares_that_fit_as_shares_fit_as_blocks_of_any_pool(shares: list[int], num_blocks: int) -> None:
+    tenants = [Tenant(f"t{i}", f"t{i}", kv_floor=f"{share}%") for i, share in enumerate(shares)]
+    if sum(shares) > 100:
+        with pytest.raises(BadRequest, match="in all do not fit"):
+            check_kv_quotas(tenants, {"w": num_blocks})
+    else:
+        check_kv_quotas(tenants, {"w": num_blocks})
+        assert sum(quota.floor for quota in kv_quotas(tenants, num_blocks)) <= num_blocks
+
+
+def test_floors_in_blocks_are_checked_against_every_worker() -> None:
+    tenants = [Tenant("a", "a", kv_floor="50%"), Tenant("b", "b", kv_floor="60")]
+    check_kv_quotas(tenants, {"large": 1000, "just": 120})
+    with pytest.raises(BadRequest, match="110 blocks in all do not fit worker small, which has 100"):
+        check_kv_quotas(tenants, {"large": 1000, "small": 100})
+    with pytest.raises(BadRequest, match="floor 30% is above the cap 20"):
+        check_kv_quotas([Tenant("a", "a", kv_floor="30%", kv_cap="20")], {"large": 1000})
+
+
+def test_quotas_and_pins_are_set_audited_and_survive_a_restart(home: Path) -> None:  # noqa: F811
+    with open_office(home) as office:
+        office.ask(am.TenantCreate(name="acme"), am.TenantReply)
+        office.ask(am.PrefixPublish(name="sys", text="x" * 40), am.PrefixReply)
+        assert office.ask(am.TenantSet(name="acme", kv_floor="20%", kv_cap="50"), am.Done).changed
+        assert not office.ask(am.TenantSet(name="acme", kv_floor="20%"), am.Done).changed
+        assert office.house.kv_changes == 1
+        assert office.ask(am.PrefixPin(name="sys", prewarm=True), am.Done).changed
+        assert office.house.prewarmed == [None, "sys"]
+        with pytest.raises(BadRequest, match="above the cap"):
+            office.ask(am.TenantSet(name="acme", kv_floor="60"), am.Done)
+        with pytest.raises(NotFound):
+            office.ask(am.PrefixPin(name="nope"), am.Done)
+        office.ask(am.CacheClear(tenant="acme"), am.Done)
+        assert office.house.cleared == [office.directory.tenant("acme").id]
+        shown = office.ask(am.CacheQuery(), am.CacheReply)
+        assert (shown.prefixes[0].name, shown.prefixes[0].pinned, shown.workers[0].id) == ("sys", True, "demo-0")
+    with open_office(home) as office:
+        tenant = office.ask(am.TenantShow(name="acme"), am.TenantReply).tenant
+        assert (tenant.kv_floor, tenant.kv_cap) == ("20%", "50")
+        assert office.ask(am.PrefixList(), am.PrefixesReply).prefixes[0].pinned
+        office.ask(am.TenantSet(name="acme", kv_floor="none", kv_cap="none"), am.Done)
+        assert office.directory.tenant("acme").kv_cap == ""
+
+
+def test_a_store_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    open_store(tmp_path).close()
+    with sqlite3.connect(tmp_path / DATABASE_NAME) as raw:
+        for table in ("audit", "prefixes", "api_keys", "tenants", "meta"):
+            raw.execute(f"DROP TABLE {table}")
+        for statement in MIGRATIONS[0]:
+            raw.execute(statement)
+        raw.execute("INSERT INTO tenants VALUES ('t1', 'acme', 'active', 'private', NULL, 1.0)")
+        raw.execute("INSERT INTO prefixes VALUES ('sys', 'text', NULL, 1.0)")
+        raw.execute("PRAGMA user_version = 1")
+    raw.close()
+    store = open_store(tmp_path)
+    tenant, prefix = store.load()
+    assert isinstance(tenant, Tenant)
+    assert (tenant.name, tenant.kv_floor, tenant.kv_cap) == ("acme", "", "")
+    assert not prefix.pinned  # type: ignore[union-attr]
+    store.close()
+
+
+# ---- core
+
+
+def test_quotas_reach_workers_that_are_there_and_those_that_join_in_blocks_of_their_pools() -> None:
+    bench = Bench()
+    first = bench.join("w1", num_blocks=100)
+    bench.core.set_kv_quotas(lambda num_blocks: [KvQuota("a", num_blocks // 5)])
+    second = bench.join("w2", num_blocks=1000)
+    assert bench.take(Quotas) == [(first, Quotas([KvQuota("a", 20)])), (second, Quotas([KvQuota("a", 200)]))]
+    assert bench.take(Welcome)[-1][0] == second
+    bench.core.set_kv_quotas(lambda _: [])
+    assert bench.take(Quotas) == [(first, Quotas([])), (second, Quotas([]))]
+    bench.core.clear_kv("a")
+    assert [peer for peer, _ in bench.take(ClearTenant)] == [first, second]
+
+
+def test_a_worker_that_cannot_be_told_is_lost_and_its_requests_go_on() -> None:
+    bench = Bench()
+    first = bench.join("w1")
+    bench.submit(b"r1")
+    assert [peer for peer, _ in bench.take()] == [first]
+    second = bench.join("w2")
+    bench.dead.add(first)
+    bench.core.set_kv_quotas(lambda _: [KvQuota("a", 1)])
+    assert [peer for peer, _ in bench.take()] == [second]
+    bench.core.check_integrity()
+
+
+def test_pins_are_told_once_again_when_they_change_and_taken_back() -> None:
+    bench = Bench()
+    pins = [Pin("sys/0", b"", b"r" * 16, b"1" * 16)]
+    bench.core.set_pins(lambda _: pins)
+    peer = bench.join("w1")
+    assert bench.take(Pin) == [(peer, pins[0])]
+    bench.core.set_pins(lambda _: pins)
+    assert bench.take(Pin) == []
+    pins[0] = Pin("sys/0", b"", b"r" * 16, b"2" * 16)
+    bench.core.set_pins(lambda _: pins)
+    assert len(bench.take(Pin)) == 1
+    bench.core.set_pins(lambda _: pins, prewarm={"sys/0"})
+    assert bench.take(Pin)[0][1].prewarm
+    pins.clear()
+    bench.core.set_pins(lambda _: pins)
+    assert bench.take(Unpin) == [(peer, Unpin("sys/0"))]
+
+
+def test_accounts_and_what_published_prefixes_save_can_be_seen() -> None:
+    bench = Bench()
+    peer = bench.join("w1")
+    bench.core.worker_report(peer, KvAccounts([KvAccount("t1", num_held=7, block_s=2.5, num_caused=3)]))
+    [account] = bench.core.statistics().kv
+    assert (account.worker_id, account.tenant_id, account.num_held, account.num_caused) == ("w1", "t1", 7, 3)
+    text = render_metrics(bench.core.statistics(), None).decode()
+    assert 'kvasir_kv_blocks{worker="w1",tenant="t1"} 7\n' in text
+    assert 'kvasir_kv_block_seconds_total{worker="w1",tenant="t1"} 2.5\n' in text
+
+
+def test_what_published_prefixes_save_is_counted_by_their_last_block() -> None:
+    bench = Bench()
+    peer = bench.join("w1")
+    tokens = tuple(range(3 * BLOCK_SIZE))
+    for req_id, num_cached in ((b"r1", 3 * BLOCK_SIZE - 1), (b"r2", BLOCK_SIZE)):
+        submit, _ = make_submit(req_id, tokens, arrived=bench.now)
+        submit = dataclasses.replace(submit, num_public_tokens=2 * BLOCK_SIZE)
+        bench.core.submit(submit)
+        bench.report(peer, output(req_id, 0, [1], "length", num_cached_tokens=num_cached))
+    digest = submit.prefix_hashes[16:32]
+    assert bench.core.saved_by_prefix() == {("demo", digest): 3 * BLOCK_SIZE}
+
+
+# ---- worker
+
+
+def make_pin(tokens: list[int], name: str = "sys/0", *, prewarm: bool = False) -> Pin:
+    packed = pack_tokens(tokens)
+    return Pin(name, packed, ROOT, hash_prompt(ROOT, PUBLIC_SPACE, PUBLIC_SPACE, packed, len(tokens), SIZE), prewarm)
+
+
+def test_a_pinned_prefix_is_kept_from_when_somebody_computes_it() -> None:
+    rig = Rig(num_blocks=12)
+    prefix = make_prompt(4 * SIZE)
+    assert rig.engine.pin(make_pin(prefix)) == 0
+    rig.submit(make_generate([*prefix, 1], 1, num_public=4, req_id=b"1"))
+    while rig.engine.has_work:
+        rig.step()
+    assert rig.engine.kv_accounts().num_pinned == 4
+    for salt in range(4):
+        rig.submit(make_generate(make_prompt(28, salt=salt + 1), 1, tenant="b", req_id=b"f%d" % salt))
+        while rig.engine.has_work:
+            rig.step()
+    again = rig.submit(make_generate([*prefix, 2], 1, tenant="c", num_public=4, req_id=b"2"))
+    while rig.engine.has_work:
+        rig.step()
+    assert again.num_cached == 4 * SIZE
+    rig.engine.unpin("sys/0")
+    assert rig.engine.kv_accounts().num_pinned == 0
+
+
+def test_prewarming_computes_a_prefix_and_nobody_hears_of_it() -> None:
+    rig = Rig(num_blocks=12)
+    prefix = make_prompt(4 * SIZE)
+    rig.engine.pin(make_pin(prefix, prewarm=True))
+    while rig.engine.has_work:
+        assert rig.step().outputs == []
+    assert rig.engine.kv_accounts().num_pinned == 4
+    first = rig.submit(make_generate([*prefix, 1], 1, num_public=4, req_id=b"1"))
+    while rig.engine.has_work:
+        rig.step()
+    assert first.num_cached == 4 * SIZE
+
+
+def test_a_pin_that_contradicts_itself_is_refused() -> None:
+    pin = make_pin(make_prompt(2 * SIZE))
+    pin.prefix_hashes = pin.prefix_hashes[:16]
+    with pytest.raises(BadRequest, match="cannot be pinned: 1 prefix hashes for 2"):
+        Rig().engine.pin(pin)
+
+
+def test_a_worker_process_keeps_quotas_reports_accounts_and_clears() -> None:
+    with open_gateway() as gateway:
+        gateway.welcome()
+        gateway.send(Quotas([KvQuota("a", 2, 4)]))
+        gateway.send(Quotas([KvQuota("a", 1 << 40)]))  # fits no pool: the ones before stay
+        gateway.send(make_generate(make_prompt(40), 2, req_id=b"long"))
+        assert "cap is 4" in gateway.finish(b"long").error
+        gateway.send(make_generate(make_prompt(9), 2, req_id=b"short"))
+        assert gateway.finish(b"short").finish_reason == "length"
+        gateway.receive_until(lambda r: isinstance(r, KvAccounts) and any(a.num_held == 2 for a in r.accounts))
+        gateway.send(ClearTenant("a"))
+        gateway.receive_until(lambda r: isinstance(r, KvAccounts) and all(a.num_held == 0 for a in r.accounts))
+        assert "quotas_refused" in gateway.log()
