@@ -21,6 +21,8 @@ from cache.block_pool import PUBLIC, Block, IntegrityError
 from cache.policy import Policy, PolicyFactory
 from protocol.errors import BadRequest
 
+_NEVER = 1 << 62
+
 
 @dataclass(frozen=True, slots=True)
 class Quota:
@@ -97,6 +99,10 @@ class Order:
     def is_below_floor(self) -> bool:
         return self.account is not None and self.account.num_held < self.quota.floor
 
+    def may_give(self, own: Order | None) -> bool:
+        """Whether its blocks may go when the owner of `own` needs room and others can give, too."""
+        return self.num_above_floor > 0 or (self is own and not self.is_below_floor)
+
     def victim(self) -> Block | None:
         """Return the policy's next victim. It is asked again only when its last answer is void."""
         block = self._proposal
@@ -133,6 +139,24 @@ class OwnerStatistics:
     num_evicted_own: int
     num_suffered: int
     num_caused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """`order` gives its next victim, and goes on giving those released before `until` while nothing else changes."""
+
+    order: Order
+    own: Order | None
+    is_over_cap: bool
+    until: int
+
+    def next(self) -> Block | None:
+        """Return the next victim, None if the turn is over."""
+        order = self.order
+        if order.is_over_cap != self.is_over_cap or not order.may_give(self.own):
+            return None
+        block = order.victim()
+        return block if block is not None and block.released_at < self.until else None
 
 
 class Owners:
@@ -172,23 +196,24 @@ class Owners:
     def order_of(self, owner: str) -> Order:
         return self._own.get(owner, self.commons)
 
-    def choose(self, owner: str | None) -> Block | None:
-        """Return the block that goes when `owner` (None: nobody in particular) needs room: rules 2 to 4."""
+    def choose(self, owner: str | None) -> Turn | None:
+        """Return whose blocks go when `owner` (None: nobody in particular) needs room, by rules 2 to 4."""
         if len(self.orders) == 1:
-            return self.commons.policy.victim()
-        best: Block | None = None
-        best_key = (True, 0)
+            return Turn(self.commons, None, False, _NEVER)
+        best: Order | None = None
+        best_key = next_key = (True, _NEVER)
         own = self._own.get(owner) if owner is not None else None
         for order in self.orders:
-            if not order.num_above_floor and (order is not own or order.is_below_floor):
-                continue
-            block = order.victim()
-            if block is None:
+            if not order.may_give(own) or (block := order.victim()) is None:
                 continue
             key = (not order.is_over_cap, block.released_at)
-            if best is None or key < best_key:
-                best, best_key = block, key
-        return own.victim() if best is None and own is not None else best
+            if key < best_key:
+                best, best_key, next_key = order, key, best_key
+            elif key < next_key:
+                next_key = key
+        if best is None:
+            return None if own is None else Turn(own, own, own.is_over_cap, 0)
+        return Turn(best, own, best.is_over_cap, next_key[1] if next_key[0] == best_key[0] else _NEVER)
 
     def shield(self, block: Block | None) -> None:
         """Count one more child of `block` that is in another order or shielded itself."""

@@ -208,12 +208,19 @@ class PrefixCache:
 
         `owner` None: for nobody; all floors hold.
         """
-        for num_evicted in range(num_blocks):
-            block = self._owners.choose(owner)
-            if block is None:
-                return num_evicted
-            self._evict(block, owner)
-        return num_blocks
+        num_evicted = 0
+        while num_evicted < num_blocks:
+            turn = self._owners.choose(owner)
+            block = turn.order.victim() if turn is not None else None
+            if turn is None or block is None:
+                break
+            while block is not None:
+                parent = block.parent
+                self._evict(block, owner)
+                num_evicted += 1
+                is_within = parent is None or parent.order is turn.order  # else another order has a new leaf
+                block = turn.next() if is_within and num_evicted < num_blocks else None
+        return num_evicted
 
     def clear(self, owner: str) -> int:
         """Evict all idle blocks of `owner` on which no other block builds, and return how many went."""
