@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from cache.policies import DEFAULT_POLICY, POLICIES
 from protocol.errors import ConfigurationError
 from worker.kv_access import check_endpoint, read_client_keys, read_secret_key
 from worker.kv_events import WireForm
@@ -41,6 +42,7 @@ class Options:
     deterministic: bool = False
     kv_memory: MemorySize | None = None
     block_size: int = 16
+    eviction_policy: str = DEFAULT_POLICY
     max_requests: int | None = None
     max_step_tokens: int | None = None
     max_context: int | None = None
@@ -79,6 +81,12 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     add("--deterministic", action="store_true", help="float64 on the CPU: the same tokens in any batch, slower")
     add("--kv-memory", type=_memory_size, metavar="SIZE", help="of the KV cache: 512M, 4G, or 60%% of free memory")
     add("--block-size", type=_positive, default=16, metavar="TOKENS", help="must be the gateway's (default 16)")
+    add(
+        "--eviction-policy",
+        choices=POLICIES,
+        default=DEFAULT_POLICY,
+        help=f"which blocks go (default {DEFAULT_POLICY})",
+    )
     add("--max-requests", type=_positive, metavar="N", help="requests taken at a time")
     add("--max-step-tokens", type=_positive, metavar="N", help="token budget of one engine step")
     add("--max-context", type=_positive, metavar="TOKENS", help="longest prompt + answer (default: the model's window)")
@@ -104,6 +112,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         deterministic=args.deterministic,
         kv_memory=args.kv_memory,
         block_size=args.block_size,
+        eviction_policy=args.eviction_policy,
         max_requests=args.max_requests,
         max_step_tokens=args.max_step_tokens,
         max_context=args.max_context,

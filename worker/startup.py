@@ -11,6 +11,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache.policies import make
 from cache.prefix_cache import PrefixCache
 from protocol import PROTOCOL_VERSION
 from protocol.errors import ConfigurationError, ModelError
@@ -51,7 +52,8 @@ def build(options: Options) -> tuple[Engine, Hello]:
     """
     loaded = _load_oracle(options) if options.model.startswith(PREFIX) else _load_torch(options)
     limits = loaded.limits
-    cache = PrefixCache(loaded.num_blocks, options.block_size)
+    make_policy = make(options.eviction_policy, loaded.num_blocks, options.block_size)
+    cache = PrefixCache(loaded.num_blocks, options.block_size, make_policy)
     engine = Engine(
         loaded.model,
         loaded.kv,

@@ -1,0 +1,39 @@
+"""Eviction policies behind the one interface of `cache.policy`; `make` knows them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cache.policies.fifo import Fifo
+from cache.policies.gdsf import Depths
+from cache.policies.lfu import Lfu
+from cache.policies.s3fifo import S3Fifo
+from cache.policies.sieve import Sieve
+from cache.policies.ttl import Retentions
+from cache.policy import Lru, PolicyFactory
+
+_HALF_LIFE_TURNS = 2  # LFU: a use counts half after so many times the pool's blocks were published
+
+POLICIES: dict[str, Callable[[int, int], PolicyFactory]] = {
+    "lru": lambda num_blocks, block_size: Lru,
+    "fifo": lambda num_blocks, block_size: Fifo,
+    "lfu": lambda num_blocks, block_size: lambda: Lfu(_HALF_LIFE_TURNS * num_blocks),
+    "s3fifo": lambda num_blocks, block_size: S3Fifo,
+    "sieve": lambda num_blocks, block_size: Sieve,
+    "gdsf": lambda num_blocks, block_size: Depths(num_blocks, block_size),
+    "ttl": lambda num_blocks, block_size: Retentions(num_blocks),
+}
+"""From the pool's number of blocks and their size in tokens to what makes the orders of one cache."""
+
+DEFAULT_POLICY = "lru"
+
+
+def make(name: str, num_blocks: int, block_size: int) -> PolicyFactory:
+    """Return what makes the orders of a cache of `num_blocks` blocks of `block_size` tokens under the policy `name`.
+
+    Raises:
+        ValueError: there is no policy of that name.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"there is no eviction policy {name!r}; choose one of {', '.join(POLICIES)}")
+    return POLICIES[name](num_blocks, block_size)

@@ -1,0 +1,264 @@
+"""Eviction policies: what they have in common under random use, and the victim that tells each from its neighbours."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from cache.block_table import BlockTable, Chain
+from cache.ownership import Quota
+from cache.policies import DEFAULT_POLICY, POLICIES, make
+from cache.policy import Retention, Use
+from cache.prefix_cache import PrefixCache
+from protocol.errors import ConfigurationError
+from protocol.prefix import derive_namespace, derive_root
+from worker.options import parse_options
+
+SIZE = 1
+ROOT = derive_root(b"deployment", "model", "float32")
+PUBLIC_SPACE = derive_namespace(b"deployment", "public")
+
+
+def make_cache(policy: str, num_blocks: int, block_size: int = SIZE) -> PrefixCache:
+    return PrefixCache(num_blocks, block_size, make(policy, num_blocks, block_size))
+
+
+def make_chain(tokens: list[int], owner: str = "a", num_public: int = 0) -> Chain:
+    chain = Chain(
+        owner=owner,
+        root=ROOT,
+        public_namespace=PUBLIC_SPACE,
+        namespace=derive_namespace(b"deployment", "tenant", owner),
+        num_public_blocks=num_public,
+        block_size=SIZE,
+    )
+    chain.extend(tokens)
+    return chain
+
+
+def use(cache: PrefixCache, *tokens: int, retention: tuple[Retention, ...] = ()) -> None:
+    """Do what a request with the prompt `tokens` does, one block each."""
+    chain, table = make_chain(list(tokens)), BlockTable(use=Use(retention=retention))
+    num_found = cache.match(chain, table, len(chain))
+    assert cache.allocate(chain, table, len(chain) - num_found) is not None
+    cache.insert(chain, table, len(chain))
+    cache.free(table)
+
+
+def is_resident(cache: PrefixCache, *tokens: int) -> bool:
+    return cache.probe(make_chain(list(tokens)), len(tokens))[0] == len(tokens)
+
+
+def victims(cache: PrefixCache, *firsts: int, count: int = 1) -> list[int]:
+    """Evict `count` blocks and return which of the one-block prompts `firsts` went with each."""
+    gone: list[int] = []
+    for _ in range(count):
+        assert cache.evict(1) == 1
+        gone += [token for token in firsts if token not in gone and not is_resident(cache, token)]
+    return gone
+
+
+# ---- what all have in common
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(6))
+def test_no_block_outlives_its_parent_and_the_books_agree_after_every_step(policy: str, seed: int) -> None:
+    rng = random.Random(seed)
+    cache = make_cache(policy, 24)
+    live: list[BlockTable] = []
+    num_hits = 0
+    for step in range(400):
+        cache.advance(step * 0.5)
+        owner = rng.choice("abc")
+        match rng.randrange(10):
+            case 0:
+                cache.evict(rng.randrange(4), rng.choice([None, owner]))
+            case 1:
+                quotas = {"a": Quota(3, 9), "b": Quota(0, 7)}
+                cache.set_quotas({name: quotas[name] for name in quotas if rng.random() < 0.5})
+            case 2 | 3 | 4 if live:
+                cache.free(live.pop(rng.randrange(len(live))))
+            case 5:
+                chain = make_chain([rng.randrange(3)], owner)
+                cache.pin("pinned", chain)
+            case _:
+                tokens = [rng.randrange(3) for _ in range(rng.randrange(1, 7))]
+                chain = make_chain(tokens, owner, rng.choice([0, 0, 2]))
+                retention = Retention(0, rng.choice([None, 2]), rng.randrange(101), rng.choice([None, 5.0]))
+                table = BlockTable(use=Use(retention=(retention,) if rng.random() < 0.3 else ()))
+                num_found = cache.match(chain, table, len(chain))
+                num_hits += num_found
+                if cache.allocate(chain, table, len(chain) - num_found) is None:
+                    cache.free(table)
+                else:
+                    cache.insert(chain, table, len(chain))
+                    live.append(table)
+        cache.check_integrity(live)
+    for table in live:
+        cache.free(table)
+    cache.unpin("pinned")
+    cache.set_quotas({})
+    cache.check_integrity([])
+    assert num_hits and cache.statistics().num_evicted
+    cache.evict(24)
+    assert cache.pool.num_free == 24  # whatever is idle can go
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_asking_for_the_victim_changes_nothing(policy: str) -> None:
+    cache, asked = make_cache(policy, 16), make_cache(policy, 16)
+    rng = random.Random(3)
+    for _ in range(200):
+        tokens = [rng.randrange(3) for _ in range(rng.randrange(1, 6))]
+        use(cache, *tokens)
+        use(asked, *tokens)
+        asked.check_integrity([])  # asks
+        asked.check_integrity([])
+    assert set(cache.resident_hashes()) == set(asked.resident_hashes())
+    assert cache.statistics() == asked.statistics()
+
+
+def test_an_unknown_policy_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"no eviction policy 'clock'; choose one of lru, fifo"):
+        make("clock", 8, 16)
+    command = ["--model", "m", "--gateway", "ipc://g"]
+    assert parse_options(command).eviction_policy == DEFAULT_POLICY
+    assert parse_options([*command, "--eviction-policy", "gdsf"]).eviction_policy == "gdsf"
+    with pytest.raises(ConfigurationError, match=r"--eviction-policy.*'clock'.*lru"):
+        parse_options([*command, "--eviction-policy", "clock"])
+
+
+# ---- what tells them apart
+
+
+def test_lru_takes_what_was_used_longest_ago_and_fifo_what_came_first() -> None:
+    gone = {}
+    for policy in ("lru", "fifo"):
+        cache = make_cache(policy, 8)
+        for token in (1, 2, 3, 1):
+            use(cache, token)
+        gone[policy] = victims(cache, 1, 2, 3)
+    assert gone == {"lru": [2], "fifo": [1]}
+
+
+def test_lfu_keeps_what_was_used_often_though_others_are_more_recent() -> None:
+    gone = {}
+    for policy in ("lru", "lfu"):
+        cache = make_cache(policy, 8)
+        for token in (1, 1, 1, 2, 2, 3, 4):
+            use(cache, token)
+        gone[policy] = victims(cache, 1, 2, 3, 4, count=3)
+    assert gone == {"lru": [1, 2, 3], "lfu": [3, 4, 2]}
+
+
+def test_the_counts_of_lfu_age() -> None:
+    cache = make_cache("lfu", 4)
+    for token in (1, 1, 1, 1):
+        use(cache, token)
+    for token in range(100, 110):
+        use(cache, token)
+    assert is_resident(cache, 1)  # four uses, a little faded, against one
+    for token in range(200, 230):
+        use(cache, token)
+    assert not is_resident(cache, 1)
+
+
+def test_the_counts_of_lfu_do_not_overflow() -> None:
+    cache = make_cache("lfu", 2)
+    use(cache, 0)
+    for token in range(1, 9000):  # 2**(9000 / half-life) is far beyond a float
+        use(cache, token)
+        use(cache, 0)
+    assert is_resident(cache, 0)
+
+
+def test_gdsf_keeps_the_deep_block_that_lfu_and_lru_let_go() -> None:
+    gone = {}
+    for policy in ("lru", "lfu", "gdsf"):
+        cache = make_cache(policy, 16)
+        use(cache, *range(10, 18))  # a chain of eight blocks, then a block of depth 0, used once each
+        use(cache, 1)
+        assert cache.evict(1) == 1
+        gone[policy] = "deep" if not is_resident(cache, *range(10, 18)) else "shallow"
+    assert gone == {"lru": "deep", "lfu": "deep", "gdsf": "shallow"}
+
+
+def test_gdsf_lets_go_in_time_of_what_was_popular_once() -> None:
+    cache = make_cache("gdsf", 4)
+    for token in (1, 1, 1):
+        use(cache, token)
+    for token in range(100, 105):
+        use(cache, token)
+    assert is_resident(cache, 1)
+    for token in range(200, 220):
+        use(cache, token)
+    assert not is_resident(cache, 1)  # the floor has risen above it
+
+
+def test_sieve_spares_what_was_used_since_the_hand_came_by_and_does_not_move_it() -> None:
+    gone = {}
+    for policy in ("fifo", "lru", "sieve"):
+        cache = make_cache(policy, 8)
+        for token in (1, 2, 3, 4, 3, 1):
+            use(cache, token)
+        gone[policy] = victims(cache, 1, 2, 3, 4, count=4)
+    # The hand: 1 is marked, 2 goes; on to 3, marked, 4 goes; round again, 1 and 3 are marked no more.
+    assert gone == {"fifo": [1, 2, 3, 4], "lru": [2, 4, 3, 1], "sieve": [2, 4, 1, 3]}
+
+
+def test_the_hand_of_sieve_goes_on_from_where_it_stood() -> None:
+    cache = make_cache("sieve", 8)
+    for token in (1, 2, 3, 4, 1):
+        use(cache, token)
+    assert victims(cache, 1, 2, 3, 4) == [2]  # the mark of 1 is gone now, yet the hand is past it
+    assert victims(cache, 1, 3, 4) == [3]
+
+
+def test_s3fifo_lets_new_blocks_go_before_those_that_were_used_twice() -> None:
+    cache = make_cache("s3fifo", 10)
+    for token in (1, 2, 1, 2, 1, 2):  # two uses after the first: they earn the main queue
+        use(cache, token)
+    use(cache, 3)
+    use(cache, 4)
+    use(cache, 3)  # only one: not enough
+    assert victims(cache, 1, 2, 3, 4, count=2) == [3, 4]
+
+
+def test_s3fifo_knows_a_block_again_that_it_let_go() -> None:
+    cache = make_cache("s3fifo", 4)
+    for token in (1, 2, 3, 4):
+        use(cache, token)
+    assert victims(cache, 1, 2, 3, 4) == [1]
+    use(cache, 1)  # its ghost is remembered: into the main queue at once, without a second use
+    assert victims(cache, 1, 2, 3, 4, count=3) == [2, 3, 4]
+    assert is_resident(cache, 1)
+
+
+def test_ttl_goes_by_priority_until_the_time_is_over() -> None:
+    cache = make_cache("ttl", 8)
+    use(cache, 1, retention=(Retention(priority=90, duration_s=10.0),))
+    use(cache, 2)
+    use(cache, 3, retention=(Retention(priority=10),))
+    use(cache, 4)
+    assert victims(cache, 1, 2, 3, 4, count=2) == [3, 2]
+    cache.advance(9.0)
+    use(cache, 5)
+    assert victims(cache, 1, 4, 5) == [4]
+    cache.advance(11.0)
+    use(cache, 6)
+    assert victims(cache, 1, 5, 6) == [1]
+
+
+def test_ttl_keeps_only_the_blocks_in_the_range_and_forgets_them_with_their_contents() -> None:
+    cache = make_cache("ttl", 8)
+    use(cache, 1, 2, 3, retention=(Retention(0, 2, 80),))
+    use(cache, 9)
+    assert cache.evict(1) == 1
+    assert is_resident(cache, 1, 2) and not is_resident(cache, 1, 2, 3)
+    assert victims(cache, 9) == [9]
+    assert cache.evict(2) == 2
+    for token in (11, 12, 13):  # the same blocks of the pool, other contents
+        use(cache, token)
+    assert victims(cache, 11, 12, 13) == [11]
