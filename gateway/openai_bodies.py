@@ -14,7 +14,7 @@ from msgspec import Meta, Struct
 
 from protocol.client_messages import ChatMessage, CompletionRequest
 from protocol.errors import BadRequest
-from protocol.messages import Sampling
+from protocol.messages import CacheHint, RetentionHint, Sampling
 from protocol.tokens import pack_tokens
 
 MAX_CHOICES = 8
@@ -39,8 +39,8 @@ class Turn(Struct):
 
 
 class Body(Struct, kw_only=True):
-    """What both routes share. `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos` and `deadline_s`
-    are ours (most of them vLLM's names)."""
+    """What both routes share. `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `deadline_s`,
+    `cache_hint` and `retention` are ours (most of them vLLM's names)."""
 
     model: str = ""
     max_tokens: int | None = None
@@ -60,6 +60,8 @@ class Body(Struct, kw_only=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     deadline_s: float | None = None
+    cache_hint: CacheHint | None = None
+    retention: Annotated[list[RetentionHint], Meta(max_length=16)] | None = None
     # Understood only in order to be refused.
     tools: Any = None
     functions: Any = None
@@ -159,6 +161,8 @@ def _choices(
             stop_token_ids=stop_token_ids,
             ignore_eos=bool(body.ignore_eos),
             deadline_s=body.deadline_s,
+            cache_hint=body.cache_hint,
+            retention=body.retention or [],
             **prompt,
         )
         for prompt in prompts

@@ -75,6 +75,8 @@ class Request:
             list(submit.stop_token_ids),
             submit.ignore_eos,
             None if submit.deadline is None else max(0.0, submit.deadline - now),
+            submit.cache_hint,
+            list(submit.retention),
         )
 
     def go_on_elsewhere(self, block_size: int) -> None:

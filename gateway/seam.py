@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from protocol.errors import ErrorInfo
-from protocol.messages import Sampling, TokenLogprobs
+from protocol.messages import CacheHint, RetentionHint, Sampling, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class Submit:
     deadline: float | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    cache_hint: CacheHint | None = None
+    retention: tuple[RetentionHint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

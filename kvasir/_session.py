@@ -23,7 +23,7 @@ from protocol.client_messages import (
 )
 from protocol.codec import Message, encode
 from protocol.errors import AuthenticationFailed, BadRequest, TooLarge, from_info
-from protocol.messages import Sampling, TokenLogprobs
+from protocol.messages import CacheHint, RetentionHint, Sampling, TokenLogprobs
 from protocol.tokens import pack_tokens, unpack_tokens
 
 DEFAULT_TIMEOUT_S = 60.0
@@ -58,6 +58,8 @@ class Options(TypedDict, total=False):
     want_text: bool
     want_tokens: bool
     deadline_s: float | None
+    cache_hint: CacheHint | None
+    retention: Sequence[RetentionHint]
     timeout_s: float
 
 
@@ -189,6 +191,8 @@ def make_request(
         want_text=options.get("want_text", True),
         want_tokens=options.get("want_tokens", True),
         deadline_s=options.get("deadline_s"),
+        cache_hint=options.get("cache_hint"),
+        retention=list(options.get("retention", ())),
     )
 
 

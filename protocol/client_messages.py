@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from protocol.codec import Decoder, Message
 from protocol.errors import ErrorInfo
-from protocol.messages import Name, PackedTokens, Sampling, Seconds, TokenLogprobs
+from protocol.messages import CacheHint, Name, PackedTokens, RetentionHint, Sampling, Seconds, TokenLogprobs
 
 MAX_CLIENT_FRAME_BYTES = 8 << 20
 CallId = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
@@ -47,7 +47,8 @@ class CompletionRequest(ClientMessage, tag="request"):
     """Generate from exactly one of `text`, `messages` (chat template applied) and `token_ids` (packed).
 
     `max_tokens` None: up to the model's window. `want_text`/`want_tokens` choose what the chunks carry; without text
-    the gateway does no detokenisation at all (and `stop` strings are refused).
+    the gateway does no detokenisation at all (and `stop` strings are refused). `cache_hint` and `retention` say what to
+    keep of it in the KV cache.
     """
 
     id: CallId
@@ -64,6 +65,8 @@ class CompletionRequest(ClientMessage, tag="request"):
     want_text: bool = True
     want_tokens: bool = False
     deadline_s: Seconds | None = None
+    cache_hint: CacheHint | None = None
+    retention: Annotated[list[RetentionHint], Meta(max_length=16)] = []
 
 
 class CancelRequest(ClientMessage, tag="cancel"):

@@ -48,6 +48,20 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
 
+class RetentionHint(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Keep the blocks of tokens `start` to `end` (None: to the end) of a request: the higher `priority` (0 to 100), the
+    longer, for `duration_s` (None: for good). Bounded by the tenant's own floor and cap: see `Generate`."""
+
+    start: Count = 0
+    end: Count | None = None
+    priority: Annotated[int, Meta(ge=0, le=100)] = 50
+    duration_s: Seconds | None = None
+
+
+CacheHint = Literal["one_shot", "open", "closing"]
+"""What a client may say about a request: nothing follows it, the conversation goes on, this was its last turn."""
+
+
 # ---- commands: gateway -> worker ---------------------------------------------------------------------------------
 
 
@@ -82,7 +96,8 @@ class Generate(Command, tag="generate"):
 
     `prefix_hashes`: 16 bytes per full block of `token_ids`; the first `num_public_tokens` (whole blocks) are hashed in
     the public namespace, the rest in `namespace`, which also extends the chain over generated tokens. `max_tokens`:
-    how many more tokens may be drawn. `tenant` owns the blocks. `deadline_s`: remaining time at sending.
+    how many more tokens may be drawn. `tenant` owns the blocks. `deadline_s`: remaining time at sending. `retention`
+    is heeded for tenants with a floor or a cap, among whose own blocks it says which stay.
     """
 
     req_id: Id
@@ -99,6 +114,8 @@ class Generate(Command, tag="generate"):
     stop_token_ids: Annotated[list[int], Meta(max_length=256)] = []
     ignore_eos: bool = False
     deadline_s: Seconds | None = None
+    cache_hint: CacheHint | None = None
+    retention: Annotated[list[RetentionHint], Meta(max_length=16)] = []
 
 
 class Abort(Command, tag="abort"):

@@ -6,6 +6,7 @@ import dataclasses
 import sqlite3
 from pathlib import Path
 
+import msgspec
 import pytest
 from core_helpers import BLOCK_SIZE, Bench, make_submit, output
 from engine_helpers import PUBLIC_SPACE, ROOT, SIZE, Rig, make_generate, make_prompt
@@ -14,14 +15,19 @@ from hypothesis import strategies as st
 from test_admin import home, open_office  # noqa: F401 a fixture
 from test_worker_process import open_gateway
 
+from cache.ownership import Quota
+from cache.policy import Retention
 from gateway.metrics import render_metrics
+from gateway.openai_bodies import CompletionBody, completion_requests, parse_body
 from gateway.store import DATABASE_NAME, MIGRATIONS, open_store
 from gateway.tenants import Tenant, check_kv_quotas, check_kv_size, kv_blocks, kv_quotas
 from protocol import admin_messages as am
 from protocol.errors import BadRequest, NotFound
-from protocol.messages import ClearTenant, KvAccount, KvAccounts, KvQuota, Pin, Quotas, Unpin, Welcome
+from protocol.messages import ClearTenant, KvAccount, KvAccounts, KvQuota, Pin, Quotas, RetentionHint, Unpin, Welcome
 from protocol.prefix import hash_prompt
 from protocol.tokens import pack_tokens
+
+COMPLETION = msgspec.json.Decoder(CompletionBody)
 
 
 @pytest.mark.parametrize("text", ["", "none", "0", "0%", " none "])
@@ -233,3 +239,34 @@ def test_a_worker_process_keeps_quotas_reports_accounts_and_clears() -> None:
         gateway.send(ClearTenant("a"))
         gateway.receive_until(lambda r: isinstance(r, KvAccounts) and all(a.num_held == 0 for a in r.accounts))
         assert "quotas_refused" in gateway.log()
+
+
+# ---- hints
+
+
+def test_hints_travel_from_the_body_of_a_request_to_its_sequence() -> None:
+    body = {
+        "model": "demo",
+        "prompt": "x",
+        "cache_hint": "one_shot",
+        "retention": [{"start": 5, "end": 9, "priority": 90, "duration_s": 60}],
+    }
+    [request] = completion_requests(parse_body(COMPLETION, msgspec.json.encode(body)))
+    assert (request.cache_hint, request.retention) == ("one_shot", [RetentionHint(5, 9, 90, 60.0)])
+    rig = Rig()
+    rig.cache.set_quotas({"a": Quota(floor=4)})
+    hints = {"cache_hint": request.cache_hint, "retention": request.retention}
+    for tenant, expected in (("a", (Retention(1, 3, 90, 60.0),)), ("b", ())):
+        rig.submit(make_generate(make_prompt(9), 2, tenant=tenant, req_id=tenant.encode(), **hints))
+        use = rig.engine._by_id[tenant.encode(), 1].table.use
+        assert use is not None
+        assert (use.hint, use.retention) == ("one_shot", expected), "only within a quota of one's own"
+        while rig.engine.has_work:
+            rig.step()
+        assert use.num_answer_tokens == 2
+
+
+@pytest.mark.parametrize("field", [{"cache_hint": "for ever"}, {"retention": [{"priority": 101}]}])
+def test_hints_that_make_no_sense_are_refused(field: dict[str, object]) -> None:
+    with pytest.raises(BadRequest):
+        completion_requests(parse_body(COMPLETION, msgspec.json.encode({"model": "demo", "prompt": "x", **field})))

@@ -131,6 +131,8 @@ class Engine:
             seq = max(0, num_tokens(command.token_ids) - command.num_prompt_tokens)
             self.refuse(command.req_id, command.attempt, seq, "error", error.message)
             return
+        if sequence.table.use is not None and self._cache.quota_of(command.tenant) == Quota():
+            sequence.table.use.retention = ()  # in the common order it would hold on to others' room
         self._by_id[command.req_id, command.attempt] = sequence
         self._waiting.append(sequence)
 
@@ -426,6 +428,8 @@ class Engine:
     def _forget(self, sequence: Sequence) -> None:
         del self._by_id[sequence.req_id, sequence.attempt]
         (self._running if sequence in self._running else self._waiting).remove(sequence)
+        if sequence.table.use is not None:
+            sequence.table.use.num_answer_tokens = len(sequence.output_ids)
         self._release(sequence)
         self._num_finished += 1
 
