@@ -1,12 +1,14 @@
 # make run   one machine, end to end: environment, gateway, two workers, a short demonstration, then it serves
 # make test  the whole suite, offline         make check  format, lint, types, tests (what CI runs)
 # make bench the tables of the README          make clean  throw the environment away
+#            TRACES="FILE ..." adds the lab's: eviction policies on traces of requests (scripts/replay_trace.py)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?=
 UP_FLAGS ?=
+TRACES ?=
 
 .PHONY: run test check lint types bench clean install install-dev
 
@@ -28,6 +30,11 @@ types: install-dev
 bench: install-dev
 	$(BIN)/python scripts/bench_engine.py
 	$(BIN)/python scripts/bench_gateway.py
+ifneq ($(TRACES),)
+	$(BIN)/python scripts/replay_trace.py cache --trace $(TRACES)
+else
+	@echo 'For eviction policies on traces of requests: make bench TRACES="FILE ..."'
+endif
 
 clean:
 	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,237 @@
+"""Traces of requests, replayed through the product's cache code: the inside of `replay_trace.py cache`.
+
+One block of a trace is one block of the cache, of one synthetic token each: the block's id. Time is the trace's, equal
+stamps spread over the time to the next one. A request's blocks are free again as soon as they are computed (time in
+use is not modelled, for no policy), and its answer is complete `ms_per_token` times its length later: only then does
+a policy learn that length. The first `num_blocks` blocks of a request that is larger than the cache take part.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from pathlib import Path
+
+from cache.block_table import BlockTable, Chain
+from cache.policies import make
+from cache.policy import Hint, Use
+from cache.prefix_cache import PrefixCache
+from protocol.prefix import derive_namespace, derive_root, extend_chain
+from protocol.tokens import pack_tokens
+
+_ROOT = derive_root(b"replay", "trace", "float32")
+_PUBLIC = derive_namespace(b"replay", "public")
+_SPACE = derive_namespace(b"replay", "tenant", "replay")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """`time_s` from the start; `block_ids` of the prompt, of which each stands for all before it too."""
+
+    time_s: float
+    num_tokens: int
+    num_answer_tokens: int
+    block_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """`block_tokens`: how many tokens a block of the trace has, found from the lengths."""
+
+    name: str
+    requests: list[Request]
+    block_tokens: int
+    num_distinct: int
+    hashes: dict[int, bytes] = field(default_factory=dict)
+    tokens: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(len(request.block_ids) for request in self.requests)
+
+    def chain(self, request: Request) -> Chain:
+        """Return the product's identity of the blocks of `request`. What is the same is computed once per trace."""
+        chain = Chain(
+            owner="replay", root=_ROOT, public_namespace=_PUBLIC, namespace=_SPACE, num_public_blocks=0, block_size=1
+        )
+        parent = _ROOT
+        hashes, tokens = self.hashes, self.tokens
+        for block_id in request.block_ids:
+            digest = hashes.get(block_id)
+            if digest is None:
+                tokens[block_id] = pack_tokens((block_id,))
+                digest = hashes[block_id] = extend_chain(parent, _SPACE, tokens[block_id], 1)
+            parent = digest
+        chain.hashes = [hashes[block_id] for block_id in request.block_ids]
+        chain.tokens = [tokens[block_id] for block_id in request.block_ids]
+        return chain
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Hits over all requests, in blocks and in tokens, and the CPU time of the replay."""
+
+    num_hits: int
+    num_hit_tokens: int
+    cpu_s: float
+
+
+def load_trace(path: Path, limit: int | None = None) -> Trace:
+    """Read a trace (one JSON object per line: t_ms, in_len, out_len, hash_ids; gzipped if the name ends in .gz).
+
+    Raises:
+        ValueError: a line is not of that form, or an id has two parents.
+    """
+    requests: list[Request] = []
+    parents: dict[int, int] = {}
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if limit is not None and len(requests) == limit:
+                break
+            try:
+                row = json.loads(line)
+                block_ids = [int(block_id) for block_id in row["hash_ids"]]
+                request = Request(float(row["t_ms"]) / 1000, int(row["in_len"]), int(row["out_len"]), block_ids)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: {error!r}; expected an object with t_ms, in_len, out_len and hash_ids"
+                ) from None
+            for parent, block_id in zip([-1, *block_ids], block_ids, strict=False):
+                if parents.setdefault(block_id, parent) != parent:
+                    raise ValueError(f"{path}, line {number}: block {block_id} has two parents; ids must be chained")
+            requests.append(request)
+    if not requests:
+        raise ValueError(f"{path} holds no request")
+    requests = list(_spread(requests))
+    return Trace(path.name.split(".")[0], requests, _block_tokens(requests), len(parents))
+
+
+def replay(
+    trace: Trace, policy: str, num_blocks: int, *, ms_per_token: float = 30.0, hints: Sequence[Hint] | None = None
+) -> Result:
+    """Replay `trace` through a `PrefixCache` of `num_blocks` blocks under `policy`. `hints`: one per request."""
+    cache = PrefixCache(num_blocks, 1, make(policy, num_blocks, 1))
+    answering: list[tuple[float, int, Use]] = []
+    num_hits = num_hit_tokens = 0
+    cpu_s = 0.0
+    for i, request in enumerate(trace.requests):
+        chain = trace.chain(request)
+        length = min(len(chain), num_blocks)
+        if length < len(chain):
+            del chain.hashes[length:], chain.tokens[length:]
+        start = time.process_time()
+        while answering and answering[0][0] <= request.time_s:
+            _, j, use = heappop(answering)
+            use.num_answer_tokens = trace.requests[j].num_answer_tokens
+        use = Use(hint=hints[i] if hints is not None else None)
+        heappush(answering, (request.time_s + request.num_answer_tokens * ms_per_token / 1000, i, use))
+        table = BlockTable(use=use)
+        cache.advance(request.time_s)
+        num_found = cache.match(chain, table, length)
+        allocated = cache.allocate(chain, table, length - num_found)
+        assert allocated is not None
+        cache.insert(chain, table, length)
+        cache.free(table)
+        cpu_s += time.process_time() - start
+        num_hits += num_found
+        num_hit_tokens += min(num_found * trace.block_tokens, request.num_tokens)
+    cache.check_integrity([])
+    return Result(num_hits, num_hit_tokens, cpu_s)
+
+
+def replay_optimum(trace: Trace, num_blocks: int) -> Result:
+    """The most hits that any policy can have, leaf first or not: the block whose next use is farthest goes, the deeper
+    one on a tie. It may decline to keep a block of the request that it has just served.
+
+    A block's next use is never later than its child's, so what is kept is closed under parents: the rule costs the
+    optimum nothing, and Belady's argument holds. A lazy heap over blocks by next use.
+    """
+    requests = trace.requests
+    next_use = _next_uses(requests)
+    start = time.process_time()
+    key_of: dict[int, int] = {}  # resident blocks -> what they are ordered by: next use, then depth
+    heap: list[tuple[int, int]] = []
+    num_hits = num_hit_tokens = 0
+    for request, nexts in zip(requests, next_use, strict=True):
+        block_ids = request.block_ids
+        num_found = next((i for i, block_id in enumerate(block_ids) if block_id not in key_of), len(block_ids))
+        num_hits += num_found
+        num_hit_tokens += min(num_found * trace.block_tokens, request.num_tokens)
+        for depth, (block_id, use) in enumerate(zip(block_ids, nexts, strict=True)):
+            key = -(use << 24 | depth)
+            key_of[block_id] = key
+            heappush(heap, (key, block_id))
+        while len(key_of) > num_blocks:
+            key, block_id = heappop(heap)
+            if key_of.get(block_id) == key:
+                del key_of[block_id]
+        if len(heap) > 4 * num_blocks + 100_000:
+            heap = sorted((key, block_id) for block_id, key in key_of.items())
+    return Result(num_hits, num_hit_tokens, time.process_time() - start)
+
+
+def honest_hints(trace: Trace) -> list[Hint]:
+    """What a client that knows its own plans would say of every request: does the conversation go on after it?
+
+    Taken from the trace's future, for a report of what such a hint is worth.
+    """
+    requests = trace.requests
+    owner: dict[int, int] = {}  # block -> the last request that used it
+    trunk = [0] * len(requests)
+    is_first = [True] * len(requests)
+    goes_on = [False] * len(requests)
+    for i, request in enumerate(requests):
+        block_ids = request.block_ids
+        known = next((n for n, block_id in enumerate(block_ids) if block_id not in owner), len(block_ids))
+        trunk[i] = known
+        if known:
+            last = owner[block_ids[known - 1]]
+            if known > trunk[last] and 2 * (known - trunk[last]) >= len(requests[last].block_ids) - trunk[last]:
+                goes_on[last], is_first[i], trunk[i] = True, False, trunk[last]
+        for block_id in block_ids:
+            owner[block_id] = i
+    return ["open" if on else "one_shot" if first else "closing" for on, first in zip(goes_on, is_first, strict=True)]
+
+
+def _spread(requests: list[Request]) -> Iterator[Request]:
+    """Spread requests with equal stamps evenly over the time to the next stamp."""
+    first, step = 0, 1.0
+    while first < len(requests):
+        stamp = requests[first].time_s
+        last = first
+        while last < len(requests) and requests[last].time_s == stamp:
+            last += 1
+        if last < len(requests):
+            step = requests[last].time_s - stamp
+        for i in range(first, last):
+            request = requests[i]
+            time_s = stamp + step * (i - first) / (last - first)
+            yield Request(time_s, request.num_tokens, request.num_answer_tokens, request.block_ids)
+        first = last
+
+
+def _block_tokens(requests: list[Request]) -> int:
+    """The power of two that explains all lengths, with or without a partial last block; else what fits on average."""
+    for size in (1 << i for i in range(16)):
+        if all(len(r.block_ids) in (r.num_tokens // size, -(-r.num_tokens // size)) for r in requests):
+            return size
+    return max(1, round(sum(r.num_tokens for r in requests) / max(1, sum(len(r.block_ids) for r in requests))))
+
+
+def _next_uses(requests: list[Request]) -> list[list[int]]:
+    """Per request and block the number of the next request that uses the block; past the end if none does."""
+    seen: dict[int, int] = {}
+    never = len(requests)
+    uses: list[list[int]] = []
+    for i in range(len(requests) - 1, -1, -1):
+        block_ids = requests[i].block_ids
+        uses.append([seen.get(block_id, never) for block_id in block_ids])
+        for block_id in block_ids:
+            seen[block_id] = i
+    uses.reverse()
+    return uses
