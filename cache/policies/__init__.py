@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cache.policies.adaptive import Adaptive
 from cache.policies.fifo import Fifo
 from cache.policies.gdsf import Depths
 from cache.policies.lfu import Lfu
@@ -22,6 +23,7 @@ POLICIES: dict[str, Callable[[int, int], PolicyFactory]] = {
     "sieve": lambda num_blocks, block_size: Sieve,
     "gdsf": lambda num_blocks, block_size: Depths(num_blocks, block_size),
     "ttl": lambda num_blocks, block_size: Retentions(num_blocks),
+    "adaptive": Adaptive,
 }
 """From the pool's number of blocks and their size in tokens to what makes the orders of one cache."""
 
