@@ -9,11 +9,15 @@ import pytest
 from cache.block_table import BlockTable, Chain
 from cache.ownership import Quota
 from cache.policies import DEFAULT_POLICY, POLICIES, make
+from cache.policies.gdsf import Gdsf
+from cache.policies.sieve import Sieve
+from cache.policies.ttl import Ttl
 from cache.policy import Retention, Use
 from cache.prefix_cache import PrefixCache
 from protocol.errors import ConfigurationError
 from protocol.prefix import derive_namespace, derive_root
 from worker.options import parse_options
+from worker.startup import build
 
 SIZE = 1
 ROOT = derive_root(b"deployment", "model", "float32")
@@ -263,3 +267,14 @@ def test_ttl_keeps_only_the_blocks_in_the_range_and_forgets_them_with_their_cont
     for token in (11, 12, 13):  # the same blocks of the pool, other contents
         use(cache, token)
     assert victims(cache, 11, 12, 13) == [11]
+
+
+def test_a_worker_evicts_by_the_policy_it_was_given() -> None:
+    command = ["--model", "oracle:", "--gateway", "ipc://unused", "--kv-memory", "1M"]
+    for name, kind in (("sieve", Sieve), ("gdsf", Gdsf), ("ttl", Ttl)):
+        engine, _ = build(parse_options([*command, "--eviction-policy", name]))
+        table = BlockTable()
+        assert engine.cache.allocate(make_chain([1]), table, 1) is not None
+        order = engine.cache.pool.blocks[table.block_ids[0]].order
+        assert order is not None
+        assert type(order.policy) is kind
