@@ -11,6 +11,7 @@ from cache.block_pool import PUBLIC
 from cache.block_table import BlockTable, Chain
 from cache.kv_store import KvStore
 from cache.ownership import OwnerStatistics, Quota
+from cache.policies import POLICIES, make
 from cache.prefix_cache import PrefixCache
 from protocol.errors import BadRequest
 from protocol.prefix import derive_namespace, derive_root, hash_prompt
@@ -221,6 +222,23 @@ def test_eight_flooding_tenants_do_not_take_the_hits_of_a_victim_with_a_floor() 
     assert alone > 0.99
     assert flooded_hit_rate(180, 8) >= 0.95 * alone  # 0.998 of 0.996; the control gets 0.085
     assert flooded_hit_rate(0, 8) < 0.5 * alone, "the control: without a floor the flood was to win"
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_floors_and_caps_hold_under_every_policy(policy: str) -> None:
+    rng = random.Random(2)
+    cache = PrefixCache(40, SIZE, make(policy, 40, SIZE))
+    cache.set_quotas({"a": Quota(floor=12), "b": Quota(cap=9)})
+    visit(cache, make_chain(6, "a", num_public=2))
+    visit(cache, make_chain(8, "a", 1))
+    for i in range(150):
+        cache.advance(float(i))
+        visit(cache, make_chain(rng.randrange(1, 8), rng.choice("bcd"), rng.randrange(2, 40), num_public=0))
+        assert account(cache, "b").num_held <= 9
+        if i % 10 == 0:
+            cache.check_integrity([])
+    assert account(cache, "a").num_held == 12
+    assert visit(cache, make_chain(6, "a", num_public=2)) == 6
 
 
 # ---- isolation
