@@ -63,7 +63,6 @@ class Sieve:
             self._visited.remove(block.block_id)
             self._ahead.discard(block)
             self._behind.add(block, (number, number))
-            self._hand = number + 1
 
     def leaves(self) -> Iterator[Block]:
         return chain(self._ahead, self._behind)
