@@ -7,7 +7,7 @@ about five million parameters on two CPU cores, measures it on files it has not 
 with its model card. One seed decides everything: same Python, same torch build, same number of threads give the same
 weights. OMP_WAIT_POLICY=PASSIVE helps where other programs want the cores too.
 
-Most steps read windows of 512 tokens; every sixth reads one of 2048, so that the advertised context was trained.
+Most steps read windows of 512 tokens; the last part reads windows of 2048, so that the advertised context was trained.
 The matrices inside the layers are trained with Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/), the
 rest with AdamW. The model below is dense and plain: it shares nothing with the worker's paged one.
 """
@@ -18,9 +18,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -64,17 +63,14 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to train: each step reads `batch_tokens`, in windows of `window` but every `long_every`th step in long ones.
-
-    Small steps, many of them: with so few tokens, copying from the context is learnt by the number of steps. At 2048
-    tokens the logits also stay small enough for the allocator to reuse them.
-    """
+    """How to train: `batch_tokens` per step; the last `long_share` of the steps read windows of the full context."""
 
     steps: int
-    batch_tokens: int = 2048
+    batch_tokens: int = 4096
+    micro_tokens: int = 2048  # read at once: larger logits fall out of the allocator's reuse and cost a third more time
     window: int = 512
-    long_every: int = 6
-    warmup_steps: int = 40
+    long_share: float = 0.15
+    warmup_steps: int = 30
     muon_lr: float = 0.02
     adam_lr: float = 0.004
     weight_decay: float = 0.02
@@ -194,16 +190,24 @@ def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[np.ndar
     return [np.array([end_of_text, *encoding.ids], np.uint16) for encoding in tokenizer.encode_batch(documents)]
 
 
-def windows(documents: list[np.ndarray], length: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield windows of `length` + 1 token ids without end, every pass in a new order.
+class Windows:
+    """Endless windows over the documents: each pass shuffles the documents, joins them and cuts them anew."""
 
-    A pass joins the documents, cuts them and shuffles the cuts: windows that are read together come from everywhere.
-    Neighbouring cuts share one token, so that every token is predicted.
-    """
-    while True:
-        stream = np.concatenate([documents[i] for i in rng.permutation(len(documents))])
-        for i in rng.permutation((len(stream) - 1) // length):
-            yield stream[i * length : (i + 1) * length + 1].astype(np.int64)
+    def __init__(self, documents: list[np.ndarray], seed: int) -> None:
+        self.documents = documents
+        self.rng = np.random.default_rng(seed)
+        self.stream = np.zeros(0, np.uint16)
+        self.passes = 0
+
+    def next(self, count: int, length: int) -> Tensor:
+        """Return [count, length + 1] int64 token ids; neighbours share one token, so that every token is predicted."""
+        while len(self.stream) < count * length + 1:
+            order = self.rng.permutation(len(self.documents))
+            self.stream = np.concatenate([self.stream, *(self.documents[i] for i in order)])
+            self.passes += 1
+        taken = self.stream[: count * length + 1].astype(np.int64)
+        self.stream = self.stream[count * length :]
+        return torch.from_numpy(np.stack([taken[i * length : (i + 1) * length + 1] for i in range(count)]))
 
 
 # Training -----------------------------------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 
-def train(model: Llama, documents: list[np.ndarray], plan: Plan, seed: int) -> None:
+def train(model: Llama, windows: Windows, plan: Plan) -> None:
     """Train `model` in place, printing the loss every `log_every` steps."""
     matrices = [p for name, p in model.named_parameters() if name.startswith("layers.") and p.dim() == 2]
     others = [p for name, p in model.named_parameters() if not (name.startswith("layers.") and p.dim() == 2)]
@@ -247,17 +251,16 @@ def train(model: Llama, documents: list[np.ndarray], plan: Plan, seed: int) -> N
         torch.optim.AdamW(others, plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     base_lrs = (plan.muon_lr, plan.adam_lr)
-    rng, context = np.random.default_rng(seed), model.shape.max_position_embeddings
-    sources = {length: windows(documents, length, rng) for length in (plan.window, context)}
+    long_from = round(plan.steps * (1 - plan.long_share))
     started, cpu_started, recent = time.perf_counter(), cpu_s(), []
     for step in range(plan.steps):
+        length = plan.window if step < long_from else model.shape.max_position_embeddings
         for optimizer, base_lr in zip(optimizers, base_lrs, strict=True):
             optimizer.param_groups[0]["lr"] = base_lr * lr_factor(step, plan)
-        length = context if step % plan.long_every == plan.long_every - 1 else plan.window
-        batch = np.stack(list(islice(sources[length], plan.batch_tokens // length)))
-        loss = model.losses(torch.from_numpy(batch)).mean()
-        loss.backward()
-        recent.append(loss.item())
+        for _ in range(plan.batch_tokens // plan.micro_tokens):
+            loss = model.losses(windows.next(plan.micro_tokens // length, length)).mean()
+            (loss * (plan.micro_tokens / plan.batch_tokens)).backward()
+            recent.append(loss.item())
         nn.utils.clip_grad_norm_(model.parameters(), plan.clip_norm)
         for optimizer in optimizers:
             optimizer.step()
@@ -265,7 +268,7 @@ def train(model: Llama, documents: list[np.ndarray], plan: Plan, seed: int) -> N
         if (step + 1) % plan.log_every == 0 or step + 1 == plan.steps:
             tokens, wall, cpu = (step + 1) * plan.batch_tokens, time.perf_counter() - started, cpu_s() - cpu_started
             print(
-                f"step {step + 1:5d}/{plan.steps}  loss {sum(recent) / len(recent):.3f}  "
+                f"step {step + 1:5d}/{plan.steps}  loss {sum(recent) / len(recent):.3f}  window {length}  "
                 f"{tokens / 1e6:.2f} M tokens  {tokens / wall:.0f} tokens/s  {tokens / cpu:.0f} tokens/CPU s  "
                 f"{wall:.0f} s, {cpu:.0f} CPU s",
                 flush=True,
@@ -459,7 +462,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("kvasir/demo_model"), help="folder to write (default %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=2100, help="optimizer steps of 2048 tokens (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=1150, help="optimizer steps of 4096 tokens (default %(default)s)")
     parser.add_argument("--seed", type=int, default=20250501, help="decides everything (default %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default %(default)s)")
     arguments = parser.parse_args()
@@ -477,7 +480,8 @@ def main() -> None:
     print(f"Python {platform.python_version()}, torch {torch.__version__}, corpus {corpus.digest}")
     print(f"{num_plain} tokens of text, {num_chat} of chats; {num_parameters / 1e6:.2f} M parameters", flush=True)
 
-    train(model, plain + chats, plan, arguments.seed)
+    windows = Windows(plain + chats, arguments.seed)
+    train(model, windows, plan)
     write_folder(arguments.out, model, tokenizer)
     model.load_state_dict({name: p.to(torch.bfloat16).float() for name, p in model.state_dict().items()})
     held_out = measure(model, tokenizer, corpus.held_out)
@@ -486,7 +490,7 @@ def main() -> None:
         "Made with": f"Python {platform.python_version()}, torch {torch.__version__}, {arguments.threads} threads",
         "Corpus digest": f"`{corpus.digest}`",
         "Parameters": f"{num_parameters / 1e6:.2f} M (tied embeddings), bf16",
-        "Context": f"{shape.max_position_embeddings} tokens, read in every {plan.long_every}th step",
+        "Context": f"{shape.max_position_embeddings} tokens, trained in the last {plan.long_share:.0%} of the steps",
         "Vocabulary": f"{tokenizer.get_vocab_size()} (byte-level BPE)",
         "Training text": f"{(num_plain + num_chat) / 1e6:.2f} M tokens, {num_chat / (num_plain + num_chat):.0%} chats",
         "Tokens seen": f"{plan.steps * plan.batch_tokens / 1e6:.2f} M in {plan.steps} steps",
