@@ -18,26 +18,19 @@ from random import Random
 
 from cache.block_pool import Block
 from cache.block_table import BlockTable, Chain
-from cache.policies.hazard import (
-    BIN_EDGES,
-    NUM_ZONES,
-    ZONE_EDGES,
-    Active,
-    HazardModel,
-    bin_of,
-    zone_of,
-)
-from cache.policy import Use
+from cache.policies.hazard import BIN_EDGES, NUM_ZONES, ZONE_EDGES, Active, HazardModel, bin_of
+from cache.policy import Hint, Use
 
-_TURN, _NEW, _KNOWN, _LAST_GAP, _MEAN_GAP, _ANSWER, _TENANT, _HINT, _EXPECTED = range(9)
-_NUM_FEATURES = _EXPECTED + NUM_ZONES  # what answer is expected is learned apart for every age it has lasted to
-_HINTS = {None: 0, "one_shot": 1, "open": 2, "closing": 3}
-_BELIEFS = {"one_shot": -2.0, "open": 0.5, "closing": -2.0}
+_TURN, _FIRST, _MORE, _KNOWN, _LAST_GAP, _MEAN_GAP, _ANSWER, _EXPECTED, _TENANT, _HINT = range(10)
+_NUM_FEATURES = 10
+_HINTS: dict[Hint, int] = {"one_shot": 1, "open": 2, "closing": 3}
+_BELIEFS: dict[Hint, float] = {"one_shot": -2.0, "open": 0.5, "closing": -2.0}
 _MEMORY = 0.4  # weight of the last one in the running means of a conversation
 _GHOSTS_PER_BLOCK = 4
-_NUM_SAMPLED = 24
+_NUM_DRAWN = 24
 _NUM_KEPT = 8
 _CHEAP = 0.8
+_LATE = bin_of(64.0)  # from here on what a visit is worth is computed once per age zone, before, per bin
 _MIN_GAP_S = 0.25  # gaps are told apart down to this
 
 
@@ -59,41 +52,41 @@ class _Visit:
 
     __slots__ = (
         "active",
-        "bin",
+        "answer",
         "density",
         "expected",
         "gap_s",
-        "is_complete",
         "is_open",
         "is_over",
+        "moment",
         "num_anchors",
         "num_released",
-        "pending_zone",
         "released_at",
         "session",
         "size",
         "tail_id",
         "use",
+        "was_pending",
         "zone",
     )
 
-    def __init__(self, session: _Session, size: int, use: Use | None) -> None:
+    def __init__(self, session: _Session, size: int, use: Use | None, active: Active, expected: Active) -> None:
         self.session = session
         self.size = size  # blocks, from the root on
         self.use = use
-        self.active: list[Active] = []
-        self.expected: float | None = None
+        self.active = active
+        self.expected = expected  # what the answer's length is like,
+        self.answer: Active | None = None  # and once it is known, what it is
+        self.was_pending = False  # it was not known yet when the blocks were released
         self.released_at = 0.0
         self.num_released = 0
         self.num_anchors = 0
         self.tail_id = -1
         self.is_open = False  # watched: the model learns from it
-        self.gap_s = inf  # when it was used again
+        self.zone = 0  # of its age, as far as the model has learned from it
+        self.gap_s = inf  # age at which it was used again
         self.is_over = False  # the conversation went on without what is left of it
-        self.zone = 0
-        self.pending_zone = -1  # the last age zone at whose start the answer was not complete
-        self.is_complete = False  # the answer's length is known and among `active`
-        self.bin = -1  # `density` is that of this age bin
+        self.moment = -1  # the part of its life that `density` was computed for
         self.density = 0.0
 
     @property
@@ -117,8 +110,9 @@ class Adaptive:
         self.random = Random(0)
         self.round = 0  # changes with every request: what a policy prepared for the last one is stale
         self._model = HazardModel(_NUM_FEATURES)
+        self._model.believe_in_rhythm(_MEAN_GAP)
         for hint, belief in _BELIEFS.items():
-            self._model.believe(self._model.kind(_HINT, _HINTS[hint])[0][0], belief)
+            self._model.believe(_HINT, _HINTS[hint], belief)
         self._anchors: dict[bytes, _Visit] = {}
         self._max_anchors = _GHOSTS_PER_BLOCK * num_blocks
         self._watched: list[tuple[float, int, _Visit]] = []  # heap by when the next age zone begins
@@ -161,17 +155,14 @@ class Adaptive:
         self.now = now
         visit = table.visit
         if not isinstance(visit, _Visit):  # a pin, which says nothing about when it is used again
-            visit = _Visit(_Session(0), 0, None)
-        elif not visit.is_over:
+            visit = _Visit(_Session(0), 0, None, [], [])
+        else:
+            if visit.num_released:  # a preempted sequence: what it left idle then it has used itself
+                visit.is_open = False
+                visit = table.visit = _Visit(visit.session, visit.size, visit.use, visit.active, visit.expected)
             num_prompt, visit.size = visit.size, table.num_published
-            visit.num_released = 0
-            visit.bin = -1
             self._complete(visit, max(0, visit.size - num_prompt) * self.block_size)
-            if not visit.is_open:
-                visit.is_open = True
-                visit.zone = 0
-                visit.pending_zone = 0 if visit.is_pending else -1
-                self._watch(visit)
+            visit.was_pending = visit.answer is None
         visit.released_at = now
         self.releasing = visit
 
@@ -181,11 +172,14 @@ class Adaptive:
         self.visit_of[block.block_id] = visit
         assert visit is not None and block.hash is not None
         n = visit.num_released
+        visit.num_released = n + 1
+        if n & (n + 1) or not visit.active:
+            return
         if n == 0:
             visit.tail_id = block.block_id
-        visit.num_released = n + 1
-        if n & (n + 1) == 0 and visit.is_open:
-            self._remember(block.hash, visit)
+            visit.is_open = True
+            self._watch(visit)
+        self._remember(block.hash, visit)
 
     # ---- what the orders ask
 
@@ -195,14 +189,15 @@ class Adaptive:
         assert visit is not None
         if visit.is_over:
             return 0.0
-        if not visit.is_complete and not visit.is_pending:
+        if visit.answer is None:
             self._complete(visit)
         age_s = max(0.0, self.now - visit.released_at)
-        age_bin = bin_of(age_s)
-        if visit.bin != age_bin or age_s >= BIN_EDGES[-1]:
-            active = visit.active if visit.is_complete else [*visit.active, self._expect(visit, zone_of(age_s))]
-            visit.density = self._model.density(active, age_s)
-            visit.bin = age_bin
+        moment = bin_of(age_s)
+        if moment >= _LATE:
+            moment |= 1
+        if visit.moment != moment or age_s >= BIN_EDGES[-1]:
+            visit.density = self._model.density(visit.active + (visit.answer or visit.expected), age_s)
+            visit.moment = moment
         return visit.density * self._tail_share if block.block_id == visit.tail_id else visit.density
 
     def is_cheap_tail(self, block: Block) -> bool:
@@ -221,36 +216,31 @@ class Adaptive:
     def _visit(self, session: _Session, chain: Chain, num_known: int, use: Use | None) -> _Visit:
         session.turn += 1
         kind, amount = self._model.kind, self._model.amount
-        visit = _Visit(session, len(chain), use)
-        tenant = self._tenants.setdefault(chain.owner, len(self._tenants))
-        visit.active = [
-            amount(_TURN, session.turn - 1),
-            amount(_NEW, len(chain) - num_known),
-            amount(_KNOWN, num_known),
-            amount(_LAST_GAP, session.last_gap),
-            amount(_MEAN_GAP, None if session.mean_gap is None else exp(session.mean_gap)),
-            kind(_TENANT, tenant),
+        num_new = len(chain) - num_known
+        active = [
+            *amount(_TURN, session.turn - 1),
+            *amount(_FIRST if session.turn == 1 else _MORE, num_new),
+            *amount(_KNOWN, num_known),
+            *amount(_LAST_GAP, session.last_gap),
+            *amount(_MEAN_GAP, None if session.mean_gap is None else exp(session.mean_gap)),
+            *kind(_TENANT, self._tenants.setdefault(chain.owner, len(self._tenants))),
         ]
         if use is not None and use.hint is not None:
-            visit.active.append(kind(_HINT, _HINTS[use.hint]))
-        visit.expected = None if session.answer is None else exp(session.answer)
-        return visit
+            active += kind(_HINT, _HINTS[use.hint])
+        expected = amount(_EXPECTED, None if session.answer is None else exp(session.answer))
+        return _Visit(session, len(chain), use, active, expected)
 
     def _complete(self, visit: _Visit, num_tokens: int = 0) -> None:
         """Go by the length of the answer from now on, if it is complete: as told, or else `num_tokens`."""
-        if visit.is_complete or visit.is_pending:
+        if visit.answer is not None or visit.is_pending:
             return
         if visit.use is not None and visit.use.num_answer_tokens is not None:
             num_tokens = visit.use.num_answer_tokens
-        visit.is_complete = True
-        visit.bin = -1
-        visit.active.append(self._model.amount(_ANSWER, num_tokens))
+        visit.moment = -1
+        visit.answer = self._model.amount(_ANSWER, num_tokens)
         session = visit.session
         length = log(1.0 + num_tokens)
         session.answer = length if session.answer is None else session.answer + _MEMORY * (length - session.answer)
-
-    def _expect(self, visit: _Visit, zone: int) -> Active:
-        return self._model.amount(_EXPECTED + zone, visit.expected)
 
     def _watch(self, visit: _Visit) -> None:
         self._num_watched += 1
@@ -272,8 +262,6 @@ class Adaptive:
             if visit.gap_s < end_s or visit.zone == NUM_ZONES:
                 visit.is_open = False
                 continue
-            if visit.is_pending:
-                visit.pending_zone = visit.zone
             self._watch(visit)
 
     def _continue(self, visit: _Visit, num_known: int) -> None:
@@ -292,14 +280,10 @@ class Adaptive:
 
     def _learn(self, visit: _Visit, start_s: float, end_s: float, reused: bool) -> None:
         self._complete(visit)
-        if visit.is_complete:
-            self._model.learn(visit.active, visit.active, start_s, end_s, reused)
-        if visit.pending_zone < 0:
-            return
-        known = visit.active[:-1] if visit.is_complete else visit.active
-        for zone in range(visit.pending_zone + 1):
-            expected = [self._expect(visit, zone)]
-            self._model.learn(known + expected, expected, start_s, end_s, reused)
+        if visit.answer is not None:
+            self._model.learn(visit.active + visit.answer, start_s, end_s, reused)
+        if visit.was_pending:
+            self._model.learn(visit.active + visit.expected, start_s, end_s, reused, visit.expected)
 
     # ---- ghosts
 
@@ -323,8 +307,8 @@ class Adaptive:
 class AdaptiveOrder:
     """The policy of one order: evicts, among leaves drawn at random and the cheapest of the last draw, the cheapest.
 
-    A run of blocks goes in one piece: the next victim is the parent of the last as long as that is a leaf then and no
-    request has come in between. O(1) per block, and one draw per run.
+    Once per request leaves are drawn. A run of blocks goes in one piece: the next victim is the parent of the last as
+    long as that is a leaf then. O(1) per block.
     """
 
     def __init__(self, shared: Adaptive) -> None:
@@ -365,20 +349,20 @@ class AdaptiveOrder:
         shared = self._shared
         if self._round == shared.round and self._next is not None:
             return self._next
-        self._round = shared.round
         leaves, worth = self._leaves, shared.worth
-        if len(leaves) <= _NUM_SAMPLED + _NUM_KEPT:
-            drawn = leaves
+        if len(leaves) <= _NUM_DRAWN + _NUM_KEPT:
+            ranked = sorted((worth(block), block.released_at, block) for block in leaves)
         else:
-            chosen = {block.block_id: block for block in self._kept if block.block_id in self._places}
-            pick, num_leaves = shared.random.random, len(leaves)
-            for _ in range(_NUM_SAMPLED):
-                block = leaves[int(pick() * num_leaves)]
-                chosen[block.block_id] = block
-            drawn = list(chosen.values())
-        ranked = sorted((worth(block), block.released_at, block) for block in drawn)
+            places = self._places
+            drawn = {block.block_id: block for block in self._kept if block.block_id in places}
+            if self._round != shared.round or not drawn:
+                pick, num_leaves = shared.random.random, len(leaves)
+                for _ in range(_NUM_DRAWN):
+                    block = leaves[int(pick() * num_leaves)]
+                    drawn[block.block_id] = block
+            ranked = sorted((worth(block), block.released_at, block) for block in drawn.values())
+        self._round = shared.round
         if not ranked:
-            self._next = None
             return None
         self._kept = [block for _, _, block in ranked[1 : 1 + _NUM_KEPT]]
         self._next = block = ranked[0][2]
