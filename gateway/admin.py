@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import trio
 import zmq
@@ -38,6 +38,7 @@ from protocol import admin_messages as am
 from protocol.codec import encode
 from protocol.errors import BadRequest, Conflict, KvasirError, NotFound
 from protocol.link import Link, LinkBusy, LinkClosed, PeerGone, open_router
+from protocol.messages import CacheHint
 from protocol.profile import LinkProfile
 
 PREVIEW_CHARS = 60
@@ -324,12 +325,17 @@ def _set_tenant(directory: TenantDirectory, command: am.TenantSet, pools: Mappin
         before,
         kv_floor=before.kv_floor if command.kv_floor is None else check_kv_size(command.kv_floor, "kv_floor"),
         kv_cap=before.kv_cap if command.kv_cap is None else check_kv_size(command.kv_cap, "kv_cap"),
+        cache_hint=before.cache_hint if command.cache_hint is None else _hint(command.cache_hint),
     )
     if before == after:
         return Verdict(am.Done(changed=False))
     others = [tenant for tenant in directory.tenants() if tenant.id != before.id]
     check_kv_quotas([*others, after], pools or {"any": 1_000_000})
     return Verdict(am.Done(), (after,), after.name, _tenant_record(before), _tenant_record(after))
+
+
+def _hint(given: CacheHint | Literal["none"]) -> CacheHint | None:
+    return None if given == "none" else given
 
 
 def _publish_prefix(directory: TenantDirectory, command: am.PrefixPublish, now: float) -> Verdict:
@@ -376,6 +382,7 @@ def _tenant_info(directory: TenantDirectory, tenant: Tenant) -> am.TenantInfo:
         num_keys,
         kv_floor=tenant.kv_floor,
         kv_cap=tenant.kv_cap,
+        cache_hint=tenant.cache_hint,
     )
 
 
@@ -399,7 +406,7 @@ def _prefix_info(directory: TenantDirectory, prefix: PublishedPrefix) -> am.Pref
 def _tenant_record(tenant: Tenant) -> dict[str, Any]:
     allowed = None if tenant.allowed_models is None else sorted(tenant.allowed_models)
     record = {"id": tenant.id, "status": tenant.status, "sharing": tenant.sharing, "allowed_models": allowed}
-    return record | {"kv_floor": tenant.kv_floor, "kv_cap": tenant.kv_cap}
+    return record | {"kv_floor": tenant.kv_floor, "kv_cap": tenant.kv_cap, "cache_hint": tenant.cache_hint}
 
 
 def _key_record(key: ApiKey) -> dict[str, Any]:

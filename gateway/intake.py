@@ -223,7 +223,7 @@ class Intake:
             deadline=None if request.deadline_s is None else now + request.deadline_s,
             stop_token_ids=tuple(request.stop_token_ids),
             ignore_eos=request.ignore_eos,
-            cache_hint=request.cache_hint,
+            cache_hint=request.cache_hint or tenant.cache_hint,
             retention=tuple(request.retention),
         )
 

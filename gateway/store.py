@@ -52,6 +52,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE tenants ADD COLUMN kv_cap TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE prefixes ADD COLUMN pinned INTEGER NOT NULL DEFAULT 0",
     ),
+    ("ALTER TABLE tenants ADD COLUMN cache_hint TEXT CHECK (cache_hint IN ('one_shot', 'open', 'closing'))",),
 )
 
 
@@ -120,11 +121,11 @@ class Store:
             query = self._connection.execute
             records: list[Change] = []
             for row in query(
-                "SELECT id, name, status, sharing, allowed_models, created_at, kv_floor, kv_cap "
+                "SELECT id, name, status, sharing, allowed_models, created_at, kv_floor, kv_cap, cache_hint "
                 "FROM tenants ORDER BY rowid"
             ):
-                tenant_id, name, status, sharing, models, created_at, floor, cap = row
-                records.append(Tenant(tenant_id, name, status, sharing, _parse_set(models), created_at, floor, cap))
+                tenant_id, name, status, sharing, models, created_at, *settings = row
+                records.append(Tenant(tenant_id, name, status, sharing, _parse_set(models), created_at, *settings))
             for row in query(
                 "SELECT id, tenant_id, digest, label, created_at, revoked_at FROM api_keys ORDER BY rowid"
             ):
@@ -291,10 +292,11 @@ def _upsert(change: Change) -> tuple[str, tuple[Any, ...]]:
     match change:
         case Tenant():
             return (
-                "INSERT INTO tenants (id, name, status, sharing, allowed_models, created_at, kv_floor, kv_cap) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET name = excluded.name, "
+                "INSERT INTO tenants "
+                "(id, name, status, sharing, allowed_models, created_at, kv_floor, kv_cap, cache_hint) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET name = excluded.name, "
                 "status = excluded.status, sharing = excluded.sharing, allowed_models = excluded.allowed_models, "
-                "kv_floor = excluded.kv_floor, kv_cap = excluded.kv_cap",
+                "kv_floor = excluded.kv_floor, kv_cap = excluded.kv_cap, cache_hint = excluded.cache_hint",
                 (
                     change.id,
                     change.name,
@@ -304,6 +306,7 @@ def _upsert(change: Change) -> tuple[str, tuple[Any, ...]]:
                     change.created_at,
                     change.kv_floor,
                     change.kv_cap,
+                    change.cache_hint,
                 ),
             )
         case ApiKey():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from protocol.errors import AuthenticationFailed, BadRequest, Conflict, NotFound
-from protocol.messages import KvQuota
+from protocol.messages import CacheHint, KvQuota
 
 Status = Literal["active", "disabled"]
 SECRET_BYTES = 32
@@ -32,7 +32,7 @@ class Tenant:
 
     `sharing`: "private", or "group:<name>" to share cached blocks with the other tenants of that group.
     `allowed_models` None: all. `created_at`: seconds since the epoch. `kv_floor` and `kv_cap`: of every worker's KV
-    pool, in blocks ("512") or as a share ("20%"); "" is none.
+    pool, in blocks ("512") or as a share ("20%"); "" is none. `cache_hint`: of requests that bring none of their own.
     """
 
     id: str
@@ -43,6 +43,7 @@ class Tenant:
     created_at: float = 0.0
     kv_floor: str = ""
     kv_cap: str = ""
+    cache_hint: CacheHint | None = None
 
     @property
     def scope(self) -> tuple[str, str]:

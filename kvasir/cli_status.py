@@ -77,7 +77,7 @@ def render_status(reply: am.StatusReply) -> RenderableType:
     head = Text.from_markup(f"Kvasir {plain(reply.version)}  {state} for {duration(reply.uptime_s)}  {where}")
     parts: list[RenderableType] = [head, "", _worker_table(reply.workers), "", _model_table(reply.models)]
     if reply.tenants:
-        parts += ["", tenant_table(reply.tenants)]
+        parts += ["", tenant_table(reply.tenants, is_live=True)]
     return Group(*parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args
 
 import click
 from rich.table import Table
@@ -11,6 +12,7 @@ from kvasir.admin_client import ask
 from kvasir.cli_output import age, count, example, json_option, make_console, make_table, percent, plain, print_json
 from protocol import admin_messages as am
 from protocol.errors import BadRequest
+from protocol.messages import CacheHint
 
 
 @click.group()
@@ -40,7 +42,7 @@ def tenant_create(name: str, group: str | None, models: tuple[str, ...], as_json
 @json_option
 @example("kvasir tenant list")
 def tenant_list(as_json: bool) -> None:
-    """List all tenants and what they have used since the gateway started."""
+    """List all tenants, their settings and what they have used since the gateway started."""
     reply = ask(am.TenantList(), am.TenantsReply)
     if as_json:
         print_json(reply)
@@ -50,21 +52,24 @@ def tenant_list(as_json: bool) -> None:
         make_console().print(tenant_table(reply.tenants))
 
 
-def tenant_table(tenants: list[am.TenantInfo]) -> Table:
-    """Return tenants and their usage as a table."""
-    numbers = ("keys", "requests", "running", "waiting", "prompt", "cached", "output")
-    table = make_table("tenant", "status", "sharing", "models", *numbers, numbers=numbers)
+def tenant_table(tenants: list[am.TenantInfo], *, is_live: bool = False) -> Table:
+    """Return tenants and their usage as a table, with their settings or (`is_live`) with what they have under way."""
+    special = ("running", "waiting") if is_live else ("floor", "cap", "hint")
+    numbers = ("keys", *special[:2], "requests", "prompt", "cached", "output")
+    columns = ("tenant", "status", "sharing", "models", "keys", *special, "requests", "prompt", "cached", "output")
+    table = make_table(*columns, numbers=numbers)
     for info in tenants:
         usage = info.usage
+        under_way = (str(usage.num_running), str(usage.num_waiting))
+        settings = (info.kv_floor or "–", info.kv_cap or "–", info.cache_hint or "–")
         table.add_row(
             plain(info.name),
             info.status if info.status == "active" else f"[red]{info.status}[/red]",
             plain(info.sharing),
             "all" if info.allowed_models is None else plain(", ".join(info.allowed_models)),
             str(info.num_keys),
+            *(under_way if is_live else settings),
             count(usage.num_requests),
-            str(usage.num_running),
-            str(usage.num_waiting),
             count(usage.prompt_tokens),
             percent(usage.cached_tokens, usage.prompt_tokens),
             count(usage.output_tokens),
@@ -92,6 +97,7 @@ def tenant_show(name: str, as_json: bool) -> None:
         ("sharing", info.sharing),
         ("models", "all" if info.allowed_models is None else ", ".join(info.allowed_models)),
         ("KV floor, cap", f"{info.kv_floor or 'none'}, {info.kv_cap or 'none'}"),
+        ("cache hint", info.cache_hint or "none"),
         ("created", f"{age(info.created_at)} ago"),
         ("requests", f"{usage.num_requests} ({usage.num_running} running, {usage.num_waiting} waiting)"),
         ("prompt tokens", f"{usage.prompt_tokens}, {percent(usage.cached_tokens, usage.prompt_tokens)} cached"),
@@ -107,13 +113,26 @@ def tenant_show(name: str, as_json: bool) -> None:
 @click.argument("name")
 @click.option("--kv-floor", metavar="SIZE", help="KV blocks that others cannot take: 512, 20%, or none.")
 @click.option("--kv-cap", metavar="SIZE", help="KV blocks it may hold at most, on each worker: 2048, 50%, or none.")
+@click.option(
+    "--cache-hint",
+    type=click.Choice([*get_args(CacheHint), "none"]),
+    help="What to take a request for that brings no cache_hint of its own: nothing follows it, its conversation goes "
+    "on, this was its last turn.",
+)
 @json_option
-@example("kvasir tenant set acme --kv-floor 20% --kv-cap 50%\nkvasir tenant set acme --kv-cap none")
-def tenant_set(name: str, kv_floor: str | None, kv_cap: str | None, as_json: bool) -> None:
-    """Change a tenant's share of every worker's KV memory, at once. Floors that do not fit together are refused."""
-    if kv_floor is None and kv_cap is None:
-        raise BadRequest("say what to change: --kv-floor SIZE, --kv-cap SIZE")
-    reply = ask(am.TenantSet(name=name, kv_floor=kv_floor, kv_cap=kv_cap), am.Done)
+@example(
+    "kvasir tenant set acme --kv-floor 20% --kv-cap 50%\nkvasir tenant set acme --kv-cap none --cache-hint one_shot"
+)
+def tenant_set(
+    name: str, kv_floor: str | None, kv_cap: str | None, cache_hint: CacheHint | Literal["none"] | None, as_json: bool
+) -> None:
+    """Change a tenant's share of every worker's KV memory and its default hint, at once.
+
+    Floors that do not fit together are refused.
+    """
+    if kv_floor is None and kv_cap is None and cache_hint is None:
+        raise BadRequest("say what to change: --kv-floor SIZE, --kv-cap SIZE, --cache-hint HINT")
+    reply = ask(am.TenantSet(name=name, kv_floor=kv_floor, kv_cap=kv_cap, cache_hint=cache_hint), am.Done)
     _print_done(reply, as_json, f"tenant {name} is changed")
 
 

@@ -7,14 +7,14 @@ interface; unlike other messages they carry their defaults.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
 from protocol.client_messages import Text
 from protocol.codec import Decoder, Message
 from protocol.errors import ErrorInfo
-from protocol.messages import Name
+from protocol.messages import CacheHint, Name
 
 MAX_ADMIN_FRAME_BYTES = 8 << 20
 Label = Annotated[str, Meta(max_length=256)]
@@ -56,11 +56,15 @@ class TenantSetStatus(AdminCommand, tag="tenant_set_status", kw_only=True):
 
 
 class TenantSet(AdminCommand, tag="tenant_set", kw_only=True):
-    """Change a tenant's KV floor and cap; None leaves one as it is. "512" is blocks, "20%" a share, "none" lifts it."""
+    """Change a tenant's settings; None leaves one as it is, "none" lifts it.
+
+    `kv_floor`, `kv_cap`: "512" is blocks, "20%" a share. `cache_hint`: of requests that bring none of their own.
+    """
 
     name: Name
     kv_floor: Label | None = None
     kv_cap: Label | None = None
+    cache_hint: CacheHint | Literal["none"] | None = None
 
 
 class CacheQuery(AdminCommand, tag="cache"):
@@ -160,6 +164,7 @@ class TenantInfo(Struct, frozen=True, forbid_unknown_fields=True):
     usage: UsageInfo = UsageInfo()
     kv_floor: str = ""
     kv_cap: str = ""
+    cache_hint: CacheHint | None = None
 
 
 class KeyInfo(Struct, frozen=True, forbid_unknown_fields=True):

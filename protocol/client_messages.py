@@ -47,8 +47,8 @@ class CompletionRequest(ClientMessage, tag="request"):
     """Generate from exactly one of `text`, `messages` (chat template applied) and `token_ids` (packed).
 
     `max_tokens` None: up to the model's window. `want_text`/`want_tokens` choose what the chunks carry; without text
-    the gateway does no detokenisation at all (and `stop` strings are refused). `cache_hint` and `retention` say what to
-    keep of it in the KV cache.
+    the gateway does no detokenisation at all (and `stop` strings are refused). `cache_hint` (None: the
+    tenant's default) and `retention` say what to keep of it in the KV cache.
     """
 
     id: CallId

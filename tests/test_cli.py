@@ -109,6 +109,10 @@ def test_tenants_keys_and_prefixes_from_the_command_line(office: Office, home: P
         office.directory.authenticate(created["key"])
     shown = kvasir_json(capsys, "tenant", "show", "acme")
     assert shown["tenant"]["sharing"] == "group:g" and shown["tenant"]["usage"]["prompt_tokens"] == 0
+    kvasir(capsys, "tenant", "set", "acme", "--kv-floor", "20%", "--cache-hint", "one_shot")
+    assert kvasir_json(capsys, "tenant", "show", "acme")["tenant"]["cache_hint"] == "one_shot"
+    for shown in (kvasir(capsys, "tenant", "show", "acme")[0], kvasir(capsys, "tenant", "list")[0]):
+        assert "one_shot" in shown and "20%" in shown
     assert kvasir_json(capsys, "tenant", "disable", "acme") == {"changed": True}
     assert "already" in kvasir(capsys, "tenant", "disable", "acme")[0]
     assert kvasir_json(capsys, "tenant", "list")["tenants"][0]["status"] == "disabled"
@@ -155,6 +159,9 @@ def test_json_of_status_keeps_its_fields(office: Office, capsys: Any) -> None:
         (["prefix", "publish", "p", "--file", "/no/such/file"], ["/no/such/file", "No such file"]),
         (["prefix", "publish", "p", "--file", "/"], ["/", "directory"]),
         (["prefix", "publish", "p", "--file", sys.executable], ["not UTF-8"]),
+        (["tenant", "set", "nobody", "--cache-hint", "open"], ["nobody", "kvasir tenant list"]),
+        (["tenant", "set", "nobody", "--cache-hint", "often"], ["--cache-hint", "one_shot", "none"]),
+        (["tenant", "set", "nobody"], ["say what to change", "--cache-hint"]),
         (["prefix", "remove", "p"], ["kvasir prefix list"]),
         (["explain", "unknown"], ["unknown"]),
         (["tenant", "creat", "x"], ["create", "--help"]),

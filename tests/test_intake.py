@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -89,6 +90,13 @@ def test_publishing_and_removing_take_effect_with_the_next_request() -> None:
     directory.apply(PublishedPrefix("support", SYSTEM))
     assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
     assert intake.public_tokens(directory.prefixes[0])["demo"] > 100
+
+
+def test_a_request_without_a_hint_gets_its_tenants_default_and_one_with_a_hint_keeps_it() -> None:
+    chatty = dataclasses.replace(ALPHA, cache_hint="open")
+    assert prepare(ask(text="x"), ALPHA).cache_hint is None
+    assert prepare(ask(text="x"), chatty).cache_hint == "open"
+    assert prepare(ask(text="x", cache_hint="one_shot"), chatty).cache_hint == "one_shot"
 
 
 def test_a_published_text_is_tokenised_once_whatever_is_published_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sqlite3
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -20,7 +22,7 @@ from cache.policy import Retention
 from gateway.metrics import render_metrics
 from gateway.openai_bodies import CompletionBody, completion_requests, parse_body
 from gateway.store import DATABASE_NAME, MIGRATIONS, open_store
-from gateway.tenants import Tenant, check_kv_quotas, check_kv_size, kv_blocks, kv_quotas
+from gateway.tenants import PublishedPrefix, Tenant, check_kv_quotas, check_kv_size, kv_blocks, kv_quotas
 from protocol import admin_messages as am
 from protocol.errors import BadRequest, NotFound
 from protocol.messages import ClearTenant, KvAccount, KvAccounts, KvQuota, Pin, Quotas, RetentionHint, Unpin, Welcome
@@ -89,22 +91,41 @@ def test_quotas_and_pins_are_set_audited_and_survive_a_restart(home: Path) -> No
         assert office.directory.tenant("acme").kv_cap == ""
 
 
-def test_a_store_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+def test_a_default_hint_is_set_shown_audited_kept_and_lifted(home: Path) -> None:  # noqa: F811
+    with open_office(home) as office:
+        office.ask(am.TenantCreate(name="acme"), am.TenantReply)
+        assert office.ask(am.TenantSet(name="acme", cache_hint="one_shot"), am.Done).changed
+        assert not office.ask(am.TenantSet(name="acme", cache_hint="one_shot"), am.Done).changed
+        office.ask(am.TenantSet(name="acme", kv_cap="50"), am.Done)
+        assert office.directory.tenant("acme").cache_hint == "one_shot", "what is not named stays as it is"
+    with open_office(home) as office:
+        assert office.ask(am.TenantShow(name="acme"), am.TenantReply).tenant.cache_hint == "one_shot"
+        assert office.ask(am.TenantList(), am.TenantsReply).tenants[0].cache_hint == "one_shot"
+        office.ask(am.TenantSet(name="acme", cache_hint="none"), am.Done)
+        assert office.directory.tenant("acme").cache_hint is None
+    store = open_store(home)
+    hints = [json.loads(entry.after)["cache_hint"] for entry in store.audit()]
+    store.close()
+    assert hints == [None, "one_shot", "one_shot", None]
+
+
+@pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
+def test_a_store_of_any_older_schema_is_brought_up_to_date(tmp_path: Path, version: int) -> None:
     open_store(tmp_path).close()
     with sqlite3.connect(tmp_path / DATABASE_NAME) as raw:
         for table in ("audit", "prefixes", "api_keys", "tenants", "meta"):
             raw.execute(f"DROP TABLE {table}")
-        for statement in MIGRATIONS[0]:
+        for statement in chain.from_iterable(MIGRATIONS[:version]):
             raw.execute(statement)
-        raw.execute("INSERT INTO tenants VALUES ('t1', 'acme', 'active', 'private', NULL, 1.0)")
-        raw.execute("INSERT INTO prefixes VALUES ('sys', 'text', NULL, 1.0)")
-        raw.execute("PRAGMA user_version = 1")
+        raw.execute(
+            "INSERT INTO tenants (id, name, status, sharing, created_at) "
+            "VALUES ('t1', 'acme', 'active', 'private', 1.0)"
+        )
+        raw.execute("INSERT INTO prefixes (name, text, created_at) VALUES ('sys', 'text', 1.0)")
+        raw.execute(f"PRAGMA user_version = {version}")
     raw.close()
     store = open_store(tmp_path)
-    tenant, prefix = store.load()
-    assert isinstance(tenant, Tenant)
-    assert (tenant.name, tenant.kv_floor, tenant.kv_cap) == ("acme", "", "")
-    assert not prefix.pinned  # type: ignore[union-attr]
+    assert store.load() == [Tenant("t1", "acme", created_at=1.0), PublishedPrefix("sys", "text", created_at=1.0)]
     store.close()
 
 

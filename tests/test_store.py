@@ -37,7 +37,7 @@ def reopen(store: Store, path: Path) -> Store:
 
 
 def test_records_survive_a_restart_as_they_were(store: Store, tmp_path: Path) -> None:
-    tenant = Tenant("t1", "acme", "disabled", "group:g", frozenset({"b", "a"}), 12.5)
+    tenant = Tenant("t1", "acme", "disabled", "group:g", frozenset({"b", "a"}), 12.5, "20%", "512", "closing")
     key, text = issue_key(store.secret, "t1", "läbel", 3.0)
     everything = [tenant, key, PublishedPrefix("p", "téxt\0\n", frozenset({"t1"}), 4.0)]
     store.write(everything, ENTRY)
@@ -51,11 +51,12 @@ def test_records_survive_a_restart_as_they_were(store: Store, tmp_path: Path) ->
 names = st.sampled_from("abcd")
 changes = st.one_of(
     st.builds(
-        lambda i, s, g, m: Tenant(i, "name-" + i, s, g, m, 1.0),
+        lambda i, s, g, m, h: Tenant(i, "name-" + i, s, g, m, 1.0, cache_hint=h),
         names,
         st.sampled_from(["active", "disabled"]),
         st.sampled_from(["private", "group:g"]),
         st.none() | st.frozensets(names),
+        st.sampled_from([None, "one_shot", "open", "closing"]),
     ),
     st.builds(
         lambda i, t, r: ApiKey(i + t, t, (i + t).encode() * 16, "", 1.0, r), names, names, st.none() | st.just(2.0)
