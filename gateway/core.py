@@ -263,10 +263,6 @@ class Core(CoreApi):
         for worker in list(self._members.by_id.values()):
             self._tell(worker, ClearTenant(tenant_id))
 
-    def kv_accounts(self) -> dict[str, KvAccounts]:
-        """Return what every worker last said of who holds its blocks, by worker id."""
-        return {worker.worker_id: worker.kv for worker in self._members.by_id.values()}
-
     def _tell(self, worker: Worker, command: Command) -> None:
         if worker.is_member and not self._send(worker.peer, command):
             self._lose_and_dispatch(worker, "link", "cannot be reached")

@@ -93,26 +93,27 @@ class GatewayHouse:
         }
 
     def cache(self) -> list[CacheWorker]:
-        accounts = self._core.kv_accounts()
-        names = {tenant.id: tenant for tenant in self._directory.tenants()}
+        names, size = {tenant.id: tenant for tenant in self._directory.tenants()}, self._config.block_size
+        statistics = self._core.statistics()
         found = []
-        for worker in self._core.statistics().workers:
-            kv, size = accounts[worker.worker_id], self._config.block_size
+        for worker in statistics.workers:
             quotas = {quota.tenant: quota for quota in kv_quotas(names.values(), worker.num_blocks)}
             tenants = [
                 CacheTenant(
-                    tenant=names[account.tenant].name if account.tenant in names else account.tenant,
-                    floor=quotas[account.tenant].floor if account.tenant in quotas else 0,
-                    cap=quotas[account.tenant].cap if account.tenant in quotas else None,
+                    tenant=names[account.tenant_id].name if account.tenant_id in names else account.tenant_id,
+                    floor=quotas[account.tenant_id].floor if account.tenant_id in quotas else 0,
+                    cap=quotas[account.tenant_id].cap if account.tenant_id in quotas else None,
                     num_blocks=account.num_held,
                     block_s=account.block_s,
+                    byte_s=account.byte_s,
                     looked_up_tokens=account.num_looked_up * size,
                     saved_tokens=account.num_hits * size,
                     evicted_own=account.num_evicted_own,
                     suffered=account.num_suffered,
                     caused=account.num_caused,
                 )
-                for account in kv.accounts
+                for account in statistics.kv
+                if account.worker_id == worker.worker_id
             ]
             found.append(
                 CacheWorker(
@@ -121,7 +122,7 @@ class GatewayHouse:
                     block_size=size,
                     num_blocks=worker.num_blocks,
                     num_free_blocks=worker.num_free_blocks,
-                    num_pinned=kv.num_pinned,
+                    num_pinned=worker.num_pinned_blocks,
                     tenants=sorted(tenants, key=lambda tenant: -tenant.num_blocks),
                 )
             )

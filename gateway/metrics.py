@@ -19,6 +19,7 @@ _WORKER_GAUGES = {
     "waiting": ("waiting", "Sequences waiting inside the worker."),
     "blocks": ("num_blocks", "KV blocks."),
     "free_blocks": ("num_free_blocks", "KV blocks that are free or can be evicted."),
+    "pinned_blocks": ("num_pinned_blocks", "KV blocks of pinned prefixes."),
     "index_blocks": ("num_index_blocks", "Blocks that the gateway's prefix index knows of."),
     "prefill_tokens_per_second": ("prefill_tokens_per_s", "Learned prefill rate."),
     "decode_round_seconds": ("decode_round_s", "Learned time of one decode step."),
@@ -36,6 +37,7 @@ _WORKER_COUNTERS = {
 _KV_GAUGES = {"blocks": ("num_held", "KV blocks held: allocated, or cached and idle.")}
 _KV_COUNTERS = {
     "block_seconds": ("block_s", "KV blocks held times seconds."),
+    "byte_seconds": ("byte_s", "KV memory held times seconds."),
     "looked_up_blocks": ("num_looked_up", "Whole blocks of prompts that the worker began to serve."),
     "hit_blocks": ("num_hits", "Of them found in its cache."),
     "evicted_own_blocks": ("num_evicted_own", "Own blocks evicted for oneself."),

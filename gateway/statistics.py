@@ -99,7 +99,7 @@ class TenantStatistics(msgspec.Struct, frozen=True):
 
 
 class WorkerStatistics(msgspec.Struct, frozen=True):
-    """One worker. `running`, `waiting` and `num_free_blocks` as it last reported; `num_in_flight` as the core counts.
+    """One worker. `running`, `waiting`, free and pinned blocks as it last reported; `num_in_flight` as the core counts.
 
     `hit_rate`: cached tokens it reported / prompt tokens of the same attempts; predicted is what the router expected.
     """
@@ -119,6 +119,7 @@ class WorkerStatistics(msgspec.Struct, frozen=True):
     waiting: int
     num_blocks: int
     num_free_blocks: int
+    num_pinned_blocks: int
     num_pending_tokens: int
     prefill_tokens_per_s: float
     decode_round_s: float
@@ -147,6 +148,7 @@ class KvStatistics(msgspec.Struct, frozen=True):
     tenant_id: str
     num_held: int
     block_s: float
+    byte_s: float
     num_looked_up: int
     num_hits: int
     num_evicted_own: int
@@ -221,6 +223,7 @@ def kv_statistics(worker: Worker, account: KvAccount) -> KvStatistics:
         tenant_id=account.tenant,
         num_held=account.num_held,
         block_s=account.block_s,
+        byte_s=account.block_s * worker.hello.bytes_per_block,
         num_looked_up=account.num_looked_up,
         num_hits=account.num_hits,
         num_evicted_own=account.num_evicted_own,
@@ -277,6 +280,7 @@ def worker_statistics(worker: Worker, now: float) -> WorkerStatistics:
         waiting=load.num_waiting,
         num_blocks=hello.num_blocks,
         num_free_blocks=load.num_free_blocks,
+        num_pinned_blocks=worker.kv.num_pinned,
         num_pending_tokens=load.pending_tokens,
         prefill_tokens_per_s=worker.rates.prefill_tokens_per_s,
         decode_round_s=worker.rates.round_s,

@@ -7,11 +7,22 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from kvasir.admin_client import ask
-from kvasir.cli_output import bar, count, example, json_option, make_console, make_table, percent, plain, print_json
+from kvasir.cli_output import (
+    bar,
+    count,
+    example,
+    json_option,
+    make_console,
+    make_table,
+    memory,
+    percent,
+    plain,
+    print_json,
+)
 from protocol import admin_messages as am
 
 MAX_PREFIXES = 10
-_NUMBERS = ("blocks", "floor", "cap", "hit rate", "tokens saved", "block-s", "lost", "took", "own")
+_NUMBERS = ("blocks", "floor", "cap", "hit rate", "tokens saved", "memory·s", "lost", "took", "own")
 
 
 @click.group()
@@ -26,7 +37,7 @@ def cache() -> None:
 def cache_show(as_json: bool) -> None:
     """Show who holds every worker's KV blocks, what that saved, and the published prefixes that saved most.
 
-    block-s: blocks held times seconds. Evicted blocks: `lost` to others, `took` from others, `own` for itself.
+    memory·s: memory held times seconds. Evicted blocks: `lost` to others, `took` from others, `own` for itself.
     """
     reply = ask(am.CacheQuery(), am.CacheReply)
     if as_json:
@@ -65,7 +76,7 @@ def _worker(worker: am.CacheWorker) -> RenderableType:
             count(tenant.floor) if tenant.floor else "–",
             "–" if tenant.cap is None else count(tenant.cap),
             *_savings(tenant),
-            count(tenant.block_s),
+            f"{memory(tenant.byte_s)}·s",
             count(tenant.suffered),
             count(tenant.caused),
             count(tenant.evicted_own),

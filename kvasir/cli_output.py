@@ -89,6 +89,14 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def memory(num_bytes: float) -> str:
+    """Return a number of bytes in its largest fitting unit: "950 B", "1.2 GiB"."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
 def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "–"
 

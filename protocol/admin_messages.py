@@ -228,8 +228,9 @@ class ModelStatus(Struct, frozen=True, forbid_unknown_fields=True):
 class CacheTenant(Struct, frozen=True, forbid_unknown_fields=True):
     """What a tenant ("public": published prefixes) holds on one worker, and counters since that worker's boot.
 
-    `floor`, `cap` in blocks. `looked_up_tokens` of prompts (whole blocks), `saved_tokens` of them found in the cache.
-    Evicted blocks: `evicted_own` for itself, `suffered` for others; `caused`: others' blocks for it.
+    `floor`, `cap` in blocks. `block_s`, `byte_s`: blocks and bytes held times seconds. `looked_up_tokens` of prompts
+    (whole blocks), `saved_tokens` of them found in the cache. Evicted blocks: `evicted_own` for itself, `suffered` for
+    others; `caused`: others' blocks for it.
     """
 
     tenant: str
@@ -237,6 +238,7 @@ class CacheTenant(Struct, frozen=True, forbid_unknown_fields=True):
     cap: int | None = None
     num_blocks: int = 0
     block_s: float = 0.0
+    byte_s: float = 0.0
     looked_up_tokens: int = 0
     saved_tokens: int = 0
     evicted_own: int = 0

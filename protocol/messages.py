@@ -191,7 +191,10 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hello(Report, tag="hello"):
-    """First message of a connection. `incarnation` is random per boot; `fingerprint` identifies the weights."""
+    """First message of a connection. `incarnation` is random per boot; `fingerprint` identifies the weights.
+
+    `bytes_per_block`: of KV memory, all layers; 0 for a worker that keeps none.
+    """
 
     protocol_version: int
     worker_id: Name
@@ -205,6 +208,7 @@ class Hello(Report, tag="hello"):
     device: Name = "cpu"
     pid: Count = 0
     role: Literal["both"] = "both"
+    bytes_per_block: Count = 0
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):

@@ -60,6 +60,16 @@ def test_a_cap_takes_effect_at_once_and_a_clear_empties(box: Box) -> None:
     eventually(lambda: held(box, "alpha") == 0)
 
 
+def test_memory_held_is_told_in_the_bytes_of_the_pool(box: Box) -> None:
+    fill(box, "alpha", 1)
+    eventually(lambda: any(tenant["block_s"] > 0 for tenant in worker(box)["tenants"]))
+    pool = worker(box)
+    tenant = next(tenant for tenant in pool["tenants"] if tenant["block_s"] > 0)
+    pool_bytes = tenant["byte_s"] / tenant["block_s"] * pool["num_blocks"]
+    assert 0.99 < pool_bytes / (8 << 20) <= 1.0, "--kv-memory 8M, in whole blocks"
+    assert "iB·s" in box.kvasir("cache", "show").stdout
+
+
 def test_floors_that_do_not_fit_together_are_refused(box: Box) -> None:
     box.key("alpha"), box.key("beta")
     box.kvasir("tenant", "set", "alpha", "--kv-floor", "60%")

@@ -23,7 +23,7 @@ from rich.console import Console
 from kvasir import demo_keys, up
 from kvasir.chat import Chat, choose_model
 from kvasir.cli import cli, run
-from kvasir.cli_output import age, bar, count, duration, harmless, percent, plain
+from kvasir.cli_output import age, bar, count, duration, harmless, memory, percent, plain
 from protocol.client_messages import ModelCard, Usage
 from protocol.errors import AuthenticationFailed, BadRequest, ConfigurationError, PromptTooLong
 from tests.box import open_box
@@ -491,6 +491,9 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_numbers_are_shown_short() -> None:
     assert [count(n) for n in (0, 950, 12_345, 4_500_000)] == ["0", "950", "12.3k", "4.5M"]
+    assert [memory(n) for n in (0, 1023, 1 << 10, 1.2 * (1 << 30), 1 << 45)] == [
+        *("0 B", "1023 B", "1.0 KiB", "1.2 GiB", "32.0 TiB")
+    ]
     assert [duration(s) for s in (-1, 59, 61, 7200, 90_000)] == ["0 s", "59 s", "1 min", "2 h", "1 d"]
     assert age(100.0, 160.0) == "1 min"
     assert percent(1, 0) == "–" and percent(1, 4) == "25 %"

@@ -177,13 +177,15 @@ def test_pins_are_told_once_again_when_they_change_and_taken_back() -> None:
 
 def test_accounts_and_what_published_prefixes_save_can_be_seen() -> None:
     bench = Bench()
-    peer = bench.join("w1")
-    bench.core.worker_report(peer, KvAccounts([KvAccount("t1", num_held=7, block_s=2.5, num_caused=3)]))
+    peer = bench.join("w1", bytes_per_block=1 << 14)
+    bench.core.worker_report(peer, KvAccounts([KvAccount("t1", num_held=7, block_s=2.5, num_caused=3)], num_pinned=2))
     [account] = bench.core.statistics().kv
     assert (account.worker_id, account.tenant_id, account.num_held, account.num_caused) == ("w1", "t1", 7, 3)
     text = render_metrics(bench.core.statistics(), None).decode()
     assert 'kvasir_kv_blocks{worker="w1",tenant="t1"} 7\n' in text
     assert 'kvasir_kv_block_seconds_total{worker="w1",tenant="t1"} 2.5\n' in text
+    assert f'kvasir_kv_byte_seconds_total{{worker="w1",tenant="t1"}} {2.5 * (1 << 14)}\n' in text
+    assert 'kvasir_worker_pinned_blocks{worker="w1",model="demo"} 2\n' in text
 
 
 def test_what_published_prefixes_save_is_counted_by_their_last_block() -> None:

@@ -150,6 +150,7 @@ def test_a_worker_says_who_it_is_and_reports_the_same_tokens_as_the_plain_model(
         assert (hello.worker_id, hello.model, hello.block_size, hello.device) == ("w1", "oracle", 4, "cpu")
         assert hello.limits == Limits(7, 500, 100)
         assert hello.pid == gateway.process.pid
+        assert hello.bytes_per_block == 4 * 8, "one word per token"
         gateway.send(Welcome(b"epoch 1", PUBLIC_SPACE, 0.05))
         assert gateway.expect(Snapshot).hashes == b""
         for i in range(5):

@@ -36,6 +36,7 @@ class Loaded:
     kv: StepStore
     sampler: Sampler
     num_blocks: int
+    bytes_per_block: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     limits: EngineLimits
@@ -76,6 +77,7 @@ def build(options: Options) -> tuple[Engine, Hello]:
         limits=Limits(limits.max_requests, limits.max_context, limits.max_step_tokens),
         device=loaded.device,
         pid=os.getpid(),
+        bytes_per_block=loaded.bytes_per_block,
     )
     return engine, hello
 
@@ -161,6 +163,7 @@ def _load_oracle(options: Options) -> Loaded:
         kv=OracleStore(num_blocks, options.block_size),
         sampler=model.sample,
         num_blocks=num_blocks,
+        bytes_per_block=block_bytes,
         vocab_size=config.vocab,
         eos_token_ids=config.eos_token_ids,
         limits=choose_limits(options, window=config.window, num_blocks=num_blocks, on_gpu=False),
@@ -225,6 +228,7 @@ def _load_torch(options: Options) -> Loaded:
         kv=kv,
         sampler=sample,
         num_blocks=num_blocks,
+        bytes_per_block=kv.bytes_per_block,
         vocab_size=config.vocab_size,
         eos_token_ids=config.eos_token_ids,
         limits=limits,
