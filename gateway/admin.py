@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -59,6 +59,9 @@ class House(Protocol):
 
     def cache(self) -> list[am.CacheWorker]:
         """Return who holds every worker's KV blocks."""
+
+    def pinned_blocks(self, prefixes: Sequence[PublishedPrefix]) -> dict[str, int]:
+        """Return how many blocks each worker that is in keeps pinned when these prefixes are the published ones."""
 
     def kv_changed(self) -> None:
         """Put the tenants' KV floors and caps, as they are now, in force on all workers."""
@@ -186,8 +189,7 @@ class Admin:
                 self._house.drain()
                 return am.Done()
             case _:
-                pools = {worker.id: worker.num_blocks for worker in self._house.workers() if worker.num_blocks}
-                verdict = decide(self._directory, command, self._clock(), pools)
+                verdict = decide(self._directory, command, self._clock(), self._house)
         if verdict.changes:
             before, after = json.dumps(verdict.before), json.dumps(verdict.after)
             entry = AuditEntry(self._clock(), command.actor, name, verdict.subject, before, after)
@@ -228,7 +230,13 @@ class Admin:
     def _cache(self) -> am.CacheReply:
         saved = self._house.saved_by_prefix()
         prefixes = [
-            am.CachePrefix(prefix.name, saved.get(prefix.name, 0), prefix.pinned, prefix.text[:PREVIEW_CHARS])
+            am.CachePrefix(
+                prefix.name,
+                saved.get(prefix.name, 0),
+                prefix.pinned,
+                prefix.text[:PREVIEW_CHARS],
+                _sorted(prefix.pinned_on),
+            )
             for prefix in self._directory.prefixes
         ]
         return am.CacheReply(self._house.cache(), sorted(prefixes, key=lambda prefix: -prefix.saved_tokens))
@@ -246,12 +254,10 @@ class Admin:
         )
 
 
-def decide(
-    directory: TenantDirectory, command: am.AnyCommand, now: float, pools: Mapping[str, int] | None = None
-) -> Verdict:
+def decide(directory: TenantDirectory, command: am.AnyCommand, now: float, house: House) -> Verdict:
     """Return what `command` about tenants, keys or prefixes comes to. Changes nothing; draws keys and ids.
 
-    `pools`: blocks of every worker, in which KV floors must fit.
+    `house` is asked for the workers in which floors and pins must fit.
 
     Raises:
         BadRequest, NotFound, Conflict: refused; says what now.
@@ -271,7 +277,7 @@ def decide(
                 return Verdict(am.Done(changed=False))
             return Verdict(am.Done(), (after,), after.name, _tenant_record(before), _tenant_record(after))
         case am.TenantSet():
-            return _set_tenant(directory, command, pools or {})
+            return _set_tenant(directory, command, house)
         case am.KeyCreate():
             tenant = directory.tenant(command.tenant)
             key, text = issue_key(directory.deployment_secret, tenant.id, command.label, now)
@@ -287,22 +293,13 @@ def decide(
             revoked = replace(key, revoked_at=now)
             return Verdict(am.Done(), (revoked,), _owner(directory, key), _key_record(key), _key_record(revoked))
         case am.PrefixPublish():
-            return _publish_prefix(directory, command, now)
+            return _publish_prefix(directory, command, now, house)
         case am.PrefixPin():
-            before_pin = directory.prefix(command.name)
-            if before_pin is None:
-                raise NotFound(f"no prefix is called {command.name[:80]!r}; `kvasir prefix list` shows those there are")
-            after_pin = replace(before_pin, pinned=command.pinned)
-            if after_pin == before_pin:
-                return Verdict(am.Done(changed=False))
-            record, now_record = _prefix_record(before_pin), _prefix_record(after_pin)
-            return Verdict(am.Done(), (after_pin,), after_pin.name, record, now_record)
+            return _pin_prefix(directory, command, house)
         case am.PrefixList():
             return Verdict(am.PrefixesReply([_prefix_info(directory, prefix) for prefix in directory.prefixes]))
         case am.PrefixRemove():
-            prefix = directory.prefix(command.name)
-            if prefix is None:
-                raise NotFound(f"no prefix is called {command.name[:80]!r}; `kvasir prefix list` shows those there are")
+            prefix = _prefix(directory, command.name)
             return Verdict(am.Done(), (RemovePrefix(prefix.name),), prefix.name, _prefix_record(prefix), None)
     raise BadRequest(f"{type(command).__name__} is no command about tenants, keys or prefixes")
 
@@ -319,7 +316,7 @@ def _create_tenant(directory: TenantDirectory, command: am.TenantCreate, now: fl
     )
 
 
-def _set_tenant(directory: TenantDirectory, command: am.TenantSet, pools: Mapping[str, int]) -> Verdict:
+def _set_tenant(directory: TenantDirectory, command: am.TenantSet, house: House) -> Verdict:
     before = directory.tenant(command.name)
     after = replace(
         before,
@@ -330,7 +327,7 @@ def _set_tenant(directory: TenantDirectory, command: am.TenantSet, pools: Mappin
     if before == after:
         return Verdict(am.Done(changed=False))
     others = [tenant for tenant in directory.tenants() if tenant.id != before.id]
-    check_kv_quotas([*others, after], pools or {"any": 1_000_000})
+    _check_room([*others, after], directory.prefixes, house)
     return Verdict(am.Done(), (after,), after.name, _tenant_record(before), _tenant_record(after))
 
 
@@ -338,13 +335,15 @@ def _hint(given: CacheHint | Literal["none"]) -> CacheHint | None:
     return None if given == "none" else given
 
 
-def _publish_prefix(directory: TenantDirectory, command: am.PrefixPublish, now: float) -> Verdict:
+def _publish_prefix(directory: TenantDirectory, command: am.PrefixPublish, now: float, house: House) -> Verdict:
     check_name(command.name, "prefix")
     if not command.text.strip():
         raise BadRequest("the text to publish is empty; name a file with some text in it", param="text")
     allowed = None if command.tenants is None else frozenset(directory.tenant(name).id for name in command.tenants)
     before = directory.prefix(command.name)
-    prefix = PublishedPrefix(command.name, command.text, allowed, now, pinned=before is not None and before.pinned)
+    prefix = PublishedPrefix(command.name, command.text, allowed, now)
+    if before is not None:
+        prefix = replace(prefix, pinned=before.pinned, pinned_on=before.pinned_on)
     if before is not None and (before.text, before.tenant_ids) == (prefix.text, prefix.tenant_ids):
         return Verdict(am.PrefixReply(_prefix_info(directory, before), changed=False))
     if before is not None and not command.replace:
@@ -352,9 +351,44 @@ def _publish_prefix(directory: TenantDirectory, command: am.PrefixPublish, now: 
             f"the prefix {command.name!r} is published with another text or for other tenants; "
             "add --replace, remove it first or choose another name"
         )
+    _check_pins(directory, prefix, house)
     reply = am.PrefixReply(_prefix_info(directory, prefix), changed=True)
     record = None if before is None else _prefix_record(before)
     return Verdict(reply, (prefix,), prefix.name, record, _prefix_record(prefix))
+
+
+def _pin_prefix(directory: TenantDirectory, command: am.PrefixPin, house: House) -> Verdict:
+    before = _prefix(directory, command.name)
+    pinned_on = None if command.workers is None or not command.pinned else frozenset(command.workers)
+    known = {worker.id for worker in house.workers()}
+    unknown = (pinned_on or frozenset()) - known - (before.pinned_on or frozenset())
+    if unknown:
+        raise NotFound(
+            f"no worker is called {min(unknown)[:80]!r}; those there are: {', '.join(sorted(known)) or 'none yet'}. "
+            "Start it first, or pin on all workers, which includes those to come"
+        )
+    after = replace(before, pinned=command.pinned, pinned_on=pinned_on)
+    if after == before:
+        return Verdict(am.Done(changed=False))
+    _check_pins(directory, after, house)
+    return Verdict(am.Done(), (after,), after.name, _prefix_record(before), _prefix_record(after))
+
+
+def _prefix(directory: TenantDirectory, name: str) -> PublishedPrefix:
+    prefix = directory.prefix(name)
+    if prefix is None:
+        raise NotFound(f"no prefix is called {name[:80]!r}; `kvasir prefix list` shows those there are")
+    return prefix
+
+
+def _check_pins(directory: TenantDirectory, after: PublishedPrefix, house: House) -> None:
+    others = [prefix for prefix in directory.prefixes if prefix.name != after.name]
+    _check_room(directory.tenants(), [*others, after], house)
+
+
+def _check_room(tenants: Sequence[Tenant], prefixes: Sequence[PublishedPrefix], house: House) -> None:
+    pools = {worker.id: worker.num_blocks for worker in house.workers() if worker.num_blocks}
+    check_kv_quotas(tenants, pools or {"any": 1_000_000}, house.pinned_blocks(prefixes))
 
 
 def _owner(directory: TenantDirectory, key: ApiKey) -> str:
@@ -397,7 +431,14 @@ def _key_infos(directory: TenantDirectory, tenants: Iterable[Tenant]) -> list[am
 def _prefix_info(directory: TenantDirectory, prefix: PublishedPrefix) -> am.PrefixInfo:
     ids = prefix.tenant_ids
     names = None if ids is None else [tenant.name for tenant in directory.tenants() if tenant.id in ids]
-    return am.PrefixInfo(prefix.name, names, len(prefix.text), prefix.created_at, pinned=prefix.pinned)
+    return am.PrefixInfo(
+        prefix.name,
+        names,
+        len(prefix.text),
+        prefix.created_at,
+        pinned=prefix.pinned,
+        pinned_on=_sorted(prefix.pinned_on),
+    )
 
 
 # What the audit trail keeps: no digests of keys, of a text only what identifies it.
@@ -415,6 +456,10 @@ def _key_record(key: ApiKey) -> dict[str, Any]:
 
 def _prefix_record(prefix: PublishedPrefix) -> dict[str, Any]:
     raw = prefix.text.encode()
-    ids = None if prefix.tenant_ids is None else sorted(prefix.tenant_ids)
-    digest = blake2b(raw, digest_size=16).hexdigest()
-    return {"blake2b": digest, "num_bytes": len(raw), "tenant_ids": ids, "pinned": prefix.pinned}
+    record = {"blake2b": blake2b(raw, digest_size=16).hexdigest(), "num_bytes": len(raw)}
+    pin = {"pinned": prefix.pinned, "pinned_on": _sorted(prefix.pinned_on)}
+    return record | {"tenant_ids": _sorted(prefix.tenant_ids)} | pin
+
+
+def _sorted(names: frozenset[str] | None) -> list[str] | None:
+    return None if names is None else sorted(names)

@@ -104,7 +104,7 @@ class Core(CoreApi):
         self._totals = Totals()
         self._explained: OrderedDict[bytes, list[Decision]] = OrderedDict()
         self._kv_quotas: Callable[[int], list[KvQuota]] | None = None
-        self._pins: Callable[[str], list[Pin]] | None = None
+        self._pins: Callable[[str, str], list[Pin]] | None = None
         self._saved: dict[tuple[str, bytes], int] = {}
         self._draining = False
         self._ticked_at = clock()
@@ -235,8 +235,8 @@ class Core(CoreApi):
         for worker in list(self._members.by_id.values()):
             self._tell(worker, Quotas(quotas(worker.hello.num_blocks)))
 
-    def set_pins(self, pins: Callable[[str], list[Pin]], *, prewarm: Container[str] = ()) -> None:
-        """Have all workers keep the published prefixes that `pins(model)` returns, those that join later too.
+    def set_pins(self, pins: Callable[[str, str], list[Pin]], *, prewarm: Container[str] = ()) -> None:
+        """Have every worker keep what `pins(model, worker_id)` returns for it, those that join later too.
 
         `prewarm`: names among them that are computed at once by whoever does not have them.
         """
@@ -246,7 +246,7 @@ class Core(CoreApi):
 
     def _tell_pins(self, worker: Worker, prewarm: Container[str] = ()) -> None:
         assert self._pins is not None
-        pins = self._pins(worker.hello.model)
+        pins = self._pins(worker.hello.model, worker.worker_id)
         for name in worker.pins.keys() - {pin.name for pin in pins}:
             self._tell(worker, Unpin(name))
         for pin in pins:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -13,6 +13,7 @@ from gateway.intake import Intake
 from gateway.supervisor import Supervisor
 from gateway.tenants import PublishedPrefix, TenantDirectory, kv_quotas
 from protocol.admin_messages import CacheTenant, CacheWorker, ModelStatus, UsageInfo, WorkerInfo
+from protocol.prefix import HASH_BYTES
 
 
 class GatewayHouse:
@@ -131,9 +132,18 @@ class GatewayHouse:
     def kv_changed(self) -> None:
         self._core.set_kv_quotas(lambda num_blocks: kv_quotas(self._directory.tenants(), num_blocks))
 
+    def pinned_blocks(self, prefixes: Sequence[PublishedPrefix]) -> dict[str, int]:
+        return {
+            worker.worker_id: sum(
+                len(pin.prefix_hashes) // HASH_BYTES
+                for pin in self._intake.pins(worker.model, worker.worker_id, prefixes)
+            )
+            for worker in self._core.statistics().workers
+        }
+
     def prefixes_changed(self, prewarm: str | None = None) -> None:
-        models = self._core.models()
-        names = {pin.name for model in models for pin in self._intake.pins(model)}
+        workers = self._core.statistics().workers
+        names = {pin.name for worker in workers for pin in self._intake.pins(worker.model, worker.worker_id)}
         self._core.set_pins(self._intake.pins, prewarm={name for name in names if name.rpartition("/")[0] == prewarm})
 
     def saved_by_prefix(self) -> dict[str, int]:

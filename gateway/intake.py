@@ -8,7 +8,7 @@ in the namespace of the tenant's sharing scope. Namespaces come from here and fr
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import inf
 
@@ -65,7 +65,7 @@ class Intake:
         self._memories: dict[tuple[str, tuple[str, str]], Words] = {}
         self._prefixes: tuple[PublishedPrefix, ...] | None = None  # what `_published` was made of
         self._published: dict[str, dict[bytes, list[_Published]]] = {}  # model -> first block -> longest first
-        self._forms: dict[tuple[str, PublishedPrefix], list[bytes]] = {}  # what tokenising them has given
+        self._forms: dict[tuple[str, str], list[bytes]] = {}  # model, published text -> what tokenising it has given
         self._threads = trio.CapacityLimiter(MAX_THREADS)
 
     def is_quick(self, request: CompletionRequest) -> bool:
@@ -116,15 +116,16 @@ class Intake:
             found[name] = max(sizes, default=0)
         return found
 
-    def pins(self, model: str) -> list[Pin]:
-        """Return the pinned prefixes as workers of `model` are told of them, one per form."""
+    def pins(self, model: str, worker_id: str, prefixes: Iterable[PublishedPrefix] | None = None) -> list[Pin]:
+        """Return what a worker of `model` is to pin of `prefixes` (None: those that are published), one per form."""
         info = self._core.models().get(model)
         if info is None or not info.fingerprint:
             return []
-        pinned = [prefix for prefix in self._directory.prefixes if prefix.pinned]
+        prefixes = self._directory.prefixes if prefixes is None else prefixes
         return [
             Pin(f"{prefix.name}/{number}", form, self._root(info), self._public_hashes(info, form))
-            for prefix in pinned
+            for prefix in prefixes
+            if prefix.is_pinned_on(worker_id)
             for number, form in enumerate(self._packed_forms(model, prefix))
         ]
 
@@ -291,7 +292,8 @@ class Intake:
         if self._prefixes is not self._directory.prefixes:
             self._prefixes = self._directory.prefixes
             self._published.clear()
-            self._forms = {key: forms for key, forms in self._forms.items() if key[1] in self._prefixes}
+            texts = {prefix.text for prefix in self._prefixes}
+            self._forms = {key: forms for key, forms in self._forms.items() if key[1] in texts}
         published = self._published.get(model)
         if published is None:
             published = self._published[model] = self._tokenise_published(model)
@@ -310,13 +312,13 @@ class Intake:
 
     def _packed_forms(self, model: str, prefix: PublishedPrefix) -> list[bytes]:
         """Return the forms of `prefix` in whole blocks, tokenised once: a large one takes a second."""
-        found = self._forms.get((model, prefix))
+        found = self._forms.get((model, prefix.text))
         if found is None:
             text = self._texts.get(model)
             block_bytes = self._block_size * TOKEN_BYTES
             packed = [] if text is None else [pack_tokens(ids) for ids in published_forms(text, prefix.text)]
             whole = [form[: len(form) // block_bytes * block_bytes] for form in packed]
-            found = self._forms[model, prefix] = [form for form in whole if form]
+            found = self._forms[model, prefix.text] = [form for form in whole if form]
         return found
 
 

@@ -53,6 +53,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE prefixes ADD COLUMN pinned INTEGER NOT NULL DEFAULT 0",
     ),
     ("ALTER TABLE tenants ADD COLUMN cache_hint TEXT CHECK (cache_hint IN ('one_shot', 'open', 'closing'))",),
+    ("ALTER TABLE prefixes ADD COLUMN pinned_on TEXT",),
 )
 
 
@@ -131,9 +132,11 @@ class Store:
             ):
                 records.append(ApiKey(*row))
             for row in query(
-                "SELECT name, text, tenant_ids, created_at, pinned FROM prefixes ORDER BY created_at, rowid"
+                "SELECT name, text, tenant_ids, created_at, pinned, pinned_on FROM prefixes ORDER BY created_at, rowid"
             ):
-                records.append(PublishedPrefix(row[0], row[1], _parse_set(row[2]), row[3], bool(row[4])))
+                name, text, tenant_ids, created_at, pinned, workers = row
+                tenants, pinned_on = _parse_set(tenant_ids), _parse_set(workers)
+                records.append(PublishedPrefix(name, text, tenants, created_at, bool(pinned), pinned_on))
             return records
 
     def audit(self, last: int = 1000) -> list[AuditEntry]:
@@ -317,8 +320,16 @@ def _upsert(change: Change) -> tuple[str, tuple[Any, ...]]:
             )
         case PublishedPrefix():
             return (
-                "INSERT OR REPLACE INTO prefixes (name, text, tenant_ids, created_at, pinned) VALUES (?, ?, ?, ?, ?)",
-                (change.name, change.text, _dump_set(change.tenant_ids), change.created_at, change.pinned),
+                "INSERT OR REPLACE INTO prefixes (name, text, tenant_ids, created_at, pinned, pinned_on) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    change.name,
+                    change.text,
+                    _dump_set(change.tenant_ids),
+                    change.created_at,
+                    change.pinned,
+                    _dump_set(change.pinned_on),
+                ),
             )
         case RemovePrefix():
             return "DELETE FROM prefixes WHERE name = ?", (change.name,)

@@ -72,7 +72,7 @@ class ApiKey:
 class PublishedPrefix:
     """A text that an operator publishes: its cached blocks are shared by `tenant_ids` (None: every tenant).
 
-    `pinned`: workers keep its blocks.
+    `pinned`: workers keep its blocks, those in `pinned_on` (None: all of them).
     """
 
     name: str
@@ -80,6 +80,10 @@ class PublishedPrefix:
     tenant_ids: frozenset[str] | None = None
     created_at: float = 0.0
     pinned: bool = False
+    pinned_on: frozenset[str] | None = None
+
+    def is_pinned_on(self, worker_id: str) -> bool:
+        return self.pinned and (self.pinned_on is None or worker_id in self.pinned_on)
 
     def may_be_used_by(self, tenant: Tenant) -> bool:
         return self.tenant_ids is None or tenant.id in self.tenant_ids
@@ -126,27 +130,31 @@ def check_kv_size(text: str, what: str) -> str:
 
 
 def kv_blocks(text: str, num_blocks: int) -> int:
-    """Return how many of a pool's `num_blocks` a floor or cap that is not "" stands for; at least one."""
+    """Return how many of a pool's `num_blocks` a floor or cap that is not "" stands for, rounded down."""
     if text.endswith("%"):
-        return max(1, int(float(text[:-1]) * num_blocks / 100))
+        return int(float(text[:-1]) * num_blocks / 100)
     return int(text)
 
 
 def kv_quotas(tenants: Iterable[Tenant], num_blocks: int) -> list[KvQuota]:
-    """Return the floors and caps of `tenants` in blocks of a pool of `num_blocks`."""
+    """Return the floors and caps of `tenants` in blocks of a pool of `num_blocks`; a cap is at least one."""
     return [
         KvQuota(
             tenant.id,
             kv_blocks(tenant.kv_floor, num_blocks) if tenant.kv_floor else 0,
-            kv_blocks(tenant.kv_cap, num_blocks) if tenant.kv_cap else None,
+            max(1, kv_blocks(tenant.kv_cap, num_blocks)) if tenant.kv_cap else None,
         )
         for tenant in tenants
         if tenant.kv_floor or tenant.kv_cap
     ]
 
 
-def check_kv_quotas(tenants: Iterable[Tenant], pools: Mapping[str, int]) -> None:
-    """Check that all floors can be kept at once in every pool (worker id -> blocks), and as shares in any.
+def check_kv_quotas(
+    tenants: Iterable[Tenant], pools: Mapping[str, int], pinned: Mapping[str, int] | None = None
+) -> None:
+    """Check that all floors can be kept at once, beside what is pinned, in every pool, and as shares in any.
+
+    `pools`: blocks by worker id; `pinned`: how many of them are pinned (None: nowhere any).
 
     Raises:
         BadRequest: they cannot; says which and by how much. Or somebody's floor is above his cap.
@@ -167,11 +175,12 @@ def check_kv_quotas(tenants: Iterable[Tenant], pools: Mapping[str, int]) -> None
                     f"({quota.floor} and {quota.cap} of the {num_blocks} blocks of worker {worker_id})",
                     param="kv_cap",
                 )
-        total = sum(quota.floor for quota in quotas)
-        if total > num_blocks:
+        total, num_pinned = sum(quota.floor for quota in quotas), (pinned or {}).get(worker_id, 0)
+        if total + num_pinned > num_blocks:
+            beside = f" and {num_pinned} pinned blocks" if num_pinned else ""
             raise BadRequest(
-                f"KV floors of {total} blocks in all do not fit worker {worker_id}, which has {num_blocks}; "
-                "lower another tenant's first",
+                f"KV floors of {total} blocks in all{beside} do not fit worker {worker_id}, which has {num_blocks}; "
+                f"lower another tenant's first{', or unpin a prefix' if num_pinned else ''}",
                 param="kv_floor",
             )
 

@@ -19,6 +19,7 @@ from kvasir.cli_output import (
     plain,
     print_json,
 )
+from kvasir.cli_tenants import pinned_on
 from protocol import admin_messages as am
 
 MAX_PREFIXES = 10
@@ -93,8 +94,8 @@ def _savings(tenant: am.CacheTenant) -> tuple[str, str]:
 def _prefixes(prefixes: list[am.CachePrefix]) -> RenderableType:
     if not prefixes:
         return Text("no prefix is published", "dim")
-    table = make_table("published prefix", "tokens saved", "", "begins", numbers=("tokens saved",))
+    table = make_table("published prefix", "tokens saved", "pinned on", "begins", numbers=("tokens saved",))
     for prefix in prefixes[:MAX_PREFIXES]:
         preview = plain(" ".join(prefix.preview.split()))
-        table.add_row(plain(prefix.name), count(prefix.saved_tokens), "pinned" if prefix.pinned else "", preview)
+        table.add_row(plain(prefix.name), count(prefix.saved_tokens), pinned_on(prefix), preview)
     return table

@@ -242,23 +242,27 @@ def prefix_list(as_json: bool) -> None:
     elif not reply.prefixes:
         click.echo("nothing is published; publish a text with: kvasir prefix publish NAME --file FILE")
     else:
-        table = make_table("prefix", "tenants", "chars", "shared tokens", "published", numbers=("chars",))
+        table = make_table("prefix", "tenants", "chars", "shared tokens", "pinned on", "published", numbers=("chars",))
         for info in reply.prefixes:
             names = "all" if info.tenants is None else ", ".join(info.tenants)
             tokens, when = _tokens(info), f"{age(info.created_at)} ago"
-            table.add_row(plain(info.name), plain(names), str(info.num_chars), plain(tokens), when)
+            table.add_row(plain(info.name), plain(names), str(info.num_chars), plain(tokens), pinned_on(info), when)
         make_console().print(table)
 
 
 @prefix.command("pin")
 @click.argument("name")
-@click.option("--prewarm", is_flag=True, help="Compute it now on all workers that do not have it.")
+@click.option("--worker", "workers", metavar="W", multiple=True, help="Only on this worker; repeatable. Default: all.")
+@click.option("--prewarm", is_flag=True, help="Compute it now where it is pinned and not cached yet.")
 @json_option
-@example("kvasir prefix pin support --prewarm")
-def prefix_pin(name: str, prewarm: bool, as_json: bool) -> None:
-    """Keep a published text's blocks on all workers, whatever else needs room."""
-    reply = ask(am.PrefixPin(name=name, prewarm=prewarm), am.Done)
-    _print_done(reply, as_json, f"prefix {name} is pinned")
+@example("kvasir prefix pin support --prewarm\nkvasir prefix pin support --worker demo-0 --worker demo-1")
+def prefix_pin(name: str, workers: tuple[str, ...], prewarm: bool, as_json: bool) -> None:
+    """Keep a published text's blocks on all workers, or on those named, whatever else needs room.
+
+    Pinning again replaces the workers chosen before.
+    """
+    reply = ask(am.PrefixPin(name=name, prewarm=prewarm, workers=list(workers) or None), am.Done)
+    _print_done(reply, as_json, f"prefix {name} is pinned on {', '.join(sorted(set(workers))) or 'all workers'}")
 
 
 @prefix.command("unpin")
@@ -266,7 +270,7 @@ def prefix_pin(name: str, prewarm: bool, as_json: bool) -> None:
 @json_option
 @example("kvasir prefix unpin support")
 def prefix_unpin(name: str, as_json: bool) -> None:
-    """Let a pinned text's blocks go when room is needed."""
+    """Let a pinned text's blocks go, on all workers, when room is needed."""
     _print_done(ask(am.PrefixPin(name=name, pinned=False), am.Done), as_json, f"prefix {name} is not pinned any more")
 
 
@@ -277,6 +281,13 @@ def prefix_unpin(name: str, as_json: bool) -> None:
 def prefix_remove(name: str, as_json: bool) -> None:
     """Stop sharing a published text."""
     _print_done(ask(am.PrefixRemove(name=name), am.Done), as_json, f"prefix {name} is removed")
+
+
+def pinned_on(info: am.PrefixInfo | am.CachePrefix) -> str:
+    """Return where a published prefix is pinned."""
+    if not info.pinned:
+        return "–"
+    return "all workers" if info.pinned_on is None else plain(", ".join(info.pinned_on))
 
 
 def _print_keys(keys: list[am.KeyInfo]) -> None:

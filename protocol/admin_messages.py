@@ -116,11 +116,15 @@ class PrefixRemove(AdminCommand, tag="prefix_remove", kw_only=True):
 
 
 class PrefixPin(AdminCommand, tag="prefix_pin", kw_only=True):
-    """Keep a published prefix's blocks on all workers, or (`pinned` false) let them go. `prewarm`: compute it now."""
+    """Keep a published prefix's blocks on `workers` and nowhere else, or (`pinned` false) let them go everywhere.
+
+    `workers` None: on all, those that join later too. `prewarm`: compute it now where it is pinned and not there.
+    """
 
     name: Name
     pinned: bool = True
     prewarm: bool = False
+    workers: Names | None = None
 
 
 class StatusQuery(AdminCommand, tag="status"):
@@ -178,7 +182,10 @@ class KeyInfo(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PrefixInfo(Struct, frozen=True, forbid_unknown_fields=True):
-    """A published prefix. `public_tokens`: per served model, how many of its tokens (whole blocks) are shared."""
+    """A published prefix. `public_tokens`: per served model, how many of its tokens (whole blocks) are shared.
+
+    `pinned_on`: the workers that keep it if it is pinned; None: all.
+    """
 
     name: str
     tenants: list[str] | None
@@ -186,6 +193,7 @@ class PrefixInfo(Struct, frozen=True, forbid_unknown_fields=True):
     created_at: float
     public_tokens: dict[str, int] = {}
     pinned: bool = False
+    pinned_on: list[str] | None = None
 
 
 class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
@@ -265,6 +273,7 @@ class CachePrefix(Struct, frozen=True, forbid_unknown_fields=True):
     saved_tokens: int
     pinned: bool
     preview: str
+    pinned_on: list[str] | None = None
 
 
 # ---- replies -----------------------------------------------------------------------------------------------------

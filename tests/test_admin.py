@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,10 @@ class FakeHouse:
     def __init__(self) -> None:
         self.cleared: list[str] = []
         self.prewarmed: list[str | None] = []
+        self.names = ["demo-0"]
 
     def workers(self) -> list[am.WorkerInfo]:
-        return [am.WorkerInfo("demo-0", "demo", "ready", num_blocks=100, num_free_blocks=40, pid=7)]
+        return [am.WorkerInfo(name, "demo", "ready", 7, num_blocks=100, num_free_blocks=40) for name in self.names]
 
     def models(self) -> list[am.ModelStatus]:
         return [am.ModelStatus("demo", "f00d", "float32", 2048, 1)]
@@ -68,6 +69,11 @@ class FakeHouse:
 
     def kv_changed(self) -> None:
         self.kv_changes += 1
+
+    def pinned_blocks(self, prefixes: Sequence[PublishedPrefix]) -> dict[str, int]:
+        return {
+            name: sum(len(prefix.text) // 16 for prefix in prefixes if prefix.is_pinned_on(name)) for name in self.names
+        }
 
     def prefixes_changed(self, prewarm: str | None = None) -> None:
         self.prewarmed.append(prewarm)
@@ -363,10 +369,10 @@ def test_a_silent_gateway_is_not_waited_for_for_ever(home: Path) -> None:
 
 def test_deciding_changes_nothing_by_itself() -> None:
     directory = TenantDirectory(bytes(32))
-    verdict = decide(directory, am.TenantCreate(name="acme"), 1.0)
+    verdict = decide(directory, am.TenantCreate(name="acme"), 1.0, FakeHouse())
     assert len(verdict.changes) == 1 and directory.tenants() == []
     with pytest.raises(BadRequest):
-        decide(directory, am.StatusQuery(), 1.0)
+        decide(directory, am.StatusQuery(), 1.0, FakeHouse())
 
 
 def test_replies_of_the_wrong_kind_are_noticed(home: Path) -> None:

@@ -121,6 +121,14 @@ def test_tenants_keys_and_prefixes_from_the_command_line(office: Office, home: P
     published = kvasir_json(capsys, "prefix", "publish", "sys", "--file", str(home / "text"), "--tenant", "acme")
     assert published["changed"] and published["prefix"]["tenants"] == ["acme"]
     assert kvasir_json(capsys, "prefix", "list")["prefixes"][0]["public_tokens"] == {"demo": 192}
+    office.house.names = ["demo-0", "demo-1"]
+    assert "demo-0, demo-1" in kvasir(capsys, "prefix", "pin", "sys", "--worker", "demo-1", "--worker", "demo-0")[0]
+    assert kvasir_json(capsys, "prefix", "list")["prefixes"][0]["pinned_on"] == ["demo-0", "demo-1"]
+    assert "demo-0, demo-1" in kvasir(capsys, "prefix", "list")[0]
+    assert "demo-0, demo-1" in kvasir(capsys, "cache", "show")[0]
+    kvasir(capsys, "prefix", "pin", "sys")
+    assert "all workers" in kvasir(capsys, "cache", "show")[0]
+    kvasir(capsys, "prefix", "unpin", "sys")
     kvasir(capsys, "prefix", "remove", "sys")
     assert kvasir_json(capsys, "prefix", "list") == {"prefixes": []}
 
@@ -163,6 +171,8 @@ def test_json_of_status_keeps_its_fields(office: Office, capsys: Any) -> None:
         (["tenant", "set", "nobody", "--cache-hint", "often"], ["--cache-hint", "one_shot", "none"]),
         (["tenant", "set", "nobody"], ["say what to change", "--cache-hint"]),
         (["prefix", "remove", "p"], ["kvasir prefix list"]),
+        (["prefix", "pin", "p"], ["'p'", "kvasir prefix list"]),
+        (["prefix", "unpin", "p"], ["'p'", "kvasir prefix list"]),
         (["explain", "unknown"], ["unknown"]),
         (["tenant", "creat", "x"], ["create", "--help"]),
         (["tenant", "create"], ["NAME", "--help"]),

@@ -116,7 +116,23 @@ def test_a_published_text_is_tokenised_once_whatever_is_published_later(monkeypa
     directory.apply(RemovePrefix("first"))
     assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens == 0
     assert intake.prepare(ask(text="x" + SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
+    directory.apply(PublishedPrefix("second", "x" + SYSTEM, pinned=True))
+    assert intake.prepare(ask(text="x" + SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
     assert seen == [SYSTEM, "x" + SYSTEM]
+
+
+def test_a_worker_pins_what_is_pinned_on_all_or_on_it() -> None:
+    everywhere = PublishedPrefix("everywhere", SYSTEM, pinned=True)
+    there = PublishedPrefix("there", "x" + SYSTEM, pinned=True, pinned_on=frozenset({"w1"}))
+    nowhere = PublishedPrefix("nowhere", "y" + SYSTEM)
+    intake = make_intake(FakeCore(lambda submit: []), make_directory([everywhere, there, nowhere]))
+
+    def names(worker_id: str, *prefixes: PublishedPrefix) -> set[str]:
+        return {pin.name.partition("/")[0] for pin in intake.pins("demo", worker_id, prefixes or None)}
+
+    assert names("w1") == {"everywhere", "there"}
+    assert names("w2") == {"everywhere"}
+    assert names("w1", there, nowhere) == {"there"}, "as if these were published"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from core_helpers import BLOCK_SIZE, Bench, make_submit, output
 from engine_helpers import PUBLIC_SPACE, ROOT, SIZE, Rig, make_generate, make_prompt
 from hypothesis import given
 from hypothesis import strategies as st
-from test_admin import home, open_office  # noqa: F401 a fixture
+from test_admin import Office, home, open_office  # noqa: F401 a fixture
 from test_worker_process import open_gateway
 
 from cache.ownership import Quota
@@ -57,6 +57,11 @@ def test_shares_that_fit_as_shares_fit_as_blocks_of_any_pool(shares: list[int], 
         assert sum(quota.floor for quota in kv_quotas(tenants, num_blocks)) <= num_blocks
 
 
+def test_a_share_of_less_than_a_block_is_no_floor_and_a_cap_of_one() -> None:
+    check_kv_quotas(tenants := [Tenant(f"t{i}", f"t{i}", kv_floor="9%", kv_cap="9%") for i in range(11)], {"w": 10})
+    assert kv_quotas(tenants, 10)[0] == KvQuota("t0", 0, 1)
+
+
 def test_floors_in_blocks_are_checked_against_every_worker() -> None:
     tenants = [Tenant("a", "a", kv_floor="50%"), Tenant("b", "b", kv_floor="60")]
     check_kv_quotas(tenants, {"large": 1000, "just": 120})
@@ -64,6 +69,13 @@ def test_floors_in_blocks_are_checked_against_every_worker() -> None:
         check_kv_quotas(tenants, {"large": 1000, "small": 100})
     with pytest.raises(BadRequest, match="floor 30% is above the cap 20"):
         check_kv_quotas([Tenant("a", "a", kv_floor="30%", kv_cap="20")], {"large": 1000})
+
+
+def test_pinned_blocks_leave_less_for_floors() -> None:
+    tenants = [Tenant("a", "a", kv_floor="60")]
+    check_kv_quotas(tenants, {"w1": 100, "w2": 100}, {"w1": 40})
+    with pytest.raises(BadRequest, match="floors of 60 blocks in all and 41 pinned blocks do not fit worker w2"):
+        check_kv_quotas(tenants, {"w1": 100, "w2": 100}, {"w1": 40, "w2": 41})
 
 
 def test_quotas_and_pins_are_set_audited_and_survive_a_restart(home: Path) -> None:  # noqa: F811
@@ -89,6 +101,51 @@ def test_quotas_and_pins_are_set_audited_and_survive_a_restart(home: Path) -> No
         assert office.ask(am.PrefixList(), am.PrefixesReply).prefixes[0].pinned
         office.ask(am.TenantSet(name="acme", kv_floor="none", kv_cap="none"), am.Done)
         assert office.directory.tenant("acme").kv_cap == ""
+
+
+def test_a_pin_on_chosen_workers_is_replaced_by_the_next_kept_over_a_restart_and_lifted_everywhere(home: Path) -> None:  # noqa: F811
+    def shown(office: Office) -> list[tuple[bool, list[str] | None]]:
+        listed = office.ask(am.PrefixList(), am.PrefixesReply).prefixes[0]
+        cached = office.ask(am.CacheQuery(), am.CacheReply).prefixes[0]
+        assert (listed.pinned, listed.pinned_on) == (cached.pinned, cached.pinned_on)
+        return listed.pinned, listed.pinned_on
+
+    with open_office(home) as office:
+        office.ask(am.PrefixPublish(name="sys", text="x" * 40), am.PrefixReply)
+        office.house.names = ["demo-0", "demo-1"]
+        for workers in (["demo-1", "demo-0"], ["demo-1"]):
+            assert office.ask(am.PrefixPin(name="sys", workers=workers), am.Done).changed
+            assert shown(office) == (True, sorted(workers))
+        assert not office.ask(am.PrefixPin(name="sys", workers=["demo-1"]), am.Done).changed
+    with open_office(home) as office:
+        assert shown(office) == (True, ["demo-1"])
+        with pytest.raises(NotFound, match=r"no worker is called 'demo-7'; those there are: demo-0\."):
+            office.ask(am.PrefixPin(name="sys", workers=["demo-0", "demo-7"]), am.Done)
+        assert office.ask(am.PrefixPin(name="sys", workers=["demo-0", "demo-1"]), am.Done).changed, "one is away, known"
+        office.ask(am.PrefixPublish(name="sys", text="y" * 40, replace=True), am.PrefixReply)
+        assert shown(office) == (True, ["demo-0", "demo-1"]), "another text, pinned where the one before was"
+        assert office.ask(am.PrefixPin(name="sys"), am.Done).changed
+        assert shown(office) == (True, None)
+        office.ask(am.PrefixPin(name="sys", workers=["demo-0"]), am.Done)
+        assert office.ask(am.PrefixPin(name="sys", pinned=False), am.Done).changed
+        assert shown(office) == (False, None)
+
+
+def test_pins_and_floors_that_do_not_fit_together_are_refused_whichever_comes_last(home: Path) -> None:  # noqa: F811
+    with open_office(home) as office:  # one worker of 100 blocks; 16 characters are one
+        office.ask(am.TenantCreate(name="acme"), am.TenantReply)
+        office.ask(am.PrefixPublish(name="sys", text="x" * 16 * 50), am.PrefixReply)
+        office.ask(am.PrefixPin(name="sys"), am.Done)
+        with pytest.raises(BadRequest, match="51 blocks in all and 50 pinned blocks do not fit worker demo-0"):
+            office.ask(am.TenantSet(name="acme", kv_floor="51"), am.Done)
+        office.ask(am.TenantSet(name="acme", kv_floor="50"), am.Done)
+        with pytest.raises(BadRequest, match="and 51 pinned blocks"):
+            office.ask(am.PrefixPublish(name="sys", text="x" * 16 * 51, replace=True), am.PrefixReply)
+        office.ask(am.PrefixPin(name="sys", pinned=False), am.Done)
+        office.ask(am.TenantSet(name="acme", kv_floor="51"), am.Done)
+        with pytest.raises(BadRequest, match="and 50 pinned blocks"):
+            office.ask(am.PrefixPin(name="sys"), am.Done)
+        assert not office.directory.prefixes[0].pinned
 
 
 def test_a_default_hint_is_set_shown_audited_kept_and_lifted(home: Path) -> None:  # noqa: F811
@@ -160,19 +217,32 @@ def test_a_worker_that_cannot_be_told_is_lost_and_its_requests_go_on() -> None:
 def test_pins_are_told_once_again_when_they_change_and_taken_back() -> None:
     bench = Bench()
     pins = [Pin("sys/0", b"", b"r" * 16, b"1" * 16)]
-    bench.core.set_pins(lambda _: pins)
+    bench.core.set_pins(lambda *_: pins)
     peer = bench.join("w1")
     assert bench.take(Pin) == [(peer, pins[0])]
-    bench.core.set_pins(lambda _: pins)
+    bench.core.set_pins(lambda *_: pins)
     assert bench.take(Pin) == []
     pins[0] = Pin("sys/0", b"", b"r" * 16, b"2" * 16)
-    bench.core.set_pins(lambda _: pins)
+    bench.core.set_pins(lambda *_: pins)
     assert len(bench.take(Pin)) == 1
-    bench.core.set_pins(lambda _: pins, prewarm={"sys/0"})
+    bench.core.set_pins(lambda *_: pins, prewarm={"sys/0"})
     assert bench.take(Pin)[0][1].prewarm
     pins.clear()
-    bench.core.set_pins(lambda _: pins)
+    bench.core.set_pins(lambda *_: pins)
     assert bench.take(Unpin) == [(peer, Unpin("sys/0"))]
+
+
+def test_a_worker_is_told_the_pins_that_are_its_own_also_when_it_comes_back() -> None:
+    bench = Bench()
+    pins = {"w1": [Pin("sys/0", b"", b"r" * 16, b"1" * 16)], "w2": []}
+    bench.core.set_pins(lambda model, worker_id: pins[worker_id])
+    first, second = bench.join("w1"), bench.join("w2")
+    assert bench.take(Pin) == [(first, pins["w1"][0])]
+    again = bench.join("w1", peer=b"again")
+    assert bench.take(Pin) == [(again, pins["w1"][0])]
+    pins["w1"], pins["w2"] = pins["w2"], pins["w1"]
+    bench.core.set_pins(lambda model, worker_id: pins[worker_id])
+    assert (bench.take(Unpin), bench.take(Pin)) == ([(again, Unpin("sys/0"))], [(second, pins["w2"][0])])
 
 
 def test_accounts_and_what_published_prefixes_save_can_be_seen() -> None:

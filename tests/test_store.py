@@ -39,7 +39,7 @@ def reopen(store: Store, path: Path) -> Store:
 def test_records_survive_a_restart_as_they_were(store: Store, tmp_path: Path) -> None:
     tenant = Tenant("t1", "acme", "disabled", "group:g", frozenset({"b", "a"}), 12.5, "20%", "512", "closing")
     key, text = issue_key(store.secret, "t1", "läbel", 3.0)
-    everything = [tenant, key, PublishedPrefix("p", "téxt\0\n", frozenset({"t1"}), 4.0)]
+    everything = [tenant, key, PublishedPrefix("p", "téxt\0\n", frozenset({"t1"}), 4.0, True, frozenset({"demo-1"}))]
     store.write(everything, ENTRY)
     store = reopen(store, tmp_path)
     assert store.load() == everything
@@ -62,9 +62,10 @@ changes = st.one_of(
         lambda i, t, r: ApiKey(i + t, t, (i + t).encode() * 16, "", 1.0, r), names, names, st.none() | st.just(2.0)
     ),
     st.builds(
-        lambda n, t, a: PublishedPrefix(n, t, a, 1.0),
+        lambda n, t, a, w: PublishedPrefix(n, t, a, 1.0, pinned=w is not None, pinned_on=w),
         names,
         st.text(st.characters(exclude_categories=["Cs"])),
+        st.none() | st.frozensets(names),
         st.none() | st.frozensets(names),
     ),
     st.builds(RemovePrefix, names),
