@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -110,3 +112,26 @@ def test_a_prefix_is_prewarmed_pinned_shared_shown_and_let_go(box: Box, tmp_path
     assert prefix["saved_tokens"] > 100
     box.kvasir("prefix", "unpin", "coder")
     eventually(lambda: worker(box)["num_pinned"] == 0)
+
+
+def test_a_pin_on_one_worker_stays_there_over_its_restart_and_ends_with_unpin(tmp_path) -> None:
+    (tmp_path / "system.txt").write_text(SYSTEM)
+    with open_box(workers=2, worker_args="--kv-memory 8M") as box:
+
+        def pinned() -> dict[str, int]:
+            return {pool["id"]: pool["num_pinned"] for pool in box.json("cache", "show")["workers"]}
+
+        box.kvasir("prefix", "publish", "coder", "--file", str(tmp_path / "system.txt"))
+        refused = box.kvasir("prefix", "pin", "coder", "--worker", "demo-9", check=False)
+        assert "'demo-9'; those there are: demo-0, demo-1" in refused.stderr
+        box.kvasir("prefix", "pin", "coder", "--worker", "demo-1", "--prewarm")
+        eventually(lambda: pinned().get("demo-1", 0) > 10)
+        assert pinned()["demo-0"] == 0
+        num_told = box.log().count("prefix=coder/0")
+        os.kill(next(worker["pid"] for worker in box.workers() if worker["id"] == "demo-1"), signal.SIGKILL)
+        eventually(lambda: box.log().count("prefix=coder/0") > num_told)
+        box.wait_for_workers(2)
+        box.kvasir("prefix", "pin", "coder", "--worker", "demo-1", "--prewarm")
+        eventually(lambda: pinned().get("demo-1", 0) > 10)
+        box.kvasir("prefix", "unpin", "coder")
+        eventually(lambda: pinned() == {"demo-0": 0, "demo-1": 0})
