@@ -20,6 +20,7 @@ import zmq
 from msgspec import structs
 
 from gateway.log import log
+from gateway.savings import Saving
 from gateway.store import AuditEntry, Store
 from gateway.tenants import (
     ApiKey,
@@ -69,8 +70,11 @@ class House(Protocol):
     def prefixes_changed(self, prewarm: str | None = None) -> None:
         """Have all workers pin what is to be pinned now, and compute the prefix `prewarm` if they do not have it."""
 
-    def saved_by_prefix(self) -> dict[str, int]:
-        """Return how many prompt tokens every published prefix has saved since the start."""
+    def saved_by_prefix(self) -> dict[str, Saving]:
+        """Return what every published prefix has saved since the start; those that saved nothing may be missing."""
+
+    def private_prefixes(self) -> list[am.PrivatePrefix]:
+        """Return the private beginnings of prompts that have saved most, most first."""
 
     def clear_kv(self, tenant_id: str) -> None:
         """Have all workers drop what is cached of a tenant."""
@@ -228,18 +232,10 @@ class Admin:
         return structs.replace(info, public_tokens=self._house.public_tokens(prefix)) if prefix else info
 
     def _cache(self) -> am.CacheReply:
-        saved = self._house.saved_by_prefix()
-        prefixes = [
-            am.CachePrefix(
-                prefix.name,
-                saved.get(prefix.name, 0),
-                prefix.pinned,
-                prefix.text[:PREVIEW_CHARS],
-                _sorted(prefix.pinned_on),
-            )
-            for prefix in self._directory.prefixes
-        ]
-        return am.CacheReply(self._house.cache(), sorted(prefixes, key=lambda prefix: -prefix.saved_tokens))
+        savings = self._house.saved_by_prefix()
+        prefixes = [_cache_prefix(prefix, savings.get(prefix.name, Saving())) for prefix in self._directory.prefixes]
+        most_first = sorted(prefixes, key=lambda prefix: -prefix.saved_tokens)
+        return am.CacheReply(self._house.cache(), most_first, self._house.private_prefixes())
 
     def _status(self) -> am.StatusReply:
         return am.StatusReply(
@@ -437,6 +433,17 @@ def _prefix_info(directory: TenantDirectory, prefix: PublishedPrefix) -> am.Pref
         len(prefix.text),
         prefix.created_at,
         pinned=prefix.pinned,
+        pinned_on=_sorted(prefix.pinned_on),
+    )
+
+
+def _cache_prefix(prefix: PublishedPrefix, saving: Saving) -> am.CachePrefix:
+    return am.CachePrefix(
+        prefix.name,
+        saving.num_tokens,
+        prefix.pinned,
+        prefix.text[:PREVIEW_CHARS],
+        hits=saving.num_hits,
         pinned_on=_sorted(prefix.pinned_on),
     )
 

@@ -22,6 +22,7 @@ from gateway.members import Members
 from gateway.request import Request
 from gateway.request_book import Model, QueueConfig, RequestBook
 from gateway.router import Decision, RouterConfig, choose
+from gateway.savings import Savings
 from gateway.seam import Cancel, CoreApi, Delta, Finished, ModelInfo, Submit
 from gateway.statistics import CoreStatistics, Totals, core_statistics
 from gateway.worker_checks import Cause, Joined, LivenessConfig, Lost, Notice, Rejected, failure, refusal
@@ -54,7 +55,6 @@ from protocol.prefix import HASH_BYTES
 from protocol.tokens import TOKEN_BYTES, unpack_tokens
 
 _DRAINING = Unavailable("the gateway is shutting down; send the request to another one, or again in a minute")
-_MAX_SAVED = 10_000  # forms of published prefixes, old ones too
 _PROBE = Abort(b"\0", 0)  # nobody's request: workers ignore it, but a dead link cannot take it
 
 
@@ -105,7 +105,7 @@ class Core(CoreApi):
         self._explained: OrderedDict[bytes, list[Decision]] = OrderedDict()
         self._kv_quotas: Callable[[int], list[KvQuota]] | None = None
         self._pins: Callable[[str, str], list[Pin]] | None = None
-        self._saved: dict[tuple[str, bytes], int] = {}
+        self._savings = Savings(config.block_size)
         self._draining = False
         self._ticked_at = clock()
 
@@ -254,9 +254,10 @@ class Core(CoreApi):
                 self._tell(worker, msgspec.structs.replace(pin, prewarm=pin.name in prewarm))
         worker.pins = {pin.name: pin.prefix_hashes[-HASH_BYTES:] for pin in pins}
 
-    def saved_by_prefix(self) -> dict[tuple[str, bytes], int]:
-        """Return how many prompt tokens were found in the cache in public zones, by model and their last hash."""
-        return self._saved
+    @property
+    def savings(self) -> Savings:
+        """Which beginnings of prompts have saved how much."""
+        return self._savings
 
     def clear_kv(self, tenant_id: str) -> None:
         """Have all workers drop what is cached of a tenant and not in use."""
@@ -412,7 +413,7 @@ class Core(CoreApi):
             return
         if output.num_cached_tokens is not None:
             worker.matched(request, output.num_cached_tokens)
-            self._count_saved(request, output.num_cached_tokens)
+            self._savings.add(request.submit, output.num_cached_tokens)
         packed = output.token_ids
         if not packed:
             return
@@ -424,14 +425,6 @@ class Core(CoreApi):
         request.delivered += packed
         worker.counters.num_output_tokens += len(packed) // TOKEN_BYTES
         request.submit.sink.put(Delta(output.req_id, unpack_tokens(packed), output.logprobs))
-
-    def _count_saved(self, request: Request, num_cached: int) -> None:
-        submit = request.submit
-        num_saved = min(num_cached, submit.num_public_tokens)
-        if num_saved and len(self._saved) < _MAX_SAVED:
-            end = submit.num_public_tokens // self._config.block_size * HASH_BYTES
-            key = submit.model, submit.prefix_hashes[end - HASH_BYTES : end]
-            self._saved[key] = self._saved.get(key, 0) + num_saved
 
     def _end_attempt(self, worker: Worker, request: Request, output: Output, now: float) -> None:
         """Finish a request with its worker's last word, or queue it again if the worker hands it back."""

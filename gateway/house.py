@@ -10,10 +10,13 @@ import msgspec
 from gateway.config import GatewayConfig
 from gateway.core import Core
 from gateway.intake import Intake
+from gateway.savings import Saving
 from gateway.supervisor import Supervisor
 from gateway.tenants import PublishedPrefix, TenantDirectory, kv_quotas
-from protocol.admin_messages import CacheTenant, CacheWorker, ModelStatus, UsageInfo, WorkerInfo
+from protocol.admin_messages import CacheTenant, CacheWorker, ModelStatus, PrivatePrefix, UsageInfo, WorkerInfo
 from protocol.prefix import HASH_BYTES
+
+MAX_PRIVATE_PREFIXES = 100  # shown
 
 
 class GatewayHouse:
@@ -146,14 +149,21 @@ class GatewayHouse:
         names = {pin.name for worker in workers for pin in self._intake.pins(worker.model, worker.worker_id)}
         self._core.set_pins(self._intake.pins, prewarm={name for name in names if name.rpartition("/")[0] == prewarm})
 
-    def saved_by_prefix(self) -> dict[str, int]:
-        found: dict[str, int] = {}
+    def saved_by_prefix(self) -> dict[str, Saving]:
+        found: dict[str, Saving] = {}
         by_hash = {model: self._intake.prefix_of_hash(model) for model in self._core.models()}
-        for (model, digest), num_tokens in self._core.saved_by_prefix().items():
+        for (model, digest), saving in self._core.savings.published.items():
             prefix = by_hash.get(model, {}).get(digest)
             if prefix is not None:
-                found[prefix.name] = found.get(prefix.name, 0) + num_tokens
+                found.setdefault(prefix.name, Saving()).add(saving.num_tokens, saving.num_hits)
         return found
+
+    def private_prefixes(self) -> list[PrivatePrefix]:
+        names = {tenant.id: tenant.name for tenant in self._directory.tenants()}
+        return [
+            PrivatePrefix(names.get(tenant_id, tenant_id), model, saving.num_tokens, saving.num_hits)
+            for tenant_id, model, saving in self._core.savings.top_private(MAX_PRIVATE_PREFIXES)
+        ]
 
     def clear_kv(self, tenant_id: str) -> None:
         self._core.clear_kv(tenant_id)

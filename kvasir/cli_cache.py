@@ -46,7 +46,7 @@ def cache_show(as_json: bool) -> None:
     elif not reply.workers:
         click.echo("no workers yet; see `kvasir status`")
     else:
-        make_console().print(Group(*[_worker(worker) for worker in reply.workers], _prefixes(reply.prefixes)))
+        make_console().print(Group(*[_worker(worker) for worker in reply.workers], _prefixes(reply)))
 
 
 @cache.command("clear")
@@ -91,11 +91,27 @@ def _savings(tenant: am.CacheTenant) -> tuple[str, str]:
     return percent(tenant.saved_tokens, tenant.looked_up_tokens), count(tenant.saved_tokens)
 
 
-def _prefixes(prefixes: list[am.CachePrefix]) -> RenderableType:
-    if not prefixes:
-        return Text("no prefix is published", "dim")
-    table = make_table("published prefix", "tokens saved", "pinned on", "begins", numbers=("tokens saved",))
-    for prefix in prefixes[:MAX_PREFIXES]:
-        preview = plain(" ".join(prefix.preview.split()))
-        table.add_row(plain(prefix.name), count(prefix.saved_tokens), pinned_on(prefix), preview)
+def _prefixes(reply: am.CacheReply) -> RenderableType:
+    """Return the prefixes that saved most, published and private ones; of the latter nothing is known but whose."""
+    rows = [
+        (
+            prefix.saved_tokens,
+            (plain(prefix.name), count(prefix.hits), count(prefix.saved_tokens), pinned_on(prefix)),
+            plain(" ".join(prefix.preview.split())),
+        )
+        for prefix in reply.prefixes
+    ]
+    rows += [
+        (
+            prefix.saved_tokens,
+            (f"(private, {plain(prefix.tenant)})", count(prefix.hits), count(prefix.saved_tokens), "–"),
+            "[dim]not shown[/dim]",
+        )
+        for prefix in reply.private_prefixes
+    ]
+    if not rows:
+        return Text("no prefix is published, and nothing was found cached yet", "dim")
+    table = make_table("top prefixes", "hits", "tokens saved", "pinned on", "begins", numbers=("hits", "tokens saved"))
+    for _, cells, begins in sorted(rows, key=lambda row: -row[0])[:MAX_PREFIXES]:
+        table.add_row(*cells, begins)
     return table

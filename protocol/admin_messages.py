@@ -267,13 +267,24 @@ class CacheWorker(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CachePrefix(Struct, frozen=True, forbid_unknown_fields=True):
-    """A published prefix: its beginning, and how many prompt tokens it has saved since the gateway started."""
+    """A published prefix: its beginning, and how many prompt tokens it has saved in how many hits since the gateway
+    started. `pinned_on`: as in `PrefixInfo`."""
 
     name: str
     saved_tokens: int
     pinned: bool
     preview: str
+    hits: int = 0
     pinned_on: list[str] | None = None
+
+
+class PrivatePrefix(Struct, frozen=True, forbid_unknown_fields=True):
+    """What prompts of one tenant that begin alike, in their first private block, have saved: nothing of their text."""
+
+    tenant: str
+    model: str
+    saved_tokens: int
+    hits: int
 
 
 # ---- replies -----------------------------------------------------------------------------------------------------
@@ -337,10 +348,11 @@ class PrefixesReply(AdminReply, tag="prefixes"):
 
 
 class CacheReply(AdminReply, tag="cache"):
-    """All workers' pools, and the published prefixes that saved most first."""
+    """All workers' pools; all published prefixes and the best private ones, those that saved most first."""
 
     workers: list[CacheWorker]
     prefixes: list[CachePrefix] = []
+    private_prefixes: list[PrivatePrefix] = []
 
 
 class StatusReply(AdminReply, tag="status"):

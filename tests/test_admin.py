@@ -21,6 +21,7 @@ import zmq
 
 from gateway.admin import Admin, decide, open_admin_link
 from gateway.lock import hold_lock
+from gateway.savings import Saving
 from gateway.store import DATABASE_NAME, open_store
 from gateway.tenants import PublishedPrefix, TenantDirectory
 from kvasir import admin_client
@@ -78,8 +79,11 @@ class FakeHouse:
     def prefixes_changed(self, prewarm: str | None = None) -> None:
         self.prewarmed.append(prewarm)
 
-    def saved_by_prefix(self) -> dict[str, int]:
-        return {"support": 4096}
+    def saved_by_prefix(self) -> dict[str, Saving]:
+        return {"sys": Saving(4, 4096)}
+
+    def private_prefixes(self) -> list[am.PrivatePrefix]:
+        return [am.PrivatePrefix("acme", "demo", 12_345, 17), am.PrivatePrefix("acme", "demo", 100, 1)]
 
     def clear_kv(self, tenant_id: str) -> None:
         self.cleared.append(tenant_id)

@@ -128,6 +128,10 @@ def test_tenants_keys_and_prefixes_from_the_command_line(office: Office, home: P
     assert "demo-0, demo-1" in kvasir(capsys, "cache", "show")[0]
     kvasir(capsys, "prefix", "pin", "sys")
     assert "all workers" in kvasir(capsys, "cache", "show")[0]
+    first, second, third = kvasir(capsys, "cache", "show")[0].splitlines()[-3:]
+    assert first.startswith("(private, acme)") and "12.3k" in first and "published" not in first
+    assert second.startswith("sys") and "4.1k" in second and "published published" in second
+    assert third.startswith("(private, acme)") and "100" in third
     kvasir(capsys, "prefix", "unpin", "sys")
     kvasir(capsys, "prefix", "remove", "sys")
     assert kvasir_json(capsys, "prefix", "list") == {"prefixes": []}

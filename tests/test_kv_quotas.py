@@ -21,6 +21,7 @@ from cache.ownership import Quota
 from cache.policy import Retention
 from gateway.metrics import render_metrics
 from gateway.openai_bodies import CompletionBody, completion_requests, parse_body
+from gateway.savings import Saving
 from gateway.store import DATABASE_NAME, MIGRATIONS, open_store
 from gateway.tenants import PublishedPrefix, Tenant, check_kv_quotas, check_kv_size, kv_blocks, kv_quotas
 from protocol import admin_messages as am
@@ -268,7 +269,8 @@ def test_what_published_prefixes_save_is_counted_by_their_last_block() -> None:
         bench.core.submit(submit)
         bench.report(peer, output(req_id, 0, [1], "length", num_cached_tokens=num_cached))
     digest = submit.prefix_hashes[16:32]
-    assert bench.core.saved_by_prefix() == {("demo", digest): 3 * BLOCK_SIZE}
+    assert bench.core.savings.published == {("demo", digest): Saving(2, 3 * BLOCK_SIZE)}
+    assert bench.core.savings.top_private(10) == [], "less than a block after the published zone is nobody's"
 
 
 # ---- worker
