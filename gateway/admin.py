@@ -42,7 +42,7 @@ from protocol.link import Link, LinkBusy, LinkClosed, PeerGone, open_router
 from protocol.messages import CacheHint
 from protocol.profile import LinkProfile
 
-PREVIEW_CHARS = 60
+PREVIEW_CHARS = 40
 
 
 class House(Protocol):

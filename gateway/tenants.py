@@ -116,13 +116,19 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_kv_size(text: str, what: str) -> str:
-    """Return `text` as it is kept if it is a number of blocks, a share, or nothing ("", "none", "0").
+    """Return `text` as it is kept if it is a number of blocks, a share, or nothing ("", "none", for a floor "0").
 
     Raises:
         BadRequest: it is none of these.
     """
     text = text.strip().replace(" ", "")
-    if text in ("", "none") or re.fullmatch(r"0+(\.0+)?%?", text):
+    if text in ("", "none"):
+        return ""
+    if re.fullmatch(r"0+(\.0+)?%?", text):
+        if what == "kv_cap":
+            raise BadRequest(
+                "a kv_cap of 0 would let nothing run; give none to lift it, or disable the tenant", param=what
+            )
         return ""
     if not _KV_SIZE.fullmatch(text) or (text.endswith("%") and float(text[:-1]) > 100):
         raise BadRequest(f"{what} {text[:40]!r} is no size; give blocks (512), a share (20%) or none", param=what)

@@ -24,6 +24,7 @@ from protocol import admin_messages as am
 
 MAX_PREFIXES = 10
 _NUMBERS = ("blocks", "floor", "cap", "hit rate", "tokens saved", "memory·s", "lost", "took", "own")
+_LEGEND = "memory·s: memory held × seconds; evicted blocks: lost to others, took from others, own for itself"
 
 
 @click.group()
@@ -36,9 +37,9 @@ def cache() -> None:
 @json_option
 @example("kvasir cache show\nkvasir cache show --json | jq '.workers[].tenants'")
 def cache_show(as_json: bool) -> None:
-    """Show who holds every worker's KV blocks, what that saved, and the published prefixes that saved most.
+    """Show who holds every worker's KV blocks, what that saved, and the prefixes that saved most.
 
-    memory·s: memory held times seconds. Evicted blocks: `lost` to others, `took` from others, `own` for itself.
+    Private prompts that begin alike count as one prefix; nothing of their text is kept.
     """
     reply = ask(am.CacheQuery(), am.CacheReply)
     if as_json:
@@ -46,7 +47,8 @@ def cache_show(as_json: bool) -> None:
     elif not reply.workers:
         click.echo("no workers yet; see `kvasir status`")
     else:
-        make_console().print(Group(*[_worker(worker) for worker in reply.workers], _prefixes(reply)))
+        legend = Text(_LEGEND, "dim")
+        make_console().print(Group(*[_worker(worker) for worker in reply.workers], legend, Text(), _prefixes(reply)))
 
 
 @cache.command("clear")
@@ -72,7 +74,7 @@ def _worker(worker: am.CacheWorker) -> RenderableType:
     for tenant in worker.tenants:
         table.add_row(
             plain("(published)" if tenant.tenant == "public" else tenant.tenant),
-            bar(tenant.num_blocks, worker.num_blocks, 20),
+            bar(tenant.num_blocks, worker.num_blocks, 12),
             count(tenant.num_blocks),
             count(tenant.floor) if tenant.floor else "–",
             "–" if tenant.cap is None else count(tenant.cap),

@@ -133,7 +133,7 @@ def tenant_set(
     if kv_floor is None and kv_cap is None and cache_hint is None:
         raise BadRequest("say what to change: --kv-floor SIZE, --kv-cap SIZE, --cache-hint HINT")
     reply = ask(am.TenantSet(name=name, kv_floor=kv_floor, kv_cap=kv_cap, cache_hint=cache_hint), am.Done)
-    _print_done(reply, as_json, f"tenant {name} is changed")
+    _print_done(reply, as_json, f"tenant {name} is set")
 
 
 @tenant.command("disable")
@@ -259,7 +259,8 @@ def prefix_list(as_json: bool) -> None:
 def prefix_pin(name: str, workers: tuple[str, ...], prewarm: bool, as_json: bool) -> None:
     """Keep a published text's blocks on all workers, or on those named, whatever else needs room.
 
-    Pinning again replaces the workers chosen before.
+    It takes its blocks twice: as plain text, and as the system message of a chat. Pinning again replaces the workers
+    chosen before.
     """
     reply = ask(am.PrefixPin(name=name, prewarm=prewarm, workers=list(workers) or None), am.Done)
     _print_done(reply, as_json, f"prefix {name} is pinned on {', '.join(sorted(set(workers))) or 'all workers'}")
@@ -309,5 +310,8 @@ def _print_done(reply: am.Done, as_json: bool, text: str) -> None:
 
 
 def _tokens(info: am.PrefixInfo) -> str:
-    shared = [f"{tokens} tokens with {model}" for model, tokens in sorted(info.public_tokens.items())]
+    shared = [
+        f"{tokens} tokens with {model}" if tokens else f"none with {model}, shorter than a block"
+        for model, tokens in sorted(info.public_tokens.items())
+    ]
     return ", ".join(shared) or "no model is served yet"

@@ -38,6 +38,12 @@ def test_nothing_is_no_quota(text: str) -> None:
     assert check_kv_size(text, "kv_floor") == ""
 
 
+@pytest.mark.parametrize("text", ["0", "0%", "00.0%"])
+def test_a_cap_of_nothing_is_refused_rather_than_taken_for_no_cap(text: str) -> None:
+    with pytest.raises(BadRequest, match="give none to lift it, or disable the tenant"):
+        check_kv_size(text, "kv_cap")
+
+
 @pytest.mark.parametrize("text", ["-1", "20", "20.5%", "100%", "1e3", "101%", "20 %", "ten", "%", "5%%", "1.5"])
 def test_sizes_are_blocks_or_shares(text: str) -> None:
     if text in ("20", "20.5%", "100%", "20 %"):
