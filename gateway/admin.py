@@ -322,8 +322,9 @@ def _set_tenant(directory: TenantDirectory, command: am.TenantSet, house: House)
     )
     if before == after:
         return Verdict(am.Done(changed=False))
-    others = [tenant for tenant in directory.tenants() if tenant.id != before.id]
-    _check_room([*others, after], directory.prefixes, house)
+    if (before.kv_floor, before.kv_cap) != (after.kv_floor, after.kv_cap):
+        others = [tenant for tenant in directory.tenants() if tenant.id != before.id]
+        _check_room([*others, after], directory.prefixes, house)
     return Verdict(am.Done(), (after,), after.name, _tenant_record(before), _tenant_record(after))
 
 
@@ -378,8 +379,9 @@ def _prefix(directory: TenantDirectory, name: str) -> PublishedPrefix:
 
 
 def _check_pins(directory: TenantDirectory, after: PublishedPrefix, house: House) -> None:
-    others = [prefix for prefix in directory.prefixes if prefix.name != after.name]
-    _check_room(directory.tenants(), [*others, after], house)
+    if after.pinned:  # to let a prefix go is never refused
+        others = [prefix for prefix in directory.prefixes if prefix.name != after.name]
+        _check_room(directory.tenants(), [*others, after], house)
 
 
 def _check_room(tenants: Sequence[Tenant], prefixes: Sequence[PublishedPrefix], house: House) -> None:

@@ -52,9 +52,11 @@ class FakeHouse:
         self.cleared: list[str] = []
         self.prewarmed: list[str | None] = []
         self.names = ["demo-0"]
+        self.num_blocks = 100
 
     def workers(self) -> list[am.WorkerInfo]:
-        return [am.WorkerInfo(name, "demo", "ready", 7, num_blocks=100, num_free_blocks=40) for name in self.names]
+        size = {"num_blocks": self.num_blocks, "num_free_blocks": 40}
+        return [am.WorkerInfo(name, "demo", "ready", 7, **size) for name in self.names]
 
     def models(self) -> list[am.ModelStatus]:
         return [am.ModelStatus("demo", "f00d", "float32", 2048, 1)]

@@ -155,6 +155,20 @@ def test_pins_and_floors_that_do_not_fit_together_are_refused_whichever_comes_la
         assert not office.directory.prefixes[0].pinned
 
 
+def test_what_does_not_fit_any_more_stands_in_nobodys_way(home: Path) -> None:  # noqa: F811
+    with open_office(home) as office:
+        office.ask(am.TenantCreate(name="acme"), am.TenantReply)
+        office.ask(am.PrefixPublish(name="sys", text="x" * 16 * 50), am.PrefixReply)
+        office.ask(am.PrefixPin(name="sys"), am.Done)
+        office.ask(am.TenantSet(name="acme", kv_floor="50"), am.Done)
+        office.house.num_blocks = 60  # a smaller worker has taken the place of the one before
+        office.ask(am.TenantSet(name="acme", cache_hint="open"), am.Done)
+        office.ask(am.PrefixPublish(name="other", text="y" * 16 * 50), am.PrefixReply)
+        office.ask(am.PrefixPin(name="sys", pinned=False), am.Done)
+        with pytest.raises(BadRequest, match="and 50 pinned blocks do not fit worker demo-0, which has 60"):
+            office.ask(am.PrefixPin(name="other"), am.Done)
+
+
 def test_a_default_hint_is_set_shown_audited_kept_and_lifted(home: Path) -> None:  # noqa: F811
     with open_office(home) as office:
         office.ask(am.TenantCreate(name="acme"), am.TenantReply)
