@@ -118,19 +118,19 @@ class ZmqEdge:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until the link is closed or the task is cancelled; nothing is answered any more then. To end in good
         order `drain`, let the core finish every request, `flush`, and only then cancel."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            nursery.start_soon(self._link.run)
-            nursery.start_soon(self._courier.run)
-            nursery.start_soon(self._flush_for_ever)
-            task_status.started()
-            try:
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._link.run)
+                nursery.start_soon(self._courier.run)
+                nursery.start_soon(self._flush_for_ever)
+                task_status.started()
                 while True:
                     for frames in await self._link.receive(64):
                         self._handle(frames)
                     self._courier.flush()
-            except LinkClosed:
-                nursery.cancel_scope.cancel()
+        except* LinkClosed:  # whichever task has noticed it first
+            pass
 
     def drain(self) -> None:
         """From now on refuse new requests as `Unavailable`; what runs goes on."""

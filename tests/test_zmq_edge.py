@@ -489,6 +489,18 @@ def test_random_bytes_never_stop_the_edge(run) -> None:
     run(main)
 
 
+def test_a_link_closed_with_answers_still_to_be_sent_ends_the_edge_in_good_order(run) -> None:
+    async def main(house: House) -> None:
+        submitted: list[Submit] = []
+        house.core.on_submit = submitted.append
+        house.dealer().request([5, 6])
+        await until(lambda: submitted)
+        house.core.deliver(submitted[0], [7])  # and the link is closed before anybody has run
+
+    for _ in range(10):
+        run(main)
+
+
 def test_a_running_id_cannot_be_used_twice(run) -> None:
     async def main(house: House) -> None:
         client = house.dealer()
