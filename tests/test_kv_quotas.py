@@ -356,6 +356,22 @@ def test_a_worker_process_keeps_quotas_reports_accounts_and_clears() -> None:
         assert "quotas_refused" in gateway.log()
 
 
+def test_a_new_session_begins_without_the_pins_and_quotas_of_the_one_before() -> None:
+    rig = Rig(num_blocks=12)
+    prefix = make_prompt(4 * SIZE)
+    rig.engine.pin(make_pin(prefix, prewarm=True))
+    rig.engine.set_quotas(Quotas([KvQuota("a", 1, 2)]))
+    while rig.engine.has_work:
+        rig.step()
+    assert rig.engine.kv_accounts().num_pinned == 4
+    rig.engine.drop_all()
+    assert rig.engine.kv_accounts().num_pinned == 0, "unpinned meanwhile, for all the worker knows"
+    rig.submit(make_generate(make_prompt(4 * SIZE, salt=1), 1, tenant="a", req_id=b"1"))
+    while rig.engine.has_work:
+        assert not any(output.error for output in rig.step().outputs), "its cap may have been lifted"
+    assert rig.engine.pin(make_pin(prefix)) == 4, "pinned again it is still there"
+
+
 # ---- hints
 
 

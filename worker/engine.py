@@ -153,13 +153,16 @@ class Engine:
             self._end(sequence, "abort", text)
 
     def drop_all(self) -> None:
-        """Forget everything unfinished and unreported without a word: whoever asked for it is gone."""
+        """Forget everything unfinished and unreported, pins and quotas without a word: whoever asked for it is gone."""
         for sequence in [*self._running, *self._waiting]:
             self._release(sequence)
         self._by_id.clear()
         self._running.clear()
         self._waiting.clear()
         self._outputs.clear()
+        for name in list(self._wanted_pins):
+            self.unpin(name)
+        self._cache.set_quotas({})
 
     def step(self) -> StepReport:
         """Compute one step and return its report; without work, return an empty report."""
