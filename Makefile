@@ -30,6 +30,7 @@ types: install-dev
 bench: install-dev
 	$(BIN)/python scripts/bench_engine.py
 	$(BIN)/python scripts/bench_gateway.py
+	$(BIN)/python scripts/bench_cache.py $(if $(PEERS),--peer-dir $(PEERS))
 ifneq ($(TRACES),)
 	$(BIN)/python scripts/replay_trace.py cache --trace $(TRACES)
 else

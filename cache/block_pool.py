@@ -1,20 +1,16 @@
-"""The blocks of one worker's KV memory: made once, counted, handed out and taken back.
+"""The blocks of one worker's KV memory: counted, handed out and taken back.
 
-A block is a number (`block_id`, its place in `kv_store`) and the bookkeeping around it. The pool knows which blocks
-are free and how often the others are referenced; what a block's contents mean is `cache.prefix_cache`'s business,
-which keeps its notes in the same object, so that a hit touches one run of memory.
+A block is a number (`block_id`, its place in `kv_store`). The pool knows which blocks are free and who had each of
+them last; who uses the others and what they hold is `cache.prefix_cache`'s business.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from cache.run import BLOCK_IDS
 from protocol.errors import KvasirError
-
-if TYPE_CHECKING:
-    from cache.ownership import Order
 
 PUBLIC = "public"
 """Owner of the blocks of published prefixes; tenants' blocks are owned by the tenant's name."""
@@ -26,34 +22,8 @@ class IntegrityError(KvasirError):
     code = "integrity_error"
 
 
-@dataclass(slots=True, eq=False)
-class Block:
-    """One block. `hash` is set while it is published; the fields after it are then its identity and never change.
-
-    `owner` is who had it last and outlives `free`: the next owner, if another, must have it zeroed. `order` is the
-    eviction order that it belongs to while it is not free. `released_at` counts releases of all blocks: what was
-    released earlier has the smaller number. `num_shields`: resident children that belong to another order or are
-    shielded themselves. `older` and `newer` are links for the eviction policy's own list.
-    """
-
-    block_id: int
-    ref_count: int = 0
-    owner: str | None = None
-    hash: bytes | None = None
-    parent_hash: bytes = b""
-    namespace: bytes = b""
-    tokens: bytes = b""
-    parent: Block | None = None
-    num_children: int = 0
-    num_shields: int = 0
-    released_at: int = 0
-    order: Order | None = None
-    older: Block | None = None
-    newer: Block | None = None
-
-
 class BlockPool:
-    """`num_blocks` blocks; allocating and freeing one is O(1).
+    """`num_blocks` blocks, handed out and taken back many at a time. `owners`: by block id who had it last, or None.
 
     The free list is a stack: what was freed last is warm in the processor's cache and goes first.
     """
@@ -61,50 +31,61 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         if num_blocks < 1:
             raise ValueError(f"a pool needs at least one block, not {num_blocks}")
-        self.blocks = [Block(i) for i in range(num_blocks)]
-        self._free = self.blocks[::-1]
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.blocks)
+        self.num_blocks = num_blocks
+        self.owners: list[str | None] = [None] * num_blocks
+        self._free = array(BLOCK_IDS, range(num_blocks - 1, -1, -1))
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
-    def allocate(self, owner: str) -> tuple[Block, bool]:
-        """Return a free block, referenced once, and whether it must be zeroed because it was another owner's.
+    @property
+    def free_ids(self) -> list[int]:
+        return self._free.tolist()
+
+    def allocate(self, owner: str, num_blocks: int) -> tuple[list[int], list[int]]:
+        """Return the ids of `num_blocks` free blocks, which are `owner`'s now, and those of them that must be zeroed
+        because they were another owner's.
 
         Raises:
-            IndexError: none is free; ask `num_free` first.
+            IndexError: fewer are free; ask `num_free` first.
         """
-        block = self._free.pop()
-        block.ref_count = 1
-        previous, block.owner = block.owner, owner
-        return block, previous is not None and previous != owner
+        first = self.num_free - num_blocks
+        if first < 0:
+            raise IndexError(f"{num_blocks} blocks wanted, {self.num_free} are free")
+        block_ids = self._free[first:].tolist()
+        block_ids.reverse()
+        del self._free[first:]
+        owners = self.owners
+        if set(map(owners.__getitem__, block_ids)) == {owner}:
+            return block_ids, []
+        to_zero = [block_id for block_id in block_ids if owners[block_id] not in (owner, None)]
+        for block_id in block_ids:
+            owners[block_id] = owner
+        return block_ids, to_zero
 
-    def free(self, block: Block) -> None:
-        """Take back an unpublished block without references. It keeps `owner`, and its contents until zeroed."""
-        self._free.append(block)
+    def free(self, block_ids: array[int] | list[int]) -> None:
+        """Take back blocks that nobody uses, the first ones to go first. Their contents stay until they are zeroed."""
+        self._free.extend(block_ids[::-1])
 
-    def check_integrity(self, references: Iterable[int]) -> None:
-        """Check free + used == total and every ref count against `references`, the block ids of all holders.
+    def check_integrity(self, used_ids: Iterable[int]) -> None:
+        """Check that every block is either free or among `used_ids`, and once.
 
         Raises:
             IntegrityError: with the first contradiction found.
         """
-        expected = [0] * len(self.blocks)
-        for block_id in references:
-            expected[block_id] += 1
-        free = {block.block_id for block in self._free}
+        num_uses = [0] * self.num_blocks
+        for block_id in used_ids:
+            num_uses[block_id] += 1
+            if num_uses[block_id] > 1:
+                raise IntegrityError(f"block {block_id} is used for two things at once")
+        free = set(self._free)
         if len(free) != len(self._free):
             raise IntegrityError(f"{len(self._free) - len(free)} blocks are in the free list twice")
-        for block in self.blocks:
-            if block.ref_count != expected[block.block_id]:
-                raise IntegrityError(
-                    f"block {block.block_id} has ref count {block.ref_count} but {expected[block.block_id]} references"
-                )
-            if block.block_id in free and (block.ref_count or block.hash is not None):
-                raise IntegrityError(f"block {block.block_id} is free but referenced or published")
-            if block.block_id not in free and not block.ref_count and block.hash is None:
-                raise IntegrityError(f"block {block.block_id} is lost: not free, not referenced, not published")
+        for block_id, is_used in enumerate(num_uses):
+            if is_used and block_id in free:
+                raise IntegrityError(f"block {block_id} is free but in use")
+            if not is_used and block_id not in free:
+                raise IntegrityError(f"block {block_id} is lost: neither free nor in use")
+            if is_used and self.owners[block_id] is None:
+                raise IntegrityError(f"block {block_id} is in use but nobody's")

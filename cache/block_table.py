@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from cache.block_pool import PUBLIC, Block
+from cache.block_pool import PUBLIC
 from cache.policy import Use
+from cache.run import Run
 from protocol.prefix import extend_chain, split_hashes
 from protocol.tokens import TOKEN_BYTES, pack_tokens
 
 
 @dataclass(slots=True)
 class BlockTable:
-    """The blocks of one sequence, in order; every one of them is referenced by this table.
+    """The blocks of one sequence, in order.
 
     `block_ids` is what the model reads and only ever grows, until `free` empties it. The first `num_published` blocks
-    are resident under this sequence's hashes. Where another sequence had published the same block first, ours stays
-    private and `twins[index]` is the published one, referenced too, so that the chain below it has a parent.
+    are resident under this sequence's hashes: `last` is the run that ends with them, and this table references it and
+    all before it. The blocks after them are this table's alone. So are those at the indices in `twins`: another
+    sequence had published the same blocks first, and what is below them builds on those.
     `use` is what is known about the request, `visit` the eviction policy's own note.
     """
 
     block_ids: list[int] = field(default_factory=list)
     num_published: int = 0
-    twins: dict[int, Block] = field(default_factory=dict)
+    last: Run | None = None
+    twins: list[int] = field(default_factory=list)
     use: Use | None = None
     visit: object | None = None
     publishable: bool = True  # False after a hash collision: nothing further can be published under this chain
 
-    def references(self) -> list[int]:
-        """Return the block id of every reference that this table holds."""
-        return self.block_ids + [twin.block_id for twin in self.twins.values()]
+    def runs(self) -> Iterator[Run]:
+        """Yield every run that this table references, the deepest first."""
+        run = self.last
+        while run is not None:
+            yield run
+            run = run.parent
+
+    def private_ids(self) -> list[int]:
+        """Return the ids of the blocks that are this table's alone."""
+        return [*self.block_ids[self.num_published :], *(self.block_ids[i] for i in self.twins)]
 
 
 class Chain:
-    """Who the full blocks of a sequence are: per block its hash and its packed tokens, and the two zones' namespaces.
+    """Who the full blocks of a sequence are: their hashes, their packed tokens, and the two zones' namespaces.
 
     The first `num_public_blocks` blocks are in `public_namespace` and owned by the operator, the rest in `namespace`
     and owned by `owner`.
@@ -71,9 +83,10 @@ class Chain:
         self.block_size = block_size
         size = block_size * TOKEN_BYTES
         self.hashes = split_hashes(packed_hashes)
-        self.tokens = [packed_tokens[i : i + size] for i in range(0, len(packed_tokens) - size + 1, size)]
-        if len(self.hashes) != len(self.tokens):
-            raise ValueError(f"{len(self.hashes)} prefix hashes for {len(self.tokens)} full blocks")
+        num_blocks = len(packed_tokens) // size
+        self.tokens = packed_tokens[: num_blocks * size]
+        if len(self.hashes) != num_blocks:
+            raise ValueError(f"{len(self.hashes)} prefix hashes for {num_blocks} full blocks")
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -87,10 +100,45 @@ class Chain:
             parent = self.hashes[-1] if index else self.root
             tokens = packed[start : start + size]
             self.hashes.append(extend_chain(parent, self.namespace_of(index), tokens, self.block_size))
-            self.tokens.append(tokens)
+            self.tokens += tokens
+
+    def tokens_of(self, start: int, end: int) -> bytes:
+        """Return the packed tokens of the blocks start..end-1."""
+        size = self.block_size * TOKEN_BYTES
+        return self.tokens[start * size : end * size]
 
     def namespace_of(self, index: int) -> bytes:
         return self.public_namespace if index < self.num_public_blocks else self.namespace
 
     def owner_of(self, index: int) -> str:
         return PUBLIC if index < self.num_public_blocks else self.owner
+
+    def zone_end(self, index: int, end: int) -> int:
+        """Return where the zone of block `index` ends, `end` at most."""
+        return min(end, self.num_public_blocks) if index < self.num_public_blocks else end
+
+    def num_shared(self, run: Run, end: int) -> int:
+        """Return how many blocks of `run`, whose parent is this chain's, are this chain's as well, before `end`."""
+        start = run.start
+        if run.namespace != self.namespace_of(start):
+            return 0
+        num_blocks = min(len(run), self.zone_end(start, end) - start)
+        tokens = self.tokens_of(start, start + num_blocks)
+        if run.tokens.startswith(tokens):
+            return num_blocks
+        size = self.block_size * TOKEN_BYTES
+        return _num_leading(num_blocks, lambda i: run.tokens.startswith(tokens[: (i + 1) * size]))
+
+    def num_alike(self, run: Run, end: int) -> int:
+        """Return how many blocks of `run`, whose parent is this chain's, have this chain's hashes, before `end`: what
+        `num_shared` will say unless hashes collide, in O(log n)."""
+        start, ours = run.start, self.hashes
+        num_blocks = min(len(run), end - start)
+        if ours[start + num_blocks - 1] == run.hash_of(num_blocks - 1):
+            return num_blocks
+        return _num_leading(num_blocks, lambda i: ours[start + i] == run.hash_of(i))
+
+
+def _num_leading(count: int, holds: Callable[[int], bool]) -> int:
+    """Return how many of 0..count-1 hold, given that all that hold come first."""
+    return bisect_left(range(count), True, key=lambda i: not holds(i))

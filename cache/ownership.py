@@ -14,11 +14,13 @@ A floor protects what is held, it does not keep free blocks in reserve; blocks i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cache.block_pool import PUBLIC, Block, IntegrityError
+from cache.block_pool import PUBLIC, IntegrityError
 from cache.policy import Policy, PolicyFactory
+from cache.run import Run
 from protocol.errors import BadRequest
 
 _NEVER = 1 << 62
@@ -62,9 +64,9 @@ class Account:
 
 @dataclass(slots=True, eq=False)
 class Order:
-    """The blocks that one policy instance orders. `account` is the owner's, None for the commons.
+    """The runs that one policy instance orders. `account` is the owner's, None for the commons.
 
-    `num_shielded` of the `num_idle` blocks have a descendant in another order, which may have to stay.
+    Counted in blocks; `num_shielded` of the `num_idle` have a descendant in another order, which may have to stay.
     """
 
     policy: Policy
@@ -72,8 +74,6 @@ class Order:
     quota: Quota = Quota()
     num_idle: int = 0
     num_shielded: int = 0
-    _proposal: Block | None = None
-    _proposed_at: int = 0
 
     @property
     def num_evictable(self) -> int:
@@ -103,24 +103,6 @@ class Order:
         """Whether its blocks may go when the owner of `own` needs room and others can give, too."""
         return self.num_above_floor > 0 or (self is own and not self.is_below_floor)
 
-    def victim(self) -> Block | None:
-        """Return the policy's next victim. It is asked again only when its last answer is void."""
-        block = self._proposal
-        if (
-            block is None
-            or block.ref_count
-            or block.num_children
-            or block.order is not self
-            or block.released_at != self._proposed_at
-        ):
-            self._proposal = block = self.policy.victim()
-            self._proposed_at = block.released_at if block else 0
-        return block
-
-    def reconsider(self) -> None:
-        """Ask the policy afresh: it has a leaf that may be dearer or cheaper than its last answer."""
-        self._proposal = None
-
 
 @dataclass(frozen=True, slots=True)
 class OwnerStatistics:
@@ -139,24 +121,6 @@ class OwnerStatistics:
     num_evicted_own: int
     num_suffered: int
     num_caused: int
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """`order` gives its next victim, and goes on giving those released before `until` while nothing else changes."""
-
-    order: Order
-    own: Order | None
-    is_over_cap: bool
-    until: int
-
-    def next(self) -> Block | None:
-        """Return the next victim, None if the turn is over."""
-        order = self.order
-        if order.is_over_cap != self.is_over_cap or not order.may_give(self.own):
-            return None
-        block = order.victim()
-        return block if block is not None and block.released_at < self.until else None
 
 
 class Owners:
@@ -196,49 +160,55 @@ class Owners:
     def order_of(self, owner: str) -> Order:
         return self._own.get(owner, self.commons)
 
-    def choose(self, owner: str | None) -> Turn | None:
-        """Return whose blocks go when `owner` (None: nobody in particular) needs room, by rules 2 to 4."""
+    def choose(self, owner: str | None) -> tuple[Run, int] | None:
+        """Return whose blocks go when `owner` (None: nobody in particular) needs room, by rules 2 to 4: a leaf, and how
+        many of its blocks may go before this has to be asked again. A run was released in one piece: nobody's block was
+        released between two of its."""
         if len(self.orders) == 1:
-            return Turn(self.commons, None, False, _NEVER)
-        best: Order | None = None
-        best_key = next_key = (True, _NEVER)
+            run = self.commons.policy.victim()
+            return None if run is None else (run, len(run))
+        best: tuple[Order, Run] | None = None
+        best_key = (True, _NEVER)
         own = self._own.get(owner) if owner is not None else None
         for order in self.orders:
-            if not order.may_give(own) or (block := order.victim()) is None:
+            if not order.may_give(own) or (run := order.policy.victim()) is None:
                 continue
-            key = (not order.is_over_cap, block.released_at)
+            key = (not order.is_over_cap, run.released_at)
             if key < best_key:
-                best, best_key, next_key = order, key, best_key
-            elif key < next_key:
-                next_key = key
+                best, best_key = (order, run), key
         if best is None:
-            return None if own is None else Turn(own, own, own.is_over_cap, 0)
-        return Turn(best, own, best.is_over_cap, next_key[1] if next_key[0] == best_key[0] else _NEVER)
+            run = own.policy.victim() if own is not None else None
+            return None if run is None else (run, 1)
+        order, run = best
+        max_blocks = min(len(run), order.num_above_floor + (order is own))
+        if order.is_over_cap and order.account is not None and order.quota.cap is not None:
+            max_blocks = min(max_blocks, order.account.num_held - order.quota.cap)
+        return run, max_blocks
 
-    def shield(self, block: Block | None) -> None:
-        """Count one more child of `block` that is in another order or shielded itself."""
-        while block is not None:
-            block.num_shields += 1
-            if block.num_shields > 1:
+    def shield(self, run: Run | None) -> None:
+        """Count one more child of `run` that is in another order or shielded itself."""
+        while run is not None:
+            run.num_shields += 1
+            if run.num_shields > 1:
                 return
-            assert block.order is not None
-            block.order.num_shielded += not block.ref_count
-            block = block.parent if block.parent is None or block.parent.order is block.order else None
+            if not run.ref_count:
+                run.order.num_shielded += len(run)
+            run = run.parent if run.parent is None or run.parent.order is run.order else None
 
-    def unshield(self, block: Block | None) -> None:
+    def unshield(self, run: Run | None) -> None:
         """Undo one `shield`."""
-        while block is not None:
-            block.num_shields -= 1
-            if block.num_shields:
+        while run is not None:
+            run.num_shields -= 1
+            if run.num_shields:
                 return
-            assert block.order is not None
-            block.order.num_shielded -= not block.ref_count
-            block = block.parent if block.parent is None or block.parent.order is block.order else None
+            if not run.ref_count:
+                run.order.num_shielded -= len(run)
+            run = run.parent if run.parent is None or run.parent.order is run.order else None
 
-    def set_quotas(self, quotas: Mapping[str, Quota], blocks: Sequence[Block], now: float) -> list[Order]:
+    def set_quotas(self, quotas: Mapping[str, Quota], runs: Sequence[Run], now: float) -> list[Order]:
         """Put `quotas`, which fit, in the place of all there are; return the orders that have one now.
 
-        `blocks`: all of the pool. O(len(blocks)) when somebody gets a quota or loses it.
+        `runs`: all there are. O(len(runs)) when somebody gets a quota or loses it.
         """
         wanted = {owner: quota for owner, quota in quotas.items() if quota != Quota()}
         moved = wanted.keys() ^ self._own.keys()
@@ -250,33 +220,29 @@ class Owners:
             self._own[owner].quota = quota
         self.orders = [self.commons, *self._own.values()]
         if moved:
-            self._move(blocks)
+            self._move(runs)
         return self.orders[1:]
 
-    def _move(self, blocks: Sequence[Block]) -> None:
-        """Put all blocks into the orders that are their owners' now, and count the shields anew."""
-        published = [block for block in blocks if block.hash is not None]
-        for block in sorted(blocks, key=lambda block: block.released_at):
-            old = block.order
-            if old is None or old is (new := self.order_of(block.owner or "")):
+    def _move(self, runs: Sequence[Run]) -> None:
+        """Put all runs into the orders that are their owners' now, and count the shields anew."""
+        for run in sorted(runs, key=lambda run: run.released_at):
+            old, new = run.order, self.order_of(run.owner)
+            if old is new:
                 continue
-            block.order = new
-            if block.hash is None:
-                continue
-            old.policy.on_evict(block)
-            new.policy.on_insert(block)
-            if not block.ref_count:
-                old.num_idle -= 1
-                new.num_idle += 1
-                new.policy.on_release(block)
+            run.order = new
+            old.policy.on_evict(run, len(run))
+            new.policy.on_insert(run, len(run))
+            if not run.ref_count:
+                old.num_idle -= len(run)
+                new.num_idle += len(run)
+                new.policy.on_release(run)
         for order in self.orders:
             order.num_shielded = 0
-            order.reconsider()
-        for block in published:
-            block.num_shields = 0
-        for block in published:
-            if block.parent is not None and block.order is not block.parent.order:
-                self.shield(block.parent)
+        for run in runs:
+            run.num_shields = 0
+        for run in runs:
+            if run.parent is not None and run.order is not run.parent.order:
+                self.shield(run.parent)
 
     def statistics(self, now: float) -> list[OwnerStatistics]:
         """Return the accounts of all owners there ever were."""
@@ -298,51 +264,45 @@ class Owners:
             num_caused=account.num_caused,
         )
 
-    def check_integrity(self, blocks: Sequence[Block]) -> None:
-        """Check accounts, orders and policies against `blocks`, all of the pool, whose tree is sound.
+    def check_integrity(self, runs: Sequence[Run], private_owners: Iterable[str]) -> None:
+        """Check accounts, orders and policies against `runs`, all there are, whose tree is sound, and the owners of all
+        blocks that are used but not published.
 
         Raises:
             IntegrityError: with the first contradiction found.
         """
-        held: dict[str, int] = dict.fromkeys(self._accounts, 0)
-        shields: dict[int, int] = {}
-        idle: dict[int, list[Block]] = {id(order): [] for order in self.orders}
-        for block in blocks:
-            if not block.ref_count and block.hash is None:
-                if block.order is not None:
-                    raise IntegrityError(f"block {block.block_id} is free but belongs to an order")
-                continue
-            owner = block.owner or ""
-            held[owner] = held.get(owner, 0) + 1
-            if block.order is not self.order_of(owner):
-                raise IntegrityError(f"block {block.block_id} of {owner} is not in its owner's order")
-            if block.hash is not None and not block.ref_count:
-                idle[id(block.order)].append(block)
-            if block.parent is not None and (block.order is not block.parent.order or block.num_shields):
-                shields[block.parent.block_id] = shields.get(block.parent.block_id, 0) + 1
-        for owner, num_held in held.items():
-            if self.account(owner).num_held != num_held:
-                raise IntegrityError(f"{owner} holds {num_held} blocks, counted {self.account(owner).num_held}")
-        for block in blocks:
-            if block.num_shields != shields.get(block.block_id, 0):
-                raise IntegrityError(f"block {block.block_id} counts {block.num_shields} shields wrongly")
+        held = Counter(private_owners)
+        shields: Counter[Run] = Counter()
+        for run in runs:
+            held[run.owner] += len(run)
+            if run.order is not self.order_of(run.owner):
+                raise IntegrityError(f"the run of block {run.block_ids[0]} of {run.owner} is not in its owner's order")
+            if run.parent is not None and (run.order is not run.parent.order or run.num_shields):
+                shields[run.parent] += 1
+        for owner in held.keys() | self._accounts.keys():
+            if self.account(owner).num_held != held[owner]:
+                raise IntegrityError(f"{owner} holds {held[owner]} blocks, counted {self.account(owner).num_held}")
+        for run in runs:
+            if run.num_shields != shields[run]:
+                raise IntegrityError(f"the run of block {run.block_ids[0]} counts {run.num_shields} shields wrongly")
         for order in self.orders:
-            _check_order(order, idle[id(order)])
+            _check_order(order, [run for run in runs if run.order is order and not run.ref_count])
 
 
-def _check_order(order: Order, idle: Sequence[Block]) -> None:
-    num_shielded = sum(block.num_shields > 0 for block in idle)
-    if (len(idle), num_shielded) != (order.num_idle, order.num_shielded):
+def _check_order(order: Order, idle: Sequence[Run]) -> None:
+    num_idle = sum(map(len, idle))
+    num_shielded = sum(len(run) for run in idle if run.num_shields)
+    if (num_idle, num_shielded) != (order.num_idle, order.num_shielded):
         raise IntegrityError(
-            f"{len(idle)} blocks are idle, {num_shielded} of them shielded, in an order that counts "
+            f"{num_idle} blocks are idle, {num_shielded} of them shielded, in an order that counts "
             f"{order.num_idle} and {order.num_shielded}"
         )
-    leaves = [block.block_id for block in order.policy.leaves()]
-    expected = {block.block_id for block in idle if not block.num_children}
+    leaves = list(order.policy.leaves())
+    expected = {run for run in idle if not run.num_children}
     if len(leaves) != len(expected) or set(leaves) != expected:
-        raise IntegrityError(f"{len(expected)} blocks of an order are leaves, its policy has {len(leaves)}")
-    victim = order.victim()
-    if (victim is None) != (not expected) or (victim is not None and victim.block_id not in expected):
+        raise IntegrityError(f"{len(expected)} runs of an order are leaves, its policy has {len(leaves)}")
+    victim = order.policy.victim()
+    if (victim is None) != (not expected) or (victim is not None and victim not in expected):
         raise IntegrityError("the next victim of an order is none of its leaves")
 
 

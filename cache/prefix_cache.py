@@ -1,8 +1,11 @@
 """The prefix cache: finds, keeps and evicts blocks by what they hold.
 
-A published block's identity is (hash, namespace, parent hash, token ids). The hash finds it, the other three decide:
-a digest with other contents is a miss. Published blocks are immutable, and none outlives its parent. A block whose
-last reference goes stays resident, *idle*, until its room is needed.
+A published block's identity is (hash, namespace, parent, token ids). The hash finds it, the other three decide: a
+digest with other contents is a miss. Published blocks are immutable, and none outlives its parent. A block whose last
+reference goes stays resident, *idle*, until its room is needed.
+
+Blocks that have always been used together are one piece of bookkeeping, a run (`cache.run`): what is done, is done to
+runs or slices of them, so that its cost hardly depends on the number of blocks.
 
 Every block that is not free has an owner; floors and caps of owners (`cache.ownership`) say whose blocks go. Pinned
 blocks are referenced by the cache itself.
@@ -12,13 +15,20 @@ Knows nothing of tensors or scheduling; what time it is, `advance` says. Not thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from cache.block_pool import PUBLIC, Block, BlockPool, IntegrityError
+from cache.block_pool import PUBLIC, BlockPool, IntegrityError
 from cache.block_table import BlockTable, Chain
+from cache.events import EventLog, Stored
 from cache.ownership import Account, Owners, OwnerStatistics, Quota, check_quotas
-from cache.policy import Lru, Observer, PolicyFactory
+from cache.policies.lru import Lru
+from cache.policy import Observer, PolicyFactory
+from cache.run import BLOCK_IDS, Run
+from cache.run_tree import RunTree
+from protocol.tokens import TOKEN_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +62,8 @@ class PrefixCache:
         self._pins: dict[str, BlockTable] = {}
         self._now = 0.0
         self._num_releases = 0
-        self._by_hash: dict[bytes, Block] = {}
-        self._stored: dict[bytes, None] = {}  # this step's events; a dict keeps the order: parents before children
-        self._removed: dict[bytes, None] = {}
+        self._tree = RunTree()
+        self._events = EventLog()
         self._num_matched = self._num_inserted = self._num_twins = self._num_evicted = self._num_collisions = 0
 
     @property
@@ -100,47 +109,41 @@ class PrefixCache:
         At most `max_blocks`. A digest whose stored parent, namespace or token ids differ counts as a miss. `again`: a
         sequence comes back, which is no use of the cache that its owner's account should show.
         """
-        by_hash = self._by_hash
-        tokens, num_public = chain.tokens, chain.num_public_blocks
-        block_ids = table.block_ids
-        previous: Block | None = None
-        for i, digest in enumerate(chain.hashes[:max_blocks]):
-            block = by_hash.get(digest)
-            if block is None:
+        end = min(max_blocks, len(chain))
+        last: Run | None = None
+        start = 0
+        while start < end and (run := self._find(chain, start, last)) is not None:
+            run = self._share(chain, run, end)
+            if run is None:
                 break
-            namespace = chain.public_namespace if i < num_public else chain.namespace
-            if (
-                block.parent is not previous
-                or block.tokens != tokens[i]
-                or block.namespace != namespace
-                or (previous is None and block.parent_hash != chain.root)
-            ):
-                self._num_collisions += 1
-                break
-            self._reference(block)
-            block_ids.append(block.block_id)
-            previous = block
-        table.num_published = len(block_ids)
-        self._num_matched += len(block_ids)
+            table.block_ids += run.block_ids.tolist()
+            last, start = run, run.end
+        table.last, table.num_published = last, start
+        self._num_matched += start
         if not again:
             account = self._account(chain.owner)
-            account.num_looked_up += min(max_blocks, len(chain))
-            account.num_hits += len(block_ids)
+            account.num_looked_up += end
+            account.num_hits += start
             if self._observer is not None:
                 self._observer.on_match(chain, table, self._now)
-        return len(block_ids)
+        return start
 
     def probe(self, chain: Chain, max_blocks: int) -> tuple[int, int]:
         """Return (blocks that `match` would find, how many of them are idle) without changing anything.
 
-        O(log n), since a resident block's parent is resident and a referenced block's parent is referenced. Compares
-        no token ids: a forecast for the scheduler, not a hit.
+        Compares no token ids: a forecast for the scheduler, not a hit. O(log n) per run.
         """
-        by_hash = self._by_hash
-        hashes = chain.hashes
-        num_resident = _partition(min(max_blocks, len(hashes)), lambda i: hashes[i] in by_hash)
-        num_in_use = _partition(num_resident, lambda i: by_hash[hashes[i]].ref_count > 0)
-        return num_resident, num_resident - num_in_use
+        end = min(max_blocks, len(chain))
+        last: Run | None = None
+        start = num_idle = 0
+        while start < end and (run := self._find(chain, start, last)) is not None:
+            num_blocks = chain.num_alike(run, end)
+            start += num_blocks
+            num_idle += 0 if run.ref_count else num_blocks
+            if num_blocks < len(run):
+                break
+            last = run
+        return start, num_idle
 
     def allocate(self, chain: Chain, table: BlockTable, num_blocks: int) -> list[int] | None:
         """Append `num_blocks` fresh blocks to `table`, evicting idle ones where none are free or the owner's cap asks
@@ -150,15 +153,11 @@ class PrefixCache:
         that many cannot be had: then `table` is as it was. Up to `num_available` (and `reserve_of`, and within
         `room_of`) that cannot happen; beyond, it tries, and what it has evicted in vain stays evicted.
         """
-        owner, block_ids = chain.owner, table.block_ids
-        start = len(block_ids)
-        num_public = min(max(0, chain.num_public_blocks - start), num_blocks)
-        if not self._make_room(owner, num_blocks, num_blocks - num_public):
+        num_public = min(max(0, chain.num_public_blocks - len(table.block_ids)), num_blocks)
+        num_own = num_blocks - num_public
+        if not self._make_room(chain.owner, num_blocks, num_own):
             return None
-        to_zero: list[int] = []
-        self._hand_out(PUBLIC, num_public, block_ids, to_zero)
-        self._hand_out(owner, num_blocks - num_public, block_ids, to_zero)
-        return to_zero
+        return self._hand_out(PUBLIC, num_public, table) + self._hand_out(chain.owner, num_own, table)
 
     def insert(self, chain: Chain, table: BlockTable, num_blocks: int) -> None:
         """Publish the first `num_blocks` blocks of `table`, all full and computed, as far as they are not yet.
@@ -168,39 +167,36 @@ class PrefixCache:
         """
         if not table.publishable:
             return
-        parent = self._resident(table, table.num_published - 1) if table.num_published else None
-        for i in range(table.num_published, num_blocks):
-            digest = chain.hashes[i]
-            block = self._by_hash.get(digest)
-            if block is None:
-                block = self.pool.blocks[table.block_ids[i]]
-                self._publish(block, digest, parent, chain, i)
-            elif (
-                block.parent is parent
-                and block.tokens == chain.tokens[i]
-                and block.namespace == chain.namespace_of(i)
-                and (parent is not None or block.parent_hash == chain.root)
-            ):
-                self._add_twin(table, i, block)
+        while table.num_published < num_blocks:
+            start = table.num_published
+            run = self._find(chain, start, table.last)
+            if run is None:
+                run = self._publish(chain, table, chain.zone_end(start, num_blocks))
             else:
-                self._num_collisions += 1
-                table.publishable = False
-                return
-            parent = block
-            table.num_published = i + 1
+                run = self._share(chain, run, num_blocks)
+                if run is None:
+                    table.publishable = False
+                    return
+                table.twins += range(start, run.end)
+                self._num_twins += len(run)
+            table.last, table.num_published = run, run.end
 
     def free(self, table: BlockTable) -> None:
         """Give back everything that `table` references and empty it. Published blocks stay resident, idle."""
-        blocks, twins = self.pool.blocks, table.twins
         if self._observer is not None:
+            for depth in self._observer.cuts(table):
+                self._cut(table, depth)
             self._observer.on_free(table, self._now)
-        for i in range(len(table.block_ids) - 1, -1, -1):  # the tail first: children before parents
-            self._release(blocks[table.block_ids[i]])
-            if twins and i in twins:
-                self._release(twins[i])
+        for run in table.runs():  # the deepest first: children before parents
+            self._release(run)
+        private_ids = table.private_ids()
+        for owner, num_blocks in Counter(map(self.pool.owners.__getitem__, private_ids)).items():
+            assert owner is not None
+            self._account(owner).hold(-num_blocks, self._now)
+        self.pool.free(private_ids)
         table.block_ids = []  # a new list: slices of the last step may still show the old one
-        table.twins = {}
-        table.num_published = 0
+        table.twins = []
+        table.last, table.num_published = None, 0
         table.publishable = True
 
     def evict(self, num_blocks: int, owner: str | None = None) -> int:
@@ -209,40 +205,34 @@ class PrefixCache:
         `owner` None: for nobody; all floors hold.
         """
         num_evicted = 0
-        while num_evicted < num_blocks:
-            turn = self._owners.choose(owner)
-            block = turn.order.victim() if turn is not None else None
-            if turn is None or block is None:
-                break
-            while block is not None:
-                parent = block.parent
-                self._evict(block, owner)
-                num_evicted += 1
-                is_within = parent is None or parent.order is turn.order  # else another order has a new leaf
-                block = turn.next() if is_within and num_evicted < num_blocks else None
+        while num_evicted < num_blocks and (choice := self._owners.choose(owner)) is not None:
+            run, max_blocks = choice
+            num_gone = min(max_blocks, num_blocks - num_evicted)
+            self._evict(run, num_gone, owner)
+            num_evicted += num_gone
         return num_evicted
 
     def clear(self, owner: str) -> int:
         """Evict all idle blocks of `owner` on which no other block builds, and return how many went."""
         num_evicted = 0
-        for block in reversed(list(self._by_hash.values())):  # children come after their parents
-            if block.owner == owner and not block.ref_count and not block.num_children:
-                self._evict(block, owner)
-                num_evicted += 1
+        for run in reversed(self._tree.by_depth()):
+            if run.owner == owner and not run.ref_count and not run.num_children:
+                num_evicted += len(run)
+                self._evict(run, len(run), owner)
         return num_evicted
 
     def set_quotas(self, quotas: Mapping[str, Quota]) -> None:
         """Put these quotas in the place of all there are, at once: whoever holds more than his cap loses idle blocks.
 
-        O(num_blocks) when somebody gets a quota or loses it.
+        O(number of runs) when somebody gets a quota or loses it.
 
         Raises:
             BadRequest: the floors do not fit together, or published blocks were given a quota; nothing has changed.
         """
         check_quotas(quotas, self.pool.num_blocks, self._num_pinned)
-        for order in self._owners.set_quotas(quotas, self.pool.blocks, self._now):
-            while order.is_over_cap and order.account is not None and (block := order.victim()) is not None:
-                self._evict(block, order.account.owner)
+        for order in self._owners.set_quotas(quotas, list(self._tree), self._now):
+            if order.account is not None and order.quota.cap is not None:
+                self._evict_own(order.account.owner, order.account.num_held - order.quota.cap)
 
     def pin(self, name: str, chain: Chain) -> int:
         """Keep what is resident of `chain` until `unpin(name)`; return how many blocks that are now.
@@ -269,27 +259,27 @@ class PrefixCache:
         if table is not None:
             self.free(table)
 
-    def take_events(self) -> tuple[bytes, bytes]:
-        """Return the packed hashes stored and removed since the last call, netted: no hash is in both."""
-        stored, removed = b"".join(self._stored), b"".join(self._removed)
-        self._stored.clear()
-        self._removed.clear()
-        return stored, removed
+    def take_events(self) -> tuple[list[Stored], bytes]:
+        """Return what was stored, parents before children, and the packed hashes removed since the last call.
+
+        Netted: no hash is in both.
+        """
+        return self._events.take()
+
+    def resident(self) -> list[Stored]:
+        """Return all published blocks, parents before their children."""
+        return [Stored(run.parent_hash, run.hashes, run.tokens) for run in self._tree.by_depth()]
 
     def resident_hashes(self) -> bytes:
         """Return the packed hashes of all published blocks, parents before their children."""
-        return b"".join(self._by_hash)
-
-    def block_of(self, digest: bytes) -> Block | None:
-        """Return the published block of `digest`, to be read and not kept, or None if it is not resident."""
-        return self._by_hash.get(digest)
+        return b"".join(run.hashes for run in self._tree.by_depth())
 
     def statistics(self) -> CacheStatistics:
         return CacheStatistics(
             num_blocks=self.pool.num_blocks,
             num_free=self.pool.num_free,
             num_idle=self._owners.num_idle,
-            num_published=len(self._by_hash),
+            num_published=self._num_inserted - self._num_evicted,
             num_matched=self._num_matched,
             num_inserted=self._num_inserted,
             num_twins=self._num_twins,
@@ -309,86 +299,120 @@ class PrefixCache:
             IntegrityError: with the first contradiction found.
         """
         tables = [*tables, *self._pins.values()]
-        self.pool.check_integrity(block_id for table in tables for block_id in table.references())
-        num_children: dict[int, int] = {}
-        for digest, block in self._by_hash.items():
-            if block.hash != digest:
-                raise IntegrityError(f"block {block.block_id} is indexed under a hash that is not its own")
-            parent = block.parent
-            if parent is None:
-                continue
-            num_children[parent.block_id] = num_children.get(parent.block_id, 0) + 1
-            if parent.hash is None or parent.hash != block.parent_hash:
-                raise IntegrityError(f"block {block.block_id} has outlived its parent")
-            if block.ref_count and not parent.ref_count:
-                raise IntegrityError(f"block {block.block_id} is referenced, its parent {parent.block_id} is not")
-        for block in self.pool.blocks:
-            if block.num_children != num_children.get(block.block_id, 0):
-                raise IntegrityError(f"block {block.block_id} counts {block.num_children} children wrongly")
-            if block.hash is not None and self._by_hash.get(block.hash) is not block:
-                raise IntegrityError(f"block {block.block_id} is published but cannot be found")
-        self._owners.check_integrity(self.pool.blocks)
+        self._tree.check_integrity(
+            Counter(run for table in tables for run in table.runs()), self.block_size * TOKEN_BYTES
+        )
+        owners = self.pool.owners
+        private_ids = [block_id for table in tables for block_id in table.private_ids()]
+        self.pool.check_integrity([*private_ids, *(block_id for run in self._tree for block_id in run.block_ids)])
+        self._owners.check_integrity(list(self._tree), [owners[block_id] or "" for block_id in private_ids])
+        for run in self._tree:
+            if any(owners[block_id] != run.owner for block_id in run.block_ids):
+                raise IntegrityError(f"the run of block {run.block_ids[0]} of {run.owner} has somebody else's block")
         for table in tables:
-            for i in range(table.num_published):
-                if self._resident(table, i).hash is None:
-                    raise IntegrityError(f"a table counts block {table.block_ids[i]} as published; it is not")
+            if table.num_published != (table.last.end if table.last is not None else 0):
+                raise IntegrityError(f"a table counts {table.num_published} blocks as published, its last run does not")
 
-    def _resident(self, table: BlockTable, index: int) -> Block:
-        """The published block of `table` at `index`: its own or the twin's."""
-        return table.twins.get(index) or self.pool.blocks[table.block_ids[index]]
+    # ---- runs
 
-    def _publish(self, block: Block, digest: bytes, parent: Block | None, chain: Chain, index: int) -> None:
-        block.hash = digest
-        block.namespace = chain.namespace_of(index)
-        block.tokens = chain.tokens[index]
-        block.parent = parent
-        if parent is None:
-            block.parent_hash = chain.root
+    def _find(self, chain: Chain, start: int, parent: Run | None) -> Run | None:
+        """Return what may be the run of `chain` that begins at `start` below `parent`: the digest says so."""
+        return self._tree.find(chain.root if parent is None else parent, chain.hashes[start])
+
+    def _share(self, chain: Chain, run: Run, end: int) -> Run | None:
+        """Reference what `chain` has in common with `run`, which was found for it, before block `end`: all of it, or
+        its first part, cut off. Return that; None if there is nothing: the hash of the first block has collided."""
+        num_blocks = chain.num_shared(run, end)
+        if not num_blocks:
+            self._num_collisions += 1
+            return None
+        if num_blocks < len(run):
+            run = self._split(run, num_blocks)
+        self._reference(run)
+        return run
+
+    def _publish(self, chain: Chain, table: BlockTable, end: int) -> Run:
+        """Publish the blocks of `table` up to `end`, all of one zone, and return the run that they are the end of."""
+        start, parent = table.num_published, table.last
+        block_ids = array(BLOCK_IDS, table.block_ids[start:end])
+        hashes, tokens = b"".join(chain.hashes[start:end]), chain.tokens_of(start, end)
+        if parent is not None and parent.is_open and start != chain.num_public_blocks:
+            run = parent
+            run.grow(block_ids, hashes, tokens)
         else:
-            assert parent.hash is not None
-            block.parent_hash = parent.hash
-            parent.num_children += 1
-            if block.order is not parent.order:
-                self._owners.shield(parent)
-        self._by_hash[digest] = block
-        assert block.order is not None
-        block.order.policy.on_insert(block)
-        self._num_inserted += 1
-        if digest in self._removed:
-            del self._removed[digest]
+            owner = chain.owner_of(start)
+            order = self._owners.order_of(owner)
+            run = Run(parent, chain.root, start, chain.namespace_of(start), owner, order, block_ids, hashes, tokens)
+            self._tree.add(run)
+            if parent is not None:
+                parent.is_open = False
+                if order is not parent.order:
+                    self._owners.shield(parent)
+        run.order.policy.on_insert(run, end - start)
+        self._num_inserted += end - start
+        self._events.store(Stored(chain.hashes[start - 1] if start else None, hashes, tokens))
+        return run
+
+    def _split(self, run: Run, num_blocks: int) -> Run:
+        """Cut `run` behind its first `num_blocks` blocks and return the run of those."""
+        head = self._tree.split(run, num_blocks)
+        run.order.policy.on_split(head, run)
+        return head
+
+    def _cut(self, table: BlockTable, depth: int) -> None:
+        """Make a run end in front of the block at `depth` of `table`, if that is published."""
+        run = next((run for run in table.runs() if run.start < depth < run.end), None)
+        if run is not None:
+            self._split(run, depth - run.start)
+
+    def _reference(self, run: Run) -> None:
+        order = run.order
+        run.ref_count += 1
+        run.is_open = False
+        order.policy.on_hit(run)
+        if run.ref_count == 1:
+            order.num_idle -= len(run)
+            if run.num_shields:
+                order.num_shielded -= len(run)
+
+    def _release(self, run: Run) -> None:
+        run.ref_count -= 1
+        if run.ref_count:
+            return
+        order = run.order
+        run.is_open = False
+        run.released_at = self._num_releases + 1
+        self._num_releases += len(run)
+        order.num_idle += len(run)
+        if run.num_shields:
+            order.num_shielded += len(run)
+        order.policy.on_release(run)
+
+    def _evict(self, run: Run, num_blocks: int, requester: str | None) -> None:
+        """Let the last `num_blocks` blocks of `run`, a leaf, go for `requester`."""
+        order, parent = run.order, run.parent
+        order.policy.on_evict(run, num_blocks)
+        order.num_idle -= num_blocks
+        is_whole = num_blocks == len(run)
+        if is_whole:
+            self._tree.remove(run)
+        block_ids, hashes = run.trim(num_blocks)
+        self.pool.free(block_ids)
+        self._events.remove(hashes)
+        self._num_evicted += num_blocks
+        account = self._account(run.owner)
+        account.hold(-num_blocks, self._now)
+        if requester == run.owner:
+            account.num_evicted_own += num_blocks
         else:
-            self._stored[digest] = None
-
-    def _add_twin(self, table: BlockTable, index: int, block: Block) -> None:
-        self._reference(block)
-        table.twins[index] = block
-        self._num_twins += 1
-
-    def _reference(self, block: Block) -> None:
-        order = block.order
-        assert order is not None
-        block.ref_count += 1
-        order.policy.on_hit(block)
-        if block.ref_count == 1:
-            order.num_idle -= 1
-            if block.num_shields:
-                order.num_shielded -= 1
-
-    def _release(self, block: Block) -> None:
-        block.ref_count -= 1
-        if block.ref_count:
-            return
-        if block.hash is None:
-            self._give_back(block)
-            return
-        order = block.order
-        assert order is not None
-        self._num_releases += 1
-        block.released_at = self._num_releases
-        order.num_idle += 1
-        if block.num_shields:
-            order.num_shielded += 1
-        order.policy.on_release(block)
+            account.num_suffered += num_blocks
+            if requester is not None:
+                self._account(requester).num_caused += num_blocks
+        if is_whole and parent is not None:
+            if order is not parent.order:
+                self._owners.unshield(parent)
+            if not parent.num_children and not parent.ref_count:
+                parent.order.policy.on_leaf(parent)
 
     def _make_room(self, owner: str, num_blocks: int, num_own: int) -> bool:
         """Evict until `num_blocks` are free and the cap of `owner` leaves room for `num_own` of them."""
@@ -396,63 +420,32 @@ class PrefixCache:
         num_idle = self._owners.num_takable_at_most + self.reserve_of(owner)
         if (room is not None and room < num_own) or num_blocks > self.pool.num_free + num_idle:
             return False
-        if room is not None:
-            order = self._owners.order_of(owner)
-            assert order.account is not None and order.quota.cap is not None
-            for _ in range(order.account.num_held + num_own - order.quota.cap):
-                block = order.victim()
-                if block is None:
-                    return False
-                self._evict(block, owner)
+        order = self._owners.order_of(owner)
+        if room is not None and order.account is not None and order.quota.cap is not None:
+            num_over = order.account.num_held + num_own - order.quota.cap
+            if self._evict_own(owner, num_over) < num_over:
+                return False
         num_missing = num_blocks - self.pool.num_free
         return num_missing <= 0 or self.evict(num_missing, owner) == num_missing
 
-    def _hand_out(self, owner: str, num_blocks: int, block_ids: list[int], to_zero: list[int]) -> None:
-        if not num_blocks:
-            return
+    def _evict_own(self, owner: str, num_blocks: int) -> int:
+        """Evict up to `num_blocks` blocks of the order of `owner` for himself; return how many went."""
         order = self._owners.order_of(owner)
-        for _ in range(num_blocks):
-            block, is_foreign = self.pool.allocate(owner)
-            block.order = order
-            block_ids.append(block.block_id)
-            if is_foreign:
-                to_zero.append(block.block_id)
+        num_evicted = 0
+        while num_evicted < num_blocks and (run := order.policy.victim()) is not None:
+            num_gone = min(len(run), num_blocks - num_evicted)
+            self._evict(run, num_gone, owner)
+            num_evicted += num_gone
+        return num_evicted
+
+    def _hand_out(self, owner: str, num_blocks: int, table: BlockTable) -> list[int]:
+        """Append free blocks to `table`; return the ids of those to be zeroed."""
+        if not num_blocks:
+            return []
+        block_ids, to_zero = self.pool.allocate(owner, num_blocks)
+        table.block_ids += block_ids
         self._account(owner).hold(num_blocks, self._now)
-
-    def _give_back(self, block: Block) -> None:
-        assert block.owner is not None
-        block.order = None
-        self._account(block.owner).hold(-1, self._now)
-        self.pool.free(block)
-
-    def _evict(self, block: Block, requester: str | None) -> None:
-        digest, order, parent = block.hash, block.order, block.parent
-        assert digest is not None and order is not None and block.owner is not None
-        order.policy.on_evict(block)
-        order.num_idle -= 1
-        del self._by_hash[digest]
-        block.hash = block.parent = None
-        block.parent_hash = block.namespace = block.tokens = b""
-        self._give_back(block)
-        if parent is not None:
-            parent.num_children -= 1
-            if order is not parent.order:
-                self._owners.unshield(parent)
-            if not parent.num_children and not parent.ref_count:
-                assert parent.order is not None
-                parent.order.policy.on_leaf(parent)
-                parent.order.reconsider()
-        self._num_evicted += 1
-        if digest in self._stored:
-            del self._stored[digest]
-        else:
-            self._removed[digest] = None
-        if requester == block.owner:
-            self._account(block.owner).num_evicted_own += 1
-        else:
-            self._account(block.owner).num_suffered += 1
-            if requester is not None:
-                self._account(requester).num_caused += 1
+        return to_zero
 
     # ---- owners
 
@@ -462,15 +455,3 @@ class PrefixCache:
 
     def _account(self, owner: str) -> Account:
         return self._owners.account(owner, self._now)
-
-
-def _partition(length: int, holds: Callable[[int], bool]) -> int:
-    """Return how many of 0..length-1 hold, given that all that hold come first."""
-    low, high = 0, length
-    while low < high:
-        middle = (low + high) // 2
-        if holds(middle):
-            low = middle + 1
-        else:
-            high = middle
-    return low

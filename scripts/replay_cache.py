@@ -21,7 +21,7 @@ from cache.policies import make
 from cache.policy import Hint, Use
 from cache.prefix_cache import PrefixCache
 from protocol.prefix import derive_namespace, derive_root, extend_chain
-from protocol.tokens import pack_tokens
+from protocol.tokens import TOKEN_BYTES, pack_tokens
 
 _ROOT = derive_root(b"replay", "trace", "float32")
 _PUBLIC = derive_namespace(b"replay", "public")
@@ -67,7 +67,7 @@ class Trace:
                 digest = hashes[block_id] = extend_chain(parent, _SPACE, tokens[block_id], 1)
             parent = digest
         chain.hashes = [hashes[block_id] for block_id in request.block_ids]
-        chain.tokens = [tokens[block_id] for block_id in request.block_ids]
+        chain.tokens = b"".join(tokens[block_id] for block_id in request.block_ids)
         return chain
 
 
@@ -123,7 +123,8 @@ def replay(
         chain = trace.chain(request)
         length = min(len(chain), num_blocks)
         if length < len(chain):
-            del chain.hashes[length:], chain.tokens[length:]
+            del chain.hashes[length:]
+            chain.tokens = chain.tokens[: length * TOKEN_BYTES]
         start = time.process_time()
         while answering and answering[0][0] <= request.time_s:
             _, j, use = heappop(answering)

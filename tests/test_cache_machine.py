@@ -16,7 +16,7 @@ from protocol.prefix import split_hashes
 
 SIZE = 2
 NUM_BLOCKS = 10
-Path = tuple[tuple[str, tuple[int, ...]], ...]  # (owner, tokens) of a block and all its ancestors
+Path = tuple[tuple[str, bytes], ...]  # (owner, tokens) of a block and all its ancestors
 
 
 @dataclass(eq=False)
@@ -141,11 +141,16 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule()
     def step_ends(self) -> None:
-        stored, removed = (set(split_hashes(packed)) for packed in self.cache.take_events())
+        pieces, packed = self.cache.take_events()
+        stored, removed = {block.hashes for piece in pieces for block in piece.blocks()}, set(split_hashes(packed))
         assert not stored & removed
         assert not stored & self.reported
         assert removed <= self.reported
-        self.reported = (self.reported | stored) - removed
+        self.reported -= removed
+        for piece in pieces:
+            for block in piece.blocks():
+                assert block.parent is None or block.parent in self.reported, "a child came before its parent"
+                self.reported.add(block.hashes)
         assert self.reported == set(split_hashes(self.cache.resident_hashes()))
 
     @invariant()
@@ -166,7 +171,7 @@ def make_chain(tenant: str, num_public: int) -> Chain:
 
 
 def make_paths(chain: Chain) -> list[Path]:
-    contents = [(chain.owner_of(i), tuple(chain.tokens[i])) for i in range(len(chain))]
+    contents = [(chain.owner_of(i), chain.tokens_of(i, i + 1)) for i in range(len(chain))]
     return [tuple(contents[: i + 1]) for i in range(len(contents))]
 
 

@@ -18,7 +18,7 @@ from engine_helpers import Rig, make_generate, make_prompt
 from kv_follower import Follower, Replica, clears, read_event
 from test_worker_process import Gateway, open_gateway
 
-from cache.block_pool import Block
+from cache.events import Stored
 from protocol.errors import ConfigurationError
 from protocol.messages import Resync, Snapshot
 from protocol.prefix import split_hashes
@@ -37,16 +37,16 @@ pytestmark = pytest.mark.timeout(60)
 H1, H2, H3 = bytes(range(16)), bytes(range(16, 32)), bytes(range(32, 48))
 
 
-def make_run() -> list[Block]:
+def make_pieces() -> list[Stored]:
     """A root block, its child, and a block whose parent is elsewhere: two runs."""
-    root = Block(0, hash=H1, parent_hash=b"r" * 16, tokens=pack_tokens([1, 300]))
-    child = Block(1, hash=H2, parent_hash=H1, tokens=pack_tokens([2, 70000]), parent=root)
-    other = Block(2, hash=H3, parent_hash=H1, tokens=pack_tokens([7, 8]), parent=root)
+    root = Stored(None, H1, pack_tokens([1, 300]))
+    child = Stored(H1, H2, pack_tokens([2, 70000]))
+    other = Stored(H1, H3, pack_tokens([7, 8]))
     return [root, child, other]
 
 
 def stored(form: WireForm) -> bytes:
-    return encode_batch(1.5, list(form.stored(make_run(), 2)))
+    return encode_batch(1.5, list(form.stored(make_pieces(), 2)))
 
 
 STORED_1 = (

@@ -105,8 +105,10 @@ def test_blocks_of_whoever_is_above_his_cap_go_before_older_ones() -> None:
     cache.insert(chain, table, 3)
     cache.set_quotas({"a": Quota(cap=1)})  # in use: nothing can go yet
     cache.free(table)
-    visit(cache, make_chain(2, "c"))
-    assert (account(cache, "a").num_held, account(cache, "b").num_held) == (1, 3)
+    visit(cache, make_chain(1, "c"))
+    assert (account(cache, "a").num_held, account(cache, "b").num_held) == (2, 3)
+    visit(cache, make_chain(2, "c", 1))  # one of his, up to the cap, and then whichever is oldest
+    assert (account(cache, "a").num_held, account(cache, "b").num_held) == (1, 2)
 
 
 def test_a_lowered_cap_takes_effect_at_once() -> None:
@@ -251,7 +253,7 @@ def test_names_that_run_into_each_other_share_nothing() -> None:
         space = derive_namespace(SECRET, kind, name)
         chain = make_chain(2, "a")
         chain.namespace = space
-        packed = b"".join(chain.tokens)
+        packed = chain.tokens
         hashes = hash_prompt(ROOT, PUBLIC_SPACE, space, packed, 0, SIZE)
         chain.hashes = [hashes[i : i + 16] for i in range(0, len(hashes), 16)]
         assert visit(cache, chain) == 0, f"{kind!r} and {name!r} found somebody else's block"
@@ -293,7 +295,8 @@ class Reader:
 
     def poison(self) -> None:
         """Put NaN into every free block that was ever used."""
-        free = [b.block_id for b in self.cache.pool.blocks if not b.ref_count and b.hash is None and b.owner]
+        pool = self.cache.pool
+        free = [block_id for block_id in pool.free_ids if pool.owners[block_id]]
         self.kv.data[free] = float("nan")
 
 

@@ -16,7 +16,9 @@ from cache.block_pool import PUBLIC
 from cache.block_table import BlockTable, Chain
 from cache.ownership import Quota
 from cache.prefix_cache import PrefixCache
+from cache.run import Run
 from protocol.errors import BadRequest
+from protocol.tokens import TOKEN_BYTES
 
 SIZE = 1
 NUM_BLOCKS = 10
@@ -280,8 +282,8 @@ class OwnershipMachine(RuleBasedStateMachine):
                 self.evicted_own[owner],
             )
         assert sum(held.values()) == NUM_BLOCKS - self.cache.pool.num_free
-        by_hash = {tuple(make_path_of(block)): block.owner for block in self.cache.pool.blocks if block.hash}
-        assert by_hash == {path: block.owner for path, block in self.resident.items()}
+        seen_owners = {path: run.owner for run in self.cache._tree for path in paths_of(run)}
+        assert seen_owners == {path: block.owner for path, block in self.resident.items()}
 
 
 def make_chain(owner: str, num_public: int) -> Chain:
@@ -296,13 +298,16 @@ def make_chain(owner: str, num_public: int) -> Chain:
 
 
 def make_paths(chain: Chain) -> list[Path]:
-    contents = [(chain.namespace_of(i), chain.tokens[i]) for i in range(len(chain))]
+    contents = [(chain.namespace_of(i), chain.tokens_of(i, i + 1)) for i in range(len(chain))]
     return [tuple(contents[: i + 1]) for i in range(len(contents))]
 
 
-def make_path_of(block) -> list[tuple[bytes, bytes]]:  # type: ignore[no-untyped-def]
-    above = make_path_of(block.parent) if block.parent else []
-    return [*above, (block.namespace, block.tokens)]
+def paths_of(run: Run) -> list[Path]:
+    """The paths of the blocks of `run`."""
+    above = paths_of(run.parent)[-1] if run.parent is not None else ()
+    size = SIZE * TOKEN_BYTES
+    contents = [(run.namespace, run.tokens[i * size : (i + 1) * size]) for i in range(len(run))]
+    return [(*above, *contents[: i + 1]) for i in range(len(contents))]
 
 
 OwnershipMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -241,6 +241,18 @@ def test_s3fifo_knows_a_block_again_that_it_let_go() -> None:
     assert is_resident(cache, 1)
 
 
+@pytest.mark.parametrize("policy", ["s3fifo", "sieve"])
+def test_uses_of_a_prefix_do_not_count_for_what_followed_it(policy: str) -> None:
+    cache = make_cache(policy, 12)
+    use(cache, 1, 2, 3)
+    for _ in range(2):
+        use(cache, 1)
+    use(cache, 9)
+    assert cache.evict(2) == 2
+    assert is_resident(cache, 1) and is_resident(cache, 9) and not is_resident(cache, 1, 2)
+    assert victims(cache, 1, 9) == [9]
+
+
 def test_ttl_goes_by_priority_until_the_time_is_over() -> None:
     cache = make_cache("ttl", 8)
     use(cache, 1, retention=(Retention(priority=90, duration_s=10.0),))
@@ -273,8 +285,10 @@ def test_a_worker_evicts_by_the_policy_it_was_given() -> None:
     command = ["--model", "oracle:", "--gateway", "ipc://unused", "--kv-memory", "1M"]
     for name, kind in (("sieve", Sieve), ("gdsf", Gdsf), ("ttl", Ttl)):
         engine, _ = build(parse_options([*command, "--eviction-policy", name]))
-        table = BlockTable()
-        assert engine.cache.allocate(make_chain([1]), table, 1) is not None
-        order = engine.cache.pool.blocks[table.block_ids[0]].order
-        assert order is not None
-        assert type(order.policy) is kind
+        chain, table = make_chain([]), BlockTable()
+        chain.block_size = engine.cache.block_size
+        chain.extend(list(range(chain.block_size)))
+        assert engine.cache.allocate(chain, table, 1) is not None
+        engine.cache.insert(chain, table, 1)
+        assert table.last is not None
+        assert type(table.last.order.policy) is kind

@@ -33,6 +33,12 @@ def test_golden_vectors() -> None:
     ]
 
 
+@pytest.mark.parametrize("num_hashes", [0, 1, 63, 64, 65, 200])
+def test_packed_hashes_are_split_in_order(num_hashes: int) -> None:
+    hashes = [i.to_bytes(16, "big") for i in range(num_hashes)]
+    assert split_hashes(b"".join(hashes)) == hashes
+
+
 def test_the_chain_is_what_the_docstring_says() -> None:
     packed = pack_tokens([1, 2, 3, 4])
     assert packed == bytes([1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0])

@@ -147,12 +147,13 @@ def test_the_youngest_is_preempted_when_decodes_need_blocks() -> None:
 def test_preempting_counts_only_the_blocks_that_nobody_else_references() -> None:
     cache = PrefixCache(5, SIZE)
     old = make_running(cache, 9, 8)
-    young = [make_running(cache, 6, 0, arrived=1.0), make_running(cache, 6, 0, arrived=2.0)]
-    shared, _ = cache.pool.allocate("a")
-    for sequence in young:  # as if both had matched it
-        sequence.table.block_ids = [shared.block_id]
+    young = [make_waiting(6, arrived=1.0, salt=7), make_waiting(6, arrived=2.0, salt=7)]
+    for sequence in young:  # the second finds the block of the first
+        num_found = cache.match(sequence.chain, sequence.table, 1)
+        assert cache.allocate(sequence.chain, sequence.table, 1 - num_found) is not None
+        cache.insert(sequence.chain, sequence.table, 1)
         sequence.num_computed = SIZE
-    shared.ref_count = 2
+    assert young[0].table.block_ids == young[1].table.block_ids
     rest = make_running(cache, 9, 8)  # nothing is free
     assert cache.num_available == 0
     plan = plan_for(cache, [old, *young, rest], [], now=3.0)

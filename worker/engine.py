@@ -13,6 +13,7 @@ from typing import Any
 
 from cache.block_pool import PUBLIC, IntegrityError
 from cache.block_table import Chain
+from cache.events import Stored
 from cache.ownership import Quota
 from cache.prefix_cache import CacheStatistics, PrefixCache
 from protocol.errors import BadRequest, Overloaded
@@ -80,7 +81,7 @@ class Engine:
         self._model, self._kv, self._sampler, self._cache = model, kv, sampler, cache
         self.limits = limits
         self.public_namespace = bytes(16)
-        self.on_blocks: Callable[[bytes, bytes], None] | None = None  # told of every step's stored and removed hashes
+        self.on_blocks: Callable[[list[Stored], bytes], None] | None = None  # told what every step stored and removed
         self._vocab_size, self._eos_token_ids = vocab_size, eos_token_ids
         self._clock = clock
         self._check = check
@@ -357,10 +358,11 @@ class Engine:
         return StepReport(self._num_steps, self._event_seq, load, outputs, stored, removed)
 
     def _take_events(self) -> tuple[bytes, bytes]:
+        """Return the packed hashes stored and removed since the last call."""
         stored, removed = self._cache.take_events()
         if self.on_blocks is not None and (stored or removed):
             self.on_blocks(stored, removed)
-        return stored, removed
+        return b"".join(blocks.hashes for blocks in stored), removed
 
     # ---- what happens to one sequence
 

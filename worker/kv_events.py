@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import msgspec
 import zmq
 
-from cache.block_pool import Block
-from protocol.prefix import HASH_BYTES, split_hashes
+from cache.events import Stored
+from protocol.prefix import split_hashes
 from protocol.tokens import unpack_tokens
 
 MEDIUM = "GPU"
@@ -91,9 +92,7 @@ class BlockSource(Protocol):
 
     block_size: int
 
-    def block_of(self, digest: bytes) -> Block | None: ...
-
-    def resident_hashes(self) -> bytes: ...
+    def resident(self) -> list[Stored]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,24 +106,20 @@ class WireForm:
     def hash(self, digest: bytes) -> Hash:
         return int.from_bytes(digest[-8:], "big") if self.hashes == "int" else digest
 
-    def stored(self, blocks: Iterable[Block], block_size: int) -> list[BlockStored]:
-        """Return one event per run of `blocks` in which each is the parent of the next."""
+    def stored(self, pieces: Iterable[Stored], block_size: int) -> list[BlockStored]:
+        """Return one event per run of blocks in which each is the parent of the next, over the borders of `pieces`."""
         kind = BlockStoredArray if self.form == "array" else BlockStored
-        as_int = self.hashes == "int"
         events: list[BlockStored] = []
-        hashes: list[Hash] = []
-        previous: Block | None = None
-        for block in blocks:
-            digest = block.hash
-            assert digest is not None
-            if previous is None or block.parent is not previous:
-                hashes = []
-                parent = None if block.parent is None else self.hash(block.parent_hash)
-                events.append(kind(hashes, parent, [], block_size))
-            hashes.append(int.from_bytes(digest[-8:], "big") if as_int else digest)
+        previous: bytes | None = None
+        for piece in pieces:
+            if previous is None or piece.parent != previous:
+                parent = None if piece.parent is None else self.hash(piece.parent)
+                events.append(kind([], parent, [], block_size))
+            digests = split_hashes(piece.hashes)
+            events[-1].block_hashes += map(self.hash, digests)
             if self.token_ids:
-                events[-1].token_ids += unpack_tokens(block.tokens)
-            previous = block
+                events[-1].token_ids += unpack_tokens(piece.tokens)
+            previous = digests[-1]
         return events
 
     def removed(self, digests: Iterable[bytes]) -> BlockRemoved:
@@ -155,11 +150,11 @@ class KvEvents:
         self.outlet = outlet
         self._cache, self._form, self._clock = cache, form, clock
         self._is_dirty = True
-        # What is still to be announced, parents before children: what was resident at the clear, from the offset on and
-        # without what has gone since, and then what was stored since.
-        self._snapshot, self._offset = b"", 0
+        # What is still to be announced, parents before children: what was resident at the clear, without what has gone
+        # since, and then what was stored since. Block by block.
+        self._snapshot: Iterator[Stored] | None = None
         self._gone: set[bytes] = set()
-        self._late: OrderedDict[bytes, None] = OrderedDict()
+        self._late: OrderedDict[bytes, Stored] = OrderedDict()
 
     @property
     def has_work(self) -> bool:
@@ -171,20 +166,21 @@ class KvEvents:
         self._is_dirty = True
         self._end_announcement()
 
-    def on_step(self, stored: bytes, removed: bytes) -> None:
-        """Send what one step has stored and removed: packed hashes, netted, read before anything changes again."""
+    def on_step(self, stored: list[Stored], removed: bytes) -> None:
+        """Send what one step has stored and removed (packed hashes), netted."""
         if self._is_dirty:
             return
-        gone, digests = split_hashes(removed), split_hashes(stored)
+        gone = split_hashes(removed)
         if self._is_announcing:
             self._gone.update(gone)
             for digest in gone:
                 self._late.pop(digest, None)
-            self._late.update(dict.fromkeys(digests))  # behind their parents, which may not be announced yet
-            digests = []
+            for piece in stored:  # behind their parents, which may not be announced yet
+                self._late.update((block.hashes, block) for block in piece.blocks())
+            stored = []
         events: list[Any] = [self._form.removed(gone)] if gone else []
-        if digests:
-            events += self._form.stored(self._resident(digests), self._cache.block_size)
+        if stored:
+            events += self._form.stored(stored, self._cache.block_size)
         if events:
             self._send(events)
 
@@ -195,9 +191,9 @@ class KvEvents:
         if self._is_dirty:
             self._is_dirty = False
             if self._send([self._form.cleared()], is_clear=True):
-                self._snapshot = self._cache.resident_hashes()
+                self._snapshot = (block for piece in self._cache.resident() for block in piece.blocks())
         if self._is_announcing:
-            events: list[Any] = list(self._form.stored(self._resident(self._next_chunk()), self._cache.block_size))
+            events: list[Any] = list(self._form.stored(self._next_chunk(), self._cache.block_size))
             if not self._is_announcing:
                 self._end_announcement()
             if events:
@@ -205,17 +201,18 @@ class KvEvents:
 
     @property
     def _is_announcing(self) -> bool:
-        return self._offset < len(self._snapshot) or bool(self._late)
+        return self._snapshot is not None or bool(self._late)
 
-    def _next_chunk(self) -> list[bytes]:
-        if self._offset < len(self._snapshot):
-            piece = self._snapshot[self._offset : self._offset + CHUNK_BLOCKS * HASH_BYTES]
-            self._offset += len(piece)
-            return [digest for digest in split_hashes(piece) if digest not in self._gone]
-        return [self._late.popitem(last=False)[0] for _ in range(min(CHUNK_BLOCKS, len(self._late)))]
+    def _next_chunk(self) -> list[Stored]:
+        if self._snapshot is not None:
+            chunk = list(islice(self._snapshot, CHUNK_BLOCKS))
+            if len(chunk) < CHUNK_BLOCKS:
+                self._snapshot = None
+            return [block for block in chunk if block.hashes not in self._gone]
+        return [self._late.popitem(last=False)[1] for _ in range(min(CHUNK_BLOCKS, len(self._late)))]
 
     def _end_announcement(self) -> None:
-        self._snapshot, self._offset = b"", 0
+        self._snapshot = None
         self._gone.clear()
         self._late.clear()
 
@@ -224,10 +221,6 @@ class KvEvents:
             self.announce_all()
             return False
         return True
-
-    def _resident(self, digests: Iterable[bytes]) -> list[Block]:
-        blocks = (self._cache.block_of(digest) for digest in digests)
-        return [block for block in blocks if block is not None]
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -30,6 +30,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from cache.prefix_cache import PrefixCache
+from cache.run import Run
 from worker.sequence import Sequence
 
 MIN_CHUNK = 64
@@ -105,7 +106,7 @@ class _Room:
         self.num_shared = cache.num_available
         self._reserves: dict[str, int] = {}
         self._cap_rooms: dict[str, int] = {}
-        self._given_up: dict[int, int] = {}  # block id -> references that go with the preempted
+        self._given_up: dict[Run, int] = {}  # references that go with the preempted
         self._num_above_floor: dict[str, int] = {}
 
     def reserve(self, owner: str) -> int:
@@ -170,13 +171,14 @@ class _Room:
         return self._num_above_floor[owner]
 
     def _give_up(self, victim: Sequence) -> None:
-        blocks, owner = self.cache.pool.blocks, victim.chain.owner
-        num_public = num_own = 0
-        for block_id in victim.table.references():
-            count = self._given_up[block_id] = self._given_up.get(block_id, 0) + 1
-            if count == blocks[block_id].ref_count:
-                num_own += blocks[block_id].owner == owner
-                num_public += blocks[block_id].owner != owner
+        owner = victim.chain.owner
+        freed = Counter(self.cache.pool.owners[block_id] for block_id in victim.table.private_ids())
+        for run in victim.table.runs():
+            count = self._given_up[run] = self._given_up.get(run, 0) + 1
+            if count == run.ref_count:
+                freed[run.owner] += len(run)
+        num_own = freed[owner]
+        num_public = freed.total() - num_own
         num_free = min(num_own, self._above_floor(owner))
         self._num_above_floor[owner] -= num_free
         self.num_shared += num_public + num_free

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 from cache.policies.adaptive import Adaptive
 from cache.policies.fifo import Fifo
-from cache.policies.gdsf import Depths
+from cache.policies.gdsf import Gdsf
 from cache.policies.lfu import Lfu
+from cache.policies.lru import Lru
 from cache.policies.s3fifo import S3Fifo
 from cache.policies.sieve import Sieve
 from cache.policies.ttl import Retentions
-from cache.policy import Lru, PolicyFactory
+from cache.policy import PolicyFactory
 
 _HALF_LIFE_TURNS = 2  # LFU: a use counts half after so many times the pool's blocks were published
 
@@ -21,8 +22,8 @@ POLICIES: dict[str, Callable[[int, int], PolicyFactory]] = {
     "lfu": lambda num_blocks, block_size: lambda: Lfu(_HALF_LIFE_TURNS * num_blocks),
     "s3fifo": lambda num_blocks, block_size: S3Fifo,
     "sieve": lambda num_blocks, block_size: Sieve,
-    "gdsf": lambda num_blocks, block_size: Depths(num_blocks, block_size),
-    "ttl": lambda num_blocks, block_size: Retentions(num_blocks),
+    "gdsf": lambda num_blocks, block_size: lambda: Gdsf(block_size),
+    "ttl": lambda num_blocks, block_size: Retentions(),
     "adaptive": Adaptive,
 }
 """From the pool's number of blocks and their size in tokens to what makes the orders of one cache."""

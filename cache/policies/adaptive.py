@@ -16,10 +16,11 @@ from heapq import heappop, heappush
 from math import exp, inf, log
 from random import Random
 
-from cache.block_pool import Block
 from cache.block_table import BlockTable, Chain
 from cache.policies.hazard import BIN_EDGES, NUM_ZONES, ZONE_EDGES, Active, HazardModel, bin_of
 from cache.policy import Hint, Use
+from cache.run import Run
+from protocol.prefix import HASH_BYTES
 
 _TURN, _FIRST, _MORE, _KNOWN, _LAST_GAP, _MEAN_GAP, _ANSWER, _EXPECTED, _TENANT, _HINT = range(10)
 _NUM_FEATURES = 10
@@ -64,7 +65,7 @@ class _Visit:
         "released_at",
         "session",
         "size",
-        "tail_id",
+        "tail",
         "use",
         "was_pending",
         "zone",
@@ -81,7 +82,7 @@ class _Visit:
         self.released_at = 0.0
         self.num_released = 0
         self.num_anchors = 0
-        self.tail_id = -1
+        self.tail = b""  # hash of the last block
         self.is_open = False  # watched: the model learns from it
         self.zone = 0  # of its age, as far as the model has learned from it
         self.gap_s = inf  # age at which it was used again
@@ -104,9 +105,8 @@ class Adaptive:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.now = 0.0
-        self.visit_of: list[_Visit | None] = [None] * num_blocks
         self.releasing: _Visit | None = None
-        self.last_release = 0  # `released_at` of the block released last
+        self.last_release = 0  # `released_at` of the run released last
         self.random = Random(0)
         self.round = 0  # changes with every request: what a policy prepared for the last one is stale
         self._model = HazardModel(_NUM_FEATURES)
@@ -133,7 +133,7 @@ class Adaptive:
         self._learn_idle_times()
         hashes, num_found = chain.hashes, len(table.block_ids)
         num_known = num_found
-        last: _Visit | None = self.visit_of[table.block_ids[-1]] if num_found else None
+        last: _Visit | None = table.last.note if table.last is not None else None
         anchors = self._anchors
         for i in range(len(hashes) - 1, num_found - 1, -1):
             ghost = anchors.get(hashes[i])
@@ -149,6 +149,10 @@ class Adaptive:
         if session is None:
             session = _Session(num_known)
         table.visit = self._visit(session, chain, num_known, table.use)
+
+    def cuts(self, table: BlockTable) -> tuple[int, ...]:
+        """The last block of a visit is worth less than those before it: a run of its own."""
+        return (table.num_published - 1,)
 
     def on_free(self, table: BlockTable, now: float) -> None:
         """What `table` references is about to be released."""
@@ -166,27 +170,29 @@ class Adaptive:
         visit.released_at = now
         self.releasing = visit
 
-    def on_release(self, block: Block) -> None:
-        """`block` becomes idle; the deepest one comes first."""
-        visit = self.releasing
-        self.visit_of[block.block_id] = visit
-        assert visit is not None and block.hash is not None
-        n = visit.num_released
-        visit.num_released = n + 1
-        if n & (n + 1) or not visit.active:
+    def on_release(self, run: Run) -> None:
+        """`run` becomes idle; the deepest one comes first."""
+        visit = run.note = self.releasing
+        assert visit is not None
+        first = visit.num_released
+        visit.num_released += len(run)
+        if not visit.active:
             return
-        if n == 0:
-            visit.tail_id = block.block_id
+        if not first:
+            visit.tail = run.hashes[-HASH_BYTES:]
             visit.is_open = True
             self._watch(visit)
-        self._remember(block.hash, visit)
+        n = (1 << first.bit_length()) - 1  # counted from the visit's end: 0, 1, 3, 7, ...
+        while n < visit.num_released:
+            end = (len(run) - (n - first)) * HASH_BYTES
+            self._remember(run.hashes[end - HASH_BYTES : end], visit)
+            n = 2 * n + 1
 
     # ---- what the orders ask
 
-    def worth(self, block: Block) -> float:
-        """Return what keeping `block`, a leaf, earns, in hits per second of room."""
-        visit = self.visit_of[block.block_id]
-        assert visit is not None
+    def worth(self, run: Run) -> float:
+        """Return what keeping `run`, a leaf, earns, in hits per second of room."""
+        visit: _Visit = run.note
         if visit.is_over:
             return 0.0
         if visit.answer is None:
@@ -198,14 +204,16 @@ class Adaptive:
         if visit.moment != moment or age_s >= BIN_EDGES[-1]:
             visit.density = self._model.density(visit.active + (visit.answer or visit.expected), age_s)
             visit.moment = moment
-        return visit.density * self._tail_share if block.block_id == visit.tail_id else visit.density
+        return visit.density * self._tail_share if self._is_tail(run) else visit.density
 
-    def is_cheap_tail(self, block: Block) -> bool:
-        """Whether `block` is the last of its visit and conversations go on without it much more often than with it:
-        then what is before it is worth more, and does not go with it."""
-        visit = self.visit_of[block.block_id]
-        assert visit is not None
-        return block.block_id == visit.tail_id and self._tail_share < _CHEAP
+    def is_cheap_tail(self, run: Run) -> bool:
+        """Whether `run` is the last of its visit and conversations go on without it much more often than with it: then
+        what is before it is worth more, and does not go with it."""
+        return self._is_tail(run) and self._tail_share < _CHEAP
+
+    def _is_tail(self, run: Run) -> bool:
+        visit: _Visit = run.note
+        return run.hashes[-HASH_BYTES:] == visit.tail
 
     @property
     def _tail_share(self) -> float:
@@ -308,79 +316,81 @@ class AdaptiveOrder:
     """The policy of one order: evicts, among leaves drawn at random and the cheapest of the last draw, the cheapest.
 
     Once per request leaves are drawn. A run of blocks goes in one piece: the next victim is the parent of the last as
-    long as that is a leaf then. O(1) per block.
+    long as that is a leaf then. O(1) per run.
     """
 
     def __init__(self, shared: Adaptive) -> None:
         self._shared = shared
-        self._leaves: list[Block] = []
-        self._places: dict[int, int] = {}  # block id -> index in `_leaves`
-        self._kept: list[Block] = []
-        self._next: Block | None = None
+        self._leaves: list[Run] = []
+        self._places: dict[Run, int] = {}  # index in `_leaves`
+        self._kept: list[Run] = []
+        self._next: Run | None = None
         self._trimmed: _Visit | None = None
         self._round = -1
 
-    def on_insert(self, block: Block) -> None:
-        if block.ref_count:
-            self._shared.visit_of[block.block_id] = None
+    def on_insert(self, run: Run, num_blocks: int) -> None:
+        if run.ref_count:
+            run.note = None
 
-    def on_hit(self, block: Block) -> None:
-        if block.ref_count == 1 and not block.num_children:
-            self._remove(block)
+    def on_split(self, head: Run, tail: Run) -> None:
+        pass
 
-    def on_release(self, block: Block) -> None:
+    def on_hit(self, run: Run) -> None:
+        if run.ref_count == 1 and not run.num_children:
+            self._remove(run)
+
+    def on_release(self, run: Run) -> None:
         shared = self._shared
-        if block.released_at > shared.last_release:  # else it comes from another order, idle as it was
-            shared.last_release = block.released_at
-            shared.on_release(block)
-        if not block.num_children:
-            self._add(block)
+        if run.released_at > shared.last_release:  # else it comes from another order, idle as it was
+            shared.last_release = run.released_at
+            shared.on_release(run)
+        if not run.num_children:
+            self._add(run)
 
-    def on_leaf(self, block: Block) -> None:
-        self._add(block)
-        if self._trimmed is not None and self._shared.visit_of[block.block_id] is self._trimmed:
-            self._next = block
+    def on_leaf(self, run: Run) -> None:
+        self._add(run)
+        if self._trimmed is not None and run.note is self._trimmed:
+            self._next = run
 
-    def on_evict(self, block: Block) -> None:
-        if block.block_id in self._places:
-            self._remove(block)
+    def on_evict(self, run: Run, num_blocks: int) -> None:
+        if num_blocks == len(run) and run in self._places:
+            self._remove(run)
 
-    def victim(self) -> Block | None:
+    def victim(self) -> Run | None:
         shared = self._shared
         if self._round == shared.round and self._next is not None:
             return self._next
         leaves, worth = self._leaves, shared.worth
         if len(leaves) <= _NUM_DRAWN + _NUM_KEPT:
-            ranked = sorted((worth(block), block.released_at, block) for block in leaves)
+            ranked = sorted((worth(run), run.released_at, run) for run in leaves)
         else:
             places = self._places
-            drawn = {block.block_id: block for block in self._kept if block.block_id in places}
+            drawn = dict.fromkeys(run for run in self._kept if run in places)
             if self._round != shared.round or not drawn:
                 pick, num_leaves = shared.random.random, len(leaves)
                 for _ in range(_NUM_DRAWN):
-                    block = leaves[int(pick() * num_leaves)]
-                    drawn[block.block_id] = block
-            ranked = sorted((worth(block), block.released_at, block) for block in drawn.values())
+                    drawn[leaves[int(pick() * num_leaves)]] = None
+            ranked = sorted((worth(run), run.released_at, run) for run in drawn)
         self._round = shared.round
         if not ranked:
             return None
-        self._kept = [block for _, _, block in ranked[1 : 1 + _NUM_KEPT]]
-        self._next = block = ranked[0][2]
-        self._trimmed = None if shared.is_cheap_tail(block) else shared.visit_of[block.block_id]
-        return block
+        self._kept = [run for _, _, run in ranked[1 : 1 + _NUM_KEPT]]
+        self._next = run = ranked[0][2]
+        self._trimmed = None if shared.is_cheap_tail(run) else run.note
+        return run
 
-    def leaves(self) -> Iterator[Block]:
+    def leaves(self) -> Iterator[Run]:
         yield from self._leaves
 
-    def _add(self, block: Block) -> None:
-        self._places[block.block_id] = len(self._leaves)
-        self._leaves.append(block)
+    def _add(self, run: Run) -> None:
+        self._places[run] = len(self._leaves)
+        self._leaves.append(run)
 
-    def _remove(self, block: Block) -> None:
-        place = self._places.pop(block.block_id)
+    def _remove(self, run: Run) -> None:
+        place = self._places.pop(run)
         last = self._leaves.pop()
-        if last is not block:
+        if last is not run:
             self._leaves[place] = last
-            self._places[last.block_id] = place
-        if block is self._next:
+            self._places[last] = place
+        if run is self._next:
             self._next = None

@@ -1,17 +1,26 @@
-"""SIEVE (Zhang et al., NSDI 2024): a hand goes round from the oldest block to the newest and takes what was not used
+"""SIEVE (Zhang et al., NSDI 2024): a hand goes round from the oldest run to the newest and takes what was not used
 since it came by last.
 
-Blocks keep the place they were published at. The hand sees leaves only: it passes the others without touching their
+Runs keep the place they were published at. The hand sees leaves only: it passes the others without touching their
 mark. Known to suffer from that on deep trees; here for comparison.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import chain
 
-from cache.block_pool import Block
-from cache.policies.leaf_queue import LeafQueue
+from cache.policies.leaf_queue import Key, LeafQueue
+from cache.run import Run
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A run's note. `number`: how many blocks were published before it."""
+
+    number: int
+    is_visited: bool = False
 
 
 class Sieve:
@@ -20,53 +29,56 @@ class Sieve:
     def __init__(self) -> None:
         self._ahead = LeafQueue()
         self._behind = LeafQueue()
-        self._hand = 0  # number of the block it stands at
-        self._number: dict[int, int] = {}  # by block id: when it was published
-        self._visited: set[int] = set()
+        self._hand: Key = (0, 0)  # where it stands
         self._num_inserted = 0
 
-    def on_insert(self, block: Block) -> None:
-        self._num_inserted += 1
-        self._number[block.block_id] = self._num_inserted
+    def on_insert(self, run: Run, num_blocks: int) -> None:
+        if num_blocks == len(run):
+            run.note = _Entry(self._num_inserted)
+        self._num_inserted += num_blocks
 
-    def on_hit(self, block: Block) -> None:
-        self._visited.add(block.block_id)
-        if not block.num_children:
-            self._discard(block)
+    def on_split(self, head: Run, tail: Run) -> None:
+        head.note = replace(tail.note)
 
-    def on_release(self, block: Block) -> None:
-        if not block.num_children:
-            self.on_leaf(block)
+    def on_hit(self, run: Run) -> None:
+        run.note.is_visited = True
+        if not run.num_children:
+            self._discard(run)
 
-    def on_leaf(self, block: Block) -> None:
-        number = self._number[block.block_id]
-        (self._ahead if number >= self._hand else self._behind).add(block, (number, number))
+    def on_release(self, run: Run) -> None:
+        if not run.num_children:
+            self.on_leaf(run)
 
-    def on_evict(self, block: Block) -> None:
-        self._discard(block)
-        self._visited.discard(block.block_id)
-        del self._number[block.block_id]
+    def on_leaf(self, run: Run) -> None:
+        place = self._place(run)
+        (self._ahead if place >= self._hand else self._behind).add(run, place)
 
-    def victim(self) -> Block | None:
+    def on_evict(self, run: Run, num_blocks: int) -> None:
+        if num_blocks == len(run):
+            self._discard(run)
+
+    def victim(self) -> Run | None:
         while True:
-            block = self._ahead.first()
-            if block is None:
+            run = self._ahead.first()
+            if run is None:
                 if not self._behind:
                     return None
                 self._ahead, self._behind = self._behind, self._ahead
-                self._hand = 0
+                self._hand = (0, 0)
                 continue
-            number = self._number[block.block_id]
-            self._hand = number
-            if block.block_id not in self._visited:
-                return block
-            self._visited.remove(block.block_id)
-            self._ahead.discard(block)
-            self._behind.add(block, (number, number))
+            self._hand = self._place(run)
+            if not run.note.is_visited:
+                return run
+            run.note.is_visited = False
+            self._ahead.discard(run)
+            self._behind.add(run, self._hand)
 
-    def leaves(self) -> Iterator[Block]:
+    def leaves(self) -> Iterator[Run]:
         return chain(self._ahead, self._behind)
 
-    def _discard(self, block: Block) -> None:
-        if not self._ahead.discard(block):
-            self._behind.discard(block)
+    def _place(self, run: Run) -> Key:
+        return run.note.number, run.start
+
+    def _discard(self, run: Run) -> None:
+        if not self._ahead.discard(run):
+            self._behind.discard(run)
