@@ -17,7 +17,11 @@ nobody is preempted for others who holds no more than his. What is above its own
 nothing else can be done, the first in the order is tried as a last resort: it gets its blocks, or is failed.
 
 Requests that come together with the same uncached prefix compute it once: one leads, the others wait for the blocks
-that it publishes, at most `share_wait_s`.
+that it publishes, at most `share_wait_s`. Where all tokens are the same (the choices of one request, `n` > 1), the
+others become *forks* of the first: when it has computed the last token, they take over its blocks and draw from the
+same logits, and compute nothing. They wait for it as long as it runs, since none would be ready sooner by itself: the
+first has what they have, and its turn comes before theirs. A fork that does not fit then is admitted later like
+any other.
 
 The order is from a simulation of agentic and chat traces; decode first with chunked prefill is Sarathi's
 (arXiv 2403.02310).
@@ -56,7 +60,7 @@ class Plan:
     """What to do, in this order: fail (with the reason), preempt, admit (match), then allocate and compute `work`.
 
     `work` holds each sequence with the number of its tokens to compute: first `num_decodes` times one token, then
-    chunks of prompts, those of the admitted among them.
+    chunks of prompts, those of the admitted among them. `forks` of a sequence, by its key, run from then on, too.
     """
 
     now: float
@@ -64,6 +68,7 @@ class Plan:
     preempted: list[Sequence] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     work: list[tuple[Sequence, int]] = field(default_factory=list)
+    forks: dict[int, list[Sequence]] = field(default_factory=dict)
     num_decodes: int = 0
     last_resort: Sequence | None = None  # to be failed, if it does not get all blocks for its tokens
     num_pending: int = 0  # uncached prompt tokens that are left after this step
@@ -194,7 +199,7 @@ def _num_own(s: Sequence, start: int, end: int) -> int:
 
 
 def _add_prefills(plan: Plan, room: _Room, waiting: Seq[Sequence], limits: EngineLimits, rate: float) -> None:
-    """Give what the decodes leave of the budget to prefills: extend `work`, set `admitted`, `failed`, `num_pending`."""
+    """Give what the decodes leave of the budget to prefills: extend `work`, `admitted` and `forks`, set the rest."""
     cache = room.cache
     size = cache.block_size
     plan.failed.clear()
@@ -208,6 +213,8 @@ def _add_prefills(plan: Plan, room: _Room, waiting: Seq[Sequence], limits: Engin
     for s in leaders:
         uncached[s.key] = s.num_remaining
         num_reserved += _reserve(s, size, num_own_reserved, 1)
+    originals = {s.given: s for s in room.running if s.is_fresh}
+    finishing = {s.key for s, _ in plan.work}  # they compute the last of their tokens in this step
     num_running_of = Counter(s.chain.owner for s in room.running)
     budget = min(limits.max_step_tokens - plan.num_decodes, max(MIN_CHUNK, int(rate * limits.max_step_s)))
     is_open = not plan.preempted  # what a preemption freed is not for newcomers
@@ -215,8 +222,6 @@ def _add_prefills(plan: Plan, room: _Room, waiting: Seq[Sequence], limits: Engin
     plan.num_pending = sum(uncached.values())
     order = sorted([*leaders, *waiting], key=lambda s: uncached[s.key] / rate - limits.ageing * (plan.now - s.arrived))
     for s in order:
-        if budget <= 0:
-            break
         owner = s.chain.owner
         if s.key in cached:
             num_matched, num_idle = cached[s.key]
@@ -226,7 +231,13 @@ def _add_prefills(plan: Plan, room: _Room, waiting: Seq[Sequence], limits: Engin
                 plan.failed.append((s, _over_cap(_num_own(s, 0, num_blocks), cap)))
                 plan.num_pending -= uncached[s.key]
                 continue
-            if plan.now - s.arrived < limits.share_wait_s and _is_led(s, num_matched, leaders, size):
+            original = originals.get(s.given) if s.is_fresh else None
+            if original is not None:
+                plan.num_pending -= uncached[s.key]
+                if original.key not in finishing:
+                    continue
+                num_matched, num_idle = s.num_tokens // size, 0
+            elif budget <= 0 or (plan.now - s.arrived < limits.share_wait_s and _is_led(s, num_matched, leaders, size)):
                 continue
             num_own_idle = _num_own(s, num_matched - num_idle, num_matched)
             num_own = _num_own(s, num_matched, num_blocks) + num_own_idle
@@ -240,11 +251,19 @@ def _add_prefills(plan: Plan, room: _Room, waiting: Seq[Sequence], limits: Engin
             if is_full or num_wanted > room.reserve(owner) + (room.num_shared if is_open else 0):
                 is_open = False
                 continue
+            num_running_of[owner] += 1
+            if original is not None:
+                plan.forks.setdefault(original.key, []).append(s)
+                room.take(owner, num_blocks - num_matched, _num_own(s, num_matched, num_blocks))
+                continue
             plan.admitted.append(s)
             leaders.append(s)
+            if s.is_fresh:
+                originals[s.given] = s
             room.take(owner, num_idle, num_own_idle, num_reserved=num_own_idle)
-            num_running_of[owner] += 1
             num_held, start = num_matched, num_matched * size
+        elif budget <= 0:
+            continue
         else:
             num_held, start = len(s.table.block_ids), s.num_computed
             num_reserved -= _reserve(s, size, num_own_reserved, -1)  # its turn is now
@@ -258,6 +277,8 @@ def _add_prefills(plan: Plan, room: _Room, waiting: Seq[Sequence], limits: Engin
         budget -= count
         plan.work.append((s, count))
         plan.num_pending -= count
+        if count == uncached[s.key]:
+            finishing.add(s.key)
     if not (plan.work or room.running or plan.preempted or plan.failed) and waiting:
         s = plan.last_resort = order[0]
         plan.admitted.append(s)

@@ -17,7 +17,8 @@ class Sequence:
     """`prompt_ids` and `output_ids` together are the sequence; the first `num_computed` of them are in the KV store.
 
     `output_ids` begins with what earlier attempts delivered (`num_given` tokens in all were given with the request).
-    `max_length`: at this many tokens it ends with "length". Times are those of the engine's clock.
+    `given` is whose it is, its zones and those tokens: where it is equal, keys and values are, too. `max_length`: at
+    this many tokens it ends with "length". Times are those of the engine's clock.
     """
 
     key: int
@@ -26,6 +27,7 @@ class Sequence:
     prompt_ids: list[int]
     output_ids: list[int]
     num_given: int
+    given: tuple[str, bytes, bytes, int, bytes]
     max_length: int
     chain: Chain
     sampling: Sampling
@@ -45,6 +47,11 @@ class Sequence:
     def num_remaining(self) -> int:
         """Tokens that are known but not computed: 1 while decoding."""
         return len(self.prompt_ids) + len(self.output_ids) - self.num_computed
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no token has been drawn here yet."""
+        return self.num_tokens == self.num_given
 
     @property
     def last_token(self) -> int:
@@ -126,6 +133,7 @@ def make_sequence(
         prompt_ids=token_ids[: command.num_prompt_tokens],
         output_ids=token_ids[command.num_prompt_tokens :],
         num_given=length,
+        given=(command.tenant, command.root, command.namespace, command.num_public_tokens, command.token_ids),
         max_length=min(length + command.max_tokens, max_context),
         chain=Chain(
             owner=command.tenant,
