@@ -34,6 +34,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from cache.prefix_cache import PrefixCache
+from worker.room import Room
 from worker.sequence import Sequence
 
 MIN_CHUNK = 64
@@ -81,231 +82,169 @@ def schedule(
 
     Reads the sequences and the cache and changes neither.
     """
-    size = cache.block_size
     plan = Plan(now)
-    room = _Room(cache, list(running))
+    room = Room(cache, list(running))
+    queue = _Queue(running, waiting, cache, limits, now, rate)
     while True:
         plan.work = [(s, 1) for s in room.running if s.num_remaining == 1]
         plan.num_decodes = len(plan.work)
-        needy = [s for s, _ in plan.work if s.num_computed == len(s.table.block_ids) * size]
+        needy = [s for s, _ in plan.work if s.num_computed == len(s.table.block_ids) * cache.block_size]
         short = room.shortage(needy)
         if short is None:
             room.take_for_decoding(needy)
-            _add_prefills(plan, room, waiting, limits, rate)
+            if queue.order:
+                _Prefills(plan, room, queue, limits, rate).add_all()
             if plan.work or not room.running:
                 return plan
         plan.preempted.append(room.preempt(short))
 
 
-class _Room:
-    """The blocks that can be had, and who is left running, as the plan's preemptions go on.
+class _Queue:
+    """Prefills under way and waiting sequences in their order, and how much of each has to be computed.
 
-    `num_shared` blocks are for everybody, `reserve` ones for one owner only; of both together he gets no more than
-    `cap_room`.
+    `cached` tells of the waiting ones how many of their blocks are resident and how many of those idle.
     """
 
-    def __init__(self, cache: PrefixCache, running: list[Sequence]) -> None:
-        self.cache = cache
-        self.running = running
-        self.num_shared = cache.num_available
-        self._reserves: dict[str, int] = {}
-        self._cap_rooms: dict[str, int] = {}
-        self._given_up: dict[int, int] = {}  # block id -> references that go with the preempted
-        self._num_above_floor: dict[str, int] = {}
-
-    def reserve(self, owner: str) -> int:
-        if owner not in self._reserves:
-            self._reserves[owner] = self.cache.reserve_of(owner)
-        return self._reserves[owner]
-
-    def cap_room(self, owner: str) -> int:
-        if owner not in self._cap_rooms:
-            room = self.cache.room_of(owner)
-            self._cap_rooms[owner] = self.cache.pool.num_blocks if room is None else room
-        return self._cap_rooms[owner]
-
-    def take(self, owner: str, num_blocks: int, num_own: int, num_reserved: int = 0) -> None:
-        """Book `num_blocks`, `num_own` of them the owner's and no published ones; `num_reserved` out of the reserve."""
-        num_reserved = min(num_reserved, self.reserve(owner))
-        self._reserves[owner] -= num_reserved
-        self.num_shared -= num_blocks - num_reserved
-        self._cap_rooms[owner] = self.cap_room(owner) - num_own
-
-    def shortage(self, needy: Seq[Sequence]) -> Sequence | None:
-        """Return who of `needy`, each of which needs a block to go on, cannot be served; None if all can."""
-        num_left, cap_left, reserve_left = self.num_shared, dict[str, int](), dict[str, int]()
-        for s in sorted(needy, key=_age):
-            owner = s.chain.owner
-            cap_left[owner] = cap_left.get(owner, self.cap_room(owner)) - 1
-            reserve_left[owner] = reserve_left.get(owner, self.reserve(owner)) - 1
-            num_left -= reserve_left[owner] < 0
-            if cap_left[owner] < 0 or num_left < 0:
-                return s
-        return None
-
-    def take_for_decoding(self, needy: Seq[Sequence]) -> None:
-        for s in needy:
-            self.take(s.chain.owner, 1, 1, num_reserved=1)
-
-    def preempt(self, short: Sequence | None) -> Sequence:
-        """Take one out of `running` for `short` (None: somebody, since nobody gets on) and count what becomes free.
-
-        That is the youngest of the same owner, if he has several; else the youngest of all whose owner holds more than
-        his floor, or `short` itself. Who has not even his floor is served by the others, if any holds more than his.
-        """
-        victims = self.running
-        if short is not None:
-            owner = short.chain.owner
-            own = [s for s in victims if s.chain.owner == owner]
-            others = [s for s in victims if s.chain.owner != owner and self._above_floor(s.chain.owner)]
-            if others and self.cache.is_below_floor(owner) and self.cap_room(owner):
-                victims = others
-            elif len(own) > 1 or self.cap_room(owner) < 1:
-                victims = own
-            else:
-                victims = [*others, short]
-        victim = max(victims, key=_age)
-        self.running.remove(victim)
-        self._give_up(victim)
-        return victim
-
-    def _above_floor(self, owner: str) -> int:
-        if owner not in self._num_above_floor:
-            self._num_above_floor[owner] = self.cache.num_above_floor(owner)
-        return self._num_above_floor[owner]
-
-    def _give_up(self, victim: Sequence) -> None:
-        blocks, owner = self.cache.pool.blocks, victim.chain.owner
-        num_public = num_own = 0
-        for block_id in victim.table.references():
-            count = self._given_up[block_id] = self._given_up.get(block_id, 0) + 1
-            if count == blocks[block_id].ref_count:
-                num_own += blocks[block_id].owner == owner
-                num_public += blocks[block_id].owner != owner
-        num_free = min(num_own, self._above_floor(owner))
-        self._num_above_floor[owner] -= num_free
-        self.num_shared += num_public + num_free
-        self._reserves[owner] = self.reserve(owner) + num_own - num_free
-        self._cap_rooms[owner] = self.cap_room(owner) + num_own
+    def __init__(
+        self,
+        running: Seq[Sequence],
+        waiting: Seq[Sequence],
+        cache: PrefixCache,
+        limits: EngineLimits,
+        now: float,
+        rate: float,
+    ) -> None:
+        size = cache.block_size
+        self.cached = {s.key: cache.probe(s.chain, (s.num_tokens - 1) // size) for s in waiting}
+        self.uncached = {s.key: s.num_tokens - self.cached[s.key][0] * size for s in waiting}
+        leaders = [s for s in running if s.num_remaining > 1]
+        self.uncached.update((s.key, s.num_remaining) for s in leaders)
+        self.order = sorted(
+            [*leaders, *waiting], key=lambda s: self.uncached[s.key] / rate - limits.ageing * (now - s.arrived)
+        )
 
 
-def _age(s: Sequence) -> tuple[float, int]:
-    return s.arrived, s.key
+class _Prefills:
+    """Gives what the decodes leave of the budget to prefills: extends `plan.work`, sets the rest of the plan."""
 
+    def __init__(self, plan: Plan, room: Room, queue: _Queue, limits: EngineLimits, rate: float) -> None:
+        self._plan, self._room, self._queue, self._limits = plan, room, queue, limits
+        self._cache = room.cache
+        self._size = room.cache.block_size
+        self._budget = min(limits.max_step_tokens - plan.num_decodes, max(MIN_CHUNK, int(rate * limits.max_step_s)))
+        self._leaders = [s for s in room.running if s.num_remaining > 1]
+        self._originals = {s.given: s for s in room.running if s.is_fresh}
+        self._finishing = {s.key for s, _ in plan.work}  # they compute the last of their tokens in this step
+        self._num_running_of = Counter(s.chain.owner for s in room.running)
+        self._num_reserved = 0  # what running prefills still need: of all blocks, and of their owners' own
+        self._num_own_reserved: Counter[str] = Counter()
+        for s in self._leaders:
+            self._reserve(s, 1)
+        self._is_open = not plan.preempted  # what a preemption freed is not for newcomers
+        self._closed: set[str] = set()  # owners whose first in the order does not fit under their cap
 
-def _num_own(s: Sequence, start: int, end: int) -> int:
-    """How many of the blocks start..end-1 of `s` are its owner's, not published ones."""
-    return max(0, end - max(start, s.chain.num_public_blocks))
-
-
-def _add_prefills(plan: Plan, room: _Room, waiting: Seq[Sequence], limits: EngineLimits, rate: float) -> None:
-    """Give what the decodes leave of the budget to prefills: extend `work`, `admitted` and `forks`, set the rest."""
-    cache = room.cache
-    size = cache.block_size
-    plan.failed.clear()
-    leaders = [s for s in room.running if s.num_remaining > 1]
-    if not leaders and not waiting:
-        return
-    cached = {s.key: cache.probe(s.chain, (s.num_tokens - 1) // size) for s in waiting}
-    uncached = {s.key: s.num_tokens - cached[s.key][0] * size for s in waiting}
-    num_reserved = 0  # what running prefills still need: of all blocks, and of their owners' own
-    num_own_reserved: dict[str, int] = {}
-    for s in leaders:
-        uncached[s.key] = s.num_remaining
-        num_reserved += _reserve(s, size, num_own_reserved, 1)
-    originals = {s.given: s for s in room.running if s.is_fresh}
-    finishing = {s.key for s, _ in plan.work}  # they compute the last of their tokens in this step
-    num_running_of = Counter(s.chain.owner for s in room.running)
-    budget = min(limits.max_step_tokens - plan.num_decodes, max(MIN_CHUNK, int(rate * limits.max_step_s)))
-    is_open = not plan.preempted  # what a preemption freed is not for newcomers
-    closed: set[str] = set()  # owners whose first in the order does not fit under their cap
-    plan.num_pending = sum(uncached.values())
-    order = sorted([*leaders, *waiting], key=lambda s: uncached[s.key] / rate - limits.ageing * (plan.now - s.arrived))
-    for s in order:
-        owner = s.chain.owner
-        if s.key in cached:
-            num_matched, num_idle = cached[s.key]
-            num_blocks = -(-s.num_tokens // size)
-            cap = cache.quota_of(owner).cap
-            if cap is not None and _num_own(s, 0, num_blocks) > cap:
-                plan.failed.append((s, _over_cap(_num_own(s, 0, num_blocks), cap)))
-                plan.num_pending -= uncached[s.key]
-                continue
-            original = originals.get(s.given) if s.is_fresh else None
-            if original is not None:
-                plan.num_pending -= uncached[s.key]
-                if original.key not in finishing:
-                    continue
-                num_matched, num_idle = s.num_tokens // size, 0
-            elif budget <= 0 or (plan.now - s.arrived < limits.share_wait_s and _is_led(s, num_matched, leaders, size)):
-                continue
-            num_own_idle = _num_own(s, num_matched - num_idle, num_matched)
-            num_own = _num_own(s, num_matched, num_blocks) + num_own_idle
-            num_own += num_own_reserved.get(owner, 0) + num_running_of[owner]
-            if owner in closed or num_own > room.cap_room(owner):
-                closed.add(owner)
-                continue
-            num_wanted = num_blocks - num_matched + num_idle + num_reserved
-            num_wanted += num_running_of.total()  # each running one may soon want a block
-            is_full = num_running_of.total() >= limits.max_requests
-            if is_full or num_wanted > room.reserve(owner) + (room.num_shared if is_open else 0):
-                is_open = False
-                continue
-            num_running_of[owner] += 1
-            if original is not None:
-                plan.forks.setdefault(original.key, []).append(s)
-                room.take(owner, num_blocks - num_matched, _num_own(s, num_matched, num_blocks))
-                continue
+    def add_all(self) -> None:
+        plan, queue = self._plan, self._queue
+        order = [s for s in queue.order if s not in plan.preempted]
+        plan.failed.clear()
+        plan.num_pending = sum(queue.uncached[s.key] for s in order)
+        for s in order:
+            if s.key in queue.cached:
+                self._consider(s)
+            elif self._budget > 0:
+                self._reserve(s, -1)  # its turn is now
+                self._compute(s, len(s.table.block_ids), s.num_computed)
+        if not (plan.work or self._room.running or plan.preempted or plan.failed) and order:
+            s = plan.last_resort = order[0]
             plan.admitted.append(s)
-            leaders.append(s)
-            if s.is_fresh:
-                originals[s.given] = s
-            room.take(owner, num_idle, num_own_idle, num_reserved=num_own_idle)
-            num_held, start = num_matched, num_matched * size
-        elif budget <= 0:
-            continue
-        else:
-            num_held, start = len(s.table.block_ids), s.num_computed
-            num_reserved -= _reserve(s, size, num_own_reserved, -1)  # its turn is now
+            plan.work.append((s, min(queue.uncached[s.key], self._budget)))
+            plan.num_pending -= plan.work[0][1]
+
+    def _consider(self, s: Sequence) -> None:
+        """Admit or fork the waiting `s`, fail it, or leave it where it is."""
+        plan, owner = self._plan, s.chain.owner
+        num_blocks = -(-s.num_tokens // self._size)
+        cap = self._cache.quota_of(owner).cap
+        if cap is not None and s.num_own_blocks(0, num_blocks) > cap:
+            plan.failed.append((s, _over_cap(s.num_own_blocks(0, num_blocks), cap)))
+            plan.num_pending -= self._queue.uncached[s.key]
+            return
+        num_matched, num_idle = self._queue.cached[s.key]
+        original = self._originals.get(s.given) if s.is_fresh else None
+        if original is not None:
+            plan.num_pending -= self._queue.uncached[s.key]
+            if original.key not in self._finishing:
+                return
+            num_matched, num_idle = s.num_tokens // self._size, 0
+        elif self._budget <= 0 or self._is_led(s, num_matched):
+            return
+        if not self._fits(s, num_matched, num_idle, num_blocks):
+            return
+        self._num_running_of[owner] += 1
+        if original is not None:
+            plan.forks.setdefault(original.key, []).append(s)
+            self._room.take(owner, num_blocks - num_matched, s.num_own_blocks(num_matched, num_blocks))
+            return
+        plan.admitted.append(s)
+        self._leaders.append(s)
+        if s.is_fresh:
+            self._originals[s.given] = s
+        num_own_idle = s.num_own_blocks(num_matched - num_idle, num_matched)
+        self._room.take(owner, num_idle, num_own_idle, num_reserved=num_own_idle)
+        self._compute(s, num_matched, num_matched * self._size)
+
+    def _fits(self, s: Sequence, num_matched: int, num_idle: int, num_blocks: int) -> bool:
+        """Whether all blocks of `s` can be had. If not, nobody overtakes it, or nobody of the same owner."""
+        room, owner = self._room, s.chain.owner
+        num_own = s.num_own_blocks(num_matched - num_idle, num_blocks)
+        num_own += self._num_own_reserved[owner] + self._num_running_of[owner]
+        if owner in self._closed or num_own > room.cap_room(owner):
+            self._closed.add(owner)
+            return False
+        num_running = self._num_running_of.total()
+        num_wanted = num_blocks - num_matched + num_idle + self._num_reserved
+        num_wanted += num_running  # each running one may soon want a block
+        num_available = room.reserve(owner) + (room.num_shared if self._is_open else 0)
+        if num_running >= self._limits.max_requests or num_wanted > num_available:
+            self._is_open = False
+            return False
+        return True
+
+    def _compute(self, s: Sequence, num_held: int, start: int) -> None:
+        """Give `s`, which has `num_held` blocks and `start` tokens computed, a chunk of what is left of the budget."""
+        plan, room, owner, size = self._plan, self._room, s.chain.owner, self._size
         num_available = room.num_shared + room.reserve(owner)
         num_available = min(num_available, room.cap_room(owner) + max(0, s.chain.num_public_blocks - num_held))
-        count = min(uncached[s.key], budget, (num_held + num_available) * size - start)
+        count = min(self._queue.uncached[s.key], self._budget, (num_held + num_available) * size - start)
         if count <= 0:
-            continue
+            return
         num_end = max(num_held, -(-(start + count) // size))
-        room.take(owner, num_end - num_held, _num_own(s, num_held, num_end))
-        budget -= count
+        room.take(owner, num_end - num_held, s.num_own_blocks(num_held, num_end))
+        self._budget -= count
         plan.work.append((s, count))
         plan.num_pending -= count
-        if count == uncached[s.key]:
-            finishing.add(s.key)
-    if not (plan.work or room.running or plan.preempted or plan.failed) and waiting:
-        s = plan.last_resort = order[0]
-        plan.admitted.append(s)
-        plan.work.append((s, min(uncached[s.key], budget)))
-        plan.num_pending -= plan.work[0][1]
+        if count == self._queue.uncached[s.key]:
+            self._finishing.add(s.key)
 
+    def _reserve(self, s: Sequence, sign: int) -> None:
+        """Count what the running `s` still needs for its prompt as reserved (`sign` -1: not any more)."""
+        num_held, num_blocks = len(s.table.block_ids), -(-s.num_tokens // self._size)
+        self._num_reserved += sign * max(0, num_blocks - num_held)
+        self._num_own_reserved[s.chain.owner] += sign * s.num_own_blocks(num_held, num_blocks)
 
-def _reserve(s: Sequence, size: int, num_own_reserved: dict[str, int], sign: int) -> int:
-    """Add what `s` still needs for its prompt to its owner's reservation (`sign` -1: take it away); return it."""
-    num_held, num_blocks = len(s.table.block_ids), -(-s.num_tokens // size)
-    owner = s.chain.owner
-    num_own_reserved[owner] = num_own_reserved.get(owner, 0) + sign * _num_own(s, num_held, num_blocks)
-    return max(0, num_blocks - num_held)
-
-
-def _is_led(s: Sequence, num_matched: int, leaders: Seq[Sequence], size: int) -> bool:
-    """Whether one of `leaders` will publish the first block that `s` misses."""
-    if num_matched >= (s.num_tokens - 1) // size:
-        return False
-    digest, end = s.chain.hashes[num_matched], (num_matched + 1) * size
-    return any(
-        len(leader.chain) > num_matched
-        and leader.chain.hashes[num_matched] == digest
-        and leader.num_computed < end <= leader.num_tokens
-        and leader.table.publishable
-        for leader in leaders
-    )
+    def _is_led(self, s: Sequence, num_matched: int) -> bool:
+        """Whether one that is computed already will publish the first block that `s` misses, and `s` waits for it."""
+        size = self._size
+        if num_matched >= (s.num_tokens - 1) // size or self._plan.now - s.arrived >= self._limits.share_wait_s:
+            return False
+        digest, end = s.chain.hashes[num_matched], (num_matched + 1) * size
+        return any(
+            len(leader.chain) > num_matched
+            and leader.chain.hashes[num_matched] == digest
+            and leader.num_computed < end <= leader.num_tokens
+            and leader.table.publishable
+            for leader in self._leaders
+        )
 
 
 def _over_cap(num_blocks: int, cap: int) -> str:

@@ -70,6 +70,10 @@ class Sequence:
         """How many blocks more are needed to hold its first `num_tokens` tokens."""
         return max(0, -(-num_tokens // block_size) - len(self.table.block_ids))
 
+    def num_own_blocks(self, start: int, end: int) -> int:
+        """How many of its blocks start..end-1 are its owner's, not published ones."""
+        return max(0, end - max(start, self.chain.num_public_blocks))
+
     def extend_chain(self, num_blocks: int) -> None:
         """Hash its full blocks up to `num_blocks`, as far as the gateway has not done that already."""
         chain, size = self.chain, self.chain.block_size

@@ -1,0 +1,104 @@
+"""The blocks that can be had while a plan is made, and who has to go for want of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from cache.prefix_cache import PrefixCache
+from worker.sequence import Sequence
+
+
+class Room:
+    """The blocks that can be had, and who is left running, as the plan's preemptions go on.
+
+    `num_shared` blocks are for everybody, `reserve` ones for one owner only; of both together he gets no more than
+    `cap_room`.
+    """
+
+    def __init__(self, cache: PrefixCache, running: list[Sequence]) -> None:
+        self.cache = cache
+        self.running = running
+        self.num_shared = cache.num_available
+        self._reserves: dict[str, int] = {}
+        self._cap_rooms: dict[str, int] = {}
+        self._given_up: dict[int, int] = {}  # block id -> references that go with the preempted
+        self._num_above_floor: dict[str, int] = {}
+
+    def reserve(self, owner: str) -> int:
+        if owner not in self._reserves:
+            self._reserves[owner] = self.cache.reserve_of(owner)
+        return self._reserves[owner]
+
+    def cap_room(self, owner: str) -> int:
+        if owner not in self._cap_rooms:
+            room = self.cache.room_of(owner)
+            self._cap_rooms[owner] = self.cache.pool.num_blocks if room is None else room
+        return self._cap_rooms[owner]
+
+    def take(self, owner: str, num_blocks: int, num_own: int, num_reserved: int = 0) -> None:
+        """Book `num_blocks`, `num_own` of them the owner's and no published ones; `num_reserved` out of the reserve."""
+        num_reserved = min(num_reserved, self.reserve(owner))
+        self._reserves[owner] -= num_reserved
+        self.num_shared -= num_blocks - num_reserved
+        self._cap_rooms[owner] = self.cap_room(owner) - num_own
+
+    def shortage(self, needy: Seq[Sequence]) -> Sequence | None:
+        """Return who of `needy`, each of which needs a block to go on, cannot be served; None if all can."""
+        num_left, cap_left, reserve_left = self.num_shared, dict[str, int](), dict[str, int]()
+        for s in sorted(needy, key=age):
+            owner = s.chain.owner
+            cap_left[owner] = cap_left.get(owner, self.cap_room(owner)) - 1
+            reserve_left[owner] = reserve_left.get(owner, self.reserve(owner)) - 1
+            num_left -= reserve_left[owner] < 0
+            if cap_left[owner] < 0 or num_left < 0:
+                return s
+        return None
+
+    def take_for_decoding(self, needy: Seq[Sequence]) -> None:
+        for s in needy:
+            self.take(s.chain.owner, 1, 1, num_reserved=1)
+
+    def preempt(self, short: Sequence | None) -> Sequence:
+        """Take one out of `running` for `short` (None: somebody, since nobody gets on) and count what becomes free.
+
+        That is the youngest of the same owner, if he has several; else the youngest of all whose owner holds more than
+        his floor, or `short` itself. Who has not even his floor is served by the others, if any holds more than his.
+        """
+        victims = self.running
+        if short is not None:
+            owner = short.chain.owner
+            own = [s for s in victims if s.chain.owner == owner]
+            others = [s for s in victims if s.chain.owner != owner and self._above_floor(s.chain.owner)]
+            if others and self.cache.is_below_floor(owner) and self.cap_room(owner):
+                victims = others
+            elif len(own) > 1 or self.cap_room(owner) < 1:
+                victims = own
+            else:
+                victims = [*others, short]
+        victim = max(victims, key=age)
+        self.running.remove(victim)
+        self._give_up(victim)
+        return victim
+
+    def _above_floor(self, owner: str) -> int:
+        if owner not in self._num_above_floor:
+            self._num_above_floor[owner] = self.cache.num_above_floor(owner)
+        return self._num_above_floor[owner]
+
+    def _give_up(self, victim: Sequence) -> None:
+        blocks, owner = self.cache.pool.blocks, victim.chain.owner
+        num_public = num_own = 0
+        for block_id in victim.table.references():
+            count = self._given_up[block_id] = self._given_up.get(block_id, 0) + 1
+            if count == blocks[block_id].ref_count:
+                num_own += blocks[block_id].owner == owner
+                num_public += blocks[block_id].owner != owner
+        num_free = min(num_own, self._above_floor(owner))
+        self._num_above_floor[owner] -= num_free
+        self.num_shared += num_public + num_free
+        self._reserves[owner] = self.reserve(owner) + num_own - num_free
+        self._cap_rooms[owner] = self.cap_room(owner) + num_own
+
+
+def age(s: Sequence) -> tuple[float, int]:
+    return s.arrived, s.key
