@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache.block_pool import PUBLIC, IntegrityError
-from cache.block_table import Chain
+from cache.block_table import BlockTable, Chain
 from cache.ownership import Quota
 from cache.prefix_cache import CacheStatistics, PrefixCache
 from protocol.errors import BadRequest, Overloaded
@@ -278,9 +278,9 @@ class Engine:
         for s in sequences:
             if s.num_computed > len(s.table.block_ids) * self._cache.block_size:
                 raise IntegrityError(f"sequence {s.key} has {s.num_computed} tokens in {len(s.table.block_ids)} blocks")
-        if any(s.table.block_ids for s in self._waiting):
-            raise IntegrityError("a waiting sequence holds blocks")
-        self._cache.check_integrity(s.table for s in sequences)
+        if any(s.table.block_ids for s in self._waiting) or any(s.hold.block_ids for s in self._running):
+            raise IntegrityError("a waiting sequence has blocks to compute in, or a running one still holds some")
+        self._cache.check_integrity(table for s in sequences for table in (s.table, s.hold))
 
     # ---- the four parts of a step
 
@@ -295,11 +295,16 @@ class Engine:
         """Carry out `plan` up to the logits, [number of sequences that draw a token, …]."""
         for sequence, text in plan.failed:
             self._end(sequence, "error", text)
+        for sequence in plan.let_go:
+            self._let_go(sequence)
+            sequence.may_hold = False
         for sequence in plan.preempted:
             self._preempt(sequence)
         for sequence in plan.admitted:
             # The last token is computed in any case: its logits are what the next one is drawn from.
             self._admit(sequence, (sequence.num_tokens - 1) // self._cache.block_size)
+        for sequence in plan.held:
+            self._hold(sequence)
         batch: _Batch = []
         to_zero: list[int] = []
         for sequence, count in plan.work:
@@ -381,9 +386,23 @@ class Engine:
         num_matched = self._cache.match(
             sequence.chain, sequence.table, max_blocks, again=sequence.num_cached is not None
         )
+        self._let_go(sequence)
         sequence.num_computed = num_matched * self._cache.block_size
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_ids))
+
+    def _hold(self, sequence: Sequence) -> None:
+        """Reference all that is cached of the waiting `sequence`."""
+        hold, num_held = BlockTable(), len(sequence.hold.block_ids)
+        max_blocks = (sequence.num_tokens - 1) // self._cache.block_size
+        num_matched = self._cache.match(sequence.chain, hold, max_blocks, again=True)
+        self._let_go(sequence)
+        sequence.hold = hold
+        sequence.may_hold = num_matched > num_held  # else a hash collision has hidden what was to be had
+
+    def _let_go(self, sequence: Sequence) -> None:
+        if sequence.hold.block_ids:
+            self._cache.free(sequence.hold)
 
     def _fork(self, fork: Sequence, original: Sequence) -> bool:
         """Let `fork` run from the blocks of `original`, which has just computed the tokens that both have.
@@ -460,6 +479,7 @@ class Engine:
         self._num_finished += 1
 
     def _release(self, sequence: Sequence) -> None:
+        self._let_go(sequence)
         self._cache.free(sequence.table)
         sequence.num_computed = 0
         self._model.forget(sequence.key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence as Seq
 
 from cache.prefix_cache import PrefixCache
@@ -9,19 +10,22 @@ from worker.sequence import Sequence
 
 
 class Room:
-    """The blocks that can be had, and who is left running, as the plan's preemptions go on.
+    """The blocks that can be had, who is left running and who still holds blocks, as the plan goes on.
 
     `num_shared` blocks are for everybody, `reserve` ones for one owner only; of both together he gets no more than
-    `cap_room`.
+    `cap_room`. `holders` wait with blocks in hold, in their order. `kept` are those who will run, each with how many
+    resident blocks it will find: those stay in use, whoever else lets go of them.
     """
 
-    def __init__(self, cache: PrefixCache, running: list[Sequence]) -> None:
+    def __init__(self, cache: PrefixCache, running: list[Sequence], holders: list[Sequence]) -> None:
         self.cache = cache
         self.running = running
+        self.holders = holders
+        self.kept: list[tuple[Sequence, int]] = []
         self.num_shared = cache.num_available
         self._reserves: dict[str, int] = {}
         self._cap_rooms: dict[str, int] = {}
-        self._given_up: dict[int, int] = {}  # block id -> references that go with the preempted
+        self._given_up: dict[int, int] = {}  # block id -> references that go
         self._num_above_floor: dict[str, int] = {}
 
     def reserve(self, owner: str) -> int:
@@ -42,8 +46,9 @@ class Room:
         self.num_shared -= num_blocks - num_reserved
         self._cap_rooms[owner] = self.cap_room(owner) - num_own
 
-    def shortage(self, needy: Seq[Sequence]) -> Sequence | None:
-        """Return who of `needy`, each of which needs a block to go on, cannot be served; None if all can."""
+    def shortage(self, needy: Seq[Sequence]) -> tuple[Sequence, bool] | None:
+        """Return who of `needy`, each of which needs a block to go on, cannot be served, and whether that is for his
+        owner's cap; None if all can."""
         num_left, cap_left, reserve_left = self.num_shared, dict[str, int](), dict[str, int]()
         for s in sorted(needy, key=age):
             owner = s.chain.owner
@@ -51,12 +56,40 @@ class Room:
             reserve_left[owner] = reserve_left.get(owner, self.reserve(owner)) - 1
             num_left -= reserve_left[owner] < 0
             if cap_left[owner] < 0 or num_left < 0:
-                return s
+                return s, cap_left[owner] < 0
         return None
 
     def take_for_decoding(self, needy: Seq[Sequence]) -> None:
         for s in needy:
             self.take(s.chain.owner, 1, 1, num_reserved=1)
+
+    def let_go(self, owner: str, num_more: int, num_own_more: int, among: Seq[Sequence]) -> list[Sequence]:
+        """Have holders `among` these let go, the last first, until `owner` can have `num_more` blocks more than now and
+        `num_own_more` more under his cap. Return who they are; none, if all of them together hold fewer.
+
+        Under his cap only his own help him, and nowhere others who hold no more than their owners' floors.
+        """
+        goal, own_goal = self.num_shared + self.reserve(owner) + num_more, self.cap_room(owner) + num_own_more
+        let_go: list[Sequence] = []
+        while True:
+            num_missing, num_own_missing = goal - self.num_shared - self.reserve(owner), own_goal - self.cap_room(owner)
+            if num_missing <= 0 and num_own_missing <= 0:
+                return let_go
+            own = [s for s in among if s in self.holders and s.chain.owner == owner]
+            useful = [s for s in among if s in self.holders and (s in own or self._above_floor(s.chain.owner))]
+            num_own, num_useful = (sum(len(self._to_give(s)) for s in holders) for holders in (own, useful))
+            if num_own < num_own_missing or num_useful < num_missing:
+                return let_go
+            holder = own[-1] if num_own_missing > 0 else useful[-1]
+            self.holders.remove(holder)
+            self._give_up(self._to_give(holder), holder.chain.owner)
+            let_go.append(holder)
+
+    def _to_give(self, holder: Sequence) -> list[int]:
+        """Return the blocks that `holder` holds and that nobody keeps."""
+        block_ids = holder.hold.block_ids
+        num_kept = max((_num_common(holder, s, min(count, len(block_ids))) for s, count in self.kept), default=0)
+        return block_ids[num_kept:]
 
     def preempt(self, short: Sequence | None) -> Sequence:
         """Take one out of `running` for `short` (None: somebody, since nobody gets on) and count what becomes free.
@@ -77,7 +110,7 @@ class Room:
                 victims = [*others, short]
         victim = max(victims, key=age)
         self.running.remove(victim)
-        self._give_up(victim)
+        self._give_up(victim.table.references(), victim.chain.owner)
         return victim
 
     def _above_floor(self, owner: str) -> int:
@@ -85,10 +118,10 @@ class Room:
             self._num_above_floor[owner] = self.cache.num_above_floor(owner)
         return self._num_above_floor[owner]
 
-    def _give_up(self, victim: Sequence) -> None:
-        blocks, owner = self.cache.pool.blocks, victim.chain.owner
+    def _give_up(self, block_ids: Seq[int], owner: str) -> None:
+        blocks = self.cache.pool.blocks
         num_public = num_own = 0
-        for block_id in victim.table.references():
+        for block_id in block_ids:
             count = self._given_up[block_id] = self._given_up.get(block_id, 0) + 1
             if count == blocks[block_id].ref_count:
                 num_own += blocks[block_id].owner == owner
@@ -98,6 +131,12 @@ class Room:
         self.num_shared += num_public + num_free
         self._reserves[owner] = self.reserve(owner) + num_own - num_free
         self._cap_rooms[owner] = self.cap_room(owner) + num_own
+
+
+def _num_common(a: Sequence, b: Sequence, max_blocks: int) -> int:
+    """Return how many of their first `max_blocks` blocks are the same; a chained hash stands for all before it, too."""
+    ours, theirs = a.chain.hashes, b.chain.hashes
+    return bisect_left(range(max_blocks), True, key=lambda i: ours[i] != theirs[i])
 
 
 def age(s: Sequence) -> tuple[float, int]:

@@ -16,6 +16,11 @@ others overtake him. A shortage is first met by preempting one of the same owner
 nobody is preempted for others who holds no more than his. What is above its owner's cap is failed with the reason. If
 nothing else can be done, the first in the order is tried as a last resort: it gets its blocks, or is failed.
 
+A waiting sequence *holds* what is cached of it, from the first step in which it is not admitted and nobody else needs
+the room: what it will find is no victim then. It lets go, the last in the order first and for good, when nothing else
+is idle and a running one or one before it in the order needs blocks. So nobody is preempted and nobody before it waits
+for what is held, and a hold costs its sequence one more `match`, or a few where more of it becomes resident.
+
 Requests that come together with the same uncached prefix compute it once: one leads, the others wait for the blocks
 that it publishes, at most `share_wait_s`. Where all tokens are the same (the choices of one request, `n` > 1), the
 others become *forks* of the first: when it has computed the last token, they take over its blocks and draw from the
@@ -58,7 +63,7 @@ class EngineLimits:
 
 @dataclass(slots=True)
 class Plan:
-    """What to do, in this order: fail (with the reason), preempt, admit (match), then allocate and compute `work`.
+    """What to do, in this order: fail (with the reason), let go, preempt, admit (match), hold, allocate and compute.
 
     `work` holds each sequence with the number of its tokens to compute: first `num_decodes` times one token, then
     chunks of prompts, those of the admitted among them. `forks` of a sequence, by its key, run from then on, too.
@@ -66,8 +71,10 @@ class Plan:
 
     now: float
     failed: list[tuple[Sequence, str]] = field(default_factory=list)
+    let_go: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
+    held: list[Sequence] = field(default_factory=list)
     work: list[tuple[Sequence, int]] = field(default_factory=list)
     forks: dict[int, list[Sequence]] = field(default_factory=dict)
     num_decodes: int = 0
@@ -83,20 +90,26 @@ def schedule(
     Reads the sequences and the cache and changes neither.
     """
     plan = Plan(now)
-    room = Room(cache, list(running))
     queue = _Queue(running, waiting, cache, limits, now, rate)
+    room = Room(cache, list(running), [s for s in queue.order if s.hold.block_ids])
     while True:
         plan.work = [(s, 1) for s in room.running if s.num_remaining == 1]
         plan.num_decodes = len(plan.work)
         needy = [s for s, _ in plan.work if s.num_computed == len(s.table.block_ids) * cache.block_size]
-        short = room.shortage(needy)
-        if short is None:
+        shortage = room.shortage(needy)
+        if shortage is None:
             room.take_for_decoding(needy)
             if queue.order:
                 _Prefills(plan, room, queue, limits, rate).add_all()
             if plan.work or not room.running:
                 return plan
-        plan.preempted.append(room.preempt(short))
+            plan.preempted.append(room.preempt(None))
+            continue
+        short, is_capped = shortage
+        let_go = room.let_go(short.chain.owner, not is_capped, is_capped, queue.order)
+        plan.let_go += let_go
+        if not let_go:
+            plan.preempted.append(room.preempt(short))
 
 
 class _Queue:
@@ -129,6 +142,7 @@ class _Prefills:
 
     def __init__(self, plan: Plan, room: Room, queue: _Queue, limits: EngineLimits, rate: float) -> None:
         self._plan, self._room, self._queue, self._limits = plan, room, queue, limits
+        self._order = [s for s in queue.order if s not in plan.preempted]
         self._cache = room.cache
         self._size = room.cache.block_size
         self._budget = min(limits.max_step_tokens - plan.num_decodes, max(MIN_CHUNK, int(rate * limits.max_step_s)))
@@ -145,46 +159,53 @@ class _Prefills:
 
     def add_all(self) -> None:
         plan, queue = self._plan, self._queue
-        order = [s for s in queue.order if s not in plan.preempted]
         plan.failed.clear()
-        plan.num_pending = sum(queue.uncached[s.key] for s in order)
-        for s in order:
+        plan.num_pending = sum(queue.uncached[s.key] for s in self._order)
+        staying = []
+        for place, s in enumerate(self._order):
             if s.key in queue.cached:
-                self._consider(s)
+                if not self._consider(s, place):
+                    staying.append(s)
             elif self._budget > 0:
                 self._reserve(s, -1)  # its turn is now
                 self._compute(s, len(s.table.block_ids), s.num_computed)
-        if not (plan.work or self._room.running or plan.preempted or plan.failed) and order:
-            s = plan.last_resort = order[0]
+        if plan.work:
+            self._hold(staying)
+        elif staying and not (self._room.running or plan.preempted or plan.failed):
+            s = plan.last_resort = self._order[0]
+            plan.let_go += [holder for holder in self._room.holders if holder is not s]
             plan.admitted.append(s)
             plan.work.append((s, min(queue.uncached[s.key], self._budget)))
             plan.num_pending -= plan.work[0][1]
 
-    def _consider(self, s: Sequence) -> None:
-        """Admit or fork the waiting `s`, fail it, or leave it where it is."""
+    def _consider(self, s: Sequence, place: int) -> bool:
+        """Admit or fork the waiting `s`, which is at `place` in the order, or fail it; False: leave it where it is."""
         plan, owner = self._plan, s.chain.owner
         num_blocks = -(-s.num_tokens // self._size)
         cap = self._cache.quota_of(owner).cap
         if cap is not None and s.num_own_blocks(0, num_blocks) > cap:
             plan.failed.append((s, _over_cap(s.num_own_blocks(0, num_blocks), cap)))
             plan.num_pending -= self._queue.uncached[s.key]
-            return
-        num_matched, num_idle = self._queue.cached[s.key]
+            return True
+        num_matched, num_idle = self._cached(s)
         original = self._originals.get(s.given) if s.is_fresh else None
         if original is not None:
             plan.num_pending -= self._queue.uncached[s.key]
             if original.key not in self._finishing:
-                return
+                return False
             num_matched, num_idle = s.num_tokens // self._size, 0
         elif self._budget <= 0 or self._is_led(s, num_matched):
-            return
-        if not self._fits(s, num_matched, num_idle, num_blocks):
-            return
+            return False
+        if not self._fits(s, place, num_matched, num_idle, num_blocks):
+            return False
         self._num_running_of[owner] += 1
+        self._room.kept.append((s, num_matched))
+        if s in self._room.holders:
+            self._room.holders.remove(s)
         if original is not None:
             plan.forks.setdefault(original.key, []).append(s)
             self._room.take(owner, num_blocks - num_matched, s.num_own_blocks(num_matched, num_blocks))
-            return
+            return True
         plan.admitted.append(s)
         self._leaders.append(s)
         if s.is_fresh:
@@ -192,20 +213,33 @@ class _Prefills:
         num_own_idle = s.num_own_blocks(num_matched - num_idle, num_matched)
         self._room.take(owner, num_idle, num_own_idle, num_reserved=num_own_idle)
         self._compute(s, num_matched, num_matched * self._size)
+        return True
 
-    def _fits(self, s: Sequence, num_matched: int, num_idle: int, num_blocks: int) -> bool:
-        """Whether all blocks of `s` can be had. If not, nobody overtakes it, or nobody of the same owner."""
+    def _cached(self, s: Sequence) -> tuple[int, int]:
+        """Return how many blocks of the waiting `s` are resident, and how many of those may be idle."""
+        num_matched, num_idle = self._queue.cached[s.key]
+        return num_matched, num_matched if self._plan.preempted or self._plan.let_go else num_idle
+
+    def _fits(self, s: Sequence, place: int, num_matched: int, num_idle: int, num_blocks: int) -> bool:
+        """Whether all blocks of `s` can be had, those too that others hold who come after it. If not, nobody overtakes
+        it, or nobody of the same owner."""
         room, owner = self._room, s.chain.owner
         num_own = s.num_own_blocks(num_matched - num_idle, num_blocks)
         num_own += self._num_own_reserved[owner] + self._num_running_of[owner]
-        if owner in self._closed or num_own > room.cap_room(owner):
-            self._closed.add(owner)
-            return False
         num_running = self._num_running_of.total()
         num_wanted = num_blocks - num_matched + num_idle + self._num_reserved
         num_wanted += num_running  # each running one may soon want a block
-        num_available = room.reserve(owner) + (room.num_shared if self._is_open else 0)
-        if num_running >= self._limits.max_requests or num_wanted > num_available:
+        is_full = num_running >= self._limits.max_requests
+        num_more, num_own_more = num_wanted - room.num_shared - room.reserve(owner), num_own - room.cap_room(owner)
+        may_take = room.holders and self._is_open and not is_full and owner not in self._closed
+        if may_take and (num_more > 0 or num_own_more > 0):
+            room.kept.append((s, num_matched))
+            self._plan.let_go += room.let_go(owner, num_more, num_own_more, self._order[place + 1 :])
+            room.kept.pop()
+        if owner in self._closed or num_own > room.cap_room(owner):
+            self._closed.add(owner)
+            return False
+        if is_full or num_wanted > room.reserve(owner) + (room.num_shared if self._is_open else 0):
             self._is_open = False
             return False
         return True
@@ -213,8 +247,11 @@ class _Prefills:
     def _compute(self, s: Sequence, num_held: int, start: int) -> None:
         """Give `s`, which has `num_held` blocks and `start` tokens computed, a chunk of what is left of the budget."""
         plan, room, owner, size = self._plan, self._room, s.chain.owner, self._size
-        num_available = room.num_shared + room.reserve(owner)
-        num_available = min(num_available, room.cap_room(owner) + max(0, s.chain.num_public_blocks - num_held))
+        num_public = max(0, s.chain.num_public_blocks - num_held)
+        if num_held * size == start:  # it needs a block to get on at all
+            num_more, num_own_more = 1 - room.num_shared - room.reserve(owner), 1 - num_public - room.cap_room(owner)
+            plan.let_go += room.let_go(owner, num_more, num_own_more, self._order)
+        num_available = min(room.num_shared + room.reserve(owner), room.cap_room(owner) + num_public)
         count = min(self._queue.uncached[s.key], self._budget, (num_held + num_available) * size - start)
         if count <= 0:
             return
@@ -225,6 +262,18 @@ class _Prefills:
         plan.num_pending -= count
         if count == self._queue.uncached[s.key]:
             self._finishing.add(s.key)
+
+    def _hold(self, staying: Seq[Sequence]) -> None:
+        """Let who stays waiting hold what is cached of him, as far as nobody else needs the room in this step."""
+        plan, room = self._plan, self._room
+        for s in staying:
+            if not self._queue.cached[s.key][1] or not s.may_hold or s in plan.let_go:
+                continue
+            num_matched, num_idle = self._cached(s)
+            owner, num_own = s.chain.owner, s.num_own_blocks(num_matched - num_idle, num_matched)
+            if num_own <= room.cap_room(owner) and num_idle <= room.num_shared + min(num_own, room.reserve(owner)):
+                room.take(owner, num_idle, num_own, num_reserved=num_own)
+                plan.held.append(s)
 
     def _reserve(self, s: Sequence, sign: int) -> None:
         """Count what the running `s` still needs for its prompt as reserved (`sign` -1: not any more)."""

@@ -19,6 +19,9 @@ class Sequence:
     `output_ids` begins with what earlier attempts delivered (`num_given` tokens in all were given with the request).
     `given` is whose it is, its zones and those tokens: where it is equal, keys and values are, too. `max_length`: at
     this many tokens it ends with "length". Times are those of the engine's clock.
+
+    While it waits, `hold` references what is cached of it, so that it stays. Once it had to let go, it may hold nothing
+    any more.
     """
 
     key: int
@@ -35,6 +38,8 @@ class Sequence:
     arrived: float
     deadline: float | None = None
     table: BlockTable = field(default_factory=BlockTable)
+    hold: BlockTable = field(default_factory=BlockTable)
+    may_hold: bool = True
     num_computed: int = 0
     num_cached: int | None = None  # prompt tokens found at its first admission; None until then
     cached_reported: bool = False
