@@ -105,7 +105,7 @@ class Adaptive:
         self.block_size = block_size
         self.now = 0.0
         self.visit_of: list[_Visit | None] = [None] * num_blocks
-        self.releasing: _Visit | None = None
+        self.releasing: _Visit | None = None  # None: blocks are released that nobody has used
         self.last_release = 0  # `released_at` of the block released last
         self.random = Random(0)
         self.round = 0  # changes with every request: what a policy prepared for the last one is stale
@@ -154,23 +154,28 @@ class Adaptive:
         """What `table` references is about to be released."""
         self.now = now
         visit = table.visit
-        if not isinstance(visit, _Visit):  # a pin, which says nothing about when it is used again
-            visit = _Visit(_Session(0), 0, None, [], [])
-        else:
-            if visit.num_released:  # a preempted sequence: what it left idle then it has used itself
-                visit.is_open = False
-                visit = table.visit = _Visit(visit.session, visit.size, visit.use, visit.active, visit.expected)
-            num_prompt, visit.size = visit.size, table.num_published
-            self._complete(visit, max(0, visit.size - num_prompt) * self.block_size)
-            visit.was_pending = visit.answer is None
+        if not isinstance(visit, _Visit):  # a pin or a hold, which is no use
+            self.releasing = None
+            return
+        if visit.num_released:  # a preempted sequence: what it left idle then it has used itself
+            visit.is_open = False
+            visit = table.visit = _Visit(visit.session, visit.size, visit.use, visit.active, visit.expected)
+        num_prompt, visit.size = visit.size, table.num_published
+        self._complete(visit, max(0, visit.size - num_prompt) * self.block_size)
+        visit.was_pending = visit.answer is None
         visit.released_at = now
         self.releasing = visit
 
     def on_release(self, block: Block) -> None:
         """`block` becomes idle; the deepest one comes first."""
         visit = self.releasing
+        if visit is None:
+            if self.visit_of[block.block_id] is None:  # its publisher went before who pinned it
+                visit = self.visit_of[block.block_id] = _Visit(_Session(0), 0, None, [], [])
+                visit.released_at = self.now
+            return
         self.visit_of[block.block_id] = visit
-        assert visit is not None and block.hash is not None
+        assert block.hash is not None
         n = visit.num_released
         visit.num_released = n + 1
         if n & (n + 1) or not visit.active:
