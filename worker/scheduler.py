@@ -147,7 +147,7 @@ class _Prefills:
         self._size = room.cache.block_size
         self._budget = min(limits.max_step_tokens - plan.num_decodes, max(MIN_CHUNK, int(rate * limits.max_step_s)))
         self._leaders = [s for s in room.running if s.num_remaining > 1]
-        self._originals = {s.given: s for s in room.running if s.is_fresh}
+        self._originals = {s.given: s for s in room.running if s.num_computed < s.num_given and s.is_fresh}
         self._finishing = {s.key for s, _ in plan.work}  # they compute the last of their tokens in this step
         self._num_running_of = Counter(s.chain.owner for s in room.running)
         self._num_reserved = 0  # what running prefills still need: of all blocks, and of their owners' own
