@@ -63,7 +63,7 @@ class KvStore:
         self.data.index_fill_(0, torch.tensor(block_ids, dtype=torch.int64, device=self.data.device), 0)
 
     def copy_block(self, src: int, dst: int) -> None:
-        """Copy block `src` of all layers over block `dst` (copy-on-write forks)."""
+        """Copy block `src` of all layers over block `dst` (for forks)."""
         self.data[dst].copy_(self.data[src])
 
 

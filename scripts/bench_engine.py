@@ -8,6 +8,9 @@ Prefill is the time until the last sequence has its first token, decode the time
 `transformers` generate the two are told apart by a second run that stops after one token, for its continuous batching
 by its own time stamps of the tokens. "call" counts generated tokens over the whole call: prefill, decode and, for
 continuous batching, what `generate_batch` needs to start and to stop.
+
+Last come `--choices` choices of one prompt (`n` of the HTTP edge): forked, and as requests of as many tenants that
+share a namespace, who can share full blocks but not fork.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ class Times:
     decode_s: float
     call_s: float
     answers: list[list[int]]
+    num_prefilled: int = 0  # prompt tokens computed
 
 
 def make_engine(folder: Path, num_tokens: int, max_requests: int) -> Engine:
@@ -69,8 +73,8 @@ def make_engine(folder: Path, num_tokens: int, max_requests: int) -> Engine:
     )
 
 
-def run_engine(engine: Engine, prompts: list[list[int]], num_tokens: int) -> Times:
-    """Submit everything at once and step until it is done."""
+def run_engine(engine: Engine, prompts: list[list[int]], num_tokens: int, tenants: list[str] | None = None) -> Times:
+    """Submit everything at once and step until it is done. `tenants`: whose each request is."""
     root = derive_root(b"benchmark", "model", "float32")
     answers: dict[bytes, int] = {}
     begin = time.perf_counter()
@@ -80,7 +84,7 @@ def run_engine(engine: Engine, prompts: list[list[int]], num_tokens: int) -> Tim
         command = Generate(
             req_id=i.to_bytes(16, "big"),
             attempt=1,
-            tenant="benchmark",
+            tenant=tenants[i] if tenants else "benchmark",
             token_ids=packed,
             num_prompt_tokens=len(prompt),
             root=root,
@@ -94,13 +98,26 @@ def run_engine(engine: Engine, prompts: list[list[int]], num_tokens: int) -> Tim
         engine.submit(command)
     answers = {i.to_bytes(16, "big"): [] for i in range(len(prompts))}
     prefilled = begin
+    num_prefilled = 0
     while engine.has_work:
-        for output in engine.step().outputs:
+        report = engine.step()
+        num_prefilled += report.load.num_prefill_tokens
+        for output in report.outputs:
             if not answers[output.req_id]:
                 prefilled = time.perf_counter()
             answers[output.req_id] += memoryview(output.token_ids).cast("I").tolist()
     end = time.perf_counter()
-    return Times(prefilled - begin, end - prefilled, end - begin, list(answers.values()))
+    return Times(prefilled - begin, end - prefilled, end - begin, list(answers.values()), num_prefilled)
+
+
+def compare_choices(engine: Engine, prompts: list[list[int]], count: int, num_tokens: int) -> dict[str, Times]:
+    """Ask for `count` answers to each of `prompts`, forked and not, in turns; return the median of each."""
+    tenants = {"forked": ["benchmark"] * count, "separate": [f"tenant-{i}" for i in range(count)]}
+    seen: dict[str, list[Times]] = {name: [] for name in tenants}
+    for i, prompt in enumerate(prompts):
+        name = list(tenants)[i % 2]
+        seen[name].append(run_engine(engine, [prompt] * count, num_tokens, tenants[name]))
+    return {name: sorted(times, key=lambda t: t.prefill_s)[len(times) // 2] for name, times in seen.items()}
 
 
 def make_reference(folder: Path) -> Any:
@@ -177,6 +194,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens per sequence")
     parser.add_argument("--tokens", type=int, default=64, help="generated tokens per sequence")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--choices", type=int, default=4, help="choices of one prompt")
+    parser.add_argument("--choices-prompt", type=int, default=600, help="prompt tokens that they share")
     parser.add_argument(
         "--no-continuous", action="store_true", help="leave out the continuous batching of transformers"
     )
@@ -184,7 +203,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     batches = [int(size) for size in options.batch.split(",")]
-    engine = make_engine(options.model, options.prompt + options.tokens, max(batches))
+    longest = max(options.prompt, options.choices_prompt) + options.tokens
+    engine = make_engine(options.model, longest, max(*batches, options.choices))
     reference = make_reference(options.model)
     vocab_size = reference.config.vocab_size
     runs: dict[str, Callable[[list[list[int]]], Times]] = {
@@ -209,10 +229,19 @@ def main() -> None:
             cells = (f"{rates[name]:13.0f} ({ratios[name]:5.2f}x)" for name in runs)
             print(f"{size:5} {phase:8}" + "".join(f"{cell:>22}" for cell in cells))
             rows.append({"batch": size, "phase": phase, "tokens_per_s": rates, "kvasir_ratio": ratios})
+    prompts = torch.randint(10, vocab_size, (6 * options.repeats, options.choices_prompt), generator=generator).tolist()
+    choices = {}
+    print(f"{options.choices} choices of one prompt of {options.choices_prompt} tokens:")
+    for name, times in compare_choices(engine, prompts, options.choices, options.tokens).items():
+        print(
+            f"{name:>14}: all begun after {1e3 * times.prefill_s:6.1f} ms, {times.num_prefilled} prompt tokens computed"
+        )
+        choices[name] = {"begun_s": times.prefill_s, "num_prefilled": times.num_prefilled}
     if options.json:
         machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
         setting = {"model": str(options.model), "prompt": options.prompt, "tokens": options.tokens}
-        options.json.write_text(json.dumps({"machine": machine, "setting": setting, "rows": rows}, indent=1) + "\n")
+        found = {"machine": machine, "setting": setting, "rows": rows, "choices": choices}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,6 +108,17 @@ def test_the_public_openai_client_streams_and_completes(box: Box) -> None:
         api.models.list()
 
 
+def test_several_choices_answer_as_one_alone_and_their_prompt_is_counted_once(box: Box) -> None:
+    prompt = "import os\n\n\ndef walk(folder):\n" * 12
+    with openai.OpenAI(base_url=box.http_url + "/v1", api_key=box.key("choosy"), max_retries=0, timeout=60) as api:
+        several = api.completions.create(model="demo", prompt=prompt, max_tokens=12, temperature=0, n=4)
+        one = api.completions.create(model="demo", prompt=prompt, max_tokens=12, temperature=0)
+    assert [choice.text for choice in several.choices] == [one.choices[0].text] * 4
+    assert several.usage.prompt_tokens == one.usage.prompt_tokens
+    assert several.usage.completion_tokens == 4 * one.usage.completion_tokens
+    assert several.usage.prompt_tokens_details.cached_tokens == 0
+
+
 def test_curl_as_the_readme_prints_it(box: Box) -> None:
     if shutil.which("curl") is None:
         pytest.skip("no curl here")

@@ -13,7 +13,7 @@ from engine_helpers import PUBLIC_SPACE, Stream, make_generate
 
 from cache.kv_store import KvStore
 from cache.prefix_cache import PrefixCache
-from protocol.messages import Generate, Sampling
+from protocol.messages import Generate, Output, Sampling
 from protocol.tokens import unpack_tokens
 from worker.engine import Engine
 from worker.loader import LoadedModel, load_model
@@ -97,6 +97,47 @@ def test_preemption_and_a_tiny_pool_change_nothing(loaded: LoadedModel) -> None:
     engine = make_engine(loaded, num_blocks=12)
     assert [stream.token_ids for stream in run(engine, *commands)] == alone
     assert engine.statistics().num_preempted > 0
+
+
+def run_outputs(engine: Engine, commands: list[Generate]) -> list[list[Output]]:
+    outputs: dict[bytes, list[Output]] = {command.req_id: [] for command in commands}
+    for command in commands:
+        engine.submit(command)
+    while engine.has_work:
+        for output in engine.step().outputs:
+            outputs[output.req_id].append(output)
+    return list(outputs.values())
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+@pytest.mark.parametrize("length", [5, 15, 16, 17, 64, 100])
+def test_choices_of_one_prompt_have_the_tokens_and_log_probabilities_of_separate_requests(
+    loaded: LoadedModel, length: int, is_cached: bool
+) -> None:
+    samplings = [
+        Sampling(temperature=0.8, top_p=0.95, seed=7, logprobs=3),
+        Sampling(temperature=0.8, top_p=0.95, seed=8, logprobs=3),
+        Sampling(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.2, logprobs=3),
+        Sampling(temperature=1.3, min_p=0.02, seed=9, logit_bias={7: 4.0}, logprobs=3),
+    ]
+    prompt = torch.randint(5, 4096, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    choices = [
+        make_generate(prompt, 20, req_id=b"%d" % i, sampling=sampling, size=SIZE, ignore_eos=True)
+        for i, sampling in enumerate(samplings)
+    ]
+    alone = [run_outputs(make_engine(loaded), [choice])[0] for choice in choices]
+    engine = make_engine(loaded, max_step_tokens=48)
+    if is_cached:
+        run_outputs(engine, choices[:1])
+    together = run_outputs(engine, choices)
+    assert engine.statistics().num_forked == 3
+    for mine, its in zip(together, alone, strict=True):
+        assert [output.token_ids for output in mine] == [output.token_ids for output in its]
+        logprobs = [[(entry.logprob, *entry.top) for out in stream for entry in out.logprobs] for stream in (mine, its)]
+        for (value, *top), (expected, *expected_top) in zip(*logprobs, strict=True):
+            assert value == pytest.approx(expected, abs=1e-9)
+            assert dict(top) == pytest.approx(dict(expected_top), abs=1e-9)
+    assert len({b"".join(output.token_ids for output in stream) for stream in together}) == 4
 
 
 def test_a_request_moved_in_mid_stream_draws_the_same_tokens(loaded: LoadedModel) -> None:

@@ -9,6 +9,7 @@ import pytest
 from cache.block_table import BlockTable, Chain
 from cache.ownership import Quota
 from cache.policies import DEFAULT_POLICY, POLICIES, make
+from cache.policies.adaptive import Adaptive
 from cache.policies.gdsf import Gdsf
 from cache.policies.sieve import Sieve
 from cache.policies.ttl import Ttl
@@ -279,6 +280,18 @@ def test_ttl_keeps_only_the_blocks_in_the_range_and_forgets_them_with_their_cont
     for token in (11, 12, 13):  # the same blocks of the pool, other contents
         use(cache, token)
     assert victims(cache, 11, 12, 13) == [11]
+
+
+def test_adaptive_knows_blocks_that_were_only_held_as_what_they_were() -> None:
+    policy = Adaptive(8, SIZE)
+    cache = PrefixCache(8, SIZE, policy)
+    use(cache, 1, 2, 3)
+    before, table = list(policy.visit_of), BlockTable()
+    cache.advance(5.0)
+    cache.match(make_chain([1, 2, 3]), table, 3, again=True)
+    cache.free(table)
+    assert all(now is then for now, then in zip(policy.visit_of, before, strict=True))
+    assert cache.evict(3) == 3
 
 
 def test_a_worker_evicts_by_the_policy_it_was_given() -> None:

@@ -153,6 +153,19 @@ def test_siblings_of_a_prefix_that_is_still_being_computed_go_to_the_same_worker
     assert home not in {peer for peer, _ in bench.take()}
 
 
+@pytest.mark.parametrize("length", [100, 600])
+def test_choices_of_one_prompt_go_to_one_worker_as_long_as_it_takes_more(length: int) -> None:
+    bench = Bench()
+    for i in range(3):
+        bench.join(f"w{i}", max_requests=6)
+    for i in range(8):
+        bench.submit(b"choice-%d" % i, range(length))
+    peers = [peer for peer, _ in bench.take()]
+    assert len(set(peers[:6])) == 1
+    assert len(set(peers[6:])) == 1
+    assert peers[0] != peers[6]
+
+
 def test_requests_stay_with_their_prefix_at_light_load_and_spill_when_it_is_overloaded() -> None:
     bench = Bench()
     for i in range(2):

@@ -130,6 +130,14 @@ def test_what_one_admission_takes_is_not_there_for_the_next() -> None:
     assert plan_for(rig.cache, [], [same, other]).admitted == [same]
 
 
+def test_what_a_fork_takes_is_not_there_for_the_next() -> None:
+    for length, is_admitted in ((28, True), (29, False)):
+        original, fork, other = make_waiting(6, salt=1), make_waiting(6, salt=1), make_waiting(length)
+        plan = plan_for(PrefixCache(12, SIZE), [], [other, fork, original])  # 2 + 1 + 7 blocks, and 2 to grow
+        assert plan.forks == {plan.admitted[0].key: [fork if plan.admitted[0] is original else original]}
+        assert (other in plan.admitted) is is_admitted
+
+
 def test_a_prefill_that_gets_its_blocks_in_this_step_needs_no_reserve_any_more() -> None:
     cache = PrefixCache(8, SIZE)
     prefill, newcomer = make_running(cache, 16, 8), make_waiting(8)  # 2 held, 2 taken now, 2 for the newcomer, 1 spare

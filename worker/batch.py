@@ -26,7 +26,7 @@ class Batch:
     positions: Tensor  # [num_tokens] int64
     slots: Tensor  # [num_tokens] int64, block_id * block_size + offset
     max_position: int
-    logit_rows: Tensor | None  # [num_logits] int64 into the pack, in the order of the slices given; None = all rows
+    logit_rows: Tensor | None  # [num_rows] int64 into the pack, in the order of the slices given; None = each once
 
 
 def pack(
@@ -78,5 +78,5 @@ def _logit_rows(
     rows: list[int] = []
     for piece in slices:
         after = row_after[id(piece)]
-        rows += range(after - piece.num_logits, after)
+        rows += [*range(after - piece.num_logits, after)] * piece.num_draws
     return rows

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache.block_pool import PUBLIC, IntegrityError
-from cache.block_table import Chain
+from cache.block_table import BlockTable, Chain
 from cache.events import Stored
 from cache.ownership import Quota
 from cache.prefix_cache import CacheStatistics, PrefixCache
@@ -42,7 +42,7 @@ _RATE_SHARE = 0.2  # weight of the newest step in the measured rate
 
 _PREWARM_ID = b"\0prewarm\0"  # begins the ids of the engine's own requests; the gateway's are 16 random bytes
 
-_Batch = list[tuple[Sequence, SequenceSlice]]
+_Batch = list[tuple[Sequence, SequenceSlice, list[Sequence]]]  # with the forks that draw from the same logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class EngineStatistics:
     num_steps: int
     num_finished: int
     num_preempted: int
+    num_forked: int
     prefill_rate: float
     cache: CacheStatistics
 
@@ -89,7 +90,8 @@ class Engine:
         self._waiting: list[Sequence] = []
         self._by_id: dict[tuple[bytes, int], Sequence] = {}
         self._outputs: list[Output] = []  # of the next report: what was refused or aborted between steps
-        self._num_steps = self._event_seq = self._num_sequences = self._num_finished = self._num_preempted = 0
+        self._num_steps = self._event_seq = self._num_sequences = 0
+        self._num_finished = self._num_preempted = self._num_forked = 0
         self._rate = _FIRST_RATE
         self._wanted_pins: dict[str, Chain] = {}
 
@@ -263,6 +265,7 @@ class Engine:
             num_steps=self._num_steps,
             num_finished=self._num_finished,
             num_preempted=self._num_preempted,
+            num_forked=self._num_forked,
             prefill_rate=self._rate,
             cache=self._cache.statistics(),
         )
@@ -279,9 +282,9 @@ class Engine:
         for s in sequences:
             if s.num_computed > len(s.table.block_ids) * self._cache.block_size:
                 raise IntegrityError(f"sequence {s.key} has {s.num_computed} tokens in {len(s.table.block_ids)} blocks")
-        if any(s.table.block_ids for s in self._waiting):
-            raise IntegrityError("a waiting sequence holds blocks")
-        self._cache.check_integrity(s.table for s in sequences)
+        if any(s.table.block_ids for s in self._waiting) or any(s.hold.block_ids for s in self._running):
+            raise IntegrityError("a waiting sequence has blocks to compute in, or a running one still holds some")
+        self._cache.check_integrity(table for s in sequences for table in (s.table, s.hold))
 
     # ---- the four parts of a step
 
@@ -293,13 +296,19 @@ class Engine:
         return schedule(self._running, self._waiting, self._cache, self.limits, now, self._rate)
 
     def _run(self, plan: Plan) -> tuple[_Batch, Any]:
-        """Carry out `plan` up to the logits, [number of sequences whose last token is computed, …]."""
+        """Carry out `plan` up to the logits, [number of sequences that draw a token, …]."""
         for sequence, text in plan.failed:
             self._end(sequence, "error", text)
+        for sequence in plan.let_go:
+            self._let_go(sequence)
+            sequence.may_hold = False
         for sequence in plan.preempted:
             self._preempt(sequence)
         for sequence in plan.admitted:
-            self._admit(sequence)
+            # The last token is computed in any case: its logits are what the next one is drawn from.
+            self._admit(sequence, (sequence.num_tokens - 1) // self._cache.block_size)
+        for sequence in plan.held:
+            self._hold(sequence)
         batch: _Batch = []
         to_zero: list[int] = []
         for sequence, count in plan.work:
@@ -312,25 +321,34 @@ class Engine:
                 continue
             num_logits = int(count == sequence.num_remaining)
             token_ids = [sequence.last_token] if count == num_logits else sequence.tokens(start, start + count)
-            piece = SequenceSlice(sequence.key, token_ids, start, sequence.table.block_ids, num_logits)
-            batch.append((sequence, piece))
+            forks = plan.forks.get(sequence.key, []) if num_logits else []
+            piece = SequenceSlice(
+                sequence.key, token_ids, start, sequence.table.block_ids, num_logits, num_draws=1 + len(forks)
+            )
+            batch.append((sequence, piece, forks))
         if to_zero:
             self._kv.zero(to_zero)
-        return batch, self._model.forward([piece for _, piece in batch], self._kv) if batch else None
+        return batch, self._model.forward([piece for _, piece, _ in batch], self._kv) if batch else None
 
     def _sample(self, batch: _Batch, logits: Any) -> None:
-        """Draw a token for every sequence that is computed to its end, and publish the blocks that were filled."""
+        """Draw a token for every sequence that is computed to its end and for its forks; publish what was filled."""
         rows = [
-            SampleRow(sequence.sampling, piece.end, sequence.prompt_ids, sequence.output_ids)
-            for sequence, piece in batch
+            SampleRow(s.sampling, piece.end, s.prompt_ids, s.output_ids)
+            for sequence, piece, forks in batch
             if piece.num_logits
+            for s in (*forks, sequence)
         ]
         drawn = iter(self._sampler(logits, rows) if rows else ())
-        for sequence, piece in batch:
+        for sequence, piece, forks in batch:
             sequence.num_computed = piece.end
             self._publish(sequence)
-            if piece.num_logits:
-                self._append(sequence, next(drawn))
+            if not piece.num_logits:
+                continue
+            for fork in forks:
+                sampled = next(drawn)
+                if self._fork(fork, sequence):
+                    self._append(fork, sampled)
+            self._append(sequence, next(drawn))
 
     def _report(self, plan: Plan) -> StepReport:
         """Return what has happened since the last report."""
@@ -366,20 +384,47 @@ class Engine:
 
     # ---- what happens to one sequence
 
-    def _admit(self, sequence: Sequence) -> None:
+    def _admit(self, sequence: Sequence, max_blocks: int) -> None:
+        """Let `sequence` run, with what is cached of its first `max_blocks` blocks."""
         self._waiting.remove(sequence)
         self._running.append(sequence)
-        size = self._cache.block_size
-        # The last token is computed in any case: its logits are what the next one is drawn from.
         num_matched = self._cache.match(
-            sequence.chain,
-            sequence.table,
-            (sequence.num_tokens - 1) // size,
-            again=sequence.num_cached is not None,
+            sequence.chain, sequence.table, max_blocks, again=sequence.num_cached is not None
         )
-        sequence.num_computed = num_matched * size
+        self._let_go(sequence)
+        sequence.num_computed = num_matched * self._cache.block_size
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_ids))
+
+    def _hold(self, sequence: Sequence) -> None:
+        """Reference all that is cached of the waiting `sequence`."""
+        hold, num_held = BlockTable(), len(sequence.hold.block_ids)
+        max_blocks = (sequence.num_tokens - 1) // self._cache.block_size
+        num_matched = self._cache.match(sequence.chain, hold, max_blocks, again=True)
+        self._let_go(sequence)
+        sequence.hold = hold
+        sequence.may_hold = num_matched > num_held  # else a hash collision has hidden what was to be had
+
+    def _let_go(self, sequence: Sequence) -> None:
+        if sequence.hold.block_ids:
+            self._cache.free(sequence.hold)
+
+    def _fork(self, fork: Sequence, original: Sequence) -> bool:
+        """Let `fork` run from the blocks of `original`, which has just computed the tokens that both have.
+
+        The full ones are published and shared. The last one, partly filled, is copied now: both write their next token
+        into it in the next step, so that a copy made then would only be saved for who ends with his first token. False:
+        a hash collision has hidden a block, and `fork` has to compute the rest by itself.
+        """
+        num_full = fork.num_tokens // self._cache.block_size
+        self._admit(fork, num_full)
+        if len(fork.table.block_ids) < num_full or not self._allocate(fork, fork.num_tokens, to_zero=[]):
+            return False
+        for src, dst in zip(original.table.block_ids[num_full:], fork.table.block_ids[num_full:], strict=True):
+            self._kv.copy_block(src, dst)  # as a whole, so that nothing of another owner is left to be zeroed
+        fork.num_computed = fork.num_tokens
+        self._num_forked += 1
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -439,6 +484,7 @@ class Engine:
         self._num_finished += 1
 
     def _release(self, sequence: Sequence) -> None:
+        self._let_go(sequence)
         self._cache.free(sequence.table)
         sequence.num_computed = 0
         self._model.forget(sequence.key)

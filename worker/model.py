@@ -67,7 +67,7 @@ class Model:
     def forward(self, slices: list[SequenceSlice], kv: KvStore) -> Tensor:
         """Compute the tokens of `slices`, write their keys and values to `kv`, return the logits asked for.
 
-        Returns [sum of num_logits, vocab] in the order of `slices`, fp32 (fp64 for an fp64 model).
+        Returns [sum of num_logits * num_draws, vocab] in the order of `slices`, fp32 (fp64 for an fp64 model).
         """
         config, weights, attention = self.config, self.weights, self.attention
         singles = attention.arrange([piece for piece in slices if len(piece.token_ids) == 1], kv)

@@ -73,6 +73,9 @@ class OracleStore:
     def zero(self, block_ids: Sequence[int]) -> None:
         self.data[list(block_ids)] = 0
 
+    def copy_block(self, src: int, dst: int) -> None:
+        self.data[dst] = self.data[src]
+
 
 class OracleModel:
     """Its "logits" are one u64 per row: the hash of everything before the token to be drawn."""
@@ -91,7 +94,7 @@ class OracleModel:
         for piece, where in zip(slices, slots, strict=True):
             if piece.num_logits:
                 terms = flat[where] * _weights(np.arange(piece.end, dtype=np.uint64))
-                hashes += np.cumsum(terms, dtype=np.uint64)[-piece.num_logits :].tolist()
+                hashes += np.cumsum(terms, dtype=np.uint64)[-piece.num_logits :].tolist() * piece.num_draws
         delay_s = self.config.step_ms * 1e-3 + self.config.token_us * 1e-6 * sum(len(p.token_ids) for p in slices)
         if delay_s:
             time.sleep(delay_s)

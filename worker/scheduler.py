@@ -16,8 +16,17 @@ others overtake him. A shortage is first met by preempting one of the same owner
 nobody is preempted for others who holds no more than his. What is above its owner's cap is failed with the reason. If
 nothing else can be done, the first in the order is tried as a last resort: it gets its blocks, or is failed.
 
+A waiting sequence *holds* what is cached of it, from the first step in which it is not admitted and nobody else needs
+the room: what it will find is no victim then. It lets go, the last in the order first and for good, when nothing else
+is idle and a running one or one before it in the order needs blocks. So nobody is preempted and nobody before it waits
+for what is held, and a hold costs its sequence one more `match`, or a few where more of it becomes resident.
+
 Requests that come together with the same uncached prefix compute it once: one leads, the others wait for the blocks
-that it publishes, at most `share_wait_s`.
+that it publishes, at most `share_wait_s`. Where all tokens are the same (the choices of one request, `n` > 1), the
+others become *forks* of the first: when it has computed the last token, they take over its blocks and draw from the
+same logits, and compute nothing. They wait for it as long as it runs, since none would be ready sooner by itself: the
+first has what they have, and its turn comes before theirs. A fork that does not fit then is admitted later like
+any other.
 
 The order is from a simulation of agentic and chat traces; decode first with chunked prefill is Sarathi's
 (arXiv 2403.02310).
@@ -30,7 +39,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from cache.prefix_cache import PrefixCache
-from cache.run import Run
+from worker.room import Room
 from worker.sequence import Sequence
 
 MIN_CHUNK = 64
@@ -54,17 +63,20 @@ class EngineLimits:
 
 @dataclass(slots=True)
 class Plan:
-    """What to do, in this order: fail (with the reason), preempt, admit (match), then allocate and compute `work`.
+    """What to do, in this order: fail (with the reason), let go, preempt, admit (match), hold, allocate and compute.
 
     `work` holds each sequence with the number of its tokens to compute: first `num_decodes` times one token, then
-    chunks of prompts, those of the admitted among them.
+    chunks of prompts, those of the admitted among them. `forks` of a sequence, by its key, run from then on, too.
     """
 
     now: float
     failed: list[tuple[Sequence, str]] = field(default_factory=list)
+    let_go: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
+    held: list[Sequence] = field(default_factory=list)
     work: list[tuple[Sequence, int]] = field(default_factory=list)
+    forks: dict[int, list[Sequence]] = field(default_factory=dict)
     num_decodes: int = 0
     last_resort: Sequence | None = None  # to be failed, if it does not get all blocks for its tokens
     num_pending: int = 0  # uncached prompt tokens that are left after this step
@@ -77,216 +89,211 @@ def schedule(
 
     Reads the sequences and the cache and changes neither.
     """
-    size = cache.block_size
     plan = Plan(now)
-    room = _Room(cache, list(running))
+    queue = _Queue(running, waiting, cache, limits, now, rate)
+    room = Room(cache, list(running), [s for s in queue.order if s.hold.block_ids])
     while True:
         plan.work = [(s, 1) for s in room.running if s.num_remaining == 1]
         plan.num_decodes = len(plan.work)
-        needy = [s for s, _ in plan.work if s.num_computed == len(s.table.block_ids) * size]
-        short = room.shortage(needy)
-        if short is None:
+        needy = [s for s, _ in plan.work if s.num_computed == len(s.table.block_ids) * cache.block_size]
+        shortage = room.shortage(needy)
+        if shortage is None:
             room.take_for_decoding(needy)
-            _add_prefills(plan, room, waiting, limits, rate)
+            if queue.order:
+                _Prefills(plan, room, queue, limits, rate).add_all()
             if plan.work or not room.running:
                 return plan
-        plan.preempted.append(room.preempt(short))
+            plan.preempted.append(room.preempt(None))
+            continue
+        short, is_capped = shortage
+        let_go = room.let_go(short.chain.owner, not is_capped, is_capped, queue.order)
+        plan.let_go += let_go
+        if not let_go:
+            plan.preempted.append(room.preempt(short))
 
 
-class _Room:
-    """The blocks that can be had, and who is left running, as the plan's preemptions go on.
+class _Queue:
+    """Prefills under way and waiting sequences in their order, and how much of each has to be computed.
 
-    `num_shared` blocks are for everybody, `reserve` ones for one owner only; of both together he gets no more than
-    `cap_room`.
+    `cached` tells of the waiting ones how many of their blocks are resident and how many of those idle.
     """
 
-    def __init__(self, cache: PrefixCache, running: list[Sequence]) -> None:
-        self.cache = cache
-        self.running = running
-        self.num_shared = cache.num_available
-        self._reserves: dict[str, int] = {}
-        self._cap_rooms: dict[str, int] = {}
-        self._given_up: dict[Run, int] = {}  # references that go with the preempted
-        self._num_above_floor: dict[str, int] = {}
-
-    def reserve(self, owner: str) -> int:
-        if owner not in self._reserves:
-            self._reserves[owner] = self.cache.reserve_of(owner)
-        return self._reserves[owner]
-
-    def cap_room(self, owner: str) -> int:
-        if owner not in self._cap_rooms:
-            room = self.cache.room_of(owner)
-            self._cap_rooms[owner] = self.cache.pool.num_blocks if room is None else room
-        return self._cap_rooms[owner]
-
-    def take(self, owner: str, num_blocks: int, num_own: int, num_reserved: int = 0) -> None:
-        """Book `num_blocks`, `num_own` of them the owner's and no published ones; `num_reserved` out of the reserve."""
-        num_reserved = min(num_reserved, self.reserve(owner))
-        self._reserves[owner] -= num_reserved
-        self.num_shared -= num_blocks - num_reserved
-        self._cap_rooms[owner] = self.cap_room(owner) - num_own
-
-    def shortage(self, needy: Seq[Sequence]) -> Sequence | None:
-        """Return who of `needy`, each of which needs a block to go on, cannot be served; None if all can."""
-        num_left, cap_left, reserve_left = self.num_shared, dict[str, int](), dict[str, int]()
-        for s in sorted(needy, key=_age):
-            owner = s.chain.owner
-            cap_left[owner] = cap_left.get(owner, self.cap_room(owner)) - 1
-            reserve_left[owner] = reserve_left.get(owner, self.reserve(owner)) - 1
-            num_left -= reserve_left[owner] < 0
-            if cap_left[owner] < 0 or num_left < 0:
-                return s
-        return None
-
-    def take_for_decoding(self, needy: Seq[Sequence]) -> None:
-        for s in needy:
-            self.take(s.chain.owner, 1, 1, num_reserved=1)
-
-    def preempt(self, short: Sequence | None) -> Sequence:
-        """Take one out of `running` for `short` (None: somebody, since nobody gets on) and count what becomes free.
-
-        That is the youngest of the same owner, if he has several; else the youngest of all whose owner holds more than
-        his floor, or `short` itself. Who has not even his floor is served by the others, if any holds more than his.
-        """
-        victims = self.running
-        if short is not None:
-            owner = short.chain.owner
-            own = [s for s in victims if s.chain.owner == owner]
-            others = [s for s in victims if s.chain.owner != owner and self._above_floor(s.chain.owner)]
-            if others and self.cache.is_below_floor(owner) and self.cap_room(owner):
-                victims = others
-            elif len(own) > 1 or self.cap_room(owner) < 1:
-                victims = own
-            else:
-                victims = [*others, short]
-        victim = max(victims, key=_age)
-        self.running.remove(victim)
-        self._give_up(victim)
-        return victim
-
-    def _above_floor(self, owner: str) -> int:
-        if owner not in self._num_above_floor:
-            self._num_above_floor[owner] = self.cache.num_above_floor(owner)
-        return self._num_above_floor[owner]
-
-    def _give_up(self, victim: Sequence) -> None:
-        owner = victim.chain.owner
-        freed = Counter(self.cache.pool.owners[block_id] for block_id in victim.table.private_ids())
-        for run in victim.table.runs():
-            count = self._given_up[run] = self._given_up.get(run, 0) + 1
-            if count == run.ref_count:
-                freed[run.owner] += len(run)
-        num_own = freed[owner]
-        num_public = freed.total() - num_own
-        num_free = min(num_own, self._above_floor(owner))
-        self._num_above_floor[owner] -= num_free
-        self.num_shared += num_public + num_free
-        self._reserves[owner] = self.reserve(owner) + num_own - num_free
-        self._cap_rooms[owner] = self.cap_room(owner) + num_own
+    def __init__(
+        self,
+        running: Seq[Sequence],
+        waiting: Seq[Sequence],
+        cache: PrefixCache,
+        limits: EngineLimits,
+        now: float,
+        rate: float,
+    ) -> None:
+        size = cache.block_size
+        self.cached = {s.key: cache.probe(s.chain, (s.num_tokens - 1) // size) for s in waiting}
+        self.uncached = {s.key: s.num_tokens - self.cached[s.key][0] * size for s in waiting}
+        leaders = [s for s in running if s.num_remaining > 1]
+        self.uncached.update((s.key, s.num_remaining) for s in leaders)
+        self.order = sorted(
+            [*leaders, *waiting], key=lambda s: self.uncached[s.key] / rate - limits.ageing * (now - s.arrived)
+        )
 
 
-def _age(s: Sequence) -> tuple[float, int]:
-    return s.arrived, s.key
+class _Prefills:
+    """Gives what the decodes leave of the budget to prefills: extends `plan.work`, sets the rest of the plan."""
 
+    def __init__(self, plan: Plan, room: Room, queue: _Queue, limits: EngineLimits, rate: float) -> None:
+        self._plan, self._room, self._queue, self._limits = plan, room, queue, limits
+        self._order = [s for s in queue.order if s not in plan.preempted]
+        self._cache = room.cache
+        self._size = room.cache.block_size
+        self._budget = min(limits.max_step_tokens - plan.num_decodes, max(MIN_CHUNK, int(rate * limits.max_step_s)))
+        self._leaders = [s for s in room.running if s.num_remaining > 1]
+        self._originals = {s.given: s for s in room.running if s.num_computed < s.num_given and s.is_fresh}
+        self._finishing = {s.key for s, _ in plan.work}  # they compute the last of their tokens in this step
+        self._num_running_of = Counter(s.chain.owner for s in room.running)
+        self._num_reserved = 0  # what running prefills still need: of all blocks, and of their owners' own
+        self._num_own_reserved: Counter[str] = Counter()
+        for s in self._leaders:
+            self._reserve(s, 1)
+        self._is_open = not plan.preempted  # what a preemption freed is not for newcomers
+        self._closed: set[str] = set()  # owners whose first in the order does not fit under their cap
 
-def _num_own(s: Sequence, start: int, end: int) -> int:
-    """How many of the blocks start..end-1 of `s` are its owner's, not published ones."""
-    return max(0, end - max(start, s.chain.num_public_blocks))
-
-
-def _add_prefills(plan: Plan, room: _Room, waiting: Seq[Sequence], limits: EngineLimits, rate: float) -> None:
-    """Give what the decodes leave of the budget to prefills: extend `work`, set `admitted`, `failed`, `num_pending`."""
-    cache = room.cache
-    size = cache.block_size
-    plan.failed.clear()
-    leaders = [s for s in room.running if s.num_remaining > 1]
-    if not leaders and not waiting:
-        return
-    cached = {s.key: cache.probe(s.chain, (s.num_tokens - 1) // size) for s in waiting}
-    uncached = {s.key: s.num_tokens - cached[s.key][0] * size for s in waiting}
-    num_reserved = 0  # what running prefills still need: of all blocks, and of their owners' own
-    num_own_reserved: dict[str, int] = {}
-    for s in leaders:
-        uncached[s.key] = s.num_remaining
-        num_reserved += _reserve(s, size, num_own_reserved, 1)
-    num_running_of = Counter(s.chain.owner for s in room.running)
-    budget = min(limits.max_step_tokens - plan.num_decodes, max(MIN_CHUNK, int(rate * limits.max_step_s)))
-    is_open = not plan.preempted  # what a preemption freed is not for newcomers
-    closed: set[str] = set()  # owners whose first in the order does not fit under their cap
-    plan.num_pending = sum(uncached.values())
-    order = sorted([*leaders, *waiting], key=lambda s: uncached[s.key] / rate - limits.ageing * (plan.now - s.arrived))
-    for s in order:
-        if budget <= 0:
-            break
-        owner = s.chain.owner
-        if s.key in cached:
-            num_matched, num_idle = cached[s.key]
-            num_blocks = -(-s.num_tokens // size)
-            cap = cache.quota_of(owner).cap
-            if cap is not None and _num_own(s, 0, num_blocks) > cap:
-                plan.failed.append((s, _over_cap(_num_own(s, 0, num_blocks), cap)))
-                plan.num_pending -= uncached[s.key]
-                continue
-            if plan.now - s.arrived < limits.share_wait_s and _is_led(s, num_matched, leaders, size):
-                continue
-            num_own_idle = _num_own(s, num_matched - num_idle, num_matched)
-            num_own = _num_own(s, num_matched, num_blocks) + num_own_idle
-            num_own += num_own_reserved.get(owner, 0) + num_running_of[owner]
-            if owner in closed or num_own > room.cap_room(owner):
-                closed.add(owner)
-                continue
-            num_wanted = num_blocks - num_matched + num_idle + num_reserved
-            num_wanted += num_running_of.total()  # each running one may soon want a block
-            is_full = num_running_of.total() >= limits.max_requests
-            if is_full or num_wanted > room.reserve(owner) + (room.num_shared if is_open else 0):
-                is_open = False
-                continue
+    def add_all(self) -> None:
+        plan, queue = self._plan, self._queue
+        plan.failed.clear()
+        plan.num_pending = sum(queue.uncached[s.key] for s in self._order)
+        staying = []
+        for place, s in enumerate(self._order):
+            if s.key in queue.cached:
+                if not self._consider(s, place):
+                    staying.append(s)
+            elif self._budget > 0:
+                self._reserve(s, -1)  # its turn is now
+                self._compute(s, len(s.table.block_ids), s.num_computed)
+        if plan.work:
+            self._hold(staying)
+        elif staying and not (self._room.running or plan.preempted or plan.failed):
+            s = plan.last_resort = self._order[0]
+            plan.let_go += [holder for holder in self._room.holders if holder is not s]
             plan.admitted.append(s)
-            leaders.append(s)
-            room.take(owner, num_idle, num_own_idle, num_reserved=num_own_idle)
-            num_running_of[owner] += 1
-            num_held, start = num_matched, num_matched * size
-        else:
-            num_held, start = len(s.table.block_ids), s.num_computed
-            num_reserved -= _reserve(s, size, num_own_reserved, -1)  # its turn is now
-        num_available = room.num_shared + room.reserve(owner)
-        num_available = min(num_available, room.cap_room(owner) + max(0, s.chain.num_public_blocks - num_held))
-        count = min(uncached[s.key], budget, (num_held + num_available) * size - start)
+            plan.work.append((s, min(queue.uncached[s.key], self._budget)))
+            plan.num_pending -= plan.work[0][1]
+
+    def _consider(self, s: Sequence, place: int) -> bool:
+        """Admit or fork the waiting `s`, which is at `place` in the order, or fail it; False: leave it where it is."""
+        plan, owner = self._plan, s.chain.owner
+        num_blocks = -(-s.num_tokens // self._size)
+        cap = self._cache.quota_of(owner).cap
+        if cap is not None and s.num_own_blocks(0, num_blocks) > cap:
+            plan.failed.append((s, _over_cap(s.num_own_blocks(0, num_blocks), cap)))
+            plan.num_pending -= self._queue.uncached[s.key]
+            return True
+        num_matched, num_idle = self._cached(s)
+        original = self._originals.get(s.given) if s.is_fresh else None
+        if original is not None:
+            plan.num_pending -= self._queue.uncached[s.key]
+            if original.key not in self._finishing:
+                return False
+            num_matched, num_idle = s.num_tokens // self._size, 0
+        elif self._budget <= 0 or self._is_led(s, num_matched):
+            return False
+        if not self._fits(s, place, num_matched, num_idle, num_blocks):
+            return False
+        self._num_running_of[owner] += 1
+        self._room.kept.append((s, num_matched))
+        if s in self._room.holders:
+            self._room.holders.remove(s)
+        if original is not None:
+            plan.forks.setdefault(original.key, []).append(s)
+            self._room.take(owner, num_blocks - num_matched, s.num_own_blocks(num_matched, num_blocks))
+            return True
+        plan.admitted.append(s)
+        self._leaders.append(s)
+        if s.is_fresh:
+            self._originals[s.given] = s
+        num_own_idle = s.num_own_blocks(num_matched - num_idle, num_matched)
+        self._room.take(owner, num_idle, num_own_idle, num_reserved=num_own_idle)
+        self._compute(s, num_matched, num_matched * self._size)
+        return True
+
+    def _cached(self, s: Sequence) -> tuple[int, int]:
+        """Return how many blocks of the waiting `s` are resident, and how many of those may be idle."""
+        num_matched, num_idle = self._queue.cached[s.key]
+        return num_matched, num_matched if self._plan.preempted or self._plan.let_go else num_idle
+
+    def _fits(self, s: Sequence, place: int, num_matched: int, num_idle: int, num_blocks: int) -> bool:
+        """Whether all blocks of `s` can be had, those too that others hold who come after it. If not, nobody overtakes
+        it, or nobody of the same owner."""
+        room, owner = self._room, s.chain.owner
+        num_own = s.num_own_blocks(num_matched - num_idle, num_blocks)
+        num_own += self._num_own_reserved[owner] + self._num_running_of[owner]
+        num_running = self._num_running_of.total()
+        num_wanted = num_blocks - num_matched + num_idle + self._num_reserved
+        num_wanted += num_running  # each running one may soon want a block
+        is_full = num_running >= self._limits.max_requests
+        num_more, num_own_more = num_wanted - room.num_shared - room.reserve(owner), num_own - room.cap_room(owner)
+        may_take = room.holders and self._is_open and not is_full and owner not in self._closed
+        if may_take and (num_more > 0 or num_own_more > 0):
+            room.kept.append((s, num_matched))
+            self._plan.let_go += room.let_go(owner, num_more, num_own_more, self._order[place + 1 :])
+            room.kept.pop()
+        if owner in self._closed or num_own > room.cap_room(owner):
+            self._closed.add(owner)
+            return False
+        if is_full or num_wanted > room.reserve(owner) + (room.num_shared if self._is_open else 0):
+            self._is_open = False
+            return False
+        return True
+
+    def _compute(self, s: Sequence, num_held: int, start: int) -> None:
+        """Give `s`, which has `num_held` blocks and `start` tokens computed, a chunk of what is left of the budget."""
+        plan, room, owner, size = self._plan, self._room, s.chain.owner, self._size
+        num_public = max(0, s.chain.num_public_blocks - num_held)
+        if num_held * size == start:  # it needs a block to get on at all
+            num_more, num_own_more = 1 - room.num_shared - room.reserve(owner), 1 - num_public - room.cap_room(owner)
+            plan.let_go += room.let_go(owner, num_more, num_own_more, self._order)
+        num_available = min(room.num_shared + room.reserve(owner), room.cap_room(owner) + num_public)
+        count = min(self._queue.uncached[s.key], self._budget, (num_held + num_available) * size - start)
         if count <= 0:
-            continue
+            return
         num_end = max(num_held, -(-(start + count) // size))
-        room.take(owner, num_end - num_held, _num_own(s, num_held, num_end))
-        budget -= count
+        room.take(owner, num_end - num_held, s.num_own_blocks(num_held, num_end))
+        self._budget -= count
         plan.work.append((s, count))
         plan.num_pending -= count
-    if not (plan.work or room.running or plan.preempted or plan.failed) and waiting:
-        s = plan.last_resort = order[0]
-        plan.admitted.append(s)
-        plan.work.append((s, min(uncached[s.key], budget)))
-        plan.num_pending -= plan.work[0][1]
+        if count == self._queue.uncached[s.key]:
+            self._finishing.add(s.key)
 
+    def _hold(self, staying: Seq[Sequence]) -> None:
+        """Let who stays waiting hold what is cached of him, as far as nobody else needs the room in this step."""
+        plan, room = self._plan, self._room
+        for s in staying:
+            if not self._queue.cached[s.key][1] or not s.may_hold or s in plan.let_go:
+                continue
+            num_matched, num_idle = self._cached(s)
+            owner, num_own = s.chain.owner, s.num_own_blocks(num_matched - num_idle, num_matched)
+            if num_own <= room.cap_room(owner) and num_idle <= room.num_shared + min(num_own, room.reserve(owner)):
+                room.take(owner, num_idle, num_own, num_reserved=num_own)
+                plan.held.append(s)
 
-def _reserve(s: Sequence, size: int, num_own_reserved: dict[str, int], sign: int) -> int:
-    """Add what `s` still needs for its prompt to its owner's reservation (`sign` -1: take it away); return it."""
-    num_held, num_blocks = len(s.table.block_ids), -(-s.num_tokens // size)
-    owner = s.chain.owner
-    num_own_reserved[owner] = num_own_reserved.get(owner, 0) + sign * _num_own(s, num_held, num_blocks)
-    return max(0, num_blocks - num_held)
+    def _reserve(self, s: Sequence, sign: int) -> None:
+        """Count what the running `s` still needs for its prompt as reserved (`sign` -1: not any more)."""
+        num_held, num_blocks = len(s.table.block_ids), -(-s.num_tokens // self._size)
+        self._num_reserved += sign * max(0, num_blocks - num_held)
+        self._num_own_reserved[s.chain.owner] += sign * s.num_own_blocks(num_held, num_blocks)
 
-
-def _is_led(s: Sequence, num_matched: int, leaders: Seq[Sequence], size: int) -> bool:
-    """Whether one of `leaders` will publish the first block that `s` misses."""
-    if num_matched >= (s.num_tokens - 1) // size:
-        return False
-    digest, end = s.chain.hashes[num_matched], (num_matched + 1) * size
-    return any(
-        len(leader.chain) > num_matched
-        and leader.chain.hashes[num_matched] == digest
-        and leader.num_computed < end <= leader.num_tokens
-        and leader.table.publishable
-        for leader in leaders
-    )
+    def _is_led(self, s: Sequence, num_matched: int) -> bool:
+        """Whether one that is computed already will publish the first block that `s` misses, and `s` waits for it."""
+        size = self._size
+        if num_matched >= (s.num_tokens - 1) // size or self._plan.now - s.arrived >= self._limits.share_wait_s:
+            return False
+        digest, end = s.chain.hashes[num_matched], (num_matched + 1) * size
+        return any(
+            len(leader.chain) > num_matched
+            and leader.chain.hashes[num_matched] == digest
+            and leader.num_computed < end <= leader.num_tokens
+            and leader.table.publishable
+            for leader in self._leaders
+        )
 
 
 def _over_cap(num_blocks: int, cap: int) -> str:

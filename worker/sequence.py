@@ -17,7 +17,11 @@ class Sequence:
     """`prompt_ids` and `output_ids` together are the sequence; the first `num_computed` of them are in the KV store.
 
     `output_ids` begins with what earlier attempts delivered (`num_given` tokens in all were given with the request).
-    `max_length`: at this many tokens it ends with "length". Times are those of the engine's clock.
+    `given` is whose it is, its zones and those tokens: where it is equal, keys and values are, too. `max_length`: at
+    this many tokens it ends with "length". Times are those of the engine's clock.
+
+    While it waits, `hold` references what is cached of it, so that it stays. Once it had to let go, it may hold nothing
+    any more.
     """
 
     key: int
@@ -26,6 +30,7 @@ class Sequence:
     prompt_ids: list[int]
     output_ids: list[int]
     num_given: int
+    given: tuple[str, bytes, bytes, int, bytes]
     max_length: int
     chain: Chain
     sampling: Sampling
@@ -33,6 +38,8 @@ class Sequence:
     arrived: float
     deadline: float | None = None
     table: BlockTable = field(default_factory=BlockTable)
+    hold: BlockTable = field(default_factory=BlockTable)
+    may_hold: bool = True
     num_computed: int = 0
     num_cached: int | None = None  # prompt tokens found at its first admission; None until then
     cached_reported: bool = False
@@ -45,6 +52,11 @@ class Sequence:
     def num_remaining(self) -> int:
         """Tokens that are known but not computed: 1 while decoding."""
         return len(self.prompt_ids) + len(self.output_ids) - self.num_computed
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no token has been drawn here yet."""
+        return self.num_tokens == self.num_given
 
     @property
     def last_token(self) -> int:
@@ -62,6 +74,10 @@ class Sequence:
     def num_missing_blocks(self, num_tokens: int, block_size: int) -> int:
         """How many blocks more are needed to hold its first `num_tokens` tokens."""
         return max(0, -(-num_tokens // block_size) - len(self.table.block_ids))
+
+    def num_own_blocks(self, start: int, end: int) -> int:
+        """How many of its blocks start..end-1 are its owner's, not published ones."""
+        return max(0, end - max(start, self.chain.num_public_blocks))
 
     def extend_chain(self, num_blocks: int) -> None:
         """Hash its full blocks up to `num_blocks`, as far as the gateway has not done that already."""
@@ -126,6 +142,7 @@ def make_sequence(
         prompt_ids=token_ids[: command.num_prompt_tokens],
         output_ids=token_ids[command.num_prompt_tokens :],
         num_given=length,
+        given=(command.tenant, command.root, command.namespace, command.num_public_tokens, command.token_ids),
         max_length=min(length + command.max_tokens, max_context),
         chain=Chain(
             owner=command.tenant,

@@ -18,6 +18,7 @@ class SequenceSlice:
     start: int  # position of token_ids[0]
     block_table: list[int]  # covers start + len(token_ids) tokens; may be longer
     num_logits: int  # logits for the last n of token_ids; 0 for a chunk that is not the last
+    num_draws: int = 1  # how often those are returned: once for each sequence that draws from them
 
     @property
     def end(self) -> int:
@@ -48,7 +49,10 @@ class StepModel(Protocol):
     """`worker.model.Model`, or a stand-in such as `worker.oracle_model.OracleModel`."""
 
     def forward(self, slices: list[SequenceSlice], kv: Any) -> Any:
-        """Compute the tokens of `slices`, store their keys and values in `kv`, return [sum of num_logits, …] logits."""
+        """Compute the tokens of `slices`, store their keys and values in `kv`, return their logits.
+
+        Those are [sum of num_logits * num_draws, …], in the order of `slices`; the sampler may change them in place.
+        """
 
     def forget(self, seq_key: int) -> None:
         """Drop what is kept for a sequence that finished, was preempted or aborted."""
@@ -58,6 +62,8 @@ class StepStore(Protocol):
     """The memory behind the block ids, as far as the engine touches it."""
 
     def zero(self, block_ids: Sequence[int]) -> None: ...
+
+    def copy_block(self, src: int, dst: int) -> None: ...
 
 
 Sampler = Callable[[Any, Sequence[SampleRow]], Sequence[Sampled]]
