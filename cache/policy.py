@@ -40,11 +40,12 @@ class Retention:
 class Use:
     """What is known about a request that uses the cache, beyond its blocks. It may be filled in later.
 
-    `num_answer_tokens` None: the answer is not complete, though the blocks may be free already (only a replay that
-    does not model time in use does that).
+    `num_answer_tokens` None: the answer is not complete, though the blocks may be free already (a preempted sequence;
+    a replay that does not model time in use). Who completes it later says when that was: `answered_at`.
     """
 
     num_answer_tokens: int | None = None
+    answered_at: float = 0.0
     hint: Hint | None = None
     retention: tuple[Retention, ...] = ()
 

@@ -42,6 +42,7 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cache.block_table import BlockTable, Chain
+from cache.policies.adaptive import Adaptive
 from cache.prefix_cache import PrefixCache
 from protocol.prefix import derive_namespace, derive_root, hash_prompt
 
@@ -49,6 +50,7 @@ SIZE = 16  # tokens per block
 LENGTH = 256  # blocks per prompt
 VOCAB = 32_000
 BYTES_AT = 100_000  # blocks in the pool whose bookkeeping is weighed
+SECONDS_PER_PROMPT = 0.1  # on the clock of kvasir's caches: what `adaptive` learns from
 BUDGET_S = 20.0  # per system, pool and kind
 ROOT = derive_root(b"benchmark", "model", "float32")
 SPACE = derive_namespace(b"benchmark", "tenant")
@@ -83,6 +85,7 @@ class Kvasir:
         self.cache = PrefixCache(num_blocks, SIZE)
         self.chain: Chain
         self.table = BlockTable()
+        self.now = 0.0
 
     def prepare(self, tokens: Tokens) -> tuple[bytes, bytes]:
         packed = tokens.astype("<u4").tobytes()
@@ -91,6 +94,8 @@ class Kvasir:
     def take(self, prompt: tuple[bytes, bytes]) -> int:
         packed, hashes = prompt
         cache, table = self.cache, self.table
+        self.now += SECONDS_PER_PROMPT
+        cache.advance(self.now)
         chain = Chain(
             owner="tenant",
             root=ROOT,
@@ -115,6 +120,14 @@ class Kvasir:
 
     def extra_bytes(self) -> int:
         return 0
+
+
+class KvasirAdaptive(Kvasir):
+    name = "kvasir adaptive"
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.cache = PrefixCache(num_blocks, SIZE, Adaptive(num_blocks, SIZE))
 
 
 class KvasirHashing(Kvasir):
@@ -345,7 +358,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    kinds: list[type[Any]] = [Kvasir, KvasirHashing, *load_peers(args.peer_dir)]
+    kinds: list[type[Any]] = [Kvasir, KvasirAdaptive, KvasirHashing, *load_peers(args.peer_dir)]
     weights = {kind.name: weigh(kind, BYTES_AT) for kind in kinds}
     print(f"Python {platform.python_version()}, {args.rounds} rounds, microseconds (xN: against the smallest pool)")
     print(

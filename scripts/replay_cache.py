@@ -127,7 +127,8 @@ def replay(
             chain.tokens = chain.tokens[: length * TOKEN_BYTES]
         start = time.process_time()
         while answering and answering[0][0] <= request.time_s:
-            _, j, use = heappop(answering)
+            answered_at, j, use = heappop(answering)
+            use.answered_at = answered_at
             use.num_answer_tokens = trace.requests[j].num_answer_tokens
         use = Use(hint=hints[i] if hints is not None else None)
         heappush(answering, (request.time_s + request.num_answer_tokens * ms_per_token / 1000, i, use))

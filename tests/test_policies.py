@@ -13,7 +13,7 @@ from cache.policies.adaptive import Adaptive
 from cache.policies.gdsf import Gdsf
 from cache.policies.sieve import Sieve
 from cache.policies.ttl import Ttl
-from cache.policy import Retention, Use
+from cache.policy import Hint, Retention, Use
 from cache.prefix_cache import PrefixCache
 from protocol.errors import ConfigurationError
 from protocol.prefix import derive_namespace, derive_root
@@ -23,7 +23,6 @@ from worker.startup import build
 SIZE = 1
 ROOT = derive_root(b"deployment", "model", "float32")
 PUBLIC_SPACE = derive_namespace(b"deployment", "public")
-NOT_BY_LOT = ("lru", "fifo", "lfu", "s3fifo", "sieve", "gdsf", "ttl")  # whose choice asking again cannot change
 
 
 def make_cache(policy: str, num_blocks: int, block_size: int = SIZE) -> PrefixCache:
@@ -43,17 +42,23 @@ def make_chain(tokens: list[int], owner: str = "a", num_public: int = 0) -> Chai
     return chain
 
 
-def use(cache: PrefixCache, *tokens: int, retention: tuple[Retention, ...] = ()) -> None:
+def use(
+    cache: PrefixCache,
+    *tokens: int,
+    owner: str = "a",
+    hint: Hint | None = None,
+    retention: tuple[Retention, ...] = (),
+) -> None:
     """Do what a request with the prompt `tokens` does, one block each."""
-    chain, table = make_chain(list(tokens)), BlockTable(use=Use(retention=retention))
+    chain, table = make_chain(list(tokens), owner), BlockTable(use=Use(0, hint=hint, retention=retention))
     num_found = cache.match(chain, table, len(chain))
     assert cache.allocate(chain, table, len(chain) - num_found) is not None
     cache.insert(chain, table, len(chain))
     cache.free(table)
 
 
-def is_resident(cache: PrefixCache, *tokens: int) -> bool:
-    return cache.probe(make_chain(list(tokens)), len(tokens))[0] == len(tokens)
+def is_resident(cache: PrefixCache, *tokens: int, owner: str = "a") -> bool:
+    return cache.probe(make_chain(list(tokens), owner), len(tokens))[0] == len(tokens)
 
 
 def victims(cache: PrefixCache, *firsts: int, count: int = 1) -> list[int]:
@@ -112,7 +117,7 @@ def test_no_block_outlives_its_parent_and_the_books_agree_after_every_step(polic
     assert cache.pool.num_free == 24  # whatever is idle can go
 
 
-@pytest.mark.parametrize("policy", NOT_BY_LOT)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_asking_for_the_victim_changes_nothing(policy: str) -> None:
     cache, asked = make_cache(policy, 16), make_cache(policy, 16)
     rng = random.Random(3)
@@ -254,8 +259,9 @@ def test_uses_of_a_prefix_do_not_count_for_what_followed_it(policy: str) -> None
     assert victims(cache, 1, 9) == [9]
 
 
-def test_ttl_goes_by_priority_until_the_time_is_over() -> None:
-    cache = make_cache("ttl", 8)
+@pytest.mark.parametrize("policy", ["ttl", "adaptive"])
+def test_what_is_retained_goes_by_priority_until_the_time_is_over(policy: str) -> None:
+    cache = make_cache(policy, 8)
     use(cache, 1, retention=(Retention(priority=90, duration_s=10.0),))
     use(cache, 2)
     use(cache, 3, retention=(Retention(priority=10),))
@@ -282,15 +288,85 @@ def test_ttl_keeps_only_the_blocks_in_the_range_and_forgets_them_with_their_cont
     assert victims(cache, 11, 12, 13) == [11]
 
 
+def test_adaptive_keeps_those_who_come_back_and_learns_who_they_are() -> None:
+    gone = {}
+    for policy in ("lru", "adaptive"):
+        cache = make_cache(policy, 64)
+        now = 0.0
+        for i in range(100):  # the conversations of one tenant go on after a minute, those of the other never do
+            for turn in (1, 2):
+                now += 20.0
+                cache.advance(now)
+                use(cache, *(100 + i, 1, 2)[: turn + 1], owner="returns")
+            use(cache, 1000 + i, owner="leaves")
+        cache.evict(64)
+        use(cache, 1, owner="returns")
+        cache.advance(now + 10.0)
+        use(cache, 2, owner="leaves")
+        assert cache.evict(1) == 1
+        gone[policy] = "returns" if is_resident(cache, 2, owner="leaves") else "leaves"
+    assert gone == {"lru": "returns", "adaptive": "leaves"}
+
+
+def test_adaptive_keeps_what_is_due_before_what_was_used_just_now() -> None:
+    gone = {}
+    for policy in ("lru", "adaptive"):
+        cache = make_cache(policy, 64)
+        rng = random.Random(5)
+        for i in range(300):  # everybody comes back after 12 to 15 seconds, and only then
+            for turn in range(3):
+                cache.advance(60.0 * i + turn * rng.uniform(12.0, 15.0))
+                use(cache, *(10 * i, 10 * i + 1, 10 * i + 2)[: turn + 1])
+        cache.evict(64)
+        cache.advance(30_000.0)
+        use(cache, 5_001)
+        cache.advance(30_009.0)
+        use(cache, 5_002)
+        cache.advance(30_010.0)
+        use(cache, 5_003)
+        gone[policy] = victims(cache, 5_001, 5_002, 5_003)
+    assert gone == {"lru": [5_001], "adaptive": [5_003]}
+
+
+def test_adaptive_believes_a_hint_before_it_has_learned_anything() -> None:
+    cache = make_cache("adaptive", 8)
+    for token, hint in ((1, "open"), (2, None), (3, "one_shot"), (4, "closing"), (5, None)):
+        cache.advance(float(token))
+        use(cache, token, hint=hint)
+    assert set(victims(cache, 1, 2, 3, 4, 5, count=2)) == {3, 4}
+    assert victims(cache, 1, 2, 5, count=2) == [2, 5]
+
+
+def test_adaptive_lets_the_last_block_go_first_when_conversations_go_on_without_it() -> None:
+    gone = []
+    for is_kept in (False, True):
+        cache = make_cache("adaptive", 64)
+        for i in range(50):
+            cache.advance(20.0 * i)
+            use(cache, 100 + i, 1, 2, 3)
+            cache.advance(20.0 * i + 5.0)
+            use(cache, 100 + i, 1, 2, *([3, 4] if is_kept else [9]))
+        cache.evict(64)
+        use(cache, 1, 2, 3)
+        cache.advance(1_001.0)
+        use(cache, 5, 6, 7)
+        assert cache.evict(2) == 2
+        gone.append(is_resident(cache, 1, 2) != is_resident(cache, 5, 6))
+    assert gone == [False, True]  # one block of each, or two of the older
+
+
 def test_adaptive_knows_blocks_that_were_only_held_as_what_they_were() -> None:
     policy = Adaptive(8, SIZE)
     cache = PrefixCache(8, SIZE, policy)
     use(cache, 1, 2, 3)
-    before, table = list(policy.visit_of), BlockTable()
+    table = BlockTable()
+    before = cache.match(make_chain([1, 2, 3]), table, 3, again=True) and [run.note for run in table.runs()]
     cache.advance(5.0)
-    cache.match(make_chain([1, 2, 3]), table, 3, again=True)
     cache.free(table)
-    assert all(now is then for now, then in zip(policy.visit_of, before, strict=True))
+    held = BlockTable()
+    cache.match(make_chain([1, 2, 3]), held, 3, again=True)
+    assert [run.note for run in held.runs()] == before
+    cache.free(held)
     assert cache.evict(3) == 3
 
 

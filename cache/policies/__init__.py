@@ -28,7 +28,7 @@ POLICIES: dict[str, Callable[[int, int], PolicyFactory]] = {
 }
 """From the pool's number of blocks and their size in tokens to what makes the orders of one cache."""
 
-DEFAULT_POLICY = "lru"
+DEFAULT_POLICY = "adaptive"
 
 
 def make(name: str, num_blocks: int, block_size: int) -> PolicyFactory:

@@ -13,11 +13,12 @@ untaught model orders prefixes as LRU does, and what `believe` is told.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from math import exp, log, log2, sqrt
 
-ZONE_EDGES = (0.0, *(float(2**i) for i in range(2, 13)))  # seconds; 11 zones, up to 4096 s
+ZONE_EDGES = (0.0, *(float(2**i) for i in range(13)))  # seconds; 13 zones, up to 4096 s
 NUM_ZONES = len(ZONE_EDGES) - 1
-BIN_EDGES = (0.0, 2.0, *(sqrt(2.0**i) for i in range(4, 25)))  # two bins per zone
+BIN_EDGES = (0.0, 0.5, *(sqrt(2.0**i) for i in range(25)))  # two bins per zone
 NUM_BINS = len(BIN_EDGES) - 1
 NUM_NODES = 12
 
@@ -31,21 +32,27 @@ _VARIANCES = 1 + NUM_ZONES
 _BASE_VARIANCE = 1.0
 _LEVEL_VARIANCE = 0.3
 _ZONE_VARIANCE = 0.1
-_MIN_VARIANCE = 1e-4  # never certain: traffic changes
+_MIN_VARIANCE = 3e-3  # never certain: traffic changes
 _MIN_RESIDUAL = -3.0  # one surprise may not turn everything over
 _MAX_LOG_RATE = 3.0
 
 
 def zone_of(age_s: float) -> int:
     """Return the zone of an age of at least 0 seconds."""
-    return min(int(log2(age_s)) - 1, NUM_ZONES - 1) if age_s >= 4.0 else 0
+    return min(int(log2(age_s)) + 1, NUM_ZONES - 1) if age_s >= 1.0 else 0
 
 
 def bin_of(age_s: float) -> int:
     """Return the bin of an age of at least 0 seconds."""
-    if age_s < 4.0:
-        return age_s >= 2.0
-    return min(int(2.0 * log2(age_s)) - 2, NUM_BINS - 1)
+    if age_s < 1.0:
+        return age_s >= 0.5
+    return min(int(2.0 * log2(age_s)) + 2, NUM_BINS - 1)
+
+
+def next_edge(age_s: float) -> float:
+    """Return the age at which the next bin begins; past the last one, some time later."""
+    i = bisect_right(BIN_EDGES, age_s)
+    return BIN_EDGES[i] if i <= NUM_BINS else 1.4 * age_s
 
 
 class HazardModel:
@@ -83,9 +90,9 @@ class HazardModel:
         for node in range(1, NUM_NODES):
             log_value = 2 * (node - 1)
             for zone in range(NUM_ZONES):
-                self._weights[feature][node][1 + zone] = max(0.5 - 0.25 * abs(zone + 1.5 - log_value), -1.0)
+                self._weights[feature][node][1 + zone] = max(0.5 - 0.25 * abs(zone - 0.5 - log_value), -1.0)
 
-    def density(self, active: Active, age_s: float) -> float:
+    def density(self, active: Active, age_s: float, delay_s: float = 0.0) -> float:
         """Return the highest P(reused within T) / E[time idle within T] over all T, from `age_s` on, per second.
 
         What keeping it earns per second of room, with the best moment to give up: the Gittins index, published for
@@ -93,14 +100,15 @@ class HazardModel:
         """
         zone = zone_of(age_s)
         sums = [0.0] * (NUM_ZONES - zone)
+        level = 0.0
         for weights, share in active:
-            level = weights[0]
-            sums = [x + share * (level + y) for x, y in zip(sums, weights[1 + zone : _VARIANCES], strict=True)]
+            level += share * weights[0]
+            sums = [x + share * y for x, y in zip(sums, weights[1 + zone : _VARIANCES], strict=True)]
         base = self._base
         start, first = age_s, bin_of(age_s)
-        left, idle_s, best = 1.0, 0.0, 0.0
+        left, idle_s, best = 1.0, delay_s, 0.0
         for i in range(first, NUM_BINS):
-            x = base[i] + sums[(i >> 1) - zone]
+            x = base[i] + level + sums[(i >> 1) - zone]
             rate = exp(x if x < _MAX_LOG_RATE else _MAX_LOG_RATE)
             end = BIN_EDGES[i + 1]
             width = end - start

@@ -9,7 +9,7 @@ from cache.run import Run
 
 _MIN_HEAP = 64
 
-Key = tuple[float, int]
+Key = tuple[float, ...]
 """What a policy orders by, then what tells equal ones apart."""
 
 
