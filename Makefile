@@ -1,14 +1,15 @@
 # make run   one machine, end to end: environment, gateway, two workers, a short demonstration, then it serves
 # make test  the whole suite, offline         make check  format, lint, types, tests (what CI runs)
 # make bench the tables of the README          make clean  throw the environment away
-#            TRACES="FILE ..." adds the lab's: eviction policies on traces of requests (scripts/replay_trace.py)
+#            TRACES="FILE ..." names traces of requests for the lab: eviction policies (scripts/replay_trace.py); those in
+#            a folder traces/ here or beside the checkout are found without
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?=
 UP_FLAGS ?=
-TRACES ?=
+TRACES ?= $(wildcard traces/*.jsonl.gz ../*/traces/*.jsonl.gz)
 
 .PHONY: run test check lint types bench clean install install-dev
 
@@ -32,7 +33,7 @@ bench: install-dev
 	$(BIN)/python scripts/bench_gateway.py
 	$(BIN)/python scripts/bench_cache.py $(if $(PEERS),--peer-dir $(PEERS))
 ifneq ($(TRACES),)
-	$(BIN)/python scripts/replay_trace.py cache --trace $(TRACES)
+	$(BIN)/python scripts/replay_trace.py cache --trace $(TRACES) --policy lru,adaptive,adaptive+hints,optimum
 else
 	@echo 'For eviction policies on traces of requests: make bench TRACES="FILE ..."'
 endif

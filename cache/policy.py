@@ -41,11 +41,11 @@ class Use:
     """What is known about a request that uses the cache, beyond its blocks. It may be filled in later.
 
     `num_answer_tokens` None: the answer is not complete, though the blocks may be free already (a preempted sequence;
-    a replay that does not model time in use). Who completes it later says when that was: `answered_at`.
+    a replay that does not model time in use). `answered_at`: when it was completed, if that is known.
     """
 
     num_answer_tokens: int | None = None
-    answered_at: float = 0.0
+    answered_at: float | None = None
     hint: Hint | None = None
     retention: tuple[Retention, ...] = ()
 

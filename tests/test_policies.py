@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from cache.block_table import BlockTable, Chain
 from cache.ownership import Quota
 from cache.policies import DEFAULT_POLICY, POLICIES, make
-from cache.policies.adaptive import Adaptive
+from cache.policies.adaptive import Adaptive, _Visit
 from cache.policies.gdsf import Gdsf
 from cache.policies.sieve import Sieve
 from cache.policies.ttl import Ttl
@@ -368,6 +369,30 @@ def test_adaptive_knows_blocks_that_were_only_held_as_what_they_were() -> None:
     assert [run.note for run in held.runs()] == before
     cache.free(held)
     assert cache.evict(3) == 3
+
+
+def test_adaptive_takes_a_preempted_request_for_one_visit_with_one_answer() -> None:
+    cache, chain, table = make_cache("adaptive", 8), make_chain([1, 2, 3]), BlockTable(use=Use())
+    cache.match(chain, table, 3)
+    assert cache.allocate(chain, table, 3) is not None
+    cache.insert(chain, table, 3)
+    cache.advance(1.0)
+    cache.free(table)  # preempted: the answer is not complete
+    cache.advance(2.0)
+    assert cache.match(chain, table, 3, again=True) == 3
+    assert table.use is not None
+    table.use.num_answer_tokens = 9
+    cache.advance(3.0)
+    cache.free(table)
+    cache.advance(100.0)
+    use(cache, 5)
+    held = BlockTable()
+    cache.match(chain, held, 3, again=True)
+    visit = held.last.note if held.last is not None else None
+    assert isinstance(visit, _Visit)
+    assert (visit.answered_at, visit.session.turn) == (3.0, 1)
+    assert visit.session.mean_answer == pytest.approx(math.log(10))
+    cache.free(held)
 
 
 def test_a_worker_evicts_by_the_policy_it_was_given() -> None:

@@ -299,9 +299,11 @@ class Adaptive:
         unanswered = []
         for visit in self._unanswered:
             use = visit.use
-            if use is not None and use.num_answer_tokens is not None:
-                self._answered(visit, use.answered_at, use.num_answer_tokens)
-            elif visit.is_open and not visit.is_over:
+            if not visit.is_open or use is None:
+                continue
+            if use.num_answer_tokens is not None:
+                self._answered(visit, self.now if use.answered_at is None else use.answered_at, use.num_answer_tokens)
+            elif not visit.is_over:
                 unanswered.append(visit)
                 phase = bisect_right(_PHASE_EDGES, self.now - visit.released_at) - 1
                 if visit.released_at + _PHASE_EDGES[phase] > visit.since:
