@@ -87,6 +87,14 @@ def test_untaught_it_orders_as_lru_does_and_beliefs_shift_it() -> None:
     assert model.density(model.kind(0, 3), 100.0) == pytest.approx(exp(-2.0) * model.density([], 100.0), rel=0.3)
 
 
+def test_what_is_seen_of_young_ages_is_believed_of_old_ones() -> None:
+    model = HazardModel(1)
+    before = model.density([], 100.0)
+    for _ in range(1000):
+        model.learn([], 0.0, 1.0, False)  # nobody comes back, and nobody is watched for longer than a second
+    assert model.density([], 100.0) < 0.5 * before
+
+
 def test_bins_and_zones_tile_all_ages() -> None:
     for age_s in (0.0, 0.4, 0.5, 0.99, 1.0, 3.9, 4.1, 63.0, 65.0, 4095.0):
         i, zone = bin_of(age_s), zone_of(age_s)

@@ -30,6 +30,8 @@ Active = list[tuple[Weights, float]]
 
 _VARIANCES = 1 + NUM_ZONES
 _BASE_VARIANCE = 1.0
+_COMMON_VARIANCE = 4.0
+_PRIOR_S = 10.0
 _LEVEL_VARIANCE = 0.3
 _ZONE_VARIANCE = 0.1
 _MIN_VARIANCE = 3e-3  # never certain: traffic changes
@@ -59,12 +61,14 @@ class HazardModel:
     """Rates of reuse for visits described by `num_features` features, each a quantity or one of a few kinds."""
 
     def __init__(self, num_features: int) -> None:
-        self._base = [log(0.5 / (edge + 30.0)) for edge in BIN_EDGES[:-1]]
+        self._base = [log(0.5 / (edge + _PRIOR_S)) for edge in BIN_EDGES[:-1]]
         self._base_variance = [_BASE_VARIANCE] * NUM_BINS
         self._weights: list[list[Weights]] = [
             [[0.0] * _VARIANCES + [_LEVEL_VARIANCE] + [_ZONE_VARIANCE] * NUM_ZONES for _ in range(NUM_NODES)]
             for _ in range(num_features)
         ]
+        # What all visits have in common at all ages: what is learned of ages seen often is believed of the others.
+        self._common: Active = [([0.0] * _VARIANCES + [_COMMON_VARIANCE] + [0.0] * NUM_ZONES, 1.0)]
 
     def amount(self, feature: int, value: float | None) -> Active:
         """Describe a quantity >= 0, on a scale with a node at every fourth power of two less 1; None: not known."""
@@ -101,7 +105,7 @@ class HazardModel:
         zone = zone_of(age_s)
         sums = [0.0] * (NUM_ZONES - zone)
         level = 0.0
-        for weights, share in active:
+        for weights, share in active + self._common:
             level += share * weights[0]
             sums = [x + share * y for x, y in zip(sums, weights[1 + zone : _VARIANCES], strict=True)]
         base = self._base
@@ -123,9 +127,10 @@ class HazardModel:
                 best = earned / idle_s
         return best
 
-    def learn(self, active: Active, start_s: float, end_s: float, reused: bool, only: Active | None = None) -> None:
+    def learn(self, active: Active, start_s: float, end_s: float, reused: bool) -> None:
         """Learn that a visit described by `active` was idle from age `start_s` to `end_s`, both in one zone, and
-        whether it was reused then. `only`: of all weights only these change."""
+        whether it was reused then."""
+        active = active + self._common
         zone = zone_of(start_s)
         mean_at, level_at, spread_at = 1 + zone, _VARIANCES, _VARIANCES + 1 + zone
         x = variance = 0.0
@@ -142,16 +147,15 @@ class HazardModel:
         gain = 1.0 / (1.0 + expected * variance)
         step = max((1.0 if reused else 0.0) - expected, _MIN_RESIDUAL) * gain
         shrink = expected * gain
-        for weights, share in active if only is None else only:
+        for weights, share in active:
             change = weights[level_at] * share
             weights[0] += change * step
             weights[level_at] = max(weights[level_at] - change * change * shrink, _MIN_VARIANCE)
             change = weights[spread_at] * share
             weights[mean_at] += change * step
             weights[spread_at] = max(weights[spread_at] - change * change * shrink, _MIN_VARIANCE)
-        if only is None:
-            in_late = reused and end_s >= border
-            for i, seen, e in ((low, reused and not in_late, early), (high, in_late, late)):
-                change = base_variance[i]
-                base[i] += change * max((1.0 if seen else 0.0) - e, _MIN_RESIDUAL) * gain
-                base_variance[i] = max(change - change * change * e * gain, _MIN_VARIANCE)
+        in_late = reused and end_s >= border
+        for i, seen, e in ((low, reused and not in_late, early), (high, in_late, late)):
+            change = base_variance[i]
+            base[i] += change * max((1.0 if seen else 0.0) - e, _MIN_RESIDUAL) * gain
+            base_variance[i] = max(change - change * change * e * gain, _MIN_VARIANCE)
