@@ -43,7 +43,7 @@ _MEMORY = 0.4  # weight of the last one in the running means of a conversation
 _USUAL = 20.0  # what the ratio of an answer's length to the usual one is multiplied by: the scale begins at 1
 _GHOSTS_PER_BLOCK = 4
 _MIN_REST_S = 0.25  # rests are told apart down to this
-_CHEAP = 0.8
+_CHEAP = 0.8  # a last block that is used again in less than this share of continuations is a run of its own
 
 
 class _Session:

@@ -1,6 +1,7 @@
 """When will a prefix be used again: a hazard rate over its idle time, learned online from what has been seen.
 
-    log(rate of reuse at age a) = base[bin(a)] + sum over features of share * (level[feature] + level[feature, zone(a)])
+    log(rate of reuse at age a) =
+        common + base[bin(a)] + sum over features of share * (level[feature] + level[feature, zone(a)])
 
 is fitted by Poisson regression, one observation per visit and age zone (reused or not, after so long), in one pass: the
 weights have independent Gaussian beliefs, and an observation moves each in proportion to its variance, which shrinks
@@ -31,7 +32,7 @@ Active = list[tuple[Weights, float]]
 _VARIANCES = 1 + NUM_ZONES
 _BASE_VARIANCE = 1.0
 _COMMON_VARIANCE = 4.0
-_PRIOR_S = 10.0
+_PRIOR_S = 10.0  # the untaught rate is half of 1 / (age + this)
 _LEVEL_VARIANCE = 0.3
 _ZONE_VARIANCE = 0.1
 _MIN_VARIANCE = 3e-3  # never certain: traffic changes
