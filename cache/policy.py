@@ -92,7 +92,10 @@ PolicyFactory = Callable[[], Policy]
 class Observer(Protocol):
     """What a policy factory may be as well, to be told about whole requests. One per cache."""
 
-    def on_match(self, chain: Chain, table: BlockTable, now: float) -> None:
+    def on_advance(self, now: float) -> None:
+        """It is `now`. Called often, between requests: what takes its time is done here."""
+
+    def on_match(self, chain: Chain, table: BlockTable) -> None:
         """A new request was matched: `table` references what was found of `chain`, `num_published` blocks that end with
         the run `table.last`."""
 
@@ -100,5 +103,5 @@ class Observer(Protocol):
         """Return the depths at which runs of `table`, which is about to be freed, have to begin, because from there on
         its blocks will be worth something else than those before."""
 
-    def on_free(self, table: BlockTable, now: float) -> None:
+    def on_free(self, table: BlockTable) -> None:
         """All `table.runs()` are about to be released, the deepest first. They have been cut as wanted."""

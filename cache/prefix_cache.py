@@ -100,8 +100,10 @@ class PrefixCache:
         return self._owners.order_of(owner).is_below_floor
 
     def advance(self, now: float) -> None:
-        """Say what time it is, in seconds of any clock that does not go back."""
+        """Say what time it is, in seconds of any clock that does not go back. Here a policy that learns does so."""
         self._now = max(self._now, now)
+        if self._observer is not None:
+            self._observer.on_advance(self._now)
 
     def match(self, chain: Chain, table: BlockTable, max_blocks: int, *, again: bool = False) -> int:
         """Fill the empty `table` with the longest resident run of `chain`, referenced; return its length in blocks.
@@ -125,7 +127,7 @@ class PrefixCache:
             account.num_looked_up += end
             account.num_hits += start
             if self._observer is not None:
-                self._observer.on_match(chain, table, self._now)
+                self._observer.on_match(chain, table)
         return start
 
     def probe(self, chain: Chain, max_blocks: int) -> tuple[int, int]:
@@ -186,7 +188,7 @@ class PrefixCache:
         if self._observer is not None:
             for depth in self._observer.cuts(table):
                 self._cut(table, depth)
-            self._observer.on_free(table, self._now)
+            self._observer.on_free(table)
         for run in table.runs():  # the deepest first: children before parents
             self._release(run)
         private_ids = table.private_ids()

@@ -4,14 +4,15 @@
 
 A pool is filled with published, idle prompts of 256 blocks of 16 tokens. Then, in turns and in one process, every
 system takes a prompt that is resident (hit) and one that is new (miss, so that 256 blocks are evicted): match +
-allocate + publish is timed, and by itself the release that follows. CPU time of the thread, so that what else the
-machine does counts little; medians over rounds, fewer for a system that takes more than `BUDGET_S`. "evict" is asked
-for directly: 256 blocks at a time, per block. Bytes of bookkeeping per block are what `tracemalloc`
-sees grow while 10^5 blocks are filled (token ids that the cache keeps included), plus the storage of tensors kept.
+allocate + publish is timed. Timed by themselves are the release that follows, and the upkeep before it: what `adaptive`
+learns and appraises between requests, which come every `SECONDS_PER_PROMPT` here. CPU time of the thread, so that what
+else the machine does counts little; medians over rounds, fewer for a system that takes more than `BUDGET_S`. "evict" is
+asked for directly: 256 blocks at a time, per block. Bytes of bookkeeping per block are what `tracemalloc` sees grow
+while 10^5 blocks are filled (token ids that the cache keeps included), plus the storage of tensors kept.
 
-`kvasir` is handed prefix hashes, as a worker is by the gateway; `kvasir + hash` also computes them, which the other
-two do in some way as well, and is what they should be compared with. Peers are read from --peer-dir:
-`mini-sglang` (github.com/sgl-project/mini-sglang: radix cache, cache manager) and `nano-vllm`
+`kvasir`, with the default policy, is handed prefix hashes, as a worker is by the gateway; `kvasir + hash` also computes
+them, which the other two do in some way as well, and is what they should be compared with. Peers are read from
+--peer-dir: `mini-sglang` (github.com/sgl-project/mini-sglang: radix cache, cache manager) and `nano-vllm`
 (github.com/GeeeekExplorer/nano-vllm: block manager), on CPU tensors. mini-sglang's C++ comparison of token ids is
 replaced by numpy's here, which takes about 7 us of its time. Every system gets the prompt in the form it likes: packed
 bytes, a list, a tensor.
@@ -42,7 +43,7 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cache.block_table import BlockTable, Chain
-from cache.policies.adaptive import Adaptive
+from cache.policies import DEFAULT_POLICY, make
 from cache.prefix_cache import PrefixCache
 from protocol.prefix import derive_namespace, derive_root, hash_prompt
 
@@ -50,7 +51,7 @@ SIZE = 16  # tokens per block
 LENGTH = 256  # blocks per prompt
 VOCAB = 32_000
 BYTES_AT = 100_000  # blocks in the pool whose bookkeeping is weighed
-SECONDS_PER_PROMPT = 0.1  # on the clock of kvasir's caches: what `adaptive` learns from
+SECONDS_PER_PROMPT = 0.1  # on the clock of our caches
 BUDGET_S = 20.0  # per system, pool and kind
 ROOT = derive_root(b"benchmark", "model", "float32")
 SPACE = derive_namespace(b"benchmark", "tenant")
@@ -59,12 +60,15 @@ Tokens = npt.NDArray[np.int32]
 
 
 class System(Protocol):
-    """A prefix cache over `num_blocks` blocks. `take` is timed: match, allocate, publish; `release` ends it."""
+    """A prefix cache over `num_blocks` blocks. What is timed is `upkeep`, done between requests, then `take`: match,
+    allocate, publish; `release` ends it."""
 
     name: str
 
     def prepare(self, tokens: Tokens) -> Any:
         """Return the prompt in the form that `take` likes."""
+
+    def upkeep(self) -> None: ...
 
     def take(self, prompt: Any) -> int:
         """Return how many blocks were found resident."""
@@ -80,9 +84,10 @@ class System(Protocol):
 
 class Kvasir:
     name = "kvasir"
+    policy = DEFAULT_POLICY
 
     def __init__(self, num_blocks: int) -> None:
-        self.cache = PrefixCache(num_blocks, SIZE)
+        self.cache = PrefixCache(num_blocks, SIZE, make(self.policy, num_blocks, SIZE))
         self.chain: Chain
         self.table = BlockTable()
         self.now = 0.0
@@ -91,11 +96,13 @@ class Kvasir:
         packed = tokens.astype("<u4").tobytes()
         return packed, hash_prompt(ROOT, SPACE, SPACE, packed, 0, SIZE)
 
+    def upkeep(self) -> None:
+        self.now += SECONDS_PER_PROMPT
+        self.cache.advance(self.now)
+
     def take(self, prompt: tuple[bytes, bytes]) -> int:
         packed, hashes = prompt
         cache, table = self.cache, self.table
-        self.now += SECONDS_PER_PROMPT
-        cache.advance(self.now)
         chain = Chain(
             owner="tenant",
             root=ROOT,
@@ -122,20 +129,17 @@ class Kvasir:
         return 0
 
 
-class KvasirAdaptive(Kvasir):
-    name = "kvasir adaptive"
-
-    def __init__(self, num_blocks: int) -> None:
-        super().__init__(num_blocks)
-        self.cache = PrefixCache(num_blocks, SIZE, Adaptive(num_blocks, SIZE))
-
-
 class KvasirHashing(Kvasir):
     name = "kvasir + hash"
 
     def take(self, prompt: tuple[bytes, bytes]) -> int:
         packed = prompt[0]
         return super().take((packed, hash_prompt(ROOT, SPACE, SPACE, packed, 0, SIZE)))
+
+
+class KvasirLru(KvasirHashing):
+    name = "kvasir lru + hash"
+    policy = "lru"
 
 
 class NanoVllm:
@@ -154,6 +158,9 @@ class NanoVllm:
 
     def prepare(self, tokens: Tokens) -> list[int]:
         return [INTS[token] for token in tokens.tolist()]  # shared numbers: lists of references
+
+    def upkeep(self) -> None:
+        pass
 
     def take(self, prompt: list[int]) -> int:
         self.sequence = sequence = type(self).make_sequence(prompt)
@@ -201,6 +208,9 @@ class MiniSglang:
 
     def prepare(self, tokens: Tokens) -> Any:
         return self.torch.from_numpy(tokens.copy())
+
+    def upkeep(self) -> None:
+        pass
 
     def take(self, prompt: Any) -> int:
         manager, tree = self.manager, self.manager.prefix_cache
@@ -271,6 +281,7 @@ def fill(systems: list[System], num_blocks: int, prompts: Prompts) -> deque[Toke
     for _ in range(num_blocks // LENGTH + 4):
         tokens = prompts.next()
         for system in systems:
+            system.upkeep()
             system.take(system.prepare(tokens))
             system.release()
         recent.append(tokens)
@@ -292,6 +303,8 @@ def measure(kinds: list[type[Any]], num_blocks: int, rounds: int) -> list[dict[s
                     continue
                 prompt = system.prepare(tokens)
                 for _ in range(2):  # once more if a policy has let go of what was to be hit: it is resident then
+                    start = time.thread_time()
+                    system.upkeep()
                     begin = time.thread_time()
                     num_cached = system.take(prompt)
                     taken = time.thread_time()
@@ -301,10 +314,12 @@ def measure(kinds: list[type[Any]], num_blocks: int, rounds: int) -> list[dict[s
                         break
                 assert num_cached == (LENGTH - 1 if kind == "hit" else 0), (system.name, kind, num_cached)
                 times.setdefault((system.name, kind), []).append(taken - begin)
-                times.setdefault((system.name, f"{kind}_release"), []).append(end - taken)
+                times.setdefault((system.name, "release"), []).append(end - taken)
+                times.setdefault((system.name, "upkeep"), []).append(begin - start)
             begin = time.thread_time()
             if system.evict(LENGTH):
                 times.setdefault((system.name, "evict"), []).append((time.thread_time() - begin) / LENGTH)
+                system.upkeep()
                 system.take(system.prepare(prompts.next()))
                 system.release()
     gc.unfreeze()
@@ -361,12 +376,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    kinds: list[type[Any]] = [Kvasir, KvasirAdaptive, KvasirHashing, *load_peers(args.peer_dir)]
+    kinds: list[type[Any]] = [Kvasir, KvasirHashing, KvasirLru, *load_peers(args.peer_dir)]
     weights = {kind.name: weigh(kind, BYTES_AT) for kind in kinds}
     print(f"Python {platform.python_version()}, {args.rounds} rounds, microseconds (xN: against the smallest pool)")
     print(
-        f"{'system':14} {'blocks':>8} {'hit':>17} {'miss + evict':>17} {'release':>8} {'evict/block':>12} "
-        f"{'bytes/block':>12}"
+        f"{'system':17} {'blocks':>8} {'hit':>17} {'miss + evict':>17} {'release':>8} {'upkeep':>7} "
+        f"{'evict/block':>12} {'bytes/block':>12}"
     )
     rows: list[dict[str, Any]] = []
     first: dict[str, dict[str, Any]] = {}
@@ -378,8 +393,8 @@ def main() -> None:
             evict = f"{row['evict_us']:.2f}" if "evict_us" in row else "in miss"
             cells = [f"{row[f'{kind}_us']:9.0f} (x{row[f'{kind}_ratio']:.2f})" for kind in ("hit", "miss")]
             print(
-                f"{row['system']:14} {num_blocks:8} {cells[0]:>17} {cells[1]:>17} {row['miss_release_us']:8.0f} "
-                f"{evict:>12} {row['bytes_per_block']:12.0f}"
+                f"{row['system']:17} {num_blocks:8} {cells[0]:>17} {cells[1]:>17} {row['release_us']:8.0f} "
+                f"{row['upkeep_us']:7.0f} {evict:>12} {row['bytes_per_block']:12.0f}"
             )
             rows.append(row)
         gc.collect()

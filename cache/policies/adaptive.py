@@ -1,137 +1,76 @@
 """The adaptive policy: keep the blocks that promise the most hits per second of room.
 
-What one request used and nobody has used since is one *visit*: blocks whose fate is decided together, since a
-conversation that goes on needs all of them. For every visit a model of `cache.policies.hazard`, learned online from all
-visits, evicted ones included, says what keeping it earns; the leaf of the lowest goes. What describes a visit is what
-the worker knows anyway: the turn, how much was new and how much was known, the rhythm of the conversation, how long the
-answer was, whose it is, the published prefix that it begins with, and the client's hint if there is one.
+What one request used and nobody has used since is one *visit* (`cache.policies.visits`). For every visit a hazard model
+(`cache.policies.hazard`), learned online from all visits, evicted ones included, says what keeping it earns; the leaf
+of the lowest goes. What describes a visit is what the worker knows anyway: the turn, how much was new and how much was
+known, the rhythm of the conversation, how long the answer was, whose it is, the published prefix that it begins with,
+and the client's hint if there is one.
 
 Time counts from the end of the answer. Blocks may be free before that (a preempted sequence, a replay that does not
-model time in use): then a second model speaks, which knows how long the answer has lasted and how long it usually is.
+model time in use): then what describes the visit is how long the answer has lasted and how long it usually is.
 
 What a visit is worth changes with its age: it is appraised anew whenever it enters another age bin of the model. So the
 order is exact up to that, and asking for a victim changes nothing.
 
 What a request asked to retain goes after everything of a lower priority, as with `cache.policies.ttl`.
 
-One `Adaptive` per cache makes its policies, which share what it learns, and observes its requests.
+One `Adaptive` per cache makes its policies, which share what it learns, and observes its requests. Learning and
+appraising is done when time advances, many visits at once, not while a request is matched.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from heapq import heappop, heappush
-from math import exp, inf, log
+from math import inf
 from typing import TYPE_CHECKING
 
-from cache.policies.hazard import NUM_ZONES, ZONE_EDGES, Active, HazardModel, next_edge
+from cache.policies.hazard import BIN_EDGES, NUM_BINS, ZONE_EDGES, Description, HazardModel, Row
 from cache.policies.leaf_queue import Key, LeafOrder
 from cache.policies.ttl import DEFAULT_PRIORITY
+from cache.policies.visits import Ghosts, Phase, Session, Visit
 from cache.policy import Hint, Retention, Use
 from cache.run import Run
 
 if TYPE_CHECKING:
     from cache.block_table import BlockTable, Chain
 
-_TURN, _FIRST, _MORE, _KNOWN, _LAST_REST, _MEAN_REST, _ANSWER, _RATIO, _TENANT, _PREFIX, _HINT = range(11)
-_NUM_FEATURES = 11
-_EXPECTED, _PHASE = range(2)  # of the model of visits whose answer is not complete
-_PHASE_EDGES = (0.0, 4.0, 16.0, 64.0, 256.0, 1024.0)  # seconds from the release at which such a visit is judged anew
+_TURN, _FIRST, _MORE, _KNOWN, _LAST_REST, _MEAN_REST, _TENANT, _PREFIX, _HINT, _EXPECTED, _PHASE, _ANSWER, _RATIO = (
+    range(13)
+)
+_NUM_FEATURES = 13
+_AFTER, _DURING = range(2)  # the model's bases: visits whose answer is complete, and those whose is not
+_PHASE_EDGES = (0.0, 4.0, 16.0, 64.0, 256.0, 1024.0)  # seconds from the release: phases of an incomplete answer
 _HINTS: dict[Hint, int] = {"one_shot": 1, "open": 2, "closing": 3}
 _BELIEFS: dict[Hint, float] = {"one_shot": -2.0, "open": 0.5, "closing": -2.0}
-_MEMORY = 0.4  # weight of the last one in the running means of a conversation
 _USUAL = 20.0  # what the ratio of an answer's length to the usual one is multiplied by: the scale begins at 1
 _GHOSTS_PER_BLOCK = 4
-_MIN_REST_S = 0.25  # rests are told apart down to this
+_MAX_GHOSTS = 1 << 18
+_MAX_AT_ONCE = 512  # phases that grow older in one step: after a long rest the others have to wait for the next ones
+_MAX_DUE = 1 << 15  # where more than these grow older, the model learns from some visits only: they are a fair sample
+_LATE = 1.4  # past the last age bin, a visit is appraised anew when it is so much older
 _CHEAP = 0.8  # a last block that is used again in less than this share of continuations is a run of its own
-
-
-class _Session:
-    """One conversation, recognised by what its requests share beyond the prefix that was known before its first.
-
-    The means are of logarithms: of its rests in seconds, of its answers' lengths in tokens.
-    """
-
-    __slots__ = ("last_rest_s", "mean_answer", "mean_rest", "trunk", "turn")
-
-    def __init__(self, trunk: int) -> None:
-        self.trunk = trunk
-        self.turn = 0
-        self.last_rest_s: float | None = None
-        self.mean_rest: float | None = None
-        self.mean_answer: float | None = None
-
-
-class _Visit:
-    """What one request used last.
-
-    `features` describe it before anything is known of the answer, `phase` since `since`: the last phase, after the
-    answer, begins at `answered_at`. `leaf` is the one of its runs that may go, ordered by `order`.
-    """
-
-    __slots__ = (
-        "answered_at",
-        "due_at",
-        "features",
-        "is_open",
-        "is_over",
-        "leaf",
-        "model",
-        "num_anchors",
-        "order",
-        "phase",
-        "released_at",
-        "retentions",
-        "reused_at",
-        "session",
-        "since",
-        "size",
-        "tail",
-        "use",
-        "worth",
-    )
-
-    def __init__(self, model: HazardModel, session: _Session, size: int, use: Use | None, features: Active) -> None:
-        self.session = session
-        self.size = size  # blocks, from the root on
-        self.use = use
-        self.features = features
-        self.model, self.phase, self.since = model, features, 0.0
-        self.released_at = 0.0
-        self.answered_at = inf
-        self.reused_at = inf
-        self.num_anchors = 0
-        self.tail = b""  # hash of the last block
-        self.retentions: list[tuple[Retention, float]] = []  # what was asked, until when
-        self.leaf: Run | None = None
-        self.order: AdaptiveOrder | None = None
-        self.worth = 0.0
-        self.due_at = inf  # when it will be appraised anew
-        self.is_open = False  # the models learn from it
-        self.is_over = False  # the conversation went on without what is left of it
 
 
 class Adaptive:
     """What the orders of one cache of `num_blocks` blocks of `block_size` tokens share.
 
-    Remembers at most four hashes per block, of evicted blocks too: the log2(n) blocks of a visit by which it is known
-    again.
+    Remembers at most four hashes per block, of evicted blocks too, and not many more than `_MAX_DUE` visits: at most
+    some 100 MB.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.now = 0.0
         self._block_size = block_size
-        self._after = HazardModel(_NUM_FEATURES)
-        self._during = HazardModel(2)  # shares the weights of a visit's `features` with the other
-        self._after.believe_in_rhythm(_MEAN_REST)
+        self._model = HazardModel(_NUM_FEATURES, 2)
+        self._model.believe_in_rhythm(_MEAN_REST)
         for hint, belief in _BELIEFS.items():
-            self._after.believe(_HINT, _HINTS[hint], belief)
-        self._releasing: _Visit | None = None  # None: blocks are released that nobody has used
-        self._anchors: dict[bytes, _Visit] = {}
-        self._max_anchors = _GHOSTS_PER_BLOCK * num_blocks
-        self._unanswered: list[_Visit] = []
-        self._watched: list[tuple[float, int, _Visit, HazardModel, Active, float, int]] = []  # heap, see `_watch`
-        self._due: list[tuple[float, int, _Visit]] = []  # heap by when to appraise anew
+            self._model.believe(_HINT, _HINTS[hint], belief)
+        self._ghosts = Ghosts(min(_GHOSTS_PER_BLOCK * num_blocks, _MAX_GHOSTS))
+        self._releasing: Visit | None = None  # None: blocks are released that nobody has used
+        self._unanswered: list[Visit] = []
+        self._due: list[tuple[float, int, Phase]] = []  # heap by when they enter another age bin
+        self._expiring: list[tuple[float, int, Visit]] = []  # heap by when something is retained no longer
         self._num_pushed = 0
         self._kinds: dict[str | bytes, int] = {}  # of tenants and of published prefixes
         self._num_tails = self._num_used_tails = 1  # continued visits, and those of them whose last block was used
@@ -142,51 +81,61 @@ class Adaptive:
 
     # ---- what the cache tells
 
-    def on_match(self, chain: Chain, table: BlockTable, now: float) -> None:
+    def on_advance(self, now: float) -> None:
         self.now = now
         if self._unanswered:
             self._note_answers()
-        self._learn()
-        self._appraise_due()
-        hashes, num_known = chain.hashes, table.num_published
-        last: _Visit | None = table.last.note if table.last is not None else None
-        anchors = self._anchors
-        for i in range(len(hashes) - 1, num_known - 1, -1):
-            if (ghost := anchors.get(hashes[i])) is not None:
-                num_known, last = i + 1, ghost
+        ready: dict[Visit, None] = {}
+        for _ in range(_MAX_AT_ONCE):
+            if not self._due or self._due[0][0] > now:
                 break
+            phase = heappop(self._due)[2]
+            if self._grow_older(phase):
+                ready[phase.visit] = None
+        while self._expiring and self._expiring[0][0] <= now:
+            ready[heappop(self._expiring)[2]] = None
+        self._appraise([visit for visit in ready if visit.leaf is not None and not visit.is_over])
+
+    def on_match(self, chain: Chain, table: BlockTable) -> None:
+        last: Visit | None = table.last.note if table.last is not None else None
+        ghost, num_known = self._ghosts.find(chain, table.num_published)
+        last = ghost or last
         if last is not None and num_known > (trunk := last.session.trunk) and 2 * num_known >= last.size + trunk:
             self._continue(last, num_known)
             session, retentions = last.session, last.retentions
         else:
-            session, retentions = _Session(num_known), []
-        visit = table.visit = self._visit(session, chain, num_known, table.use)
-        visit.retentions = [kept for kept in retentions if kept[1] > now]
+            session, retentions = Session(num_known), []
+        session.turn += 1
+        features = self._features(session, chain, num_known, table.use)
+        table.visit = visit = Visit(session, len(chain), table.use, features)
+        visit.retentions = [kept for kept in retentions if kept[1] > self.now]
 
     def cuts(self, table: BlockTable) -> list[int]:
         """Begin a run where something is retained, and at the last block if conversations go on without it much more
         often than with it."""
-        cuts = [end for kept in self._asked(table) for end in (kept.start, kept.end) if end is not None]
+        cuts = [end for kept in _asked(table) for end in (kept.start, kept.end) if end is not None]
         if self._tail_share < _CHEAP:
             cuts.append(table.num_published - 1)
         return cuts
 
-    def on_free(self, table: BlockTable, now: float) -> None:
-        self.now = now
-        visit = table.visit
-        if not isinstance(visit, _Visit):  # a pin or a hold, which says nothing about when it is used again
+    def on_free(self, table: BlockTable) -> None:
+        visit, now = table.visit, self.now
+        if not isinstance(visit, Visit):  # a pin or a hold, which says nothing about when it is used again
             self._releasing = None
             return
         if visit.tail:  # a preempted sequence: what it left idle then it has used itself
             visit.is_open = False
-            again = table.visit = _Visit(self._after, visit.session, visit.size, visit.use, visit.features)
+            again = table.visit = Visit(visit.session, visit.size, visit.use, visit.features)
             again.retentions = visit.retentions
             visit = again
         num_prompt, visit.size = visit.size, table.num_published
-        visit.released_at, visit.is_open = now, table.last is not None
-        asked = [(kept, inf if kept.duration_s is None else now + kept.duration_s) for kept in self._asked(table)]
+        visit.released_at = now
+        visit.is_open = table.last is not None and len(self._due) < _MAX_DUE
+        asked = [(kept, inf if kept.duration_s is None else now + kept.duration_s) for kept in _asked(table)]
+        for until in {until for _, until in asked if until < inf}:
+            heappush(self._expiring, (until, self._push(), visit))
         visit.retentions = visit.retentions + asked
-        self._remember(visit, table)
+        self._ghosts.add(visit, table)
         use = visit.use
         if use is None or use.num_answer_tokens is not None:
             num_tokens = (visit.size - num_prompt) * self._block_size if use is None else use.num_answer_tokens
@@ -202,97 +151,128 @@ class Adaptive:
         if self._releasing is not None:
             run.note = self._releasing
         elif run.note is None:  # its publisher went before who pinned it
-            run.note = visit = _Visit(self._after, _Session(0), 0, None, [])
-            visit.since = visit.answered_at = self.now
+            run.note = visit = Visit(Session(0), 0, None, [])
+            self._enter(visit, self._model.row([]), self.now)
 
     def on_leaf(self, run: Run, order: AdaptiveOrder) -> Key:
-        """Return the key of `run`, which is a leaf now."""
-        visit: _Visit = run.note
+        """Return the key of `run`, which is a leaf of `order` now."""
+        visit: Visit = run.note
         visit.leaf, visit.order = run, order
-        if visit.due_at == inf:
-            self._appraise(visit)
+        if not visit.is_over:
+            [visit.worth] = self._worths([visit])
+            if not visit.phase.is_due:
+                self._push_due(visit.phase)
         return self._key(visit)
 
     def on_no_leaf(self, run: Run) -> None:
         """`run` is a leaf no longer."""
-        visit: _Visit = run.note
+        visit: Visit = run.note
         if visit.leaf is run:
             visit.leaf = visit.order = None
 
     # ---- worth
 
-    def _key(self, visit: _Visit) -> Key:
+    def _worths(self, visits: list[Visit]) -> list[float]:
+        """Return what keeping each of `visits` earns, in hits per second of room."""
+        phases = [visit.phase for visit in visits]
+        ages_s = [max(0.0, self.now - phase.since) for phase in phases]
+        return self._model.densities([phase.row for phase in phases], ages_s)
+
+    def _appraise(self, visits: list[Visit]) -> None:
+        """Give the leaves of `visits` their places in their orders."""
+        if not visits:
+            return
+        for visit, worth in zip(visits, self._worths(visits), strict=True):
+            visit.worth = worth
+            self._reorder(visit)
+        for order in {visit.order for visit in visits if visit.order is not None}:
+            order.victim()  # cleared of void entries now, it is found at once when somebody waits for room
+
+    def _reorder(self, visit: Visit) -> None:
+        if visit.order is not None and visit.leaf is not None:
+            visit.order.reorder(visit.leaf, self._key(visit))
+
+    def _key(self, visit: Visit) -> Key:
         run, priority = visit.leaf, DEFAULT_PRIORITY
         assert run is not None
         for kept, until in visit.retentions:
             if run.start >= kept.start and (kept.end is None or run.end <= kept.end) and until > self.now:
                 priority = kept.priority
-        worth = visit.worth * self._tail_share if run.hashes == visit.tail else visit.worth
-        return priority, worth, run.released_at
-
-    def _appraise(self, visit: _Visit) -> None:
-        """Set what keeping `visit` earns, in hits per second of room, and when that has to be done again."""
-        age_s = max(0.0, self.now - visit.since)
-        visit.worth = 0.0 if visit.is_over else visit.model.density(visit.phase, age_s)
-        until = min((until for _, until in visit.retentions if until > self.now), default=inf)
-        if not visit.is_over:
-            until = min(until, visit.since + next_edge(age_s))
-        visit.due_at = until
-        if until < inf:
-            heappush(self._due, (until, self._push(), visit))
-
-    def _appraise_due(self) -> None:
-        due, ready = self._due, list[_Visit]()
-        while due and due[0][0] <= self.now:
-            time, _, visit = heappop(due)
-            if time == visit.due_at:
-                visit.due_at = inf
-                ready.append(visit)
-        for visit in ready:
-            if visit.leaf is not None:
-                self._appraise(visit)
-                self._reorder(visit)
-
-    def _reorder(self, visit: _Visit) -> None:
-        if visit.order is not None and visit.leaf is not None:
-            visit.order.reorder(visit.leaf, self._key(visit))
+        worth = 0.0 if visit.is_over else visit.worth
+        return priority, worth * self._tail_share if run.hashes == visit.tail else worth, run.released_at
 
     @property
     def _tail_share(self) -> float:
         return self._num_used_tails / self._num_tails
 
-    # ---- visits and their phases
+    # ---- visits grow older
 
-    def _visit(self, session: _Session, chain: Chain, num_known: int, use: Use | None) -> _Visit:
-        session.turn += 1
-        amount, kind = self._after.amount, self._after.kind
+    def _enter(self, visit: Visit, row: Row, since: float) -> None:
+        """From `since` on, `row` is what is known of `visit`."""
+        visit.phase = phase = Phase(visit, row, since)
+        self._push_due(phase)
+        if visit.leaf is not None and not visit.is_over:
+            self._appraise([visit])
+
+    def _grow_older(self, phase: Phase) -> bool:
+        """Let the model learn from the age zone of `phase` if it is over; return whether what its visit is worth has
+        changed with its age.
+
+        A reuse is learned no earlier than its absence would be: else the model would think too well of long ages.
+        """
+        phase.is_due = False
+        visit, age_bin = phase.visit, phase.age_bin
+        phase.age_bin += 1
+        is_open = visit.is_open and age_bin < NUM_BINS
+        if is_open and age_bin & 1:
+            zone = age_bin >> 1
+            start_s, end_s, rest_s = ZONE_EDGES[zone], ZONE_EDGES[zone + 1], visit.reused_at - phase.since
+            is_open = rest_s >= end_s
+            if rest_s > start_s:
+                self._model.learn(phase.row, zone, min(end_s, rest_s), not is_open)
+        has_changed = visit.phase is phase and visit.leaf is not None and not visit.is_over
+        if is_open or has_changed:
+            self._push_due(phase)
+        return has_changed
+
+    def _push_due(self, phase: Phase) -> None:
+        if phase.age_bin < NUM_BINS:
+            edge = phase.since + BIN_EDGES[phase.age_bin + 1]
+        else:
+            edge = phase.since + _LATE * (self.now - phase.since)
+        phase.is_due = True
+        heappush(self._due, (edge, self._push(), phase))
+
+    def _push(self) -> int:
+        self._num_pushed += 1
+        return self._num_pushed
+
+    # ---- what is known of a visit
+
+    def _features(self, session: Session, chain: Chain, num_known: int, use: Use | None) -> Description:
+        amount, kind = self._model.amount, self._model.kind
         features = [
             *amount(_TURN, session.turn - 1),
             *amount(_FIRST if session.turn == 1 else _MORE, len(chain) - num_known),
             *amount(_KNOWN, num_known),
             *amount(_LAST_REST, session.last_rest_s),
-            *amount(_MEAN_REST, None if session.mean_rest is None else exp(session.mean_rest)),
+            *amount(_MEAN_REST, session.mean_rest_s),
             *kind(_TENANT, self._kind(chain.owner)),
         ]
         if 0 < chain.num_public_blocks <= len(chain):
             features += kind(_PREFIX, self._kind(chain.hashes[chain.num_public_blocks - 1]))
         if use is not None and use.hint is not None:
             features += kind(_HINT, _HINTS[use.hint])
-        return _Visit(self._after, session, len(chain), use, features)
+        return features
 
     def _kind(self, name: str | bytes) -> int:
         return self._kinds.setdefault(name, len(self._kinds))
 
-    @staticmethod
-    def _asked(table: BlockTable) -> tuple[Retention, ...]:
-        return table.use.retention if table.use is not None else ()
-
-    def _enter_answering(self, visit: _Visit, phase: int) -> None:
+    def _enter_answering(self, visit: Visit, phase: int) -> None:
         """The answer of `visit` is not complete `_PHASE_EDGES[phase]` after its release."""
-        model, expected = self._during, visit.session.mean_answer
-        length = model.amount(_EXPECTED, None if expected is None else exp(expected))
-        features = [*visit.features, *length, *model.kind(_PHASE, phase)]
-        self._enter(visit, model, features, visit.released_at + _PHASE_EDGES[phase])
+        amount, kind = self._model.amount, self._model.kind
+        known = [*visit.features, *amount(_EXPECTED, visit.session.mean_answer), *kind(_PHASE, phase)]
+        self._enter(visit, self._model.row(known, _DURING), visit.released_at + _PHASE_EDGES[phase])
 
     def _note_answers(self) -> None:
         """See which answers are complete by now, and which have lasted into another phase."""
@@ -306,94 +286,29 @@ class Adaptive:
             elif not visit.is_over:
                 unanswered.append(visit)
                 phase = bisect_right(_PHASE_EDGES, self.now - visit.released_at) - 1
-                if visit.released_at + _PHASE_EDGES[phase] > visit.since:
+                if visit.released_at + _PHASE_EDGES[phase] > visit.phase.since:
                     self._enter_answering(visit, phase)
         self._unanswered = unanswered
 
-    def _answered(self, visit: _Visit, answered_at: float, num_tokens: int) -> None:
-        amount, session = self._after.amount, visit.session
-        usual = session.mean_answer
+    def _answered(self, visit: Visit, answered_at: float, num_tokens: int) -> None:
+        amount = self._model.amount
+        usual = visit.session.mean_answer
+        ratio = None if usual is None else _USUAL * (1 + num_tokens) / usual
+        known = [*visit.features, *amount(_ANSWER, num_tokens), *amount(_RATIO, ratio)]
         visit.answered_at = answered_at
-        phase = [
-            *visit.features,
-            *amount(_ANSWER, num_tokens),
-            *amount(_RATIO, None if usual is None else _USUAL * (1 + num_tokens) / exp(usual)),
-        ]
-        self._enter(visit, self._after, phase, answered_at)
-        session.mean_answer = _mean(usual, log(1.0 + num_tokens))
+        self._enter(visit, self._model.row(known, _AFTER), answered_at)
+        visit.features = []
+        visit.session.answered(num_tokens)
 
-    def _enter(self, visit: _Visit, model: HazardModel, phase: Active, since: float) -> None:
-        visit.model, visit.phase, visit.since = model, phase, since
-        self._watch(visit, model, phase, since, 0)
-        if visit.leaf is not None:
-            self._appraise(visit)
-            self._reorder(visit)
-
-    def _continue(self, visit: _Visit, num_known: int) -> None:
+    def _continue(self, visit: Visit, num_known: int) -> None:
         """The conversation of `visit` goes on: it was used again, `num_known` blocks of it."""
-        session = visit.session
         if visit.is_open and visit.reused_at == inf:
             visit.reused_at = self.now
             self._num_tails += 1
             self._num_used_tails += num_known >= visit.size
-        visit.is_over, visit.worth = True, 0.0
+        visit.is_over = True
         self._reorder(visit)
-        session.last_rest_s = max(_MIN_REST_S, self.now - visit.answered_at)
-        session.mean_rest = _mean(session.mean_rest, log(session.last_rest_s))
-
-    # ---- what the models learn
-
-    def _watch(self, visit: _Visit, model: HazardModel, phase: Active, since: float, zone: int) -> None:
-        """Have `model` learn, when it is over, whether `visit` was used again in age zone `zone` of its `phase`."""
-        heappush(self._watched, (since + ZONE_EDGES[zone + 1], self._push(), visit, model, phase, since, zone))
-
-    def _learn(self) -> None:
-        """Let the models see every age zone that is over for some visit, continued in it or not.
-
-        What is continued is learned no earlier than what is not: else the models would think too well of long ages.
-        """
-        watched, now = self._watched, self.now
-        while watched and watched[0][0] <= now:
-            _, _, visit, model, phase, since, zone = heappop(watched)
-            start_s, end_s = ZONE_EDGES[zone], ZONE_EDGES[zone + 1]
-            rest_s = visit.reused_at - since
-            if not visit.is_open or rest_s <= start_s:
-                continue
-            model.learn(phase, start_s, min(end_s, rest_s), rest_s < end_s)
-            if rest_s >= end_s and zone + 1 < NUM_ZONES:
-                self._watch(visit, model, phase, since, zone + 1)
-
-    def _push(self) -> int:
-        self._num_pushed += 1
-        return self._num_pushed
-
-    # ---- ghosts
-
-    def _remember(self, visit: _Visit, table: BlockTable) -> None:
-        """Note the last block of `visit`, the second last, the fourth last and so on, to know it again by."""
-        n = 1
-        for run in table.runs():
-            while (index := visit.size - n - run.start) >= 0:
-                digest = run.hash_of(index)
-                visit.tail = visit.tail or digest
-                self._anchor(digest, visit)
-                n *= 2
-
-    def _anchor(self, digest: bytes, visit: _Visit) -> None:
-        anchors = self._anchors
-        old = anchors.pop(digest, None)
-        if old is not None:
-            self._forget(old)
-        anchors[digest] = visit
-        visit.num_anchors += 1
-        if len(anchors) > self._max_anchors:
-            self._forget(anchors.pop(next(iter(anchors))))
-
-    @staticmethod
-    def _forget(visit: _Visit) -> None:
-        visit.num_anchors -= 1
-        if not visit.num_anchors:
-            visit.is_open = False  # its return would go unseen: nothing to be learned from it any more
+        visit.session.rested(self.now - visit.answered_at)
 
 
 class AdaptiveOrder(LeafOrder):
@@ -430,5 +345,5 @@ class AdaptiveOrder(LeafOrder):
             self._shared.on_no_leaf(run)
 
 
-def _mean(mean: float | None, value: float) -> float:
-    return value if mean is None else mean + _MEMORY * (value - mean)
+def _asked(table: BlockTable) -> tuple[Retention, ...]:
+    return table.use.retention if table.use is not None else ()

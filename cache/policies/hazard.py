@@ -1,7 +1,7 @@
 """When will a prefix be used again: a hazard rate over its idle time, learned online from what has been seen.
 
     log(rate of reuse at age a) =
-        common + base[bin(a)] + sum over features of share * (level[feature] + level[feature, zone(a)])
+        base[bin(a)] + sum over nodes of share * (level[node] + level[node, zone(a)])
 
 is fitted by Poisson regression, one observation per visit and age zone (reused or not, after so long), in one pass: the
 weights have independent Gaussian beliefs, and an observation moves each in proportion to its variance, which shrinks
@@ -14,22 +14,24 @@ untaught model orders prefixes as LRU does, and what `believe` is told.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import exp, log, log2, sqrt
+
+import numpy as np
+from numpy.typing import NDArray
 
 ZONE_EDGES = (0.0, *(float(2**i) for i in range(13)))  # seconds; 13 zones, up to 4096 s
 NUM_ZONES = len(ZONE_EDGES) - 1
 BIN_EDGES = (0.0, 0.5, *(sqrt(2.0**i) for i in range(25)))  # two bins per zone
 NUM_BINS = len(BIN_EDGES) - 1
-NUM_NODES = 12
 
-Weights = list[float]
-"""Of one node of one feature: mean for all ages, means per zone, variance for all ages, variances per zone."""
+Floats = NDArray[np.float64]
 
-Active = list[tuple[Weights, float]]
-"""What describes one visit: weights and their shares, 1 per feature."""
+Description = list[tuple[int, float]]
+"""What describes something: nodes of features and their shares, 1 per feature."""
 
-_VARIANCES = 1 + NUM_ZONES
+_NUM_NODES = 12  # of a feature
 _BASE_VARIANCE = 1.0
 _COMMON_VARIANCE = 4.0
 _PRIOR_S = 10.0  # the untaught rate is half of 1 / (age + this)
@@ -40,9 +42,110 @@ _MIN_RESIDUAL = -3.0  # one surprise may not turn everything over
 _MAX_LOG_RATE = 3.0
 
 
-def zone_of(age_s: float) -> int:
-    """Return the zone of an age of at least 0 seconds."""
-    return min(int(log2(age_s)) + 1, NUM_ZONES - 1) if age_s >= 1.0 else 0
+@dataclass(slots=True, eq=False)
+class Row:
+    """A description as the model reads it: which base, which weights in the first zone, how far those are from the same
+    in the next one, and their shares; levels first, then the zone's."""
+
+    base: int
+    at: NDArray[np.intp]
+    stride: NDArray[np.intp]
+    shares: Floats
+
+
+class HazardModel:
+    """Rates of reuse for visits described by `num_features` features, each a quantity or one of a few kinds.
+
+    `num_bases`: how many classes of visits there are whose rates have nothing in common but what features do to them.
+    """
+
+    def __init__(self, num_features: int, num_bases: int = 1) -> None:
+        # The first nodes, one per base, are what all its visits have in common at all ages: what is learned of ages
+        # seen often is believed of the others.
+        self._first = [num_bases + i * _NUM_NODES for i in range(num_features)]
+        self._num_nodes = num_bases + num_features * _NUM_NODES
+        shape = (1 + NUM_ZONES, self._num_nodes)  # the levels, then what is added in each zone
+        self._weights, self._variances = np.zeros(shape), np.full(shape, _ZONE_VARIANCE)
+        self._variances[0] = _LEVEL_VARIANCE
+        self._variances[:, :num_bases] = _MIN_VARIANCE
+        self._variances[0, :num_bases] = _COMMON_VARIANCE
+        self._strides: dict[int, NDArray[np.intp]] = {}
+        self._bases = [[log(0.5 / (edge + _PRIOR_S)) for edge in BIN_EDGES[:-1]] for _ in range(num_bases)]
+        self._base_variances = [[_BASE_VARIANCE] * NUM_BINS for _ in range(num_bases)]
+
+    def amount(self, feature: int, value: float | None) -> Description:
+        """Describe a quantity >= 0, on a scale with a node at every fourth power of two less 1; None: not known."""
+        first = self._first[feature]
+        if value is None:
+            return [(first, 1.0)]
+        x = min(0.5 * log2(1.0 + value), _NUM_NODES - 2.001)
+        node = int(x)
+        share = x - node
+        return [(first + 1 + node, 1.0 - share), (first + 2 + node, share)]
+
+    def kind(self, feature: int, value: int) -> Description:
+        """Describe one of at most 12 kinds (more share weights)."""
+        return [(self._first[feature] + value % _NUM_NODES, 1.0)]
+
+    def row(self, description: Description, base: int = 0) -> Row:
+        nodes, shares = zip((base, 1.0), *description, strict=True)
+        if len(nodes) not in self._strides:
+            self._strides[len(nodes)] = np.array([0] * len(nodes) + [self._num_nodes] * len(nodes))
+        at = np.array([*nodes, *(self._num_nodes + node for node in nodes)])
+        return Row(base, at, self._strides[len(nodes)], np.array(shares + shares))
+
+    def believe(self, feature: int, value: int, mean: float) -> None:
+        """Start with `mean` for what kind `value` does to the logarithm of the rate."""
+        self._weights[0, self._first[feature] + value] = mean
+
+    def believe_in_rhythm(self, feature: int) -> None:
+        """Start with the belief that the quantity `feature`, in seconds, is a likely age of reuse: half as much again
+        there, and less by a factor of e^(1/4) for every factor of two beside it."""
+        for node in range(1, _NUM_NODES):
+            away = np.abs(np.arange(NUM_ZONES) - 0.5 - 2 * (node - 1))
+            self._weights[1:, self._first[feature] + node] = np.maximum(0.5 - 0.25 * away, -1.0)
+
+    def rates(self, rows: Sequence[Row]) -> list[list[float]]:
+        """Return the rate of reuse of each in all age bins, per second."""
+        described = np.zeros((len(rows), self._num_nodes))
+        for i, row in enumerate(rows):
+            num_nodes = len(row.at) >> 1
+            described[i, row.at[:num_nodes]] = row.shares[:num_nodes]
+        logs = (described @ (self._weights[0] + self._weights[1:]).T).repeat(2, axis=1)
+        logs += [self._bases[row.base] for row in rows]
+        rates: list[list[float]] = np.exp(np.minimum(logs, _MAX_LOG_RATE)).tolist()
+        return rates
+
+    def densities(self, rows: Sequence[Row], ages_s: Sequence[float]) -> list[float]:
+        """Return of each the highest P(reused within T) / E[time idle within T] over all T, from its age on.
+
+        What keeping it earns per second of room, with the best moment to give up: the Gittins index, published for
+        caches as hit density (LHD, NSDI 2018).
+        """
+        return [_density(rates, age_s) for rates, age_s in zip(self.rates(rows), ages_s, strict=True)]
+
+    def learn(self, row: Row, zone: int, end_s: float, reused: bool) -> None:
+        """Learn that what `row` describes was idle in `zone` up to the age `end_s`, and whether it was reused then."""
+        at, shares = row.at + zone * row.stride, row.shares
+        weights, variances = self._weights.reshape(-1), self._variances.reshape(-1)
+        old, variance = weights[at], variances[at]
+        change = variance * shares
+        x = float(shares @ old)
+        base, base_variance = self._bases[row.base], self._base_variances[row.base]
+        low, high = 2 * zone, 2 * zone + 1
+        start_s, border_s = BIN_EDGES[low], BIN_EDGES[high]
+        early = exp(min(base[low] + x, _MAX_LOG_RATE)) * (min(end_s, border_s) - start_s)
+        late = exp(min(base[high] + x, _MAX_LOG_RATE)) * (end_s - border_s) if end_s > border_s else 0.0
+        expected = early + late
+        total = float(shares @ change) + 0.5 * (base_variance[low] + base_variance[high])
+        gain = 1.0 / (1.0 + expected * total)
+        weights[at] = old + change * (max(reused - expected, _MIN_RESIDUAL) * gain)
+        variances[at] = np.maximum(variance - change * change * (expected * gain), _MIN_VARIANCE)
+        in_late = reused and end_s >= border_s
+        for i, seen, e in ((low, reused and not in_late, early), (high, in_late, late)):
+            v = base_variance[i]
+            base[i] += v * max(seen - e, _MIN_RESIDUAL) * gain
+            base_variance[i] = max(v - v * v * e * gain, _MIN_VARIANCE)
 
 
 def bin_of(age_s: float) -> int:
@@ -52,111 +155,20 @@ def bin_of(age_s: float) -> int:
     return min(int(2.0 * log2(age_s)) + 2, NUM_BINS - 1)
 
 
-def next_edge(age_s: float) -> float:
-    """Return the age at which the next bin begins; past the last one, some time later."""
-    i = bisect_right(BIN_EDGES, age_s)
-    return BIN_EDGES[i] if i <= NUM_BINS else 1.4 * age_s
-
-
-class HazardModel:
-    """Rates of reuse for visits described by `num_features` features, each a quantity or one of a few kinds."""
-
-    def __init__(self, num_features: int) -> None:
-        self._base = [log(0.5 / (edge + _PRIOR_S)) for edge in BIN_EDGES[:-1]]
-        self._base_variance = [_BASE_VARIANCE] * NUM_BINS
-        self._weights: list[list[Weights]] = [
-            [[0.0] * _VARIANCES + [_LEVEL_VARIANCE] + [_ZONE_VARIANCE] * NUM_ZONES for _ in range(NUM_NODES)]
-            for _ in range(num_features)
-        ]
-        # What all visits have in common at all ages: what is learned of ages seen often is believed of the others.
-        self._common: Active = [([0.0] * _VARIANCES + [_COMMON_VARIANCE] + [0.0] * NUM_ZONES, 1.0)]
-
-    def amount(self, feature: int, value: float | None) -> Active:
-        """Describe a quantity >= 0, on a scale with a node at every fourth power of two less 1; None: not known."""
-        nodes = self._weights[feature]
-        if value is None:
-            return [(nodes[0], 1.0)]
-        x = min(0.5 * log2(1.0 + value), NUM_NODES - 2.001)
-        node = int(x)
-        share = x - node
-        return [(nodes[1 + node], 1.0 - share), (nodes[2 + node], share)]
-
-    def kind(self, feature: int, value: int) -> Active:
-        """Describe one of at most 12 kinds (more share weights)."""
-        return [(self._weights[feature][value % NUM_NODES], 1.0)]
-
-    def believe(self, feature: int, value: int, mean: float) -> None:
-        """Start with `mean` for what kind `value` does to the logarithm of the rate."""
-        self._weights[feature][value][0] = mean
-
-    def believe_in_rhythm(self, feature: int) -> None:
-        """Start with the belief that the quantity `feature`, in seconds, is a likely age of reuse: half as much again
-        there, and less by a factor of e^(1/4) for every factor of two beside it."""
-        for node in range(1, NUM_NODES):
-            log_value = 2 * (node - 1)
-            for zone in range(NUM_ZONES):
-                self._weights[feature][node][1 + zone] = max(0.5 - 0.25 * abs(zone - 0.5 - log_value), -1.0)
-
-    def density(self, active: Active, age_s: float, delay_s: float = 0.0) -> float:
-        """Return the highest P(reused within T) / E[time idle within T] over all T, from `age_s` on, per second.
-
-        What keeping it earns per second of room, with the best moment to give up: the Gittins index, published for
-        caches as hit density (LHD, NSDI 2018).
-        """
-        zone = zone_of(age_s)
-        sums = [0.0] * (NUM_ZONES - zone)
-        level = 0.0
-        for weights, share in active + self._common:
-            level += share * weights[0]
-            sums = [x + share * y for x, y in zip(sums, weights[1 + zone : _VARIANCES], strict=True)]
-        base = self._base
-        start, first = age_s, bin_of(age_s)
-        left, idle_s, best = 1.0, delay_s, 0.0
-        for i in range(first, NUM_BINS):
-            x = base[i] + level + sums[(i >> 1) - zone]
-            rate = exp(x if x < _MAX_LOG_RATE else _MAX_LOG_RATE)
-            end = BIN_EDGES[i + 1]
-            width = end - start
-            if width <= 0.0:  # older than all that is told apart: as at the end, and falling with age
-                return rate * end / age_s
-            start = end
-            survival = left * exp(-rate * width)
-            idle_s += 0.5 * (left + survival) * width
-            left = survival
-            earned = 1.0 - left
-            if earned > best * idle_s:
-                best = earned / idle_s
-        return best
-
-    def learn(self, active: Active, start_s: float, end_s: float, reused: bool) -> None:
-        """Learn that a visit described by `active` was idle from age `start_s` to `end_s`, both in one zone, and
-        whether it was reused then."""
-        active = active + self._common
-        zone = zone_of(start_s)
-        mean_at, level_at, spread_at = 1 + zone, _VARIANCES, _VARIANCES + 1 + zone
-        x = variance = 0.0
-        for weights, share in active:
-            x += share * (weights[0] + weights[mean_at])
-            variance += share * share * (weights[level_at] + weights[spread_at])
-        base, base_variance = self._base, self._base_variance
-        low, high = 2 * zone, 2 * zone + 1
-        border = BIN_EDGES[high]
-        early = exp(min(base[low] + x, _MAX_LOG_RATE)) * (min(end_s, border) - start_s)
-        late = exp(min(base[high] + x, _MAX_LOG_RATE)) * (end_s - border) if end_s > border else 0.0
-        expected = early + late
-        variance += 0.5 * (base_variance[low] + base_variance[high])
-        gain = 1.0 / (1.0 + expected * variance)
-        step = max((1.0 if reused else 0.0) - expected, _MIN_RESIDUAL) * gain
-        shrink = expected * gain
-        for weights, share in active:
-            change = weights[level_at] * share
-            weights[0] += change * step
-            weights[level_at] = max(weights[level_at] - change * change * shrink, _MIN_VARIANCE)
-            change = weights[spread_at] * share
-            weights[mean_at] += change * step
-            weights[spread_at] = max(weights[spread_at] - change * change * shrink, _MIN_VARIANCE)
-        in_late = reused and end_s >= border
-        for i, seen, e in ((low, reused and not in_late, early), (high, in_late, late)):
-            change = base_variance[i]
-            base[i] += change * max((1.0 if seen else 0.0) - e, _MIN_RESIDUAL) * gain
-            base_variance[i] = max(change - change * change * e * gain, _MIN_VARIANCE)
+def _density(rates: list[float], age_s: float) -> float:
+    """Return the density at `age_s` of what has these `rates` in all age bins."""
+    if age_s >= BIN_EDGES[-1]:  # older than all that is told apart: as at the end, and falling with age
+        return rates[-1] * BIN_EDGES[-1] / age_s
+    left, idle_s, best = 1.0, 0.0, 0.0
+    start = age_s
+    for i in range(bin_of(age_s), NUM_BINS):
+        end = BIN_EDGES[i + 1]
+        survival = left * exp(rates[i] * (start - end))
+        idle_s += 0.5 * (left + survival) * (end - start)
+        left, start = survival, end
+        earned = 1.0 - survival
+        if earned > best * idle_s:
+            best = earned / idle_s
+        elif best * idle_s > 1.0:
+            break
+    return best

@@ -34,8 +34,11 @@ class Retentions:
     def __call__(self) -> Ttl:
         return Ttl(self)
 
-    def on_match(self, chain: Chain, table: BlockTable, now: float) -> None:
+    def on_advance(self, now: float) -> None:
         self.now = now
+
+    def on_match(self, chain: Chain, table: BlockTable) -> None:
+        pass
 
     def cuts(self, table: BlockTable) -> Iterator[int]:
         for retention in table.use.retention if table.use is not None else ():
@@ -43,10 +46,9 @@ class Retentions:
             if retention.end is not None:
                 yield retention.end
 
-    def on_free(self, table: BlockTable, now: float) -> None:
-        self.now = now
+    def on_free(self, table: BlockTable) -> None:
         for retention in table.use.retention if table.use is not None else ():
-            until = inf if retention.duration_s is None else now + retention.duration_s
+            until = inf if retention.duration_s is None else self.now + retention.duration_s
             for run in table.runs():
                 if run.start >= retention.start and (retention.end is None or run.end <= retention.end):
                     run.note = (retention.priority, until)
