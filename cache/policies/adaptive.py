@@ -72,6 +72,7 @@ class Adaptive:
         self._due: list[tuple[float, int, Phase]] = []  # heap by when they enter another age bin
         self._expiring: list[tuple[float, int, Visit]] = []  # heap by when something is retained no longer
         self._num_pushed = 0
+        self._changed: dict[Visit, None] = {}  # what they are worth has to be found anew
         self._kinds: dict[str | bytes, int] = {}  # of tenants and of published prefixes
         self._num_tails = self._num_used_tails = 1  # continued visits, and those of them whose last block was used
 
@@ -85,16 +86,13 @@ class Adaptive:
         self.now = now
         if self._unanswered:
             self._note_answers()
-        ready: dict[Visit, None] = {}
         for _ in range(_MAX_AT_ONCE):
             if not self._due or self._due[0][0] > now:
                 break
-            phase = heappop(self._due)[2]
-            if self._grow_older(phase):
-                ready[phase.visit] = None
+            self._grow_older(heappop(self._due)[2])
         while self._expiring and self._expiring[0][0] <= now:
-            ready[heappop(self._expiring)[2]] = None
-        self._appraise([visit for visit in ready if visit.leaf is not None and not visit.is_over])
+            self._changed[heappop(self._expiring)[2]] = None
+        self._appraise_changed()
 
     def on_match(self, chain: Chain, table: BlockTable) -> None:
         last: Visit | None = table.last.note if table.last is not None else None
@@ -124,8 +122,8 @@ class Adaptive:
             self._releasing = None
             return
         if visit.tail:  # a preempted sequence: what it left idle then it has used itself
-            visit.is_open = False
-            again = table.visit = Visit(visit.session, visit.size, visit.use, visit.features)
+            visit.is_open, visit.use = False, None
+            again = table.visit = Visit(visit.session, visit.size, table.use, visit.features)
             again.retentions = visit.retentions
             visit = again
         num_prompt, visit.size = visit.size, table.num_published
@@ -178,8 +176,10 @@ class Adaptive:
         ages_s = [max(0.0, self.now - phase.since) for phase in phases]
         return self._model.densities([phase.row for phase in phases], ages_s)
 
-    def _appraise(self, visits: list[Visit]) -> None:
-        """Give the leaves of `visits` their places in their orders."""
+    def _appraise_changed(self) -> None:
+        """Give the leaves of the visits that have changed their places in their orders."""
+        visits = [visit for visit in self._changed if visit.leaf is not None and not visit.is_over]
+        self._changed.clear()
         if not visits:
             return
         for visit, worth in zip(visits, self._worths(visits), strict=True):
@@ -211,12 +211,10 @@ class Adaptive:
         """From `since` on, `row` is what is known of `visit`."""
         visit.phase = phase = Phase(visit, row, since)
         self._push_due(phase)
-        if visit.leaf is not None and not visit.is_over:
-            self._appraise([visit])
+        self._changed[visit] = None
 
-    def _grow_older(self, phase: Phase) -> bool:
-        """Let the model learn from the age zone of `phase` if it is over; return whether what its visit is worth has
-        changed with its age.
+    def _grow_older(self, phase: Phase) -> None:
+        """`phase` leaves its age bin: let the model learn from the age zone if that is over.
 
         A reuse is learned no earlier than its absence would be: else the model would think too well of long ages.
         """
@@ -230,10 +228,12 @@ class Adaptive:
             is_open = rest_s >= end_s
             if rest_s > start_s:
                 self._model.learn(phase.row, zone, min(end_s, rest_s), not is_open)
-        has_changed = visit.phase is phase and visit.leaf is not None and not visit.is_over
-        if is_open or has_changed:
+        if visit.phase is phase and visit.leaf is not None and not visit.is_over:
+            self._changed[visit] = None
             self._push_due(phase)
-        return has_changed
+        elif is_open:
+            phase.age_bin |= 1  # nobody asks for its worth: only the ends of zones matter
+            self._push_due(phase)
 
     def _push_due(self, phase: Phase) -> None:
         if phase.age_bin < NUM_BINS:
@@ -279,7 +279,7 @@ class Adaptive:
         unanswered = []
         for visit in self._unanswered:
             use = visit.use
-            if not visit.is_open or use is None:
+            if use is None:
                 continue
             if use.num_answer_tokens is not None:
                 self._answered(visit, self.now if use.answered_at is None else use.answered_at, use.num_answer_tokens)

@@ -134,15 +134,18 @@ class HazardModel:
         base, base_variance = self._bases[row.base], self._base_variances[row.base]
         low, high = 2 * zone, 2 * zone + 1
         start_s, border_s = BIN_EDGES[low], BIN_EDGES[high]
-        early = exp(min(base[low] + x, _MAX_LOG_RATE)) * (min(end_s, border_s) - start_s)
-        late = exp(min(base[high] + x, _MAX_LOG_RATE)) * (end_s - border_s) if end_s > border_s else 0.0
+        is_late = end_s >= border_s
+        early = exp(min(base[low] + x, _MAX_LOG_RATE)) * ((border_s if is_late else end_s) - start_s)
+        late = exp(min(base[high] + x, _MAX_LOG_RATE)) * (end_s - border_s) if is_late else 0.0
         expected = early + late
         total = float(shares @ change) + 0.5 * (base_variance[low] + base_variance[high])
         gain = 1.0 / (1.0 + expected * total)
         weights[at] = old + change * (max(reused - expected, _MIN_RESIDUAL) * gain)
-        variances[at] = np.maximum(variance - change * change * (expected * gain), _MIN_VARIANCE)
-        in_late = reused and end_s >= border_s
-        for i, seen, e in ((low, reused and not in_late, early), (high, in_late, late)):
+        change *= change
+        change *= -expected * gain
+        change += variance
+        variances[at] = np.maximum(change, _MIN_VARIANCE, out=change)
+        for i, seen, e in ((low, reused and not is_late, early), (high, reused and is_late, late)):
             v = base_variance[i]
             base[i] += v * max(seen - e, _MIN_RESIDUAL) * gain
             base_variance[i] = max(v - v * v * e * gain, _MIN_VARIANCE)
