@@ -310,7 +310,7 @@ def measure(kinds: list[type[Any]], num_blocks: int, rounds: int) -> list[dict[s
                     taken = time.thread_time()
                     system.release()
                     end = time.thread_time()
-                    if num_cached or kind == "miss":
+                    if kind == "miss" or num_cached == LENGTH - 1:
                         break
                 assert num_cached == (LENGTH - 1 if kind == "hit" else 0), (system.name, kind, num_cached)
                 times.setdefault((system.name, kind), []).append(taken - begin)

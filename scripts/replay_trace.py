@@ -1,7 +1,7 @@
 """The lab: what eviction policies make of a trace of requests, at any capacity, beside the clairvoyant optimum.
 
     python scripts/replay_trace.py cache --trace FILE... [--policy lru,optimum] [--capacity 1%,5%,10%,25%,50%]
-                                         [--json OUT] [--plot OUT.png]
+                                         [--jobs N] [--json OUT] [--plot OUT.png]
 
 A trace is JSON Lines, gzipped or not, one request per line: `t_ms`, `in_len`, `out_len` and `hash_ids`, the ids of the
 prompt's blocks, of which each stands for its block and all before it. It is replayed through the product's own cache
@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in args.trace:
             trace = load_trace(path)
             print(f"{trace.name}: {len(trace.requests):,} requests, {trace.num_distinct:,} distinct blocks", flush=True)
-            of_trace = [measure(trace, policy, capacity) for policy in args.policy for capacity in args.capacity]
+            of_trace = measure_all(trace, args.policy, args.capacity, args.jobs)
             print(render(of_trace), flush=True)
             rows += of_trace
     except (OSError, ValueError) as error:
@@ -61,6 +64,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     if args.plot:
         plot(rows, args.plot)
+
+
+def measure_all(
+    trace: Trace, policies: Sequence[str], capacities: Sequence[float | int], num_jobs: int = 1
+) -> list[Row]:
+    """Measure every policy at every capacity, in `num_jobs` processes."""
+    cells = [(policy, capacity) for policy in policies for capacity in capacities]
+    num_jobs = min(num_jobs, len(cells))
+    if num_jobs == 1:
+        return [measure(trace, *cell) for cell in cells]
+    fork = multiprocessing.get_context("fork")  # the trace is there then, and need not be sent
+    with ProcessPoolExecutor(num_jobs, fork, _traces.append, (trace,)) as pool:
+        return list(pool.map(_measure_cell, cells))
+
+
+_traces: list[Trace] = []  # in a process of `measure_all`: the one that it works on, at the end
+
+
+def _measure_cell(cell: tuple[str, float | int]) -> Row:
+    return measure(_traces[-1], *cell)
 
 
 def measure(trace: Trace, policy: str, capacity: float | int) -> Row:
@@ -150,6 +173,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--trace", nargs="+", type=Path, required=True, metavar="FILE")
     add("--policy", type=_policies, default=_policies("all"), metavar="NAME,...", help=f"all, or of {_names()}")
     add("--capacity", type=_capacities, default=_capacities("1%,5%,10%,25%,50%"), metavar="SHARE,...", help="5%%, 4096")
+    add("--jobs", type=_jobs, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
     add("--json", type=Path, metavar="OUT", help="write the rows as a JSON list")
     add("--plot", type=Path, metavar="OUT.png", help="draw them (needs matplotlib)")
     args = parser.parse_args(argv)
@@ -170,6 +194,12 @@ def _policies(text: str) -> list[str]:
         if name != OPTIMUM and name.removesuffix(HINTED) not in POLICIES:
             raise argparse.ArgumentTypeError(f"there is no policy {name!r}; choose of {_names()}")
     return names
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes; give 1 or more")
+    return int(text)
 
 
 def _capacities(text: str) -> list[float | int]:

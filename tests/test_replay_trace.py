@@ -137,7 +137,7 @@ def test_the_command_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pyte
         "--capacity",
         "5%,25%,30",
     ]
-    replay_trace.main([*command, "--json", str(out)])
+    replay_trace.main([*command, "--json", str(out), "--jobs", "2"])
     rows = json.loads(out.read_text())
     assert len(rows) == 2 * 4 * 3
     assert all(set(row) == FIELDS for row in rows)
@@ -152,6 +152,9 @@ def test_the_command_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pyte
             assert row["block_hit_rate"] == pytest.approx(hits / trace.num_blocks)
     assert [row["capacity_blocks"] for row in rows if (row["trace"], row["policy"]) == ("one", "lru")][2] == 30
     printed = capsys.readouterr().out
+    replay_trace.main([*command, "--json", str(out), "--jobs", "1"])
+    alone = json.loads(out.read_text())
+    assert [row | {"cpu_us_per_request": None} for row in alone] == [row | {"cpu_us_per_request": None} for row in rows]
     for row in rows:
         assert f"{100 * row['block_hit_rate']:8.1f}" in printed
     assert "share of the gap" in printed
@@ -170,6 +173,7 @@ def test_the_share_of_the_gap_is_from_lru_to_the_optimum() -> None:
         (["--capacity", "5%,0"], "'0' is no capacity"),
         (["--capacity", "120%"], "'120%' is no capacity"),
         (["--capacity", "much"], "'much' is no capacity"),
+        (["--jobs", "0"], "'0' is no number of processes"),
     ],
 )
 def test_senseless_arguments_are_refused(

@@ -44,12 +44,12 @@ _MAX_LOG_RATE = 3.0
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """A description as the model reads it: which base, which weights in the first zone, how far those are from the same
-    in the next one, and their shares; levels first, then the zone's."""
+    """A description as the model reads it: which base; the places of its weights, the levels and then those of the
+    first zone; per zone how far from there they are; and their shares."""
 
     base: int
     at: NDArray[np.intp]
-    stride: NDArray[np.intp]
+    offsets: list[NDArray[np.intp]]
     shares: Floats
 
 
@@ -69,7 +69,8 @@ class HazardModel:
         self._variances[0] = _LEVEL_VARIANCE
         self._variances[:, :num_bases] = _MIN_VARIANCE
         self._variances[0, :num_bases] = _COMMON_VARIANCE
-        self._strides: dict[int, NDArray[np.intp]] = {}
+        self._flat_weights, self._flat_variances = self._weights.reshape(-1), self._variances.reshape(-1)  # views
+        self._offsets: dict[int, list[NDArray[np.intp]]] = {}
         self._bases = [[log(0.5 / (edge + _PRIOR_S)) for edge in BIN_EDGES[:-1]] for _ in range(num_bases)]
         self._base_variances = [[_BASE_VARIANCE] * NUM_BINS for _ in range(num_bases)]
 
@@ -89,10 +90,11 @@ class HazardModel:
 
     def row(self, description: Description, base: int = 0) -> Row:
         nodes, shares = zip((base, 1.0), *description, strict=True)
-        if len(nodes) not in self._strides:
-            self._strides[len(nodes)] = np.array([0] * len(nodes) + [self._num_nodes] * len(nodes))
+        if len(nodes) not in self._offsets:
+            stride = np.array([0] * len(nodes) + [self._num_nodes] * len(nodes))
+            self._offsets[len(nodes)] = [zone * stride for zone in range(NUM_ZONES)]
         at = np.array([*nodes, *(self._num_nodes + node for node in nodes)])
-        return Row(base, at, self._strides[len(nodes)], np.array(shares + shares))
+        return Row(base, at, self._offsets[len(nodes)], np.array(shares + shares))
 
     def believe(self, feature: int, value: int, mean: float) -> None:
         """Start with `mean` for what kind `value` does to the logarithm of the rate."""
@@ -126,8 +128,8 @@ class HazardModel:
 
     def learn(self, row: Row, zone: int, end_s: float, reused: bool) -> None:
         """Learn that what `row` describes was idle in `zone` up to the age `end_s`, and whether it was reused then."""
-        at, shares = row.at + zone * row.stride, row.shares
-        weights, variances = self._weights.reshape(-1), self._variances.reshape(-1)
+        at, shares = row.at + row.offsets[zone], row.shares
+        weights, variances = self._flat_weights, self._flat_variances
         old, variance = weights[at], variances[at]
         change = variance * shares
         x = float(shares @ old)
