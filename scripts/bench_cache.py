@@ -2,13 +2,14 @@
 
     python scripts/bench_cache.py [--peer-dir FOLDER] [--sizes 10000,100000,1000000] [--rounds 31] [--json FILE]
 
-A pool is filled with published, idle prompts of 256 blocks of 16 tokens. Then, in turns and in one process, every
-system takes a prompt that is resident (hit) and one that is new (miss, so that 256 blocks are evicted): match +
-allocate + publish is timed. Timed by themselves are the release that follows, and the upkeep before it: what `adaptive`
-learns and appraises between requests, which come every `SECONDS_PER_PROMPT` here. CPU time of the thread, so that what
-else the machine does counts little; medians over rounds, fewer for a system that takes more than `BUDGET_S`. "evict" is
-asked for directly: 256 blocks at a time, per block. Bytes of bookkeeping per block are what `tracemalloc` sees grow
-while 10^5 blocks are filled (token ids that the cache keeps included), plus the storage of tensors kept.
+Pools are filled with published, idle prompts of 256 blocks of 16 tokens. Then, in turns and in one process, every
+system over every pool takes a prompt that is resident (hit) and one that is new (miss, so that 256 blocks are evicted):
+match + allocate + publish is timed. Timed by themselves are the release that follows, and the upkeep before it: what
+`adaptive` learns and appraises between requests, which come every `SECONDS_PER_PROMPT` here. CPU time of the thread, so
+that what else the machine does counts little; medians over rounds, also of the ratios between pools; fewer rounds for a
+system that takes more than `BUDGET_S`. "evict" is asked for directly: 256 blocks at a time, per block. Bytes of
+bookkeeping per block are what `tracemalloc` sees grow while 10^5 blocks are filled (token ids that the cache keeps
+included), plus the storage of tensors kept.
 
 `kvasir`, with the default policy, is handed prefix hashes, as a worker is by the gateway; `kvasir + hash` also computes
 them, which the other two do in some way as well, and is what they should be compared with. Peers are read from
@@ -31,6 +32,7 @@ import sys
 import time
 import tracemalloc
 from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol
@@ -281,60 +283,90 @@ def fill(systems: list[System], num_blocks: int, prompts: Prompts) -> deque[Toke
     for _ in range(num_blocks // LENGTH + 4):
         tokens = prompts.next()
         for system in systems:
-            system.upkeep()
-            system.take(system.prepare(tokens))
-            system.release()
+            use(system, tokens)
         recent.append(tokens)
     return recent
 
 
-def measure(kinds: list[type[Any]], num_blocks: int, rounds: int) -> list[dict[str, Any]]:
-    systems: list[System] = [kind(num_blocks) for kind in kinds]
-    prompts = Prompts()
-    recent = fill(systems, num_blocks, prompts)
+@dataclass(slots=True)
+class Entry:
+    """One system over one pool, and how long it took, in seconds: per kind of work, one figure per round."""
+
+    system: System
+    num_blocks: int
+    recent: deque[Tokens]
+    prompts: Prompts
+    times: dict[str, list[float]] = field(default_factory=dict)
+
+    def measure(self, hit: Tokens, miss: Tokens) -> None:
+        for kind, tokens in (("hit", hit), ("miss", miss)):
+            if sum(self.times.get(kind, ())) < BUDGET_S:
+                self._measure(kind, tokens)
+        begin = time.thread_time()
+        if self.system.evict(LENGTH):
+            self._note("evict", (time.thread_time() - begin) / LENGTH)
+            use(self.system, self.prompts.next())
+
+    def _measure(self, kind: str, tokens: Tokens) -> None:
+        system, prompt = self.system, self.system.prepare(tokens)
+        expected = LENGTH - 1 if kind == "hit" else 0
+        for _ in range(2):  # once more if a policy has let go of what was to be hit: it is resident then
+            start = time.thread_time()
+            system.upkeep()
+            begin = time.thread_time()
+            num_cached = system.take(prompt)
+            taken = time.thread_time()
+            system.release()
+            end = time.thread_time()
+            if num_cached == expected:
+                break
+        assert num_cached == expected, (system.name, kind, num_cached)
+        self._note(kind, taken - begin)
+        self._note("release", end - taken)
+        self._note("upkeep", begin - start)
+
+    def _note(self, kind: str, seconds: float) -> None:
+        self.times.setdefault(kind, []).append(seconds)
+
+    def row(self, base: Entry, bytes_per_block: float) -> dict[str, Any]:
+        """Return the medians, and the ratios to `base`, another pool of the same system: medians over rounds, too."""
+        times = {f"{kind}_us": 1e6 * statistics.median(values) for kind, values in self.times.items()}
+        ratios = {
+            f"{kind}_ratio": statistics.median(x / y for x, y in zip(self.times[kind], base.times[kind], strict=False))
+            for kind in ("hit", "miss")
+        }
+        return {
+            "system": self.system.name,
+            "num_blocks": self.num_blocks,
+            **times,
+            **ratios,
+            "bytes_per_block": bytes_per_block,
+        }
+
+
+def use(system: System, tokens: Tokens) -> None:
+    system.upkeep()
+    system.take(system.prepare(tokens))
+    system.release()
+
+
+def measure(kinds: list[type[Any]], sizes: list[int], rounds: int) -> list[Entry]:
+    """Measure all systems over pools of all `sizes` in turns: what the machine does meanwhile hits them alike."""
+    entries: list[Entry] = []
+    for num_blocks in sizes:
+        systems: list[System] = [kind(num_blocks) for kind in kinds]
+        prompts = Prompts()
+        recent = fill(systems, num_blocks, prompts)
+        entries += [Entry(system, num_blocks, recent, prompts) for system in systems]
     gc.collect()
     gc.freeze()  # as a worker does when it is ready
-    times: dict[tuple[str, str], list[float]] = {}
     for turn in range(rounds):
-        hit, miss = recent[turn % len(recent)], prompts.next()
-        for system in systems[turn % len(systems) :] + systems[: turn % len(systems)]:
-            for kind, tokens in (("hit", hit), ("miss", miss)):
-                if sum(times.get((system.name, kind), ())) > BUDGET_S:
-                    continue
-                prompt = system.prepare(tokens)
-                for _ in range(2):  # once more if a policy has let go of what was to be hit: it is resident then
-                    start = time.thread_time()
-                    system.upkeep()
-                    begin = time.thread_time()
-                    num_cached = system.take(prompt)
-                    taken = time.thread_time()
-                    system.release()
-                    end = time.thread_time()
-                    if kind == "miss" or num_cached == LENGTH - 1:
-                        break
-                assert num_cached == (LENGTH - 1 if kind == "hit" else 0), (system.name, kind, num_cached)
-                times.setdefault((system.name, kind), []).append(taken - begin)
-                times.setdefault((system.name, "release"), []).append(end - taken)
-                times.setdefault((system.name, "upkeep"), []).append(begin - start)
-            begin = time.thread_time()
-            if system.evict(LENGTH):
-                times.setdefault((system.name, "evict"), []).append((time.thread_time() - begin) / LENGTH)
-                system.upkeep()
-                system.take(system.prepare(prompts.next()))
-                system.release()
+        prompts_of = {e.num_blocks: (e.recent[turn % len(e.recent)], e.prompts.next()) for e in entries[:: len(kinds)]}
+        first = turn % len(entries)
+        for entry in entries[first:] + entries[:first]:
+            entry.measure(*prompts_of[entry.num_blocks])
     gc.unfreeze()
-    return [
-        {
-            "system": system.name,
-            "num_blocks": num_blocks,
-            **{
-                f"{kind}_us": 1e6 * statistics.median(values)
-                for (name, kind), values in times.items()
-                if name == system.name
-            },
-        }
-        for system in systems
-    ]
+    return entries
 
 
 def weigh(kind: type[Any], num_blocks: int) -> float:
@@ -384,20 +416,17 @@ def main() -> None:
         f"{'evict/block':>12} {'bytes/block':>12}"
     )
     rows: list[dict[str, Any]] = []
-    first: dict[str, dict[str, Any]] = {}
-    for num_blocks in map(int, args.sizes.split(",")):
-        for row in measure(kinds, num_blocks, args.rounds):
-            base = first.setdefault(row["system"], row)
-            row |= {"bytes_per_block": weights[row["system"]]}
-            row |= {f"{kind}_ratio": row[f"{kind}_us"] / base[f"{kind}_us"] for kind in ("hit", "miss")}
-            evict = f"{row['evict_us']:.2f}" if "evict_us" in row else "in miss"
-            cells = [f"{row[f'{kind}_us']:9.0f} (x{row[f'{kind}_ratio']:.2f})" for kind in ("hit", "miss")]
-            print(
-                f"{row['system']:17} {num_blocks:8} {cells[0]:>17} {cells[1]:>17} {row['release_us']:8.0f} "
-                f"{row['upkeep_us']:7.0f} {evict:>12} {row['bytes_per_block']:12.0f}"
-            )
-            rows.append(row)
-        gc.collect()
+    first: dict[str, Entry] = {}
+    for entry in measure(kinds, sorted(map(int, args.sizes.split(","))), args.rounds):
+        name = entry.system.name
+        row = entry.row(first.setdefault(name, entry), weights[name])
+        evict = f"{row['evict_us']:.2f}" if "evict_us" in row else "in miss"
+        cells = [f"{row[f'{kind}_us']:9.0f} (x{row[f'{kind}_ratio']:.2f})" for kind in ("hit", "miss")]
+        print(
+            f"{name:17} {entry.num_blocks:8} {cells[0]:>17} {cells[1]:>17} {row['release_us']:8.0f} "
+            f"{row['upkeep_us']:7.0f} {evict:>12} {row['bytes_per_block']:12.0f}"
+        )
+        rows.append(row)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

@@ -8,9 +8,10 @@ import pytest
 
 from cache.block_table import BlockTable, Chain
 from cache.ownership import Quota
-from cache.policies import DEFAULT_POLICY, POLICIES, make
+from cache.policies import DEFAULT_POLICY, POLICIES, adaptive, make
 from cache.policies.adaptive import Adaptive
 from cache.policies.gdsf import Gdsf
+from cache.policies.hazard import NUM_ZONES, HazardModel, Row
 from cache.policies.sieve import Sieve
 from cache.policies.ttl import Ttl
 from cache.policies.visits import Visit
@@ -393,6 +394,35 @@ def test_adaptive_takes_a_preempted_request_for_one_visit_with_one_answer() -> N
     assert (visit.answered_at, visit.session.turn) == (3.0, 1)
     assert visit.session.mean_answer == pytest.approx(10.0)
     cache.free(held)
+
+
+def test_adaptive_learns_a_bounded_amount_when_time_advances_and_nothing_while_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learned: list[int] = []
+    learn = HazardModel.learn
+
+    def count(model: HazardModel, row: Row, zone: int, end_s: float, reused: bool) -> None:
+        learned.append(zone)
+        learn(model, row, zone, end_s, reused)
+
+    monkeypatch.setattr(HazardModel, "learn", count)
+    monkeypatch.setattr(adaptive, "_MAX_AT_ONCE", 50)
+    monkeypatch.setattr(adaptive, "_MAX_DUE", 100)
+    cache = make_cache("adaptive", 256)
+    for token in range(200):
+        use(cache, token)
+    assert not learned
+    now, most = 10_000.0, 0
+    for _ in range(2_000):  # a long rest, then step by step
+        before = len(learned)
+        cache.advance(now)
+        most = max(most, len(learned) - before)
+        now += 0.01
+    assert 0 < most <= 50
+    assert sorted(learned) == sorted(100 * list(range(NUM_ZONES)))  # of the first hundred, in every zone; no others
+    assert cache.evict(200) == 200
+    cache.check_integrity([])
 
 
 def test_a_worker_evicts_by_the_policy_it_was_given() -> None:

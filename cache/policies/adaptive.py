@@ -35,6 +35,8 @@ from cache.run import Run
 if TYPE_CHECKING:
     from cache.block_table import BlockTable, Chain
 
+# The features. An answer that is not complete has an expected length and a phase, one that is has a length, and its ratio
+# to the conversation's usual one.
 _TURN, _FIRST, _MORE, _KNOWN, _LAST_REST, _MEAN_REST, _TENANT, _PREFIX, _HINT, _EXPECTED, _PHASE, _ANSWER, _RATIO = (
     range(13)
 )
@@ -45,7 +47,7 @@ _HINTS: dict[Hint, int] = {"one_shot": 1, "open": 2, "closing": 3}
 _BELIEFS: dict[Hint, float] = {"one_shot": -2.0, "open": 0.5, "closing": -2.0}
 _USUAL = 20.0  # what the ratio of an answer's length to the usual one is multiplied by: the scale begins at 1
 _GHOSTS_PER_BLOCK = 4
-_MAX_GHOSTS = 1 << 18
+_MAX_GHOSTS = 1 << 17
 _MAX_AT_ONCE = 512  # phases that grow older in one step: after a long rest the others have to wait for the next ones
 _MAX_DUE = 1 << 15  # where more than these grow older, the model learns from some visits only: they are a fair sample
 _LATE = 1.4  # past the last age bin, a visit is appraised anew when it is so much older
@@ -55,8 +57,8 @@ _CHEAP = 0.8  # a last block that is used again in less than this share of conti
 class Adaptive:
     """What the orders of one cache of `num_blocks` blocks of `block_size` tokens share.
 
-    Remembers at most four hashes per block, of evicted blocks too, and not many more than `_MAX_DUE` visits: at most
-    some 100 MB.
+    Remembers at most four hashes per block, of evicted blocks too, and not many more than `_MAX_DUE` visits of some 2 KB:
+    at most 150 MB beside those of what is resident.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
