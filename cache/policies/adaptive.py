@@ -35,8 +35,8 @@ from cache.run import Run
 if TYPE_CHECKING:
     from cache.block_table import BlockTable, Chain
 
-# The features. An answer that is not complete has an expected length and a phase, one that is has a length, and its ratio
-# to the conversation's usual one.
+# The features. An answer that is not complete has an expected length and a phase; one that is, a length and a ratio to
+# the conversation's usual length.
 _TURN, _FIRST, _MORE, _KNOWN, _LAST_REST, _MEAN_REST, _TENANT, _PREFIX, _HINT, _EXPECTED, _PHASE, _ANSWER, _RATIO = (
     range(13)
 )
@@ -57,8 +57,8 @@ _CHEAP = 0.8  # a last block that is used again in less than this share of conti
 class Adaptive:
     """What the orders of one cache of `num_blocks` blocks of `block_size` tokens share.
 
-    Remembers at most four hashes per block, of evicted blocks too, and not many more than `_MAX_DUE` visits of some 2 KB:
-    at most 150 MB beside those of what is resident.
+    Remembers at most four hashes per block, of evicted blocks too, and not many more than `_MAX_DUE` visits of 2 KB: at
+    most 150 MB beside those of what is resident.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
