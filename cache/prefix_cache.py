@@ -74,6 +74,11 @@ class PrefixCache:
         """
         return self.pool.num_free + self._owners.num_takable
 
+    @property
+    def num_unused(self) -> int:
+        """How many blocks are free or idle, whoever may take them."""
+        return self.pool.num_free + self._owners.num_idle
+
     def reserve_of(self, owner: str) -> int:
         """Return how many blocks `allocate` can hand to `owner` beyond `num_available`: idle ones within his floor."""
         order = self._owners.order_of(owner)

@@ -18,7 +18,10 @@ _WORKER_GAUGES = {
     "running": ("running", "Sequences running, as the worker last said."),
     "waiting": ("waiting", "Sequences waiting inside the worker."),
     "blocks": ("num_blocks", "KV blocks."),
-    "free_blocks": ("num_free_blocks", "KV blocks that are free or can be evicted."),
+    "free_blocks": (
+        "num_free_blocks",
+        "KV blocks that no request uses: free ones, and idle ones with cached contents.",
+    ),
     "pinned_blocks": ("num_pinned_blocks", "KV blocks of pinned prefixes."),
     "index_blocks": ("num_index_blocks", "Blocks that the gateway's prefix index knows of."),
     "prefill_tokens_per_second": ("prefill_tokens_per_s", "Learned prefill rate."),

@@ -236,7 +236,7 @@ class Output(Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class Load(Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """A worker after a step. `num_free_blocks` counts free and evictable blocks; `pending_tokens` are uncached prompt
+    """A worker after a step. `num_free_blocks` counts blocks that no request uses; `pending_tokens` are uncached prompt
     tokens still to be computed; the last three describe this step alone and teach the gateway the worker's rates."""
 
     num_running: Count = 0

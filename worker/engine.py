@@ -367,7 +367,7 @@ class Engine:
         load = Load(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
-            num_free_blocks=self._cache.num_available,
+            num_free_blocks=self._cache.num_unused,
             pending_tokens=plan.num_pending,
             num_prefill_tokens=num_prefill,
             num_decode_tokens=plan.num_decodes,
