@@ -277,6 +277,20 @@ def test_what_is_retained_goes_by_priority_until_the_time_is_over(policy: str) -
     assert victims(cache, 1, 5, 6) == [1]
 
 
+def test_adaptive_keeps_what_an_earlier_turn_asked_to_retain_until_the_time_is_over() -> None:
+    cache = make_cache("adaptive", 8)
+    use(cache, 1, 2, retention=(Retention(priority=90, duration_s=10.0),))
+    cache.advance(1.0)
+    use(cache, 1, 2, 3, hint="one_shot")  # the conversation goes on and asks for nothing more
+    cache.advance(9.9)
+    use(cache, 5)
+    use(cache, 6)
+    assert victims(cache, 5, 6) == [5] and is_resident(cache, 1, 2, 3)
+    cache.advance(10.1)
+    assert cache.evict(1) == 1
+    assert is_resident(cache, 6) and not is_resident(cache, 1, 2, 3)
+
+
 def test_ttl_keeps_only_the_blocks_in_the_range_and_forgets_them_with_their_contents() -> None:
     cache = make_cache("ttl", 8)
     use(cache, 1, 2, 3, retention=(Retention(0, 2, 80),))

@@ -132,9 +132,9 @@ class Adaptive:
         visit.released_at = now
         visit.is_open = table.last is not None and len(self._due) < _MAX_DUE
         asked = [(kept, inf if kept.duration_s is None else now + kept.duration_s) for kept in _asked(table)]
-        for until in {until for _, until in asked if until < inf}:
-            heappush(self._expiring, (until, self._push(), visit))
         visit.retentions = visit.retentions + asked
+        for until in {until for _, until in visit.retentions if until < inf}:
+            heappush(self._expiring, (until, self._push(), visit))
         self._ghosts.add(visit, table)
         use = visit.use
         if use is None or use.num_answer_tokens is not None:
