@@ -70,7 +70,8 @@ class System(Protocol):
     def prepare(self, tokens: Tokens) -> Any:
         """Return the prompt in the form that `take` likes."""
 
-    def upkeep(self) -> None: ...
+    def upkeep(self) -> None:
+        """Let time pass, and do what the system does meanwhile."""
 
     def take(self, prompt: Any) -> int:
         """Return how many blocks were found resident."""

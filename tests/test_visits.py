@@ -1,8 +1,9 @@
-"""Visits are known again by few blocks: against looking every block up, in random conversations."""
+"""Visits are known again by few blocks, in random conversations."""
 
 from __future__ import annotations
 
 import random
+from os.path import commonprefix
 
 import pytest
 
@@ -54,18 +55,19 @@ def test_who_goes_on_is_known_by_all_of_it(size: int) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_the_deepest_block_that_is_remembered_is_found_where_it_is_near_the_end_of_a_visit(seed: int) -> None:
     rng, ghosts = random.Random(seed), Ghosts(10_000)
-    seen: list[tuple[list[int], Visit]] = []
+    seen: list[list[int]] = []
     for _ in range(60):
-        base = rng.choice(seen)[0] if seen and rng.random() < 0.7 else []
+        base = rng.choice(seen) if seen and rng.random() < 0.7 else []
         shared = base[: rng.randrange(len(base) + 1)] if rng.random() < 0.5 else base
         tokens = [*shared, *(rng.randrange(1000, 9999) for _ in range(rng.randrange(1, 30)))]
         chain = make_chain(tokens)
         ghost, depth = ghosts.find(chain, 0)
-        common = [(sum(1 for _ in _common(tokens, other)), len(other)) for other, _ in seen]
+        common = [(len(commonprefix([tokens, other])), len(other)) for other in seen]
         whole = max((num for num, size in common if num == size), default=0)
         assert whole <= depth <= max((num for num, _ in common), default=0)
         assert (ghost is None) == (depth == 0)
-        seen.append((tokens, remember(ghosts, tokens)))
+        remember(ghosts, tokens)
+        seen.append(tokens)
 
 
 def test_the_oldest_are_forgotten_and_nothing_is_learned_from_them() -> None:
@@ -78,11 +80,3 @@ def test_the_oldest_are_forgotten_and_nothing_is_learned_from_them() -> None:
     assert ghosts.find(make_chain([0, 1, 2, 3, 4]), 0) == (None, 0)
     assert ghosts.find(make_chain([500, 501, 502, 503, 504]), 0) == (visits[5], 5)
     assert [visit.is_open for visit in visits] == [False, False, False, True, True, True]
-
-
-def _common(tokens: list[int], other: list[int]) -> list[int]:
-    """Return what `tokens` and `other` begin with alike."""
-    count = next(
-        (i for i, (x, y) in enumerate(zip(tokens, other, strict=False)) if x != y), min(len(tokens), len(other))
-    )
-    return tokens[:count]

@@ -213,7 +213,8 @@ class Adaptive:
         """From `since` on, `row` is what is known of `visit`."""
         visit.phase = phase = Phase(visit, row, since)
         self._push_due(phase)
-        self._changed[visit] = None
+        if visit.leaf is not None:  # else `on_leaf` will ask what it is worth
+            self._changed[visit] = None
 
     def _grow_older(self, phase: Phase) -> None:
         """`phase` leaves its age bin: let the model learn from the age zone if that is over.

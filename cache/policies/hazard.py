@@ -89,6 +89,7 @@ class HazardModel:
         return [(self._first[feature] + value % _NUM_NODES, 1.0)]
 
     def row(self, description: Description, base: int = 0) -> Row:
+        """Return `description`, of a visit of the class `base`, in the form that is learned from and asked about."""
         nodes, shares = zip((base, 1.0), *description, strict=True)
         if len(nodes) not in self._offsets:
             stride = np.array([0] * len(nodes) + [self._num_nodes] * len(nodes))
@@ -174,6 +175,6 @@ def _density(rates: list[float], age_s: float) -> float:
         earned = 1.0 - survival
         if earned > best * idle_s:
             best = earned / idle_s
-        elif best * idle_s > 1.0:
+        elif best * idle_s > 1.0:  # not even certainty would be better from here on
             break
     return best
