@@ -57,8 +57,8 @@ _CHEAP = 0.8  # a last block that is used again in less than this share of conti
 class Adaptive:
     """What the orders of one cache of `num_blocks` blocks of `block_size` tokens share.
 
-    Remembers at most four hashes per block, of evicted blocks too, and not many more than `_MAX_DUE` visits of 2 KB: at
-    most 150 MB beside those of what is resident.
+    Remembers at most four hashes per block, of evicted blocks too, and a bounded number of visits, some 2 KB each,
+    beside those of what is resident.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
