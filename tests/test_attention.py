@@ -222,31 +222,6 @@ def test_forgotten_and_absent_sequences_give_their_memory_back() -> None:
     attention.forget(99)  # unknown keys are no error: the engine forgets whatever ends
 
 
-def test_working_set_costs_little_more_than_contiguous_decode_and_less_than_a_gather() -> None:
-    """A coarse guard; scripts/bench_attention.py measures. Bytes moved decide, so ratios hold on a busy machine."""
-    import time
-
-    config = make_config((None, None))
-    torch.set_num_threads(1)
-    lengths = [280] * 16
-    ours, plain = (Harness(config, path, 16) for path in (WorkingSetAttention(config), GatherAttention(config)))
-    seconds = {}
-    for name, harness in (("ours", ours), ("gather", plain)):
-        harness.kv.data.normal_()
-        harness.lengths = list(lengths)
-        slices = [SequenceSlice(i, [0], 280, table, 0) for i, table in enumerate(harness.tables)]
-        batch = pack(slices, harness.attention.arrange(slices, harness.kv), [], BLOCK_SIZE, harness.kv.data.device)
-        harness.attention.begin(batch, harness.kv)
-        q, k, v = harness.heads(16)
-        times = []
-        for _ in range(30):
-            begin = time.perf_counter()
-            harness.attention.attend(0, q, k, v, harness.kv)
-            times.append(time.perf_counter() - begin)
-        seconds[name] = min(times)
-    assert seconds["ours"] < seconds["gather"]
-
-
 def test_fused_attention_sees_what_the_mask_says() -> None:
     """The assumption behind all paths: `scaled_dot_product_attention` reads an expanded head as if it were repeated."""
     q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 1, 7, 8), torch.randn(2, 1, 7, 8)
