@@ -9,8 +9,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 
-from cache.run import BLOCK_IDS
-from protocol.errors import KvasirError
+from kvasir.cache.run import BLOCK_IDS
+from kvasir.protocol.errors import KvasirError
 
 PUBLIC = "public"
 """Owner of the blocks of published prefixes; tenants' blocks are owned by the tenant's name."""

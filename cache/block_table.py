@@ -6,11 +6,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from cache.block_pool import PUBLIC
-from cache.policy import Use
-from cache.run import Run
-from protocol.prefix import extend_chain, split_hashes
-from protocol.tokens import TOKEN_BYTES, pack_tokens
+from kvasir.cache.block_pool import PUBLIC
+from kvasir.cache.policy import Use
+from kvasir.cache.run import Run
+from kvasir.protocol.prefix import extend_chain, split_hashes
+from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens
 
 
 @dataclass(slots=True)

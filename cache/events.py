@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from protocol.prefix import HASH_BYTES, split_hashes
+from kvasir.protocol.prefix import HASH_BYTES, split_hashes
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cache.block_pool import PUBLIC, IntegrityError
-from cache.policy import Policy, PolicyFactory
-from cache.run import Run
-from protocol.errors import BadRequest
+from kvasir.cache.block_pool import PUBLIC, IntegrityError
+from kvasir.cache.policy import Policy, PolicyFactory
+from kvasir.cache.run import Run
+from kvasir.protocol.errors import BadRequest
 
 _NEVER = 1 << 62
 

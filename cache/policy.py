@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from cache.block_table import BlockTable, Chain
-    from cache.run import Run
+    from kvasir.cache.block_table import BlockTable, Chain
+    from kvasir.cache.run import Run
 
 Hint = Literal["one_shot", "open", "closing"]
 """What a client may say about a request: nothing follows it, the conversation goes on, this was its last turn."""

@@ -20,15 +20,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from cache.block_pool import PUBLIC, BlockPool, IntegrityError
-from cache.block_table import BlockTable, Chain
-from cache.events import EventLog, Stored
-from cache.ownership import Account, Owners, OwnerStatistics, Quota, check_quotas
-from cache.policies.lru import Lru
-from cache.policy import Observer, PolicyFactory
-from cache.run import BLOCK_IDS, Run
-from cache.run_tree import RunTree
-from protocol.tokens import TOKEN_BYTES
+from kvasir.cache.block_pool import PUBLIC, BlockPool, IntegrityError
+from kvasir.cache.block_table import BlockTable, Chain
+from kvasir.cache.events import EventLog, Stored
+from kvasir.cache.ownership import Account, Owners, OwnerStatistics, Quota, check_quotas
+from kvasir.cache.policies.lru import Lru
+from kvasir.cache.policy import Observer, PolicyFactory
+from kvasir.cache.run import BLOCK_IDS, Run
+from kvasir.cache.run_tree import RunTree
+from kvasir.protocol.tokens import TOKEN_BYTES
 
 
 @dataclass(frozen=True, slots=True)

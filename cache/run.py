@@ -10,10 +10,10 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from protocol.prefix import HASH_BYTES
+from kvasir.protocol.prefix import HASH_BYTES
 
 if TYPE_CHECKING:
-    from cache.ownership import Order
+    from kvasir.cache.ownership import Order
 
 BLOCK_IDS = "i"
 """Type code of arrays of block ids."""

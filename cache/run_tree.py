@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from cache.block_pool import IntegrityError
-from cache.run import Key, Run
-from protocol.prefix import HASH_BYTES
+from kvasir.cache.block_pool import IntegrityError
+from kvasir.cache.run import Key, Run
+from kvasir.protocol.prefix import HASH_BYTES
 
 
 class RunTree:

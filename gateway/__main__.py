@@ -1,4 +1,4 @@
-"""`python -m gateway`: read the settings, run the gateway until SIGINT or SIGTERM.
+"""`python -m kvasir.gateway`: read the settings, run the gateway until SIGINT or SIGTERM.
 
 Exit codes: 0 after a clean stop, 2 when it cannot start (one line says why), 1 for a bug.
 """
@@ -14,9 +14,9 @@ from typing import NoReturn
 
 import trio
 
-from gateway.app import serve
-from gateway.config import GatewayConfig, ModelConfig
-from protocol.errors import ConfigurationError
+from kvasir.gateway.app import serve
+from kvasir.gateway.config import GatewayConfig, ModelConfig
+from kvasir.protocol.errors import ConfigurationError
 
 
 class _Parser(argparse.ArgumentParser):

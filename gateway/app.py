@@ -17,25 +17,25 @@ from importlib.metadata import PackageNotFoundError, version
 import trio
 import zmq
 
-from gateway.admin import Admin, open_admin_link
-from gateway.config import GatewayConfig, ModelConfig
-from gateway.core import Core, CoreConfig
-from gateway.house import GatewayHouse
-from gateway.http_api import HttpApi
-from gateway.http_server import HttpServer, open_listeners
-from gateway.intake import Intake
-from gateway.lock import hold_lock
-from gateway.log import log
-from gateway.metrics import render_metrics
-from gateway.store import open_store
-from gateway.supervisor import Supervisor
-from gateway.tenants import TenantDirectory, kv_quotas
-from gateway.text import ModelText, load_text
-from gateway.worker_checks import LivenessConfig
-from gateway.worker_link import WorkerPort
-from gateway.zmq_edge import ZmqEdge
-from protocol.link import open_router
-from protocol.prefix import derive_namespace
+from kvasir.gateway.admin.admin import Admin, open_admin_link
+from kvasir.gateway.admin.metrics import render_metrics
+from kvasir.gateway.admin.views import GatewayHouse
+from kvasir.gateway.config import GatewayConfig, ModelConfig
+from kvasir.gateway.core.core import Core, CoreConfig
+from kvasir.gateway.core.worker_checks import LivenessConfig
+from kvasir.gateway.edges.openai_api import HttpApi
+from kvasir.gateway.edges.prepare import Intake
+from kvasir.gateway.edges.zmq_edge import ZmqEdge
+from kvasir.gateway.http.server import HttpServer, open_listeners
+from kvasir.gateway.lock import hold_lock
+from kvasir.gateway.log import log
+from kvasir.gateway.tenants.directory import TenantDirectory, kv_quotas
+from kvasir.gateway.tenants.store import open_store
+from kvasir.gateway.text.model_text import ModelText, load_text
+from kvasir.gateway.workers.port import WorkerPort
+from kvasir.gateway.workers.supervisor import Supervisor
+from kvasir.protocol.link import open_router
+from kvasir.protocol.prefix import derive_namespace
 
 LAST_WORDS_MS = 500  # for what the last requests got before a stop
 ORACLE = "oracle:"  # the test model: no folder, no tokenizer

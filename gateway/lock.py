@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from protocol.errors import ConfigurationError
+from kvasir.protocol.errors import ConfigurationError
 
 LOCK_NAME = "gateway.lock"
 

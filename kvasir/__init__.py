@@ -1,43 +1,20 @@
-"""What people touch: the client SDK (`from kvasir import Client, AsyncClient`) and the command line."""
+"""What people touch: the client SDK (`from kvasir import Client, AsyncClient`) and the command line.
 
-import importlib.util as _importlib_util
-import os as _os
-from pathlib import Path as _Path
+Every room of the repository is installed inside this one package (`kvasir.protocol`, `kvasir.gateway`, ...), so that a
+user's own `protocol.py` or `worker.py` never stands in the way; in the repository they are links beside this file.
+The SDK's names are loaded when they are first asked for: gateway and worker processes never load them.
+"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-def _require_own_protocol() -> None:
-    """Refuse to go on if `protocol` is somebody else's module: its name is flat, and the current folder comes first.
-
-    Looks at files only, so that nothing of the other module is executed.
-    """
-    own = _Path(__file__).resolve().parent.parent / "protocol"
-    try:
-        spec = _importlib_util.find_spec("protocol")
-    except (ImportError, ValueError):  # ValueError: a module without a spec was put into sys.modules by hand
-        spec = None
-        found = "a module without a file"
-    else:
-        found = "nothing" if spec is None else str(spec.origin or list(spec.submodule_search_locations or ()))
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    parts = ("client_messages.py", "codec.py", "errors.py", "tokens.py")
-    if any(all(_os.path.exists(_os.path.join(folder, part)) for part in parts) for folder in folders):
-        return
-    raise ImportError(
-        f"kvasir needs its own package `protocol` (installed at {own}), but `import protocol` finds {found}. "
-        "Rename that module, or start Python where it does not come first (python -P leaves the script's folder out); "
-        "if nothing was found, install kvasir-gateway again.",
-        name="protocol",
-    )
-
-
-_require_own_protocol()
-
-from kvasir import errors  # noqa: E402
-from kvasir._session import Chunk, Completion, Options  # noqa: E402
-from kvasir.async_client import AsyncClient, AsyncStream  # noqa: E402
-from kvasir.client import Client, Stream  # noqa: E402
-from protocol.client_messages import ModelCard, Usage  # noqa: E402
-from protocol.errors import KvasirError  # noqa: E402
+if TYPE_CHECKING:
+    from kvasir import errors
+    from kvasir._session import Chunk, Completion, Options
+    from kvasir.async_client import AsyncClient, AsyncStream
+    from kvasir.client import Client, Stream
+    from kvasir.protocol.client_messages import ModelCard, Usage
+    from kvasir.protocol.errors import KvasirError
 
 __all__ = [
     "AsyncClient",
@@ -52,3 +29,28 @@ __all__ = [
     "Usage",
     "errors",
 ]
+
+_HOMES = {
+    "AsyncClient": "async_client",
+    "AsyncStream": "async_client",
+    "Chunk": "_session",
+    "Client": "client",
+    "Completion": "_session",
+    "KvasirError": "protocol.errors",
+    "ModelCard": "protocol.client_messages",
+    "Options": "_session",
+    "Stream": "client",
+    "Usage": "protocol.client_messages",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("kvasir.errors")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvasir' has no attribute {name!r}")
+    return getattr(import_module(f"kvasir.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,6 +1,6 @@
 """`python -m kvasir`: the command line."""
 
-from kvasir.cli import main
+from kvasir.cli.main import main
 
 if __name__ == "__main__":
     main()

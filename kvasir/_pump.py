@@ -20,10 +20,10 @@ from typing import Protocol
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from protocol.client_messages import GATEWAY_MESSAGES, CancelRequest, CompletionChunk
-from protocol.codec import Message, encode
-from protocol.errors import ConfigurationError, ConnectionLost, InvalidMessage, KvasirError
-from protocol.profile import LinkProfile, apply_profile
+from kvasir.protocol.client_messages import GATEWAY_MESSAGES, CancelRequest, CompletionChunk
+from kvasir.protocol.codec import Message, encode
+from kvasir.protocol.errors import ConfigurationError, ConnectionLost, InvalidMessage, KvasirError
+from kvasir.protocol.profile import LinkProfile, apply_profile
 
 CONNECT_TIMEOUT_S = 5.0
 PROFILE = LinkProfile(max_frame_bytes=64 << 20, reconnect_ms=50, reconnect_max_ms=1_000)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from protocol.client_messages import (
+from kvasir.protocol.client_messages import (
     MAX_CLIENT_FRAME_BYTES,
     ChatMessage,
     CompletionChunk,
@@ -21,10 +21,10 @@ from protocol.client_messages import (
     ModelList,
     Usage,
 )
-from protocol.codec import Message, encode
-from protocol.errors import AuthenticationFailed, BadRequest, TooLarge, from_info
-from protocol.messages import CacheHint, RetentionHint, Sampling, TokenLogprobs
-from protocol.tokens import pack_tokens, unpack_tokens
+from kvasir.protocol.codec import Message, encode
+from kvasir.protocol.errors import AuthenticationFailed, BadRequest, TooLarge, from_info
+from kvasir.protocol.messages import CacheHint, RetentionHint, Sampling, TokenLogprobs
+from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 
 DEFAULT_TIMEOUT_S = 60.0
 

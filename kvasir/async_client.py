@@ -20,9 +20,9 @@ from kvasir._session import (
     models_of,
 )
 from kvasir.paths import client_endpoint
-from protocol.client_messages import ChatMessage, ModelCard, ModelsRequest
-from protocol.codec import Message
-from protocol.errors import DeadlineExceeded, KvasirError
+from kvasir.protocol.client_messages import ChatMessage, ModelCard, ModelsRequest
+from kvasir.protocol.codec import Message
+from kvasir.protocol.errors import DeadlineExceeded, KvasirError
 
 Messages = Sequence[Mapping[str, str] | ChatMessage]
 

@@ -1,6 +1,6 @@
 """What the SDK raises: `KvasirError` and its leaves. `code` is stable, `param` names the request field at fault."""
 
-from protocol.errors import (
+from kvasir.protocol.errors import (
     AuthenticationFailed,
     BadRequest,
     ConfigurationError,

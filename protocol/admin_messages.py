@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from protocol.client_messages import Text
-from protocol.codec import Decoder, Message
-from protocol.errors import ErrorInfo
-from protocol.messages import CacheHint, Name
+from kvasir.protocol.client_messages import Text
+from kvasir.protocol.codec import Decoder, Message
+from kvasir.protocol.errors import ErrorInfo
+from kvasir.protocol.messages import CacheHint, Name
 
 MAX_ADMIN_FRAME_BYTES = 8 << 20
 Label = Annotated[str, Meta(max_length=256)]

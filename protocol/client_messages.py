@@ -14,9 +14,9 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from protocol.codec import Decoder, Message
-from protocol.errors import ErrorInfo
-from protocol.messages import CacheHint, Name, PackedTokens, RetentionHint, Sampling, Seconds, TokenLogprobs
+from kvasir.protocol.codec import Decoder, Message
+from kvasir.protocol.errors import ErrorInfo
+from kvasir.protocol.messages import CacheHint, Name, PackedTokens, RetentionHint, Sampling, Seconds, TokenLogprobs
 
 MAX_CLIENT_FRAME_BYTES = 8 << 20
 CallId = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from protocol.errors import InvalidMessage
+from kvasir.protocol.errors import InvalidMessage
 
 M = TypeVar("M")
 

@@ -22,8 +22,8 @@ from typing import Any
 import trio
 import zmq
 
-from protocol.errors import ConfigurationError, KvasirError
-from protocol.profile import LinkProfile, apply_profile
+from kvasir.protocol.errors import ConfigurationError, KvasirError
+from kvasir.protocol.profile import LinkProfile, apply_profile
 
 MAX_PARTS = 4
 _NOBLOCK = int(zmq.NOBLOCK)  # plain ints: `|` on pyzmq's flags costs as much as a send

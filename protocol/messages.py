@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from protocol.codec import Decoder, Message
+from kvasir.protocol.codec import Decoder, Message
 
 MAX_TOKENS = 1 << 20
 MAX_FRAME_BYTES = 64 << 20

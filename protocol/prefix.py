@@ -20,7 +20,7 @@ from struct import Struct
 
 from xxhash import xxh3_128_digest
 
-from protocol.tokens import TOKEN_BYTES
+from kvasir.protocol.tokens import TOKEN_BYTES
 
 HASH_BYTES = 16
 NAMESPACE_BYTES = 16

@@ -20,12 +20,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cache.kv_store import KvStore
-from worker.attention import Attention, GatherAttention
-from worker.batch import pack
-from worker.model_config import ModelConfig, RopeConfig
-from worker.step import SequenceSlice
-from worker.working_set import WorkingSetAttention
+from kvasir.cache.kv_store import KvStore
+from kvasir.worker.engine.step import SequenceSlice
+from kvasir.worker.model.attention import Attention, GatherAttention
+from kvasir.worker.model.batch import pack
+from kvasir.worker.model.config import ModelConfig, RopeConfig
+from kvasir.worker.model.working_set import WorkingSetAttention
 
 BLOCK_SIZE = 16
 

@@ -44,10 +44,10 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cache.block_table import BlockTable, Chain
-from cache.policies import DEFAULT_POLICY, make
-from cache.prefix_cache import PrefixCache
-from protocol.prefix import derive_namespace, derive_root, hash_prompt
+from kvasir.cache.block_table import BlockTable, Chain
+from kvasir.cache.policies import DEFAULT_POLICY, make
+from kvasir.cache.prefix_cache import PrefixCache
+from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 
 SIZE = 16  # tokens per block
 LENGTH = 256  # blocks per prompt

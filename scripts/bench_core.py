@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gateway.core import Core, CoreConfig
-from gateway.seam import Event, Submit
-from protocol import PROTOCOL_VERSION
-from protocol.messages import Command, Generate, Hello, Limits, Load, Output, Sampling, StepReport
-from protocol.prefix import hash_prompt
-from protocol.tokens import pack_tokens
+from kvasir.gateway.core.api import Event, Submit
+from kvasir.gateway.core.core import Core, CoreConfig
+from kvasir.protocol import PROTOCOL_VERSION
+from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, Sampling, StepReport
+from kvasir.protocol.prefix import hash_prompt
+from kvasir.protocol.tokens import pack_tokens
 
 BATCH = 32
 

@@ -31,15 +31,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cache.kv_store import KvStore
-from cache.prefix_cache import PrefixCache
-from protocol.messages import Generate, Sampling
-from protocol.prefix import derive_namespace, derive_root, hash_prompt
-from protocol.tokens import pack_tokens
-from worker.engine import Engine
-from worker.loader import load_model
-from worker.sampling import sample
-from worker.scheduler import EngineLimits
+from kvasir.cache.kv_store import KvStore
+from kvasir.cache.prefix_cache import PrefixCache
+from kvasir.protocol.messages import Generate, Sampling
+from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
+from kvasir.protocol.tokens import pack_tokens
+from kvasir.worker.engine.engine import Engine
+from kvasir.worker.engine.scheduler import EngineLimits
+from kvasir.worker.model.loader import load_model
+from kvasir.worker.model.sampling import sample
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE = 16

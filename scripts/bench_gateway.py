@@ -227,7 +227,7 @@ def kvasir_columns(stack: contextlib.ExitStack, work: Path, load: Load) -> list[
     endpoint = f"ipc://{run}/client.sock"
     gateway = stack.enter_context(
         process(
-            *("-m", "gateway", "--state-dir", str(home), "--run-dir", str(run), "--http", f"127.0.0.1:{port}"),
+            *("-m", "kvasir.gateway", "--state-dir", str(home), "--run-dir", str(run), "--http", f"127.0.0.1:{port}"),
             *("--model", f"{MODEL_NAME}={MODEL}", "--workers", "0"),
         )
     )

@@ -18,9 +18,9 @@ import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from protocol import PROTOCOL_VERSION
-from protocol.codec import encode
-from protocol.messages import (
+from kvasir.protocol import PROTOCOL_VERSION
+from kvasir.protocol.codec import encode
+from kvasir.protocol.messages import (
     COMMANDS,
     Abort,
     Bye,
@@ -38,9 +38,9 @@ from protocol.messages import (
     StepReport,
     Welcome,
 )
-from protocol.prefix import split_hashes
-from protocol.profile import LinkProfile, apply_profile
-from protocol.tokens import TOKEN_BYTES
+from kvasir.protocol.prefix import split_hashes
+from kvasir.protocol.profile import LinkProfile, apply_profile
+from kvasir.protocol.tokens import TOKEN_BYTES
 
 HELLO_RETRY_S = 1.0
 

@@ -24,12 +24,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cache.kv_store import KvStore, bytes_per_block
-from worker.attention import Attention, GatherAttention, ReferenceAttention
-from worker.loader import default_attention, weight_bytes
-from worker.model import LayerWeights, Model, Weights
-from worker.model_config import ModelConfig, RopeConfig
-from worker.step import SequenceSlice
+from kvasir.cache.kv_store import KvStore, bytes_per_block
+from kvasir.worker.engine.step import SequenceSlice
+from kvasir.worker.model.attention import Attention, GatherAttention, ReferenceAttention
+from kvasir.worker.model.config import ModelConfig, RopeConfig
+from kvasir.worker.model.loader import default_attention, weight_bytes
+from kvasir.worker.model.model import LayerWeights, Model, Weights
 
 BLOCK_SIZE = 16
 CONTEXT = 512  # prompt tokens per sequence when timing

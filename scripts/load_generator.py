@@ -22,10 +22,10 @@ import zmq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from protocol.client_messages import GATEWAY_MESSAGES, CompletionDone, CompletionRequest
-from protocol.codec import encode
-from protocol.messages import Sampling
-from protocol.tokens import pack_tokens
+from kvasir.protocol.client_messages import GATEWAY_MESSAGES, CompletionDone, CompletionRequest
+from kvasir.protocol.codec import encode
+from kvasir.protocol.messages import Sampling
+from kvasir.protocol.tokens import pack_tokens
 
 MODEL_NAME = "demo"
 

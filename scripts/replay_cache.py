@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from pathlib import Path
 
-from cache.block_table import BlockTable, Chain
-from cache.policies import make
-from cache.policy import Hint, Use
-from cache.prefix_cache import PrefixCache
-from protocol.prefix import derive_namespace, derive_root, extend_chain
-from protocol.tokens import TOKEN_BYTES, pack_tokens
+from kvasir.cache.block_table import BlockTable, Chain
+from kvasir.cache.policies import make
+from kvasir.cache.policy import Hint, Use
+from kvasir.cache.prefix_cache import PrefixCache
+from kvasir.protocol.prefix import derive_namespace, derive_root, extend_chain
+from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens
 
 _ROOT = derive_root(b"replay", "trace", "float32")
 _PUBLIC = derive_namespace(b"replay", "public")

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from replay_cache import Trace, honest_hints, load_trace, replay, replay_optimum
 
-from cache.policies import POLICIES
+from kvasir.cache.policies import POLICIES
 
 OPTIMUM = "optimum"
 HINTED = "+hints"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "kvasir" / "demo_model"
 START_TIMEOUT_S = 60
 
@@ -109,7 +109,15 @@ def open_box(
     with stderr.open("wb") as sink:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "gateway", "--state-dir", str(home / "state"), "--run-dir", str(home / "run")),
+                *(
+                    sys.executable,
+                    "-m",
+                    "kvasir.gateway",
+                    "--state-dir",
+                    str(home / "state"),
+                    "--run-dir",
+                    str(home / "run"),
+                ),
                 *("--http", f"127.0.0.1:{port}", "--model", f"{name}={model}", "--workers", str(workers)),
                 *("--restart-delays", "0.05", f"--worker-args={worker_args}", *extra),
             ],

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gateway.core import Core, CoreConfig
-from gateway.seam import Delta, Event, Finished, Submit
-from gateway.worker_checks import Notice
-from protocol import PROTOCOL_VERSION
-from protocol.messages import Command, Generate, Hello, Limits, Load, Output, Sampling, StepReport
-from protocol.prefix import hash_prompt
-from protocol.tokens import pack_tokens
+from kvasir.gateway.core.api import Delta, Event, Finished, Submit
+from kvasir.gateway.core.core import Core, CoreConfig
+from kvasir.gateway.core.worker_checks import Notice
+from kvasir.protocol import PROTOCOL_VERSION
+from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, Sampling, StepReport
+from kvasir.protocol.prefix import hash_prompt
+from kvasir.protocol.tokens import pack_tokens
 
 BLOCK_SIZE = 4
 ROOT = b"r" * 16

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import trio
 
-from gateway.intake import Intake
-from gateway.seam import Cancel, Delta, Finished, ModelInfo, Submit
-from gateway.tenants import ApiKey, PublishedPrefix, Tenant, TenantDirectory, digest_key
-from gateway.text import ModelText, load_text
-from protocol.messages import TokenLogprobs
+from kvasir.gateway.core.api import Cancel, Delta, Finished, ModelInfo, Submit
+from kvasir.gateway.edges.prepare import Intake
+from kvasir.gateway.tenants.directory import ApiKey, PublishedPrefix, Tenant, TenantDirectory, digest_key
+from kvasir.gateway.text.model_text import ModelText, load_text
+from kvasir.protocol.messages import TokenLogprobs
 
 SECRET = b"s" * 32
-DEMO = Path(__file__).resolve().parent.parent / "kvasir" / "demo_model"
+DEMO = Path(__file__).resolve().parents[1] / "kvasir" / "demo_model"
 TEXT = load_text(DEMO)
 ALPHA = Tenant("id-alpha", "alpha")
 BETA = Tenant("id-beta", "beta", allowed_models=frozenset({"other"}))

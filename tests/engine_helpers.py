@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from cache.prefix_cache import PrefixCache
-from protocol.messages import Generate, Output, Sampling, StepReport
-from protocol.prefix import derive_namespace, derive_root, hash_prompt
-from protocol.tokens import pack_tokens, unpack_tokens
-from worker.engine import Engine
-from worker.oracle_model import OracleConfig, OracleModel, OracleStore
-from worker.scheduler import EngineLimits
-from worker.step import SequenceSlice
+from kvasir.cache.prefix_cache import PrefixCache
+from kvasir.protocol.messages import Generate, Output, Sampling, StepReport
+from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
+from kvasir.protocol.tokens import pack_tokens, unpack_tokens
+from kvasir.worker.engine.engine import Engine
+from kvasir.worker.engine.scheduler import EngineLimits
+from kvasir.worker.engine.step import SequenceSlice
+from kvasir.worker.model.oracle_model import OracleConfig, OracleModel, OracleStore
 
 SECRET = b"deployment"
 ROOT = derive_root(SECRET, "oracle", "uint64")

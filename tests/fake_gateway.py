@@ -11,7 +11,7 @@ from typing import Any
 
 import zmq
 
-from protocol.client_messages import (
+from kvasir.protocol.client_messages import (
     CLIENT_MESSAGES,
     CancelRequest,
     ClientMessage,
@@ -23,10 +23,10 @@ from protocol.client_messages import (
     ModelsRequest,
     Usage,
 )
-from protocol.codec import Message, encode
-from protocol.errors import AuthenticationFailed
-from protocol.profile import LinkProfile, apply_profile
-from protocol.tokens import num_tokens, pack_tokens, unpack_tokens
+from kvasir.protocol.codec import Message, encode
+from kvasir.protocol.errors import AuthenticationFailed
+from kvasir.protocol.profile import LinkProfile, apply_profile
+from kvasir.protocol.tokens import num_tokens, pack_tokens, unpack_tokens
 
 API_KEY = "kv_test_key"
 Script = Callable[[CompletionRequest], Iterable[Message]]

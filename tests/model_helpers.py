@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from cache.kv_store import KvStore
-from worker.model import Model
-from worker.step import SequenceSlice
+from kvasir.cache.kv_store import KvStore
+from kvasir.worker.engine.step import SequenceSlice
+from kvasir.worker.model.model import Model
 
 SMALL = {
     "vocab_size": 160,

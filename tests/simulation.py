@@ -17,10 +17,10 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-from gateway.core import Core, CoreConfig
-from gateway.seam import Cancel
-from gateway.worker_checks import LivenessConfig, Lost, Notice
-from protocol.messages import (
+from kvasir.gateway.core.api import Cancel
+from kvasir.gateway.core.core import Core, CoreConfig
+from kvasir.gateway.core.worker_checks import LivenessConfig, Lost, Notice
+from kvasir.protocol.messages import (
     Abort,
     Bye,
     Command,
@@ -35,8 +35,8 @@ from protocol.messages import (
     StepReport,
     Welcome,
 )
-from protocol.prefix import extend_chain, split_hashes
-from protocol.tokens import pack_tokens, unpack_tokens
+from kvasir.protocol.prefix import extend_chain, split_hashes
+from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from tests.core_helpers import BLOCK_SIZE, PUBLIC, RecordingSink, make_hello, make_submit
 
 EOS = 7

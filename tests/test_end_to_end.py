@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from kvasir import Client
-from protocol.errors import AuthenticationFailed, BadRequest, PromptTooLong, UnknownModel
+from kvasir.protocol.errors import AuthenticationFailed, BadRequest, PromptTooLong, UnknownModel
 from tests.box import Box, open_box
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]

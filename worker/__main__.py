@@ -1,7 +1,7 @@
-"""`python -m worker --model PATH --gateway ENDPOINT`: one worker process."""
+"""`python -m kvasir.worker --model PATH --gateway ENDPOINT`: one worker process."""
 
 import sys
 
-from worker.process import main
+from kvasir.worker.process import main
 
 sys.exit(main())

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-from cache.policies import DEFAULT_POLICY, POLICIES
-from protocol.errors import ConfigurationError
-from worker.kv_access import check_endpoint, read_client_keys, read_secret_key
-from worker.kv_events import WireForm
-from worker.kv_publisher import PublisherOptions
-from worker.oracle_model import PREFIX
+from kvasir.cache.policies import DEFAULT_POLICY, POLICIES
+from kvasir.protocol.errors import ConfigurationError
+from kvasir.worker.events.access import check_endpoint, read_client_keys, read_secret_key
+from kvasir.worker.events.kv_events import WireForm
+from kvasir.worker.events.publisher import PublisherOptions
+from kvasir.worker.model.oracle_model import PREFIX
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -56,7 +56,7 @@ class Options:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; see python -m worker --help")
+        raise ConfigurationError(f"{message}; see python -m kvasir.worker --help")
 
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
@@ -65,7 +65,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     Raises:
         ConfigurationError: an unknown, missing or senseless argument.
     """
-    parser = _Parser(prog="python -m worker", description="Serve one model to a gateway.", allow_abbrev=False)
+    parser = _Parser(prog="python -m kvasir.worker", description="Serve one model to a gateway.", allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="folder of a Hugging Face checkpoint, or oracle: for tests")
     add(

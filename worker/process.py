@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 import msgspec
 import zmq
 
-from protocol.codec import encode
-from protocol.errors import BadRequest, ConfigurationError, InvalidMessage
-from protocol.messages import (
+from kvasir.protocol.codec import encode
+from kvasir.protocol.errors import BadRequest, ConfigurationError, InvalidMessage
+from kvasir.protocol.messages import (
     COMMANDS,
     Abort,
     Bye,
@@ -44,14 +44,14 @@ from protocol.messages import (
     Unpin,
     Welcome,
 )
-from protocol.profile import LinkProfile, apply_profile
-from protocol.tokens import num_tokens
-from worker.engine import Engine
-from worker.kv_events import KvEvents
-from worker.kv_publisher import KvPublisher
-from worker.log import log
-from worker.options import Options, parse_options
-from worker.startup import build
+from kvasir.protocol.profile import LinkProfile, apply_profile
+from kvasir.protocol.tokens import num_tokens
+from kvasir.worker.engine.engine import Engine
+from kvasir.worker.events.kv_events import KvEvents
+from kvasir.worker.events.publisher import KvPublisher
+from kvasir.worker.log import log
+from kvasir.worker.options import Options, parse_options
+from kvasir.worker.startup import build
 
 MAX_COMMANDS_PER_STEP = 256
 HELLO_RETRY_S = 2.0

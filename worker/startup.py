@@ -11,17 +11,17 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.policies import make
-from cache.prefix_cache import PrefixCache
-from protocol import PROTOCOL_VERSION
-from protocol.errors import ConfigurationError, ModelError
-from protocol.messages import Hello, Limits
-from worker.engine import Engine
-from worker.log import log
-from worker.options import MemorySize, Options
-from worker.oracle_model import PREFIX, OracleModel, OracleStore, parse_oracle
-from worker.scheduler import EngineLimits
-from worker.step import Sampler, StepModel, StepStore
+from kvasir.cache.policies import make
+from kvasir.cache.prefix_cache import PrefixCache
+from kvasir.protocol import PROTOCOL_VERSION
+from kvasir.protocol.errors import ConfigurationError, ModelError
+from kvasir.protocol.messages import Hello, Limits
+from kvasir.worker.engine.engine import Engine
+from kvasir.worker.engine.scheduler import EngineLimits
+from kvasir.worker.engine.step import Sampler, StepModel, StepStore
+from kvasir.worker.log import log
+from kvasir.worker.model.oracle_model import PREFIX, OracleModel, OracleStore, parse_oracle
+from kvasir.worker.options import MemorySize, Options
 
 GIB = 1 << 30
 MIN_BLOCKS = 8
@@ -177,10 +177,10 @@ def _load_torch(options: Options) -> Loaded:
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # read once, when torch is loaded
     import torch
 
-    from cache.kv_store import KvStore, bytes_per_block
-    from worker.loader import load_model, read_config, resolve_dtype, weight_bytes
-    from worker.sampling import sample
-    from worker.step import SequenceSlice
+    from kvasir.cache.kv_store import KvStore, bytes_per_block
+    from kvasir.worker.engine.step import SequenceSlice
+    from kvasir.worker.model.loader import load_model, read_config, resolve_dtype, weight_bytes
+    from kvasir.worker.model.sampling import sample
 
     torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():

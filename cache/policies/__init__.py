@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cache.policies.adaptive import Adaptive
-from cache.policies.fifo import Fifo
-from cache.policies.gdsf import Gdsf
-from cache.policies.lfu import Lfu
-from cache.policies.lru import Lru
-from cache.policies.s3fifo import S3Fifo
-from cache.policies.sieve import Sieve
-from cache.policies.ttl import Retentions
-from cache.policy import PolicyFactory
+from kvasir.cache.policies.adaptive import Adaptive
+from kvasir.cache.policies.fifo import Fifo
+from kvasir.cache.policies.gdsf import Gdsf
+from kvasir.cache.policies.lfu import Lfu
+from kvasir.cache.policies.lru import Lru
+from kvasir.cache.policies.s3fifo import S3Fifo
+from kvasir.cache.policies.sieve import Sieve
+from kvasir.cache.policies.ttl import Retentions
+from kvasir.cache.policy import PolicyFactory
 
 _HALF_LIFE_TURNS = 2  # LFU: a use counts half after so many times the pool's blocks were published
 

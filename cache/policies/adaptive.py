@@ -25,15 +25,15 @@ from heapq import heappop, heappush
 from math import inf
 from typing import TYPE_CHECKING
 
-from cache.policies.hazard import BIN_EDGES, NUM_BINS, ZONE_EDGES, Description, HazardModel, Row
-from cache.policies.leaf_queue import Key, LeafOrder
-from cache.policies.ttl import DEFAULT_PRIORITY
-from cache.policies.visits import Ghosts, Phase, Session, Visit
-from cache.policy import Hint, Retention, Use
-from cache.run import Run
+from kvasir.cache.policies.hazard import BIN_EDGES, NUM_BINS, ZONE_EDGES, Description, HazardModel, Row
+from kvasir.cache.policies.leaf_queue import Key, LeafOrder
+from kvasir.cache.policies.ttl import DEFAULT_PRIORITY
+from kvasir.cache.policies.visits import Ghosts, Phase, Session, Visit
+from kvasir.cache.policy import Hint, Retention, Use
+from kvasir.cache.run import Run
 
 if TYPE_CHECKING:
-    from cache.block_table import BlockTable, Chain
+    from kvasir.cache.block_table import BlockTable, Chain
 
 # The features. An answer that is not complete has an expected length and a phase; one that is, a length and a ratio to
 # the conversation's usual length.

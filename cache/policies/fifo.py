@@ -5,8 +5,8 @@ With leaf-first eviction that is nearly LRU, since a conversation's youngest lea
 
 from __future__ import annotations
 
-from cache.policies.leaf_queue import Key, LeafOrder
-from cache.run import Run
+from kvasir.cache.policies.leaf_queue import Key, LeafOrder
+from kvasir.cache.run import Run
 
 
 class Fifo(LeafOrder):

@@ -8,8 +8,8 @@ depth. A run's priority is that of its last block.
 
 from __future__ import annotations
 
-from cache.policies.leaf_queue import Key, LeafOrder
-from cache.run import Run
+from kvasir.cache.policies.leaf_queue import Key, LeafOrder
+from kvasir.cache.run import Run
 
 ATTENTION_SHARE_TOKENS = 32_768
 """Context at which attention costs as much as the rest of a transformer of 8 billion parameters (2 * parameters

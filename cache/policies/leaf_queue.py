@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 
-from cache.run import Run
+from kvasir.cache.run import Run
 
 _MIN_HEAP = 64
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from math import log2
 
-from cache.policies.leaf_queue import Key, LeafOrder
-from cache.run import Run
+from kvasir.cache.policies.leaf_queue import Key, LeafOrder
+from kvasir.cache.run import Run
 
 
 class Lfu(LeafOrder):

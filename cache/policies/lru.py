@@ -6,8 +6,8 @@ next to nothing.
 
 from __future__ import annotations
 
-from cache.policies.leaf_queue import Key, LeafOrder
-from cache.run import Run
+from kvasir.cache.policies.leaf_queue import Key, LeafOrder
+from kvasir.cache.run import Run
 
 
 class Lru(LeafOrder):

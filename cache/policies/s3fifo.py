@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from cache.policies.leaf_queue import LeafQueue
-from cache.run import Run
-from protocol.prefix import HASH_BYTES, split_hashes
+from kvasir.cache.policies.leaf_queue import LeafQueue
+from kvasir.cache.run import Run
+from kvasir.protocol.prefix import HASH_BYTES, split_hashes
 
 SMALL_SHARE = 0.1
 _MAX_USES = 3

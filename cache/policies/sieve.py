@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from cache.policies.leaf_queue import Key, LeafQueue
-from cache.run import Run
+from kvasir.cache.policies.leaf_queue import Key, LeafQueue
+from kvasir.cache.run import Run
 
 
 @dataclass(slots=True)

@@ -11,11 +11,11 @@ from heapq import heapify, heappop, heappush
 from math import inf
 from typing import TYPE_CHECKING
 
-from cache.policies.leaf_queue import Key, LeafOrder
-from cache.run import Run
+from kvasir.cache.policies.leaf_queue import Key, LeafOrder
+from kvasir.cache.run import Run
 
 if TYPE_CHECKING:
-    from cache.block_table import BlockTable, Chain
+    from kvasir.cache.block_table import BlockTable, Chain
 
 DEFAULT_PRIORITY = 35
 _MIN_HEAP = 64

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from math import exp, inf, log
 from typing import TYPE_CHECKING
 
-from cache.policies.hazard import Description, Row
-from cache.policy import Retention, Use
-from cache.run import Run
+from kvasir.cache.policies.hazard import Description, Row
+from kvasir.cache.policy import Retention, Use
+from kvasir.cache.run import Run
 
 if TYPE_CHECKING:
-    from cache.block_table import BlockTable, Chain
-    from cache.policies.adaptive import AdaptiveOrder
+    from kvasir.cache.block_table import BlockTable, Chain
+    from kvasir.cache.policies.adaptive import AdaptiveOrder
 
 _WEIGHT = 0.4  # of the last one in the running means of a conversation
 _GRID = 8

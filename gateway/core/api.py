@@ -1,0 +1,112 @@
+"""What the edges and the core say to each other: `Submit` and `Cancel` in, `Delta` and `Finished` out.
+
+An edge (HTTP, ZeroMQ) knows tenants' keys, text and clients; the core knows workers, queues and attempts. They share
+nothing but these values, so that an edge can become a process of its own. All times are `trio.current_time()` seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvasir.protocol.errors import ErrorInfo
+from kvasir.protocol.messages import CacheHint, RetentionHint, Sampling, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A checked request, ready for the queue.
+
+    `token_ids` packed; `prefix_hashes` packed, one per full block, hashed with `root`, the public zone of
+    `num_public_tokens` and then `namespace`. `tenant_id` owns its blocks and its place in the queue. `deadline`:
+    absolute time or None. `sink` gets every event of this request.
+    """
+
+    req_id: bytes
+    tenant_id: str
+    model: str
+    token_ids: bytes
+    num_prompt_tokens: int
+    root: bytes
+    prefix_hashes: bytes
+    num_public_tokens: int
+    namespace: bytes
+    max_tokens: int
+    sampling: Sampling
+    sink: Sink
+    arrived: float
+    deadline: float | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    cache_hint: CacheHint | None = None
+    retention: tuple[RetentionHint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop a request. The sink still gets its `Finished`, with `reason` ("abort", or "stop" after a stop string)."""
+
+    req_id: bytes
+    reason: str = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New tokens of a request, in order, exactly once."""
+
+    req_id: bytes
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The one terminal event. `reason` in stop | length | abort | deadline | error; `error` is set with the last two.
+
+    `num_cached_tokens`: prompt tokens found in the cache by the first attempt. `ttft_s`: from arrival to first token.
+    """
+
+    req_id: bytes
+    reason: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int = 0
+    worker_id: str = ""
+    num_attempts: int = 0
+    ttft_s: float = 0.0
+    error: ErrorInfo | None = None
+
+
+Event = Delta | Finished
+
+
+class Sink(Protocol):
+    """Where an edge wants its events. `put` must not block and must not raise; called from the core, in order."""
+
+    def put(self, event: Event) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What edges need to know of a served model. None of its workers being alive leaves it known, with 0 workers."""
+
+    name: str
+    fingerprint: str
+    dtype: str
+    block_size: int
+    max_context: int
+    max_prompt_tokens: int
+    num_workers: int
+
+
+class CoreApi(Protocol):
+    """The core as edges see it. All calls are synchronous and cheap, from any task of the gateway's Trio thread."""
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a request. Refusals (queue full, no such model) arrive as `Finished` with an error, never raised."""
+
+    def cancel(self, cancel: Cancel) -> None:
+        """Stop a request; unknown or finished ids are ignored."""
+
+    def models(self) -> dict[str, ModelInfo]:
+        """Return the models that are served or configured, by name."""

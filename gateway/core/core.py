@@ -1,0 +1,535 @@
+"""The core: a state machine from requests and reports to commands and events. No I/O, no tasks, no waiting.
+
+It is called from the tasks of one Trio thread and never awaits, so that every call sees and leaves a consistent
+state. Commands leave through `send`, events through each request's sink, news about workers through `notify`.
+
+    submit -> queued -> dispatched -> closed          one queue per model, by tenant
+                 ^---------'  worker lost: attempt + 1, from prompt + delivered tokens
+
+Compute is at-least-once; an event reaches a sink exactly once and in order, and every request ends in one `Finished`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field
+
+import msgspec
+
+from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Finished, ModelInfo, Submit
+from kvasir.gateway.core.endings import deadline_exceeded, end_without_worker, last_word, misfit
+from kvasir.gateway.core.fleet import Members
+from kvasir.gateway.core.request import Request
+from kvasir.gateway.core.requests import Model, QueueConfig, RequestBook
+from kvasir.gateway.core.savings import Savings
+from kvasir.gateway.core.statistics import CoreStatistics, Totals, core_statistics
+from kvasir.gateway.core.worker import Worker
+from kvasir.gateway.core.worker_checks import Cause, Joined, LivenessConfig, Lost, Notice, Rejected, failure, refusal
+from kvasir.gateway.routing.router import Decision, RouterConfig, choose
+from kvasir.protocol.errors import (
+    KvasirError,
+    Unavailable,
+)
+from kvasir.protocol.messages import (
+    Abort,
+    Bye,
+    ClearTenant,
+    Command,
+    Drain,
+    Hello,
+    Identify,
+    KvAccounts,
+    KvQuota,
+    Output,
+    Pin,
+    Quotas,
+    Refused,
+    Resync,
+    Snapshot,
+    StepReport,
+    Unpin,
+    Welcome,
+)
+from kvasir.protocol.prefix import HASH_BYTES
+from kvasir.protocol.tokens import TOKEN_BYTES, unpack_tokens
+
+_DRAINING = Unavailable("the gateway is shutting down; send the request to another one, or again in a minute")
+_PROBE = Abort(b"\0", 0)  # nobody's request: workers ignore it, but a dead link cannot take it
+
+
+@dataclass(frozen=True, slots=True)
+class CoreConfig:
+    """Times in seconds. `models` empty: whatever workers bring is served. A request is dispatched at most
+    1 + `max_redispatches` times, and given up as poison when `max_deaths` workers died with it aboard."""
+
+    public_namespace: bytes
+    block_size: int = 16
+    models: frozenset[str] = frozenset()
+    queue: QueueConfig = field(default_factory=QueueConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    liveness: LivenessConfig = field(default_factory=LivenessConfig)
+    no_worker_timeout_s: float = 30.0
+    max_redispatches: int = 3
+    max_deaths: int = 2
+    max_explained: int = 1_024
+
+
+def _ignore(notice: Notice) -> None:
+    pass
+
+
+class Core(CoreApi):
+    """See the module. `send(peer, command)` returns False when the peer cannot take it: its worker is lost then.
+
+    `clock` returns monotonic seconds, the same that `Submit.arrived` and `.deadline` are in. `epoch`: random bytes per
+    boot of the gateway, at most 24.
+    """
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        send: Callable[[bytes, Command], bool],
+        clock: Callable[[], float],
+        *,
+        epoch: bytes,
+        notify: Callable[[Notice], None] = _ignore,
+    ) -> None:
+        self._config = config
+        self._send = send
+        self._clock = clock
+        self.notify = notify
+        self._members = Members(epoch, config.models)
+        self._book = RequestBook(config.queue, config.models, clock())
+        self._totals = Totals()
+        self._explained: OrderedDict[bytes, list[Decision]] = OrderedDict()
+        self._kv_quotas: Callable[[int], list[KvQuota]] | None = None
+        self._pins: Callable[[str, str], list[Pin]] | None = None
+        self._savings = Savings(config.block_size)
+        self._draining = False
+        self._ticked_at = clock()
+
+    # ---- edges ---------------------------------------------------------------------------------------------------
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a request and dispatch it if a worker has a credit. A refusal is a `Finished` with an error."""
+        now = self._clock()
+        entered = _DRAINING if self._draining else self._book.enter(submit, now)
+        if isinstance(entered, KvasirError):
+            submit.sink.put(Finished(submit.req_id, "error", submit.num_prompt_tokens, 0, error=entered.info()))
+        else:
+            self._dispatch(self._book.models[submit.model], now)
+
+    def cancel(self, cancel: Cancel) -> None:
+        """Finish a request with `cancel.reason`; its worker is told. Unknown and finished ids are ignored."""
+        request = self._book.get(cancel.req_id)
+        if request is not None:
+            self._stop(request, cancel.reason)
+
+    def models(self) -> dict[str, ModelInfo]:
+        """Return what is served or configured, by name. A model that never had a worker has no fingerprint yet."""
+        return self._members.infos
+
+    # ---- workers -------------------------------------------------------------------------------------------------
+
+    def worker_hello(self, peer: bytes, hello: Hello) -> Welcome | Refused:
+        """Let a worker in or refuse it; send the answer and return it.
+
+        The same incarnation on another link has lost its old one: a new session begins, whose new epoch makes the
+        worker drop its sequences. Another incarnation may take over a worker id only from a dead one.
+        """
+        now = self._clock()
+        known = self._members.by_peer.get(peer)
+        if known is not None and known.hello == hello:
+            return self._welcome(known)
+        holder = self._members.by_id.get(hello.worker_id)
+        reason = refusal(hello, self._config.block_size, self._config.models, self._members.served)
+        if reason is None and holder is not None and holder.hello.incarnation != hello.incarnation:
+            reason = self._held(holder, peer, now)
+        if reason is not None:
+            self._totals.num_refused_workers += 1
+            refused = Refused(reason)
+            self._send(peer, refused)
+            self.notify(Rejected(hello, reason))
+            return refused
+        for old in (known, holder):
+            if old is not None and old.is_member:
+                self._lose(old, "replaced", "was replaced by a new session", now)
+        worker = self._members.admit(peer, hello, now)
+        model = self._book.model(hello.model, now)
+        model.workers.append(worker)
+        self.notify(Joined(hello))
+        welcome = self._welcome(worker)
+        self._dispatch(model, now)
+        return welcome
+
+    def worker_report(self, peer: bytes, report: StepReport | Snapshot | KvAccounts | Bye) -> None:
+        """Take in a report. A peer that is no worker of ours is asked to say `Hello`, and its report dropped."""
+        now = self._clock()
+        worker = self._members.by_peer.get(peer)
+        if worker is None:
+            if self._members.is_to_identify(peer, now, self._config.liveness.heartbeat_s):
+                self._send(peer, Identify())
+            return
+        worker.last_report_at = now
+        if isinstance(report, StepReport):
+            self._step(worker, report, now)
+        elif isinstance(report, Snapshot):
+            worker.index.replace(report.event_seq, report.hashes)
+        elif isinstance(report, KvAccounts):
+            worker.kv = report
+        else:
+            self._lose(worker, "bye", report.reason or "said goodbye", now)
+        model = self._book.models[worker.hello.model]
+        if model.queue:
+            self._dispatch(model, now)
+
+    def worker_violation(self, peer: bytes, reason: str) -> None:
+        """Note that `peer` sent something that is no report of ours: if it is a worker, it is lost."""
+        worker = self._members.by_peer.get(peer)
+        if worker is not None:
+            self._lose_and_dispatch(worker, "protocol", reason)
+
+    def worker_unreachable(self, peer: bytes) -> None:
+        """Note that a command that `send` had taken for `peer` could not be sent: if it is a worker, it is lost."""
+        worker = self._members.by_peer.get(peer)
+        if worker is not None:
+            self._lose_and_dispatch(worker, "link", "cannot be reached")
+
+    def worker_lost(self, worker_id: str, reason: str, *, pid: int | None = None, cause: Cause = "exited") -> None:
+        """Hand back everything `worker_id` has, since somebody saw it die. With `pid`, only if that is its process."""
+        worker = self._members.by_id.get(worker_id)
+        if worker is not None and pid in (None, worker.hello.pid):
+            self._lose_and_dispatch(worker, cause, reason)
+
+    # ---- time and shutdown ---------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Act on the passing of time: lost workers, deadlines, models without workers. Call it some ten times/s."""
+        now = self._clock()
+        heartbeat_s = self._config.liveness.heartbeat_s
+        was_deaf = now - self._ticked_at > max(heartbeat_s, 1.0)  # suspended, or a long block: not the workers' fault
+        self._ticked_at = now
+        for worker in list(self._members.by_id.values()):
+            if was_deaf:
+                worker.forgive(now)
+            else:
+                self._check(worker, now)
+        for request in self._book.take_late(now):
+            where = "while it waited for a worker" if request.state == "queued" else "while it was running"
+            self._stop(request, "deadline", deadline_exceeded(request, where))
+        for model in self._book.models.values():
+            if model.queue and not model.workers:
+                self._give_up_waiting(model, now)
+            self._dispatch(model, now)
+        self._book.measure_rate(now)
+
+    # ---- KV ownership --------------------------------------------------------------------------------------------
+
+    def set_kv_quotas(self, quotas: Callable[[int], list[KvQuota]]) -> None:
+        """Put floors and caps in force on all workers, those that join later too.
+
+        `quotas(num_blocks)` returns them for a pool of that size.
+        """
+        self._kv_quotas = quotas
+        for worker in list(self._members.by_id.values()):
+            self._tell(worker, Quotas(quotas(worker.hello.num_blocks)))
+
+    def set_pins(self, pins: Callable[[str, str], list[Pin]], *, prewarm: Container[str] = ()) -> None:
+        """Have every worker keep what `pins(model, worker_id)` returns for it, those that join later too.
+
+        `prewarm`: names among them that are computed at once by whoever does not have them.
+        """
+        self._pins = pins
+        for worker in list(self._members.by_id.values()):
+            self._tell_pins(worker, prewarm)
+
+    def _tell_pins(self, worker: Worker, prewarm: Container[str] = ()) -> None:
+        assert self._pins is not None
+        pins = self._pins(worker.hello.model, worker.worker_id)
+        for name in worker.pins.keys() - {pin.name for pin in pins}:
+            self._tell(worker, Unpin(name))
+        for pin in pins:
+            if worker.pins.get(pin.name) != pin.prefix_hashes[-HASH_BYTES:] or pin.name in prewarm:
+                self._tell(worker, msgspec.structs.replace(pin, prewarm=pin.name in prewarm))
+        worker.pins = {pin.name: pin.prefix_hashes[-HASH_BYTES:] for pin in pins}
+
+    @property
+    def savings(self) -> Savings:
+        """Which beginnings of prompts have saved how much."""
+        return self._savings
+
+    def clear_kv(self, tenant_id: str) -> None:
+        """Have all workers drop what is cached of a tenant and not in use."""
+        for worker in list(self._members.by_id.values()):
+            self._tell(worker, ClearTenant(tenant_id))
+
+    def _tell(self, worker: Worker, command: Command) -> None:
+        if worker.is_member and not self._send(worker.peer, command):
+            self._lose_and_dispatch(worker, "link", "cannot be reached")
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; what is queued or running is finished."""
+        self._draining = True
+
+    def drain_worker(self, worker_id: str, deadline_s: float) -> bool:
+        """Ask one worker to finish what it has and leave; it gets nothing new. False: no such worker."""
+        worker = self._members.by_id.get(worker_id)
+        if worker is None:
+            return False
+        worker.state = "draining"
+        if not self._send(worker.peer, Drain(deadline_s)):
+            self._lose_and_dispatch(worker, "link", "cannot be reached")
+        return True
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not got their `Finished`: queued and running."""
+        return self._book.num_queued + self._book.num_running
+
+    # ---- looking in ----------------------------------------------------------------------------------------------
+
+    def explain(self, req_id: bytes) -> list[Decision] | None:
+        """Return one routing decision per attempt of a recent request, with the terms of every candidate."""
+        return self._explained.get(req_id)
+
+    def find_explained(self, request: str) -> list[Decision] | None:
+        """Return the same for the newest request whose id, in hexadecimal, begins like `request` (what clients see
+        before a dash is no part of it)."""
+        start = request.rpartition("-")[2].lower()
+        return next((self._explained[req_id] for req_id in reversed(self._explained) if _begins(req_id, start)), None)
+
+    def statistics(self) -> CoreStatistics:
+        """Return every counter and gauge. O(workers + tenants)."""
+        members, book = self._members, self._book
+        return core_statistics(
+            self._clock(), self._draining, book.models.values(), members.by_id.values(), book.tenants, self._totals
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that queues, credits, reservations and counts agree. For tests."""
+        workers = set(self._members.by_id.values())
+        assert set(self._members.by_peer.values()) == workers
+        assert {worker for model in self._book.models.values() for worker in model.workers} == workers
+        self._book.check_integrity()
+        for worker in workers:
+            worker.check_integrity()
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, model: Model, now: float) -> None:
+        """Send what waits to workers that have credits, tenant by tenant."""
+        queue = model.queue
+        while queue:
+            able = [worker for worker in model.workers if worker.num_credits > 0]
+            if not able:
+                return
+            request = queue.pop()
+            assert request is not None
+            deadline = request.submit.deadline
+            if deadline is not None and deadline <= now:
+                self._book.finish(request, "deadline", deadline_exceeded(request, "while it waited for a worker"))
+            else:
+                self._route(request, model, able, now)
+
+    def _route(self, request: Request, model: Model, able: list[Worker], now: float) -> None:
+        """Choose one of `able` for `request`, just popped, and send it there; back to the front if that fails."""
+        config = self._config.router
+        candidates = [worker.candidate(request, now, config) for worker in able]
+        decision = choose(request.num_tokens, candidates, now, config)
+        worker = self._members.by_id[decision.worker_id]
+        request.attempt += 1
+        if not self._send(worker.peer, request.generate(now)):
+            request.attempt -= 1
+            model.queue.push_front(request)
+            self._lose(worker, "link", "cannot be reached", now)
+            return
+        self._book.dispatched(request)
+        worker.take(request, decision, now, config.heat_decay_s)
+        self._totals.num_dispatches += 1
+        if request.attempt == 1:
+            model.counters.queue_s.add(now - request.queued_at)
+        self._explain(request.submit.req_id, decision)
+
+    def _stop(self, request: Request, reason: str, error: KvasirError | None = None) -> None:
+        """Finish a request before its time. Its worker, if it has one, is told; the credit is free when it answers."""
+        if request.state == "closed":
+            return
+        if request.state == "queued":
+            self._book.models[request.submit.model].queue.remove(request)
+            self._book.finish(request, reason, error)
+            return
+        worker = request.worker
+        assert worker is not None
+        worker.prefilled(request)  # nobody waits for it any more
+        self._book.finish(request, reason, error)
+        if not self._send(worker.peer, Abort(request.submit.req_id, request.attempt)):
+            self._lose_and_dispatch(worker, "link", "cannot be reached")
+
+    # ---- workers' reports ----------------------------------------------------------------------------------------
+
+    def _step(self, worker: Worker, report: StepReport, now: float) -> None:
+        """Take in one engine step: its load, its block events, its outputs. In that order, so that what is sent next
+        is chosen with what is known now."""
+        worker.stepped(report.step, report.load, now)
+        if not worker.index.apply(report.event_seq, report.stored, report.removed):
+            self._totals.num_resyncs += 1
+            if not self._send(worker.peer, Resync()):
+                self._lose(worker, "link", "cannot be reached", now)
+                return
+        for output in report.outputs:
+            violation = self._output(worker, output, now)
+            if violation is not None:
+                self._lose(worker, "protocol", f"broke the protocol: {violation}", now)
+                return
+            if not worker.is_member:  # a sink's answer to a delta has found the link dead
+                return
+
+    def _output(self, worker: Worker, output: Output, now: float) -> str | None:
+        """Deliver one output; return what is wrong with it, if anything."""
+        request = worker.in_flight.get(output.req_id)
+        if request is None or request.attempt != output.attempt:
+            self._count_stale(worker)
+            return None
+        if request.state == "dispatched":
+            violation = misfit(request, output)
+            if violation is not None:
+                return violation
+            self._deliver(worker, request, output, now)
+        if output.finish_reason is None or worker.in_flight.get(output.req_id) is not request:
+            return None
+        worker.give_back(request)
+        if request.state == "closed":  # cancelled: its end has been told, perhaps in answer to the last delta
+            self._book.release(request)
+        else:
+            self._end_attempt(worker, request, output, now)
+        return None
+
+    def _deliver(self, worker: Worker, request: Request, output: Output, now: float) -> None:
+        """Put the tokens of an output that fits; what has been delivered already is not delivered again."""
+        num_delivered = len(request.delivered) // TOKEN_BYTES
+        if output.seq < num_delivered:
+            self._count_stale(worker)
+            return
+        if output.num_cached_tokens is not None:
+            worker.matched(request, output.num_cached_tokens)
+            self._savings.add(request.submit, output.num_cached_tokens)
+        packed = output.token_ids
+        if not packed:
+            return
+        if request.pending is not None:
+            worker.prefilled(request)
+        if request.first_token_at is None:
+            request.first_token_at = now
+            self._book.models[request.submit.model].counters.ttft_s.add(now - request.submit.arrived)
+        request.delivered += packed
+        worker.counters.num_output_tokens += len(packed) // TOKEN_BYTES
+        request.submit.sink.put(Delta(output.req_id, unpack_tokens(packed), output.logprobs))
+
+    def _end_attempt(self, worker: Worker, request: Request, output: Output, now: float) -> None:
+        """Finish a request with its worker's last word, or queue it again if the worker hands it back."""
+        worker.counters.num_finished += 1
+        if output.finish_reason == "abort":  # not asked for: the worker is about to leave, and wants no more
+            worker.state = "draining"
+            self._go_on(request, now)
+        else:
+            end = last_word(request, output, worker.worker_id)
+            self._book.finish(request, end.reason, end.error)
+
+    def _count_stale(self, worker: Worker) -> None:
+        worker.counters.num_stale_outputs += 1
+        self._totals.num_stale_outputs += 1
+
+    # ---- workers come and go -------------------------------------------------------------------------------------
+
+    def _welcome(self, worker: Worker) -> Welcome:
+        config = self._config
+        welcome = Welcome(worker.epoch, config.public_namespace, config.liveness.heartbeat_s)
+        if not self._send(worker.peer, welcome):
+            self._lose_and_dispatch(worker, "link", "cannot be reached")
+        elif self._kv_quotas is not None and (quotas := self._kv_quotas(worker.hello.num_blocks)):
+            self._tell(worker, Quotas(quotas))
+        if self._pins is not None and worker.is_member:
+            self._tell_pins(worker)
+        return welcome
+
+    def _held(self, holder: Worker, peer: bytes, now: float) -> str | None:
+        """Return why `peer` may not take over the worker id of `holder`: it is alive and its link is up."""
+        if holder.peer == peer or failure(holder, now, self._config.liveness) or not self._send(holder.peer, _PROBE):
+            return None
+        return (
+            f"worker id {holder.worker_id!r} is in use by process {holder.hello.pid}, which is alive; "
+            "give this worker another --worker-id or stop that process"
+        )
+
+    def _check(self, worker: Worker, now: float) -> None:
+        """Lose `worker` if it is silent or stalled; probe its link when it has been quiet for a heartbeat."""
+        liveness = self._config.liveness
+        failed = failure(worker, now, liveness)
+        if failed is not None:
+            self._lose(worker, *failed, now)
+        elif now - max(worker.last_report_at, worker.last_probe_at) > liveness.heartbeat_s:
+            worker.last_probe_at = now
+            if not self._send(worker.peer, _PROBE):
+                self._lose(worker, "link", "cannot be reached", now)
+
+    def _lose_and_dispatch(self, worker: Worker, cause: Cause, reason: str) -> None:
+        now = self._clock()
+        self._lose(worker, cause, reason, now)
+        self._dispatch(self._book.models[worker.hello.model], now)
+
+    def _lose(self, worker: Worker, cause: Cause, reason: str, now: float) -> None:
+        """Forget `worker` and hand back what it had, in the order in which it was sent. Does not dispatch."""
+        if not worker.is_member:
+            return
+        self._members.remove(worker)
+        model = self._book.models[worker.hello.model]
+        model.workers.remove(worker)
+        if not model.workers:
+            model.empty_since = now
+        self._totals.num_lost[cause] = self._totals.num_lost.get(cause, 0) + 1
+        unfinished = [request for request in worker.in_flight.values() if request.state == "dispatched"]
+        for request in reversed(list(worker.in_flight.values())):
+            worker.give_back(request)
+            if request.state == "closed":
+                self._book.release(request)
+            else:
+                request.num_deaths += cause != "bye"
+                self._go_on(request, now)
+        self.notify(Lost(worker.worker_id, worker.hello.pid, cause, reason, len(unfinished)))
+
+    def _go_on(self, request: Request, now: float) -> None:
+        """Queue `request`, whose attempt is over without an end, first of its tenant; or finish it for good."""
+        config = self._config
+        end = end_without_worker(request, now, config.max_redispatches, config.max_deaths)
+        if end is None:
+            request.go_on_elsewhere(config.block_size)
+            self._book.requeue(request, now)
+            self._totals.num_redispatches += 1
+        else:
+            self._totals.num_poisoned += end.is_poison
+            self._book.finish(request, end.reason, end.error)
+
+    # ---- time ----------------------------------------------------------------------------------------------------
+
+    def _give_up_waiting(self, model: Model, now: float) -> None:
+        """Finish what has waited too long for a model that has no worker at all."""
+        timeout_s = self._config.no_worker_timeout_s
+        if now - model.empty_since < timeout_s:
+            return
+        for request in [request for request in model.queue if now - request.queued_at >= timeout_s]:
+            text = f"model {model.name!r} has had no worker for {now - model.empty_since:.0f} s; try again later"
+            self._stop(request, "error", Unavailable(text, retry_after_s=timeout_s))
+
+    def _explain(self, req_id: bytes, decision: Decision) -> None:
+        decisions = self._explained.get(req_id)
+        if decisions is not None:
+            decisions.append(decision)
+            return
+        self._explained[req_id] = [decision]
+        if len(self._explained) > self._config.max_explained:
+            self._explained.popitem(last=False)
+
+
+def _begins(req_id: bytes, start: str) -> bool:
+    return bool(start) and req_id.hex().startswith(start)

@@ -1,0 +1,115 @@
+"""One request as the core sees it: what was asked, what was delivered, where it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from kvasir.gateway.core.api import Finished, Submit
+from kvasir.protocol.errors import ErrorInfo
+from kvasir.protocol.messages import Generate
+from kvasir.protocol.prefix import HASH_BYTES, extend_chain
+from kvasir.protocol.tokens import TOKEN_BYTES, unpack_tokens
+
+if TYPE_CHECKING:
+    from kvasir.gateway.core.worker import Worker
+    from kvasir.gateway.routing.router import Pending
+
+State = Literal["queued", "dispatched", "closed"]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """State of one request. `attempt` counts dispatches; `token_ids` and `prefix_hashes` grow by what was delivered
+    whenever an attempt is lost, so that the next worker goes on from there.
+
+    queued -> dispatched (-> queued ...) -> closed. A request is closed when its `Finished` has been put; a closed one
+    may still hold a worker's credit until that worker has answered the `Abort`.
+    """
+
+    submit: Submit
+    token_ids: bytes
+    prefix_hashes: bytes
+    queued_at: float
+    state: State = "queued"
+    attempt: int = 0
+    num_deaths: int = 0
+    worker: Worker | None = None
+    dispatched_at: float = 0.0
+    num_predicted_tokens: int = 0
+    delivered: bytearray = field(default_factory=bytearray)  # packed, over all attempts
+    first_token_at: float | None = None
+    num_cached_tokens: int | None = None  # of the first attempt that said so
+    pending: Pending | None = None  # its uncached prompt tokens, while its worker has not computed them
+    reserved: bytes = b""  # packed hashes that count as cached on `worker` because this request is there
+
+    @property
+    def num_delivered(self) -> int:
+        return len(self.delivered) // TOKEN_BYTES
+
+    @property
+    def is_held(self) -> bool:
+        """Whether its worker still has to answer for it."""
+        return self.worker is not None and self.worker.in_flight.get(self.submit.req_id) is self
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the next attempt starts from: the prompt and what lost attempts delivered."""
+        return len(self.token_ids) // TOKEN_BYTES
+
+    def generate(self, now: float) -> Generate:
+        """Return the command that starts the current attempt."""
+        submit = self.submit
+        return Generate(
+            submit.req_id,
+            self.attempt,
+            submit.tenant_id,
+            self.token_ids,
+            submit.num_prompt_tokens,
+            submit.root,
+            self.prefix_hashes,
+            submit.num_public_tokens,
+            submit.namespace,
+            submit.max_tokens - len(self.delivered) // TOKEN_BYTES,
+            submit.sampling,
+            list(submit.stop_token_ids),
+            submit.ignore_eos,
+            None if submit.deadline is None else max(0.0, submit.deadline - now),
+            submit.cache_hint,
+            list(submit.retention),
+        )
+
+    def go_on_elsewhere(self, block_size: int) -> None:
+        """Make prompt + delivered tokens what the next attempt starts from. The new blocks are the tenant's own."""
+        submit = self.submit
+        self.token_ids = submit.token_ids + bytes(self.delivered)
+        num_hashed = len(self.prefix_hashes) // HASH_BYTES * block_size * TOKEN_BYTES
+        parent = self.prefix_hashes[-HASH_BYTES:] or submit.root
+        self.prefix_hashes += extend_chain(parent, submit.namespace, self.token_ids[num_hashed:], block_size)
+
+    def end_of_delivered(self) -> Literal["stop", "length"] | None:
+        """Return why the delivered tokens are already a whole answer, or None if more were asked for.
+
+        A worker may die between the last token and saying so. An end-of-sequence token needs no such care: it comes
+        in the same `Output` as its `finish_reason`.
+        """
+        if not self.delivered:
+            return None
+        if unpack_tokens(bytes(self.delivered[-TOKEN_BYTES:]))[0] in self.submit.stop_token_ids:
+            return "stop"
+        return "length" if self.num_delivered >= self.submit.max_tokens else None
+
+    def finished(self, reason: str, error: ErrorInfo | None = None) -> Finished:
+        """Return the terminal event."""
+        submit = self.submit
+        return Finished(
+            submit.req_id,
+            reason,
+            submit.num_prompt_tokens,
+            len(self.delivered) // TOKEN_BYTES,
+            self.num_cached_tokens or 0,
+            self.worker.worker_id if self.worker is not None else "",
+            self.attempt,
+            0.0 if self.first_token_at is None else self.first_token_at - submit.arrived,
+            error,
+        )

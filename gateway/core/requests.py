@@ -1,0 +1,188 @@
+"""All unfinished requests: by id, in their queues, and counted per tenant and model.
+
+The only place where a request changes its state; the core decides when. No I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import inf
+
+from kvasir.gateway.core.api import Submit
+from kvasir.gateway.core.request import Request
+from kvasir.gateway.core.statistics import ModelCounters, TenantCounters
+from kvasir.gateway.core.tenant_queue import TenantQueue
+from kvasir.gateway.core.worker import Worker
+from kvasir.protocol.errors import Conflict, KvasirError, Overloaded, UnknownModel
+
+_RATE_WINDOW_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueConfig:
+    """How many requests may wait: in all, and of one tenant. Those of lost workers come on top."""
+
+    max_queued: int = 10_000
+    max_queued_per_tenant: int = 1_000
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """One model: its queue and its workers. `empty_since`: since when it has none."""
+
+    name: str
+    empty_since: float
+    queue: TenantQueue = field(default_factory=TenantQueue)
+    workers: list[Worker] = field(default_factory=list)
+    counters: ModelCounters = field(default_factory=ModelCounters)
+
+
+class RequestBook:
+    """Requests from `enter` to `finish`; a finished one stays until `release` while a worker still holds it."""
+
+    def __init__(self, config: QueueConfig, models: Iterable[str], now: float) -> None:
+        self.models: dict[str, Model] = {name: Model(name, now) for name in sorted(models)}
+        self.tenants: dict[str, TenantCounters] = {}
+        self.num_queued = 0
+        self.num_running = 0
+        self._config = config
+        self._requests: dict[bytes, Request] = {}
+        self._next_deadline = inf
+        self._num_finished = 0
+        self._finished_per_s = 0.0
+        self._measured = (now, 0)  # when the rate was measured, and the requests finished until then
+
+    def model(self, name: str, now: float) -> Model:
+        """Return the model of that name, made if it is new."""
+        model = self.models.get(name)
+        if model is None:
+            model = self.models[name] = Model(name, now)
+        return model
+
+    def get(self, req_id: bytes) -> Request | None:
+        """Return the request that has not got its `Finished`, None if there is none."""
+        request = self._requests.get(req_id)
+        return None if request is None or request.state == "closed" else request
+
+    def enter(self, submit: Submit, now: float) -> Request | KvasirError:
+        """Queue a new request, or return why it is refused."""
+        tenant = self.tenants.get(submit.tenant_id)
+        if tenant is None:
+            tenant = self.tenants[submit.tenant_id] = TenantCounters()
+        tenant.num_requests += 1
+        error = self._refusal(submit, tenant)
+        if error is not None:
+            tenant.num_refused += 1
+            return error
+        request = Request(submit, submit.token_ids, submit.prefix_hashes, now)
+        self._requests[submit.req_id] = request
+        if submit.deadline is not None and submit.deadline < self._next_deadline:
+            self._next_deadline = submit.deadline
+        self.models[submit.model].queue.push(request)
+        tenant.num_queued += 1
+        self.num_queued += 1
+        return request
+
+    def dispatched(self, request: Request) -> None:
+        """Count `request`, popped from its queue and sent, as running."""
+        tenant = self.tenants[request.submit.tenant_id]
+        tenant.num_queued -= 1
+        tenant.num_running += 1
+        self.num_queued -= 1
+        self.num_running += 1
+        request.state = "dispatched"
+
+    def requeue(self, request: Request, now: float) -> None:
+        """Put a running request, which no worker has any more, before everything of its tenant."""
+        tenant = self.tenants[request.submit.tenant_id]
+        tenant.num_running -= 1
+        tenant.num_queued += 1
+        self.num_running -= 1
+        self.num_queued += 1
+        request.state = "queued"
+        request.queued_at = now
+        self.models[request.submit.model].queue.push_front(request)
+
+    def finish(self, request: Request, reason: str, error: KvasirError | None = None) -> None:
+        """Close `request`, out of its queue, and put its one `Finished`."""
+        submit = request.submit
+        tenant = self.tenants[submit.tenant_id]
+        if request.state == "queued":
+            tenant.num_queued -= 1
+            self.num_queued -= 1
+        else:
+            tenant.num_running -= 1
+            self.num_running -= 1
+        request.state = "closed"
+        if not request.is_held:
+            del self._requests[submit.req_id]
+        finished = request.finished(reason, None if error is None else error.info())
+        tenant.num_prompt_tokens += submit.num_prompt_tokens
+        tenant.num_cached_tokens += finished.num_cached_tokens
+        tenant.num_output_tokens += finished.num_output_tokens
+        tenant.num_finished[reason] = tenant.num_finished.get(reason, 0) + 1
+        self.models[submit.model].counters.num_finished += 1
+        self._num_finished += 1
+        submit.sink.put(finished)
+
+    def release(self, request: Request) -> None:
+        """Forget a closed request, which no worker holds any more."""
+        del self._requests[request.submit.req_id]
+
+    def take_late(self, now: float) -> list[Request]:
+        """Return all requests past their deadline, still in their states. A scan when the first one is due: cheaper
+        than a heap for all."""
+        late: list[Request] = []
+        if now < self._next_deadline:
+            return late
+        self._next_deadline = inf
+        for request in self._requests.values():
+            deadline = request.submit.deadline
+            if deadline is None or request.state == "closed":
+                continue
+            if deadline <= now:
+                late.append(request)
+            elif deadline < self._next_deadline:
+                self._next_deadline = deadline
+        return late
+
+    def measure_rate(self, now: float) -> None:
+        """Measure how many requests finish per second, for `Overloaded.retry_after_s`."""
+        measured_at, num_finished = self._measured
+        if now - measured_at >= _RATE_WINDOW_S:
+            self._finished_per_s = (self._num_finished - num_finished) / (now - measured_at)
+            self._measured = (now, self._num_finished)
+
+    def check_integrity(self) -> None:
+        """Assert that states, queues and counts agree."""
+        states = {"queued": 0, "dispatched": 0, "closed": 0}
+        for request in self._requests.values():
+            states[request.state] += 1
+            assert request.is_held == (request.state != "queued"), "a request is in two places, or in none"
+        tenants, models = self.tenants.values(), self.models.values()
+        assert states["queued"] == self.num_queued == sum(len(model.queue) for model in models)
+        assert states["dispatched"] == self.num_running
+        assert self.num_queued == sum(tenant.num_queued for tenant in tenants)
+        assert self.num_running == sum(tenant.num_running for tenant in tenants)
+        num_held = sum(len(worker.in_flight) for model in models for worker in model.workers)
+        assert states["dispatched"] + states["closed"] == num_held, "a worker holds a request that nobody knows"
+        for model in models:
+            model.queue.check_integrity()
+
+    def _refusal(self, submit: Submit, tenant: TenantCounters) -> KvasirError | None:
+        if submit.model not in self.models:
+            names = ", ".join(sorted(self.models)) or "none"
+            return UnknownModel(f"model {submit.model!r} is not served here; served: {names}", param="model")
+        if submit.req_id in self._requests:
+            return Conflict(f"request id {submit.req_id.hex()} is in use by a running request; choose another")
+        if self.num_queued >= self._config.max_queued:
+            return self._overloaded("the queue is full", self.num_queued)
+        if tenant.num_queued >= self._config.max_queued_per_tenant:
+            return self._overloaded("this tenant has too many requests waiting", tenant.num_queued)
+        return None
+
+    def _overloaded(self, what: str, num_waiting: int) -> Overloaded:
+        per_s = self._finished_per_s
+        retry_after_s = min(60.0, max(1.0, num_waiting / per_s)) if per_s else 5.0
+        return Overloaded(f"{what} ({num_waiting}); try again in {retry_after_s:.0f} s", retry_after_s=retry_after_s)

@@ -1,0 +1,203 @@
+"""What the core knows of one worker: who it is, what it has, how fast it is. Pure state; the core decides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvasir.gateway.core.request import Request
+from kvasir.gateway.routing.prefix_index import PrefixIndex
+from kvasir.gateway.routing.router import Backlog, Candidate, Decision, RouterConfig
+from kvasir.protocol.messages import Hello, KvAccounts, Load
+from kvasir.protocol.prefix import HASH_BYTES, split_hashes
+
+DEFAULT_PREFILL_TOKENS_PER_S = 5_000.0
+_FORGET = 0.9  # weight of the past per report: rates follow a change within some ten steps
+_MIN_PREFILL_SHARE = 0.1  # of a mixed step's time: what is left when the decode round is taken off is never nothing
+
+WorkerState = Literal["ready", "draining"]
+
+
+class Rates:
+    """Prefill rate and decode round of one worker, learned from its step reports.
+
+    Prefill is a ratio of decayed sums, so that large steps count for more than their number. A step that does both is
+    charged one decode round first; what remains is prefill.
+    """
+
+    def __init__(self, prefill_tokens_per_s: float) -> None:
+        self._tokens = prefill_tokens_per_s * 0.01
+        self._seconds = 0.01
+        self.round_s = 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self._tokens / self._seconds
+
+    def learn(self, load: Load) -> None:
+        """Take in what one step did."""
+        if load.step_s <= 0.0:
+            return
+        if load.num_prefill_tokens:
+            step_s = load.step_s
+            if load.num_decode_tokens:
+                step_s = max(step_s - self.round_s, step_s * _MIN_PREFILL_SHARE)
+            self._tokens = self._tokens * _FORGET + load.num_prefill_tokens
+            self._seconds = self._seconds * _FORGET + step_s
+        elif load.num_decode_tokens:
+            self.round_s = load.step_s if not self.round_s else self.round_s * 0.8 + load.step_s * 0.2
+
+
+@dataclass(slots=True)
+class WorkerCounters:
+    """Since the worker joined. Prompt, predicted and actual tokens are summed over the attempts that said how much of
+    their prompt was cached."""
+
+    num_requests: int = 0
+    num_finished: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_predicted_cached_tokens: int = 0
+    num_actual_cached_tokens: int = 0
+    num_mispredicted_tokens: int = 0  # sum of |predicted - actual|
+    num_stale_outputs: int = 0
+    num_reports: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One worker in one session, from `Hello` until it leaves or is lost. `epoch` names the session on the wire."""
+
+    peer: bytes
+    hello: Hello
+    epoch: bytes
+    joined_at: float
+    rates: Rates
+    state: WorkerState = "ready"
+    step: int = -1
+    last_report_at: float = 0.0  # any report
+    last_step_at: float = 0.0  # a report whose step counter had grown, or the work it had to begin with
+    last_probe_at: float = 0.0
+    load: Load = field(default_factory=Load)
+    loaded_at: float = 0.0  # when `load` was reported
+    in_flight: dict[bytes, Request] = field(default_factory=dict)
+    index: PrefixIndex = field(default_factory=PrefixIndex)
+    backlog: Backlog = field(default_factory=Backlog)
+    kv: KvAccounts = field(default_factory=lambda: KvAccounts([]))  # as last reported
+    pins: dict[str, bytes] = field(default_factory=dict)  # what it was told to pin: name -> hash of the last block
+    counters: WorkerCounters = field(default_factory=WorkerCounters)
+    is_member: bool = True  # False once it is lost: nothing may be booked on it any more
+    _heat_s: float = 0.0
+    _heat_at: float = 0.0
+
+    @property
+    def worker_id(self) -> str:
+        return self.hello.worker_id
+
+    @property
+    def num_credits(self) -> int:
+        """How many requests it may be sent now."""
+        if self.state != "ready":
+            return 0
+        return self.hello.limits.max_requests - len(self.in_flight)
+
+    @property
+    def max_context(self) -> int:
+        """Longest prompt + answer: the model's window as served, or all of the KV pool if that is less."""
+        return min(self.hello.limits.max_context, self.hello.num_blocks * self.hello.block_size)
+
+    def heat_s(self, now: float, decay_s: float) -> float:
+        """Return the seconds of prefill that were lately sent here, decayed with time constant `decay_s`."""
+        return self._heat_s * math.exp((self._heat_at - now) / decay_s) if self._heat_s else 0.0
+
+    def candidate(self, request: Request, now: float, config: RouterConfig) -> Candidate:
+        """Return this worker as the router sees it for `request`."""
+        hello = self.hello
+        prefix_hashes = request.prefix_hashes
+        # At least one prompt token is always computed: its logits are what the first token is drawn from.
+        resident, cached = self.index.match(prefix_hashes, (request.num_tokens - 1) // hello.block_size)
+        in_flight, backlog = len(self.in_flight), self.backlog
+        return Candidate(
+            hello.worker_id,
+            cached * hello.block_size,
+            resident,
+            self.rates.prefill_tokens_per_s,
+            self.rates.round_s if in_flight > len(backlog) else 0.0,
+            hello.limits.max_step_tokens,
+            in_flight,
+            self.heat_s(now, config.heat_decay_s),
+            backlog,
+            backlog.leader(prefix_hashes, cached) if cached > resident else None,
+        )
+
+    def take(self, request: Request, decision: Decision, now: float, heat_decay_s: float) -> None:
+        """Book `request`, just sent here: a credit, a place in the backlog, its blocks to come, heat."""
+        chosen = decision.chosen
+        request.worker = self
+        request.dispatched_at = now
+        request.num_predicted_tokens = chosen.num_cached_tokens
+        if not self.in_flight:
+            self.last_step_at = now  # an idle engine owes no steps: the stall timer starts with the work
+        self.in_flight[request.submit.req_id] = request
+        num_uncached = max(1, decision.num_tokens - chosen.num_cached_tokens)
+        request.pending = self.backlog.add(decision.key, num_uncached, request.prefix_hashes)
+        # Everything that is not resident, also what others have reserved: they may be gone before this one.
+        request.reserved = request.prefix_hashes[decision.num_resident_blocks * HASH_BYTES :]
+        if request.reserved:
+            self.index.reserve(request.reserved)
+        self._heat_s = self.heat_s(now, heat_decay_s) + chosen.miss_s
+        self._heat_at = now
+        self.counters.num_requests += 1
+
+    def stepped(self, step: int, load: Load, now: float) -> None:
+        """Take in what a step report says of the engine."""
+        self.counters.num_reports += 1
+        self.load = load
+        self.loaded_at = now
+        if step > self.step:
+            self.step = step
+            self.last_step_at = now
+        self.rates.learn(load)
+        if load.num_prefill_tokens:
+            self.backlog.advance(load.num_prefill_tokens)
+
+    def forgive(self, now: float) -> None:
+        """Start all timers anew: nobody was listening."""
+        self.last_report_at = self.last_step_at = now
+
+    def matched(self, request: Request, num_cached_tokens: int) -> None:
+        """Take in how many tokens the worker has found in its cache for `request`, beside what was predicted."""
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = min(num_cached_tokens, request.submit.num_prompt_tokens)
+        counters = self.counters
+        counters.num_prompt_tokens += request.num_tokens
+        counters.num_actual_cached_tokens += num_cached_tokens
+        counters.num_predicted_cached_tokens += request.num_predicted_tokens
+        counters.num_mispredicted_tokens += abs(num_cached_tokens - request.num_predicted_tokens)
+
+    def prefilled(self, request: Request) -> None:
+        """Note that the prompt of `request` is computed (its first token is there) or not wanted any more."""
+        if request.pending is not None:
+            self.backlog.remove(request.pending)
+            request.pending = None
+
+    def give_back(self, request: Request) -> None:
+        """Undo `take`: the credit is free again, nothing is expected of `request` here."""
+        del self.in_flight[request.submit.req_id]
+        self.prefilled(request)
+        if request.reserved:
+            self.index.release(request.reserved)
+            request.reserved = b""
+
+    def check_integrity(self) -> None:
+        """Assert that credits, backlog and reservations follow from what is in flight."""
+        assert len(self.in_flight) <= self.hello.limits.max_requests, "more requests in flight than credits"
+        pending = [request for request in self.in_flight.values() if request.pending is not None]
+        assert len(pending) == len(self.backlog), "the backlog holds other requests than those in flight"
+        assert self.backlog.num_tokens == sum(request.pending.num_tokens for request in pending if request.pending)
+        expected = {digest for request in self.in_flight.values() for digest in split_hashes(request.reserved)}
+        assert self.index.statistics().num_reserved == len(expected), "reservations leak"
+        for request in self.in_flight.values():
+            assert request.worker is self, "a request in flight believes itself elsewhere"
+            assert request.state in ("dispatched", "closed")

@@ -1,0 +1,99 @@
+"""One running request as an edge sees it: the sink that collects its events, and what they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Event, Finished, Submit
+from kvasir.gateway.text.model_text import Detokenizer
+from kvasir.protocol.messages import TokenLogprobs
+
+
+@dataclass(slots=True)
+class Piece:
+    """What an answer has gained since the last time: final text, its tokens, and perhaps the end.
+
+    `start`: how many characters the answer had before.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finished: Finished | None = None
+    start: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """Sink of one request. `wake` is called at an event when the answer had none yet; `take` empties it.
+
+    After a stop string the core is told to stop, what it still sends is dropped, and the `Finished` that comes says
+    "stop" with the tokens counted up to there.
+    """
+
+    core: CoreApi
+    wake: Callable[[Event], None]
+    detokenizer: Detokenizer | None = None
+    submit: Submit | None = None
+    num_tokens: int = 0
+    num_chars: int = 0
+    is_over: bool = False
+    _events: list[Event] = field(default_factory=list)
+
+    def put(self, event: Event) -> None:
+        self._events.append(event)
+        self.wake(event)
+
+    def take(self) -> Piece:
+        """Return what came since the last call."""
+        events, self._events = self._events, []
+        piece = Piece(start=self.num_chars)
+        detokenizer = self.detokenizer
+        for event in events:
+            if isinstance(event, Finished):
+                piece.finished = event
+                self.is_over = True
+            elif detokenizer is None or not detokenizer.stopped:
+                self._add(piece, event)
+        if piece.finished is not None and detokenizer is not None:
+            if detokenizer.stopped:
+                piece.finished = self._stopped(piece.finished)
+            else:
+                piece.text += detokenizer.finish()
+                if detokenizer.stopped:
+                    piece.finished = self._stopped(piece.finished)
+        self.num_chars += len(piece.text)
+        return piece
+
+    def cancel(self) -> None:
+        """Nobody wants the rest: tell the core, unless it has ended. Idempotent."""
+        if self.submit is not None and not self.is_over:
+            self.is_over = True
+            self.core.cancel(Cancel(self.submit.req_id))
+
+    def _add(self, piece: Piece, delta: Delta) -> None:
+        piece.token_ids += delta.token_ids
+        piece.logprobs += delta.logprobs
+        self.num_tokens += len(delta.token_ids)
+        if self.detokenizer is None:
+            return
+        ids = delta.token_ids
+        submit = self.submit
+        if submit is not None and submit.stop_token_ids and ids[-1:] and ids[-1] in submit.stop_token_ids:
+            ids = ids[:-1]  # the token that ends an answer is counted, not shown
+        piece.text += self.detokenizer.push(ids)
+        if self.detokenizer.stopped and submit is not None:
+            self.core.cancel(Cancel(submit.req_id, "stop"))
+
+    def _stopped(self, finished: Finished) -> Finished:
+        return Finished(
+            finished.req_id,
+            "stop",
+            finished.num_prompt_tokens,
+            self.num_tokens,
+            finished.num_cached_tokens,
+            finished.worker_id,
+            finished.num_attempts,
+            finished.ttft_s,
+        )

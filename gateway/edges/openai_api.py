@@ -1,0 +1,305 @@
+"""The OpenAI-compatible routes: bind a request to its tenant, ask the core through intake, write what comes back.
+
+A whole answer wakes its connection once, when the last choice has ended (or at every step if it has stop strings,
+which must be looked for as the text comes). A streamed one is woken at most once per engine step, and writes all that
+came meanwhile in one go. A client that goes away cancels the task that serves it, and with it its requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+import msgspec
+import trio
+
+from kvasir.gateway.core.api import CoreApi, Event, Finished, ModelInfo
+from kvasir.gateway.edges.answer import Answer, Piece
+from kvasir.gateway.edges.openai_requests import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    chat_requests,
+    completion_requests,
+    parse_body,
+)
+from kvasir.gateway.edges.openai_responses import CHAT, COMPLETION, Form, error_object, usage_of
+from kvasir.gateway.edges.prepare import Intake
+from kvasir.gateway.http.connection import Exchange, HttpResponse
+from kvasir.gateway.http.parser import HttpRequest
+from kvasir.gateway.tenants.directory import Tenant, TenantDirectory
+from kvasir.protocol.client_messages import CompletionRequest
+from kvasir.protocol.errors import BY_CODE, AuthenticationFailed, ErrorInfo, KvasirError, MethodNotAllowed, NotFound
+
+_chat_body = msgspec.json.Decoder(ChatBody)
+_completion_body = msgspec.json.Decoder(CompletionBody)
+_encode = msgspec.json.Encoder().encode
+MAX_WAITING_EVENTS = 16_384  # about 3 MB of them
+
+
+class HttpApi:
+    """Handler of an `HttpServer`. `metrics` renders the text of `/metrics`; `started_at` is wall-clock seconds."""
+
+    def __init__(
+        self,
+        core: CoreApi,
+        intake: Intake,
+        directory: TenantDirectory,
+        metrics: Callable[[], bytes],
+        started_at: float | None = None,
+    ) -> None:
+        self._core = core
+        self._intake = intake
+        self._directory = directory
+        self._metrics = metrics
+        self._created = int(time.time() if started_at is None else started_at)
+
+    async def __call__(self, request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
+        """Answer one request; every `KvasirError` becomes an OpenAI-style error object with its status."""
+        try:
+            return await self._route(request, exchange)
+        except _WrongMethod as error:
+            return error_response(error.info(), [("allow", ", ".join(error.methods))])
+        except KvasirError as error:
+            return error_response(error.info())
+
+    async def _route(self, request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
+        path = request.path
+        if path == "/v1/chat/completions":
+            _only(request, "POST")
+            tenant = self._authenticate(request)
+            chat: ChatBody = parse_body(_chat_body, request.body)
+            return await self._complete(chat, chat_requests(chat), tenant, CHAT, exchange)
+        if path == "/v1/completions":
+            _only(request, "POST")
+            tenant = self._authenticate(request)
+            completion: CompletionBody = parse_body(_completion_body, request.body)
+            return await self._complete(completion, completion_requests(completion), tenant, COMPLETION, exchange)
+        if path == "/v1/models" or path.startswith("/v1/models/"):
+            _only(request, "GET", "HEAD")
+            return self._models(self._authenticate(request), unquote(path.removeprefix("/v1/models").removeprefix("/")))
+        if path == "/health":
+            _only(request, "GET", "HEAD")
+            return self._health()
+        if path == "/metrics":
+            _only(request, "GET", "HEAD")
+            if not request.is_local:  # on this machine for a scraper without a key; they name tenants by id only
+                self._authenticate(request)
+            return HttpResponse(200, self._metrics(), "text/plain; version=0.0.4; charset=utf-8")
+        raise NotFound(f"there is nothing at {path[:120]!r}; see /v1/models, /v1/chat/completions, /v1/completions")
+
+    def _authenticate(self, request: HttpRequest) -> Tenant:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if key and scheme.lower() != "bearer":
+            raise AuthenticationFailed(f"authorization scheme {scheme[:20]!r} is not known; send `Bearer KEY`")
+        return self._directory.authenticate(key.strip())
+
+    def _models(self, tenant: Tenant, name: str) -> HttpResponse:
+        mine = [info for info in self._core.models().values() if tenant.may_use(info.name)]
+        if not name:
+            return _json(200, {"object": "list", "data": [self._card(info) for info in mine]})
+        for info in mine:
+            if info.name == name:
+                return _json(200, self._card(info))
+        served = ", ".join(info.name for info in mine) or "none"
+        info_ = ErrorInfo("model_not_found", f"model {name[:80]!r} is not served here; served: {served}", "model")
+        return error_response(info_)
+
+    def _card(self, info: ModelInfo) -> dict[str, Any]:
+        card = {"id": info.name, "object": "model", "created": self._created, "owned_by": "kvasir"}
+        return {**card, "max_model_len": info.max_context}
+
+    def _health(self) -> HttpResponse:
+        models = {info.name: info.num_workers for info in self._core.models().values()}
+        if any(models.values()):
+            return _json(200, {"status": "ok", "workers": models})
+        return _json(503, {"status": "no workers", "workers": models}, [("retry-after", "2")])
+
+    async def _complete(
+        self,
+        body: Body,
+        requests: list[CompletionRequest],
+        tenant: Tenant,
+        form: Form,
+        exchange: Exchange,
+    ) -> HttpResponse | None:
+        waiter = _Waiter(len(requests), exchange.cut, every_event=bool(body.stream) or bool(requests[0].stop))
+        answers = [Answer(self._core, waiter.wake) for _ in requests]
+        try:
+            for request, answer in zip(requests, answers, strict=True):
+                prepare = self._intake
+                if prepare.is_quick(request):
+                    answer.submit = prepare.prepare(request, tenant, answer)
+                else:
+                    answer.submit = await prepare.prepare_in_thread(request, tenant, answer)
+                answer.detokenizer = prepare.detokenizer(request, answer.submit)
+            for answer in answers:
+                assert answer.submit is not None
+                self._core.submit(answer.submit)
+            if body.stream:
+                wants_usage = body.stream_options is not None and body.stream_options.include_usage
+                return await self._stream(answers, waiter, form, exchange, body.n or 1, wants_usage=wants_usage)
+            return await self._whole(answers, waiter, form, body.n or 1)
+        finally:
+            for answer in answers:
+                answer.cancel()
+
+    async def _whole(self, answers: list[Answer], waiter: _Waiter, form: Form, num_choices: int) -> HttpResponse:
+        pieces = [Piece() for _ in answers]
+        while any(piece.finished is None for piece in pieces):
+            await waiter.wait()
+            for piece, answer in zip(pieces, answers, strict=True):
+                _extend(piece, answer.take())
+        ends = [_end(piece) for piece in pieces]
+        for end in ends:
+            if end.error is not None:
+                return error_response(end.error)
+        submit = answers[0].submit
+        assert submit is not None
+        text = self._intake.text(submit.model)
+        choices = [
+            form.choice(index, piece, end.reason, text)
+            for index, (piece, end) in enumerate(zip(pieces, ends, strict=True))
+        ]
+        req_id = submit.req_id.hex()
+        whole = self._envelope(form.id_prefix + req_id, form.whole, submit.model)
+        headers = [("x-kvasir-worker", ends[0].worker_id), ("x-kvasir-request-id", req_id)]
+        return _json(200, {**whole, "choices": choices, "usage": usage_of(ends, num_choices)}, headers)
+
+    async def _stream(
+        self,
+        answers: list[Answer],
+        waiter: _Waiter,
+        form: Form,
+        exchange: Exchange,
+        num_choices: int,
+        *,
+        wants_usage: bool,
+    ) -> HttpResponse | None:
+        submit = answers[0].submit
+        assert submit is not None
+        req_id = submit.req_id.hex()
+        text = self._intake.text(submit.model)
+        envelope = self._envelope(form.id_prefix + req_id, form.chunk, submit.model)
+        more = {"usage": None} if wants_usage else {}
+        ends: list[Finished | None] = [None] * len(answers)
+
+        def chunk(choices: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
+            return b"data: %b\n\n" % _encode({**envelope, "choices": choices, **usage})
+
+        await waiter.wait()
+        pieces = [answer.take() for answer in answers]
+        first = next((piece.finished for piece in pieces if piece.finished and piece.finished.error), None)
+        if first is not None and first.error is not None and first.num_output_tokens == 0:
+            return error_response(first.error)  # refused before anything was sent: a plain status says it best
+        exchange.begin(
+            200, "text/event-stream; charset=utf-8", [("cache-control", "no-cache"), ("x-kvasir-request-id", req_id)]
+        )
+        out = [chunk([form.opening(index)], more) for index in range(len(answers))] if form.opening else []
+        while True:
+            for index, piece in enumerate(pieces):
+                if piece.text or piece.logprobs:
+                    out.append(chunk([form.delta(index, piece, text)], more))
+                end = piece.finished
+                if end is None:
+                    continue
+                ends[index] = end
+                if end.error is not None:
+                    out.append(b"data: %b\n\n" % _encode({"error": error_object(end.error)}))
+                else:
+                    out.append(chunk([form.ending(index, end.reason)], more))
+            if None not in ends:
+                break
+            await exchange.write(b"".join(out))
+            out = []
+            await waiter.wait()
+            pieces = [answer.take() for answer in answers]
+        if wants_usage:
+            out.append(chunk([], {"usage": usage_of([end for end in ends if end is not None], num_choices)}))
+        out.append(b"data: [DONE]\n\n")
+        await exchange.end(b"".join(out))
+        return None
+
+    def _envelope(self, answer_id: str, kind: str, model: str) -> dict[str, Any]:
+        return {"id": answer_id, "object": kind, "created": int(time.time()), "model": model}
+
+
+class _Waiter:
+    """Wakes one task about several answers: at every event, or only when all have ended.
+
+    `overrun` is called when very many events wait for a task that is to see each: its client does not read.
+    """
+
+    def __init__(self, num_open: int, overrun: Callable[[], None], *, every_event: bool) -> None:
+        self.num_open = num_open
+        self._overrun = overrun
+        self._every_event = every_event
+        self._num_waiting = 0
+        self._has_news = False
+        self._task: trio.lowlevel.Task | None = None
+
+    def wake(self, event: Event) -> None:
+        if isinstance(event, Finished):
+            self.num_open -= 1
+        elif not self._every_event:
+            return
+        self._num_waiting += 1
+        if self._num_waiting > MAX_WAITING_EVENTS:
+            self._overrun()
+        if self._every_event or not self.num_open:
+            self._has_news = True
+            if self._task is not None:
+                task, self._task = self._task, None
+                trio.lowlevel.reschedule(task)
+
+    async def wait(self) -> None:
+        """Wait for news since the last wait. A checkpoint only if there are none yet."""
+        if not self._has_news:
+            self._task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
+        self._has_news = False
+        self._num_waiting = 0
+
+    def _abort(self, _: object) -> trio.lowlevel.Abort:
+        self._task = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+
+def error_response(info: ErrorInfo, more_headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
+    """Return an error as its HTTP status and OpenAI-style object."""
+    status = BY_CODE.get(info.code, KvasirError).http_status
+    headers = list(more_headers)
+    if info.retry_after_s is not None:
+        headers.append(("retry-after", str(max(1, round(info.retry_after_s)))))
+    if status == 401:
+        headers.append(("www-authenticate", "Bearer"))
+    return _json(status, {"error": error_object(info)}, headers)
+
+
+class _WrongMethod(MethodNotAllowed):
+    def __init__(self, request: HttpRequest, methods: Sequence[str]) -> None:
+        super().__init__(f"{request.path} takes {' or '.join(methods)}, not {request.method}")
+        self.methods = methods
+
+
+def _only(request: HttpRequest, *methods: str) -> None:
+    if request.method not in methods:
+        raise _WrongMethod(request, methods)
+
+
+def _json(status: int, content: Any, headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
+    return HttpResponse(status, _encode(content), "application/json", headers)
+
+
+def _extend(piece: Piece, more: Piece) -> None:
+    piece.text += more.text
+    piece.token_ids += more.token_ids
+    piece.logprobs += more.logprobs
+    piece.finished = more.finished or piece.finished
+
+
+def _end(piece: Piece) -> Finished:
+    assert piece.finished is not None
+    return piece.finished

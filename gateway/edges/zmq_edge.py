@@ -1,0 +1,340 @@
+"""The SDK's edge: one ROUTER, requests in, chunks out, no task per request.
+
+`run` receives batches and handles each message synchronously: decode, authenticate, intake, `core.submit`. The core
+puts events into `_Call`s, which only collect them; one flusher task, woken once per batch of events, turns what each
+call has collected into one chunk and sends it. Only long texts, whose tokenisation would hold up everybody, get a task
+and a thread.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from kvasir.gateway.core.api import Cancel, CoreApi, Event, Submit
+from kvasir.gateway.edges.answer import Answer
+from kvasir.gateway.edges.outbox import Courier, OutboxLimits, Peer
+from kvasir.gateway.log import log
+from kvasir.protocol.client_messages import (
+    CLIENT_MESSAGES,
+    CallId,
+    CancelRequest,
+    CompletionChunk,
+    CompletionDone,
+    CompletionRequest,
+    GatewayMessage,
+    ModelCard,
+    ModelList,
+    ModelsRequest,
+    Usage,
+)
+from kvasir.protocol.codec import encode
+from kvasir.protocol.errors import BadRequest, InvalidMessage, KvasirError, Overloaded, Unavailable
+from kvasir.protocol.link import Link, LinkClosed
+from kvasir.protocol.tokens import pack_tokens
+
+if TYPE_CHECKING:
+    from kvasir.gateway.edges.prepare import Intake
+    from kvasir.gateway.tenants.directory import Tenant, TenantDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeLimits:
+    """Bounds of what clients can make the edge hold."""
+
+    max_calls_per_client: int = 1024
+    max_preparing: int = 32
+    outbox: OutboxLimits = field(default_factory=OutboxLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeStatistics:
+    """`num_malformed`: messages that were refused or dropped as no request; `num_dropped`: of clients that were cut."""
+
+    num_requests: int
+    num_refused: int
+    num_malformed: int
+    num_dropped: int
+    num_gone: int
+    num_cut: int
+    open_calls: int
+    peers: int
+    waiting_messages: int
+
+
+class _Call:
+    """One request of one client. `closed`: its `CompletionDone` has been sent, or nobody wants it any more."""
+
+    __slots__ = ("_mark", "answer", "closed", "dirty", "peer", "request")
+
+    def __init__(
+        self, peer: Peer[_Call], request: CompletionRequest, core: CoreApi, mark: Callable[[_Call], None]
+    ) -> None:
+        self.peer = peer
+        self.request = request
+        self.answer = Answer(core, self._wake)
+        self.dirty = False
+        self.closed = False
+        self._mark = mark
+
+    def _wake(self, event: Event) -> None:
+        if not self.dirty:
+            self.dirty = True
+            self._mark(self)
+
+
+class ZmqEdge:
+    """Serves clients on `link`, a ROUTER of the SDK's protocol. `run` it in a nursery; its owner closes the link."""
+
+    def __init__(
+        self,
+        link: Link,
+        core: CoreApi,
+        intake: Intake,
+        directory: TenantDirectory,
+        limits: EdgeLimits | None = None,
+    ) -> None:
+        self._link = link
+        self._core = core
+        self._intake = intake
+        self._directory = directory
+        self._limits = limits or EdgeLimits()
+        self._courier: Courier[_Call] = Courier(link, self._limits.outbox, self._abandon)
+        self._dirty: list[_Call] = []
+        self._flusher = trio.lowlevel.ParkingLot()
+        self._draining = False
+        self._num_preparing = 0
+        self._num_open = 0
+        self._num_requests = 0
+        self._num_refused = 0
+        self._num_malformed = 0
+        self._num_dropped = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until the link is closed or the task is cancelled; nothing is answered any more then. To end in good
+        order `drain`, let the core finish every request, `flush`, and only then cancel."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._link.run)
+                nursery.start_soon(self._courier.run)
+                nursery.start_soon(self._flush_for_ever)
+                task_status.started()
+                while True:
+                    for frames in await self._link.receive(64):
+                        self._handle(frames)
+                    self._courier.flush()
+        except* LinkClosed:  # whichever task has noticed it first
+            pass
+
+    def drain(self) -> None:
+        """From now on refuse new requests as `Unavailable`; what runs goes on."""
+        self._draining = True
+
+    def flush(self) -> None:
+        """Send what the core has put so far."""
+        dirty, self._dirty = self._dirty, []
+        for call in dirty:
+            self._flush_call(call)
+        self._courier.flush()
+
+    def statistics(self) -> EdgeStatistics:
+        """Return the counters."""
+        return EdgeStatistics(
+            self._num_requests,
+            self._num_refused,
+            self._num_malformed,
+            self._num_dropped,
+            self._courier.num_gone,
+            self._courier.num_cut,
+            self._num_open,
+            self._courier.num_peers(),
+            self._courier.num_waiting(),
+        )
+
+    # ---- client -> core ------------------------------------------------------------------------------------------
+
+    def _handle(self, frames: list[bytes]) -> None:
+        peer = self._courier.peer(frames[0])
+        if peer.cut:
+            self._num_dropped += 1
+            return
+        try:
+            if len(frames) != 2:
+                raise InvalidMessage(f"a message has one frame, not {len(frames) - 1}")
+            message = CLIENT_MESSAGES.decode(frames[1])
+        except InvalidMessage as error:
+            self._num_malformed += 1
+            call_id = _recover_id(frames[-1])
+            if call_id is not None:  # else nobody would know what is answered
+                self._courier.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
+            return
+        match message:
+            case CompletionRequest():
+                self._begin(peer, message)
+            case CancelRequest():
+                call = peer.calls.get(message.id)
+                if call is not None:
+                    self._cancel(call)
+            case ModelsRequest():
+                self._courier.post(peer, message.id, encode(self._list_models(message)))
+
+    def _begin(self, peer: Peer[_Call], request: CompletionRequest) -> None:
+        self._num_requests += 1
+        try:
+            tenant = self._directory.authenticate(request.api_key)
+            self._check_room(peer, request.id)
+            call = _Call(peer, request, self._core, self._mark)
+            if self._intake.is_quick(request):
+                submit = self._intake.prepare(request, tenant, call.answer)
+                self._open(call)
+                self._submit(call, submit)
+            else:
+                if self._num_preparing >= self._limits.max_preparing:
+                    raise Overloaded("too many long texts are being tokenised; try again", retry_after_s=1.0)
+                self._open(call)
+                self._num_preparing += 1
+                self._nursery.start_soon(self._prepare, call, request, tenant)
+        except KvasirError as error:
+            self._refuse(peer, request.id, error)
+        except Exception as bug:  # one request must not end everybody else's
+            if request.id in peer.calls:
+                self._close(peer.calls[request.id])
+            self._refuse(peer, request.id, _internal_error(bug))
+
+    def _check_room(self, peer: Peer[_Call], call_id: int) -> None:
+        if self._draining:
+            raise Unavailable("this gateway is shutting down; try again in a moment", retry_after_s=1.0)
+        if call_id in peer.calls:
+            raise BadRequest(f"request {call_id} of this connection is still running; give each its own id", param="id")
+        if len(peer.calls) >= self._limits.max_calls_per_client:
+            raise Overloaded(
+                f"this connection has {len(peer.calls)} requests running, as many as it may; wait for some to end",
+                retry_after_s=1.0,
+            )
+
+    async def _prepare(self, call: _Call, request: CompletionRequest, tenant: Tenant) -> None:
+        """Tokenise a long text in a thread, then submit it, unless it was cancelled meanwhile."""
+        try:
+            submit = await self._intake.prepare_in_thread(request, tenant, call.answer)
+            if not call.closed:
+                self._submit(call, submit)
+        except Exception as problem:
+            if not call.closed:
+                self._close(call)
+                error = problem if isinstance(problem, KvasirError) else _internal_error(problem)
+                self._refuse(call.peer, call.request.id, error)
+                self._courier.flush()
+        finally:
+            self._num_preparing -= 1
+
+    def _submit(self, call: _Call, submit: Submit) -> None:
+        call.answer.submit = submit
+        call.answer.detokenizer = self._intake.detokenizer(call.request, submit)
+        self._core.submit(submit)
+
+    def _open(self, call: _Call) -> None:
+        self._num_open += 1
+        call.peer.calls[call.request.id] = call
+        self._courier.remember(call.peer)
+
+    def _close(self, call: _Call) -> None:
+        self._num_open -= 1
+        call.closed = True
+        call.peer.calls.pop(call.request.id, None)
+        self._courier.release(call.peer)
+
+    def _cancel(self, call: _Call) -> None:
+        if call.answer.submit is not None:
+            self._core.cancel(Cancel(call.answer.submit.req_id))  # its `Finished` is still wanted
+        else:  # still being tokenised
+            self._close(call)
+            self._send(call, CompletionDone(call.request.id, "abort"))
+
+    def _abandon(self, peer: Peer[_Call]) -> None:
+        for call in list(peer.calls.values()):
+            self._num_open -= 1
+            call.closed = True
+            call.answer.cancel()
+        peer.calls.clear()
+
+    def _list_models(self, request: ModelsRequest) -> ModelList:
+        try:
+            tenant = self._directory.authenticate(request.api_key)
+        except KvasirError as error:
+            self._num_refused += 1
+            return ModelList(request.id, error=error.info())
+        served = self._core.models().values()
+        return ModelList(
+            request.id,
+            [
+                ModelCard(model.name, model.max_context, model.num_workers)
+                for model in served
+                if tenant.may_use(model.name)
+            ],
+        )
+
+    def _refuse(self, peer: Peer[_Call], call_id: int, error: KvasirError) -> None:
+        self._num_refused += 1
+        self._courier.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
+
+    # ---- core -> client ------------------------------------------------------------------------------------------
+
+    def _mark(self, call: _Call) -> None:
+        """Flush `call` soon."""
+        if not self._dirty:
+            self._flusher.unpark()
+        self._dirty.append(call)
+
+    async def _flush_for_ever(self) -> None:
+        while True:
+            if not self._dirty:
+                await self._flusher.park()
+            self.flush()
+            await trio.lowlevel.checkpoint()
+
+    def _flush_call(self, call: _Call) -> None:
+        """Send what `call` has collected: at most one chunk, then its end if it has ended."""
+        call.dirty = False
+        if call.closed:
+            return
+        piece = call.answer.take()
+        request = call.request
+        if piece.text or (piece.token_ids and request.want_tokens):
+            packed = pack_tokens(piece.token_ids) if request.want_tokens else b""
+            self._send(call, CompletionChunk(request.id, piece.text, packed, piece.logprobs))
+        end = piece.finished
+        if end is not None:
+            self._close(call)
+            usage = Usage(end.num_prompt_tokens, end.num_output_tokens, end.num_cached_tokens)
+            self._send(call, CompletionDone(request.id, end.reason, usage, end.worker_id, end.ttft_s, end.error))
+
+    def _send(self, call: _Call, message: GatewayMessage) -> None:
+        self._courier.post(call.peer, call.request.id, encode(message))
+
+
+def _internal_error(bug: Exception) -> KvasirError:
+    log("bug", where="zmq_edge", trace="".join(traceback.format_exception(bug)))
+    return KvasirError("the gateway failed on this request; its log says how")
+
+
+class _WithId(msgspec.Struct):
+    """Just enough of a message to answer it."""
+
+    id: CallId
+
+
+_with_id = msgspec.msgpack.Decoder(_WithId)
+
+
+def _recover_id(frame: bytes) -> int | None:
+    """Return the id of a message that is otherwise malformed, if it has one."""
+    try:
+        return _with_id.decode(frame).id
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None

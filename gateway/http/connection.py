@@ -1,0 +1,342 @@
+"""One HTTP connection: a task that reads requests, has them answered in order, and writes whole or streamed answers.
+
+The socket is read and written without waiting first; the task waits only for what is not there yet. `notice` tells it
+of input, and cancels it when the client has gone while its request is being answered.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http import HTTPStatus
+
+import trio
+
+from kvasir.gateway.http.parser import HttpRequest, MessageLimits, RequestParser
+from kvasir.gateway.log import log
+
+READ_BYTES = 64 << 10
+STATUS_LINE = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits(MessageLimits):
+    """Bounds of what strangers can make the server hold, and for how long (seconds).
+
+    `max_total_body_bytes`: of all bodies that are held at one time.
+    """
+
+    max_connections: int = 1024
+    max_total_body_bytes: int = 256 << 20
+    headers_s: float = 5.0
+    body_s: float = 30.0
+    idle_s: float = 75.0
+    write_s: float = 15.0  # a client that takes nothing for so long is cut
+    linger_s: float = 1.0  # how long a refused client may go on sending before it is cut
+
+
+@dataclass(slots=True)
+class HttpResponse:
+    """A whole answer."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(slots=True)
+class HttpStatistics:
+    """Counters since the start; `num_open` and `num_body_bytes` are gauges. `num_cut`: for being too slow."""
+
+    num_open: int = 0
+    num_body_bytes: int = 0
+    num_accepted: int = 0
+    num_turned_away: int = 0
+    num_requests: int = 0
+    num_malformed: int = 0
+    num_cut: int = 0
+    by_status: dict[int, int] = field(default_factory=dict)
+
+
+class Exchange:
+    """The answering side of one request, for handlers that stream: `begin`, any number of `write`s, `end`."""
+
+    def __init__(self, connection: Connection, request: HttpRequest) -> None:
+        self._connection = connection
+        self._request = request
+        self._chunked = not request.is_http_10
+        self._head = b""
+        self.has_begun = False
+
+    def begin(self, status: int, content_type: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+        """Set the status and headers of a streamed answer; they leave with the first piece of its body."""
+        self.has_begun = True
+        if not self._chunked:
+            self._request.keep_alive = False
+        length = b"transfer-encoding: chunked\r\n" if self._chunked else b""
+        self._head = self._connection.head(self._request, status, content_type, headers, length)
+
+    async def write(self, data: bytes) -> None:
+        """Send a piece of the body. Waits, and is a checkpoint, only for a client that is slow.
+
+        Cancelled, or the client gone: what was sent is unknown; the connection is closed.
+
+        Raises:
+            trio.BrokenResourceError: the client is gone.
+        """
+        if data:
+            head, self._head = self._head, b""
+            await self._connection.send(head + (b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data))
+
+    def cut(self) -> None:
+        """Give the client up: cancel what serves it and close the connection."""
+        self._connection.cut()
+
+    async def end(self, data: bytes = b"") -> None:
+        """Send the last piece of the body and end it. As `write` otherwise."""
+        head, self._head = self._head, b""
+        if self._chunked:
+            data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
+        await self._connection.send(head + data)
+
+
+Handler = Callable[[HttpRequest, Exchange], Awaitable[HttpResponse | None]]
+"""Answers a request: returns a whole response, or None after having streamed one through the exchange.
+
+It is cancelled when the client goes away. Whatever it raises is logged and answered as a plain 500."""
+
+
+@dataclass(slots=True)
+class ServerState:
+    """What all connections of a server have in common."""
+
+    handler: Handler
+    limits: HttpLimits
+    statistics: HttpStatistics = field(default_factory=HttpStatistics)
+    draining: bool = False
+    _date: bytes = b""
+
+    @property
+    def date(self) -> bytes:
+        """The Date header, as of the last `tick`."""
+        if not self._date:
+            self._date = f"date: {formatdate(usegmt=True)}\r\n".encode()
+        return self._date
+
+    def tick(self) -> None:
+        """Have the Date header made anew for the next answer."""
+        self._date = b""
+
+
+class Connection:
+    """One client and the task that serves it."""
+
+    def __init__(self, server: ServerState, plain: socket.socket) -> None:
+        self.scope = trio.CancelScope()
+        self._server = server
+        self._limits = server.limits
+        self._socket = plain
+        self._is_local = _is_loopback(plain)
+        self._parser = RequestParser(server.limits)
+        self._reader: trio.lowlevel.Task | None = None  # set while it waits for input
+        self._has_input = False
+        self._is_drained = True  # of input, when it was last read
+        self._is_gone = False
+        self._answering = False
+        self._lingering = False
+        self._since = trio.current_time()  # when the present phase of reading began
+        self._writing_since: float | None = None
+        self._num_held = 0  # bytes of bodies
+
+    @property
+    def is_idle(self) -> bool:
+        return self._parser.phase == "idle" and not self._answering
+
+    def is_late(self, now: float) -> bool:
+        """Return whether the client has been too slow in whatever it is to do now."""
+        limits = self._limits
+        if self._writing_since is not None:
+            return now - self._writing_since > limits.write_s
+        if self._lingering:
+            return now - self._since > limits.linger_s
+        if self._answering:
+            return False
+        phase = self._parser.phase
+        bound = limits.idle_s if phase == "idle" else limits.headers_s if phase == "headers" else limits.body_s
+        return now - self._since > bound
+
+    def cut(self) -> None:
+        """The client is too slow."""
+        if not self.scope.cancel_called:
+            self._server.statistics.num_cut += 1
+            self.scope.cancel()
+
+    def notice(self, *, gone: bool) -> None:
+        """There is input, or the client is gone. Called by the watcher."""
+        self._has_input = True
+        if gone:
+            self._is_gone = True
+            if self._answering:
+                self.scope.cancel()
+        if self._reader is not None:
+            reader, self._reader = self._reader, None
+            trio.lowlevel.reschedule(reader)
+
+    async def run(self) -> None:
+        """Serve until the client or we are done with each other."""
+        with self.scope:
+            try:
+                await self._serve()
+            except trio.BrokenResourceError:
+                pass
+        self._hold(0)
+
+    async def send(self, data: bytes) -> None:
+        """Write `data`, without a checkpoint if the client takes it at once."""
+        sent = self._send_now(data)
+        if sent == len(data):
+            return
+        rest = memoryview(data)[sent:]
+        while rest:
+            self._writing_since = trio.current_time()
+            await trio.lowlevel.wait_writable(self._socket)
+            rest = rest[self._send_now(rest) :]
+        self._writing_since = None
+
+    def head(
+        self, request: HttpRequest, status: int, content_type: str, headers: Sequence[tuple[str, str]], length: bytes
+    ) -> bytes:
+        """Return an answer's status line and headers, and count it."""
+        by_status = self._server.statistics.by_status
+        by_status[status] = by_status.get(status, 0) + 1
+        if self._server.draining:
+            request.keep_alive = False
+        more = "".join([f"{name}: {' '.join(value.split())}\r\n" for name, value in headers])  # no line breaks
+        kind = f"content-type: {content_type}\r\n{more}".encode("latin-1", "replace")
+        keep = b"" if request.keep_alive else b"connection: close\r\n"
+        if request.is_http_10 and request.keep_alive:
+            keep = b"connection: keep-alive\r\n"
+        return b"%b%b%b%b%b\r\n" % (STATUS_LINE[status], self._server.date, kind, length, keep)
+
+    # ---- the task ----------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        parser = self._parser
+        while True:
+            while parser.requests:
+                request = parser.requests.popleft()
+                request.is_local = self._is_local
+                await self._answer(request)
+                if not request.keep_alive or self._server.draining:
+                    return
+                if parser.requests:
+                    await trio.lowlevel.checkpoint()  # pipelined ones let others go first
+            if parser.refusal is not None:
+                await self._refuse(parser.refusal.status, parser.refusal.reason)
+                return
+            if parser.take_continue():
+                await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            phase = parser.phase
+            data = await self._receive()
+            if not data:
+                return
+            parser.feed(data)
+            if parser.phase != phase:
+                self._since = trio.current_time()
+            if parser.num_body_bytes or self._num_held or len(data) == READ_BYTES:
+                self._hold(parser.num_body_bytes + sum(len(request.body) for request in parser.requests))
+                if self._server.statistics.num_body_bytes > self._limits.max_total_body_bytes:
+                    await self._refuse(503, "too many large requests are being read; try again in a moment")
+                    return
+
+    async def _receive(self) -> bytes:
+        """Return what the client has sent, waiting for some; nothing at its end."""
+        while True:
+            if not self._is_drained or self._has_input or self._is_gone:
+                self._has_input = False
+                try:
+                    data = self._socket.recv(READ_BYTES)
+                except (BlockingIOError, InterruptedError):
+                    data = None
+                except OSError:
+                    return b""
+                # A short read has emptied the socket: whatever comes now is a new edge.
+                self._is_drained = data is None or len(data) < READ_BYTES
+                if data is not None:
+                    return data
+            self._reader = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
+
+    def _abort(self, _: object) -> trio.lowlevel.Abort:
+        self._reader = None
+        return trio.lowlevel.Abort.SUCCEEDED
+
+    async def _answer(self, request: HttpRequest) -> None:
+        self._server.statistics.num_requests += 1
+        self._answering = True
+        if self._is_gone:
+            self.scope.cancel()  # whoever can be answered without waiting still is
+        exchange = Exchange(self, request)
+        try:
+            response = await self._server.handler(request, exchange)
+        except trio.BrokenResourceError:
+            raise
+        except Exception as error:
+            log("http_handler_failed", path=request.path, error=repr(error))
+            request.keep_alive = False
+            if exchange.has_begun:
+                return  # cut short: the client sees that the body has no end
+            response = _error(500, "server_error", "internal_error", "internal error; the gateway's log has more")
+        if response is not None:
+            length = b"content-length: %d\r\n" % len(response.body)
+            head = self.head(request, response.status, response.content_type, response.headers, length)
+            await self.send(head if request.method == "HEAD" else head + response.body)
+        self._answering = False
+        self._since = trio.current_time()
+        if self._num_held:
+            self._hold(self._parser.num_body_bytes + sum(len(other.body) for other in self._parser.requests))
+
+    async def _refuse(self, status: int, reason: str) -> None:
+        """Answer what is no request, then wait for the client's end: closing now could destroy the answer."""
+        self._server.statistics.num_malformed += 1
+        response = _error(status, "server_error" if status >= 500 else "invalid_request_error", "bad_http", reason)
+        nothing = HttpRequest("", "", {}, b"", keep_alive=False)
+        length = b"content-length: %d\r\n" % len(response.body)
+        await self.send(self.head(nothing, status, response.content_type, (), length) + response.body)
+        self._hold(0)
+        self._lingering, self._since = True, trio.current_time()
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            return
+        while await self._receive():
+            await trio.lowlevel.checkpoint()
+
+    def _send_now(self, data: bytes | memoryview) -> int:
+        try:
+            return self._socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as error:
+            raise trio.BrokenResourceError(f"the client is gone: {error}") from None
+
+    def _hold(self, num_bytes: int) -> None:
+        self._server.statistics.num_body_bytes += num_bytes - self._num_held
+        self._num_held = num_bytes
+
+
+def _is_loopback(plain: socket.socket) -> bool:
+    try:
+        return ipaddress.ip_address(plain.getpeername()[0]).is_loopback
+    except (OSError, ValueError):  # gone already, or no IP address
+        return False
+
+
+def _error(status: int, kind: str, code: str, reason: str) -> HttpResponse:
+    text = reason.replace("\\", "/").replace('"', "'").encode("ascii", "replace")
+    body = b'{"error":{"message":"%b","type":"%b","param":null,"code":"%b"}}' % (text, kind.encode(), code.encode())
+    return HttpResponse(status, body)

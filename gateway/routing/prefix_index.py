@@ -1,0 +1,123 @@
+"""Which blocks one worker holds, as far as its reports say, and which it is about to compute.
+
+Exact while the event stream is whole: block events are numbered, a gap makes the index ask for a snapshot and believe
+nothing until it comes. It serves routing only: the worker's own cache decides what is a hit, so that a wrong entry
+costs time and never correctness.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+
+from kvasir.protocol.prefix import HASH_BYTES, split_hashes
+
+_ENTRY_BYTES = sys.getsizeof(b"\0" * HASH_BYTES)
+
+
+class IndexStatistics(msgspec.Struct, frozen=True):
+    """`num_reserved`: entries that count as cached because a request in flight will make them."""
+
+    num_blocks: int
+    num_reserved: int
+    num_gaps: int
+    in_sync: bool
+    size_bytes: int
+    bytes_per_block: float
+
+
+class PrefixIndex:
+    """One worker's resident prefix hashes (fed by its reports) and reserved ones (fed by the router's decisions).
+
+    Lookups are binary searches: they presume that whoever holds a block holds its parents, which every worker's cache
+    guarantees and reservations keep up. Were the sets not closed, the answer would still end at a border (the last
+    block counted is there, the next one is not), only not at the first border: a longer or shorter estimate.
+    """
+
+    def __init__(self) -> None:
+        self._resident: set[bytes] = set()
+        self._reserved: dict[bytes, int] = {}  # hash -> how many requests in flight count on it
+        self._event_seq = 0
+        self._in_sync = True
+        self._num_gaps = 0
+
+    @property
+    def in_sync(self) -> bool:
+        """False from a gap in the events until the next snapshot."""
+        return self._in_sync
+
+    def apply(self, event_seq: int, stored: bytes, removed: bytes) -> bool:
+        """Follow one report's block events; return False if a snapshot must be asked for now.
+
+        A report with events has the next number, one without repeats the last. After a gap everything resident is
+        forgotten, and events are ignored until `replace`: they are older than the snapshot, the stream being ordered.
+        """
+        if not self._in_sync:
+            return True
+        expected = self._event_seq + 1 if stored or removed else self._event_seq
+        if event_seq != expected:
+            self._in_sync = False
+            self._num_gaps += 1
+            self._resident.clear()
+            return False
+        self._event_seq = event_seq
+        if removed:
+            self._resident.difference_update(split_hashes(removed))
+        if stored:
+            self._resident.update(split_hashes(stored))
+        return True
+
+    def replace(self, event_seq: int, hashes: bytes) -> None:
+        """Believe a snapshot: exactly `hashes` are resident after event `event_seq`."""
+        self._resident = set(split_hashes(hashes))
+        self._event_seq = event_seq
+        self._in_sync = True
+
+    def match(self, prefix_hashes: bytes, max_blocks: int) -> tuple[int, int]:
+        """Return (resident, cached): how many leading blocks are resident, and how many are resident or reserved.
+
+        `prefix_hashes` packed; at most its first `max_blocks` count. O(log n).
+        """
+        num_blocks = min(len(prefix_hashes) // HASH_BYTES, max_blocks)
+        if not num_blocks:
+            return 0, 0
+        resident = _partition(prefix_hashes, 0, num_blocks, self._resident) if self._resident else 0
+        if resident == num_blocks or not self._reserved:
+            return resident, resident
+        return resident, _partition(prefix_hashes, resident, num_blocks, self._reserved)
+
+    def reserve(self, packed: bytes) -> None:
+        """Count `packed` hashes as cached until they are released: a request on its way will make them."""
+        reserved = self._reserved
+        for digest in split_hashes(packed):
+            reserved[digest] = reserved.get(digest, 0) + 1
+
+    def release(self, packed: bytes) -> None:
+        """Undo `reserve` with the same hashes."""
+        reserved = self._reserved
+        for digest in split_hashes(packed):
+            count = reserved[digest] - 1
+            if count:
+                reserved[digest] = count
+            else:
+                del reserved[digest]
+
+    def statistics(self) -> IndexStatistics:
+        """Return sizes; bytes are those of the containers and their keys."""
+        num_blocks = len(self._resident)
+        size = sys.getsizeof(self._resident) + num_blocks * _ENTRY_BYTES
+        per_block = size / num_blocks if num_blocks else 0.0
+        size += sys.getsizeof(self._reserved) + len(self._reserved) * _ENTRY_BYTES
+        return IndexStatistics(num_blocks, len(self._reserved), self._num_gaps, self._in_sync, size, per_block)
+
+
+def _partition(packed: bytes, low: int, high: int, members: set[bytes] | dict[bytes, int]) -> int:
+    """Return the border in [low, high]: the block before it is in `members`, the one after is not."""
+    while low < high:
+        middle = (low + high) // 2
+        if packed[middle * HASH_BYTES : (middle + 1) * HASH_BYTES] in members:
+            low = middle + 1
+        else:
+            high = middle
+    return low

@@ -1,0 +1,201 @@
+"""Which worker takes a request: the one with the least predicted wait plus a price for computing what is not cached.
+
+For request r and worker w, all in seconds, m = uncached prompt tokens / w's prefill rate, at least one token:
+
+    wait(r, w) = (uncached tokens that w computes before r) / rate + (steps that takes) * (w's decode round)
+    cost(r, w) = wait + (c + x * behind) * m  [ + beta * heat(w)  if no worker holds half of r ]
+
+A worker computes its pending prompts shortest first with ageing: the smallest m - a * (time waited) goes first, so r
+overtakes the `behind` pending requests that are larger. heat is the prefill time lately given to w, decayed. A prompt
+whose prefix another request is still computing on w waits for that one. Costs within `tie_s` of the least are equal:
+then the fewest running requests decide, then the cost, then the worker's id.
+
+`choose` is a pure function; `Backlog` is the book-keeping it reads. The form of the rule and its constants come from
+event-driven simulation of public traces (c = 2, x = 1, a = 0.2, beta = 0.3, tau = 30 s).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from kvasir.protocol.prefix import HASH_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """The rule's constants; see the module."""
+
+    miss_price: float = 2.0  # c
+    overtake_price: float = 1.0  # x
+    ageing: float = 0.2  # a
+    heat_price: float = 0.3  # beta
+    heat_decay_s: float = 30.0  # tau
+    tie_s: float = 0.001
+
+
+class Pending(msgspec.Struct, eq=False):
+    """Uncached prompt tokens of one request on their way to a worker, or waiting there.
+
+    `key` orders a backlog: m - a * waited compares like m + a * dispatched, which does not change with time.
+    """
+
+    key: float
+    serial: int
+    num_tokens: int
+    prefix_hashes: bytes
+
+
+class Backlog:
+    """The pending prefills of one worker, in the order in which it will compute them."""
+
+    def __init__(self) -> None:
+        self._order: list[tuple[float, int]] = []  # (key, serial), ascending
+        self._pending: list[Pending] = []  # parallel to _order
+        self._serial = 0
+        self.num_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def add(self, key: float, num_tokens: int, prefix_hashes: bytes) -> Pending:
+        """Insert a prefill of `num_tokens` and return its entry, which `remove` takes."""
+        self._serial += 1
+        pending = Pending(key, self._serial, num_tokens, prefix_hashes)
+        index = bisect_left(self._order, (key, self._serial))
+        self._order.insert(index, (key, self._serial))
+        self._pending.insert(index, pending)
+        self.num_tokens += num_tokens
+        return pending
+
+    def remove(self, pending: Pending) -> None:
+        """Take out an entry: its prompt is computed, or nobody wants it any more."""
+        index = bisect_left(self._order, (pending.key, pending.serial))
+        del self._order[index], self._pending[index]
+        self.num_tokens -= pending.num_tokens
+
+    def advance(self, num_tokens: int) -> None:
+        """Note that the worker has computed `num_tokens`: they are taken from the front, one token stays of each."""
+        for pending in self._pending:
+            if num_tokens <= 0:
+                return
+            done = min(num_tokens, pending.num_tokens - 1)
+            pending.num_tokens -= done
+            self.num_tokens -= done
+            num_tokens -= done
+
+    def ahead(self, key: float) -> tuple[int, int]:
+        """Return (tokens, behind): what is computed before a request of `key`, and how many requests come after it."""
+        if not self._order:
+            return 0, 0
+        index = bisect_left(self._order, (key, self._serial + 1))
+        if index == len(self._order):
+            return self.num_tokens, 0
+        return sum([pending.num_tokens for pending in self._pending[:index]]), len(self._order) - index
+
+    @property
+    def front_tokens(self) -> int:
+        """Tokens of the entry that is computed first; the backlog must not be empty."""
+        return self._pending[0].num_tokens
+
+    def leader(self, prefix_hashes: bytes, num_blocks: int) -> Pending | None:
+        """Return the first entry that computes the first `num_blocks` of `prefix_hashes`, None if there is none.
+
+        A chained hash stands for the whole prefix, so comparing the last one is enough.
+        """
+        start, end = (num_blocks - 1) * HASH_BYTES, num_blocks * HASH_BYTES
+        wanted = prefix_hashes[start:end]
+        return next((pending for pending in self._pending if pending.prefix_hashes[start:end] == wanted), None)
+
+
+class Candidate(msgspec.Struct, eq=False):
+    """A worker that serves the request's model and has a credit, as the rule sees it.
+
+    Of the cached tokens those beyond `num_resident_blocks` are still to be computed there, by requests that were sent
+    before; `leader` is the entry of `backlog` that computes the last of them, if there are any.
+    `round_s`: time of one decode step with what is running there now, 0 if nothing is; `step_tokens`: prompt tokens
+    that one step takes at most.
+    """
+
+    worker_id: str
+    num_cached_tokens: int
+    num_resident_blocks: int
+    prefill_tokens_per_s: float
+    round_s: float
+    step_tokens: int
+    num_running: int
+    heat_s: float
+    backlog: Backlog
+    leader: Pending | None = None
+
+
+class Terms(msgspec.Struct, frozen=True, gc=False):
+    """One worker's cost for one request and what it is made of; times in seconds."""
+
+    worker_id: str
+    cost_s: float
+    wait_s: float
+    miss_s: float
+    num_cached_tokens: int
+    num_behind: int
+    heat_s: float
+    num_running: int
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Where a request goes and why: the terms of all candidates. `key` is its place in the worker's backlog;
+    `num_resident_blocks` of its prompt are there already."""
+
+    worker_id: str
+    num_tokens: int
+    terms: tuple[Terms, ...]
+    chosen: Terms
+    key: float
+    num_resident_blocks: int
+
+
+def choose(num_tokens: int, candidates: Sequence[Candidate], now: float, config: RouterConfig) -> Decision:
+    """Return the cheapest of `candidates` (at least one) for a request of `num_tokens` tokens. Pure, deterministic."""
+    most_cached = max([candidate.num_cached_tokens for candidate in candidates])
+    heat_price = config.heat_price if 2 * most_cached < num_tokens else 0.0
+    scored = [_terms(num_tokens, candidate, now, heat_price, config) for candidate in candidates]
+    best = 0
+    if len(scored) > 1:
+        limit = min([terms.cost_s for terms in scored]) + config.tie_s
+        best = min([(_preference(terms), i) for i, terms in enumerate(scored) if terms.cost_s <= limit])[1]
+    chosen = scored[best]
+    key = chosen.miss_s + config.ageing * now
+    return Decision(chosen.worker_id, num_tokens, tuple(scored), chosen, key, candidates[best].num_resident_blocks)
+
+
+def _preference(terms: Terms) -> tuple[int, float, str]:
+    return terms.num_running, terms.cost_s, terms.worker_id
+
+
+def _terms(num_tokens: int, candidate: Candidate, now: float, heat_price: float, config: RouterConfig) -> Terms:
+    num_missing = max(1, num_tokens - candidate.num_cached_tokens)
+    miss_s = num_missing / candidate.prefill_tokens_per_s
+    key = miss_s + config.ageing * now
+    num_ahead, num_behind = candidate.backlog.ahead(key)
+    if num_behind and not num_ahead:  # it goes first, but not before the slice that is being computed: half of one
+        num_ahead = min(candidate.backlog.front_tokens, candidate.step_tokens) // 2
+    leader = candidate.leader
+    if leader is not None and leader.key > key:
+        num_ahead += leader.num_tokens
+    wait_s = num_ahead / candidate.prefill_tokens_per_s
+    if candidate.round_s:
+        wait_s += (1 + (num_ahead + num_missing) // candidate.step_tokens) * candidate.round_s
+    cost_s = wait_s + (config.miss_price + config.overtake_price * num_behind) * miss_s + heat_price * candidate.heat_s
+    return Terms(
+        candidate.worker_id,
+        cost_s,
+        wait_s,
+        miss_s,
+        candidate.num_cached_tokens,
+        num_behind,
+        candidate.heat_s,
+        candidate.num_running,
+    )

@@ -1,0 +1,322 @@
+"""Tenants, API keys and published prefixes: frozen records, and the directory that every request is checked against.
+
+The directory lives in the Trio thread and answers from memory. It changes only through `apply`, which the admin actor
+calls after the store has committed the same change: what is not on disk is not in force.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from kvasir.protocol.errors import AuthenticationFailed, BadRequest, Conflict, NotFound
+from kvasir.protocol.messages import CacheHint, KvQuota
+
+Status = Literal["active", "disabled"]
+SECRET_BYTES = 32
+MAX_KEY_CHARS = 256
+
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_KV_SIZE = re.compile(r"[0-9]{1,12}|[0-9]{1,3}(\.[0-9]{1,4})?%")
+_UNKNOWN = "this API key is unknown or revoked; ask the operator for a new one (`kvasir key create TENANT`)"
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """One customer of this deployment. `id` is random and never changes; `name` is what people type.
+
+    `sharing`: "private", or "group:<name>" to share cached blocks with the other tenants of that group.
+    `allowed_models` None: all. `created_at`: seconds since the epoch. `kv_floor` and `kv_cap`: of every worker's KV
+    pool, in blocks ("512") or as a share ("20%"); "" is none. `cache_hint`: of requests that bring none of their own.
+    """
+
+    id: str
+    name: str
+    status: Status = "active"
+    sharing: str = "private"
+    allowed_models: frozenset[str] | None = None
+    created_at: float = 0.0
+    kv_floor: str = ""
+    kv_cap: str = ""
+    cache_hint: CacheHint | None = None
+
+    @property
+    def scope(self) -> tuple[str, str]:
+        """The sharing scope that the tenant's namespace is derived from (`protocol.prefix.derive_namespace`)."""
+        if self.sharing.startswith("group:"):
+            return "group", self.sharing.removeprefix("group:")
+        return "tenant", self.id
+
+    def may_use(self, model: str) -> bool:
+        return self.allowed_models is None or model in self.allowed_models
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key as it is kept: a keyed digest of the secret, never the secret. `id` is public and names the key."""
+
+    id: str
+    tenant_id: str
+    digest: bytes
+    label: str = ""
+    created_at: float = 0.0
+    revoked_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedPrefix:
+    """A text that an operator publishes: its cached blocks are shared by `tenant_ids` (None: every tenant).
+
+    `pinned`: workers keep its blocks, those in `pinned_on` (None: all of them).
+    """
+
+    name: str
+    text: str
+    tenant_ids: frozenset[str] | None = None
+    created_at: float = 0.0
+    pinned: bool = False
+    pinned_on: frozenset[str] | None = None
+
+    def is_pinned_on(self, worker_id: str) -> bool:
+        return self.pinned and (self.pinned_on is None or worker_id in self.pinned_on)
+
+    def may_be_used_by(self, tenant: Tenant) -> bool:
+        return self.tenant_ids is None or tenant.id in self.tenant_ids
+
+
+@dataclass(frozen=True, slots=True)
+class RemovePrefix:
+    """The change that takes a published prefix away."""
+
+    name: str
+
+
+Change = Tenant | ApiKey | PublishedPrefix | RemovePrefix
+"""What can be committed: a record that is new or replaces the one of its id (a prefix: its name), or a removal."""
+
+
+def check_name(name: str, what: str) -> str:
+    """Return `name` if it can name a tenant, group or prefix.
+
+    Raises:
+        BadRequest: empty, too long, or other characters.
+    """
+    if not _NAME.fullmatch(name):
+        raise BadRequest(
+            f"{what} name {name[:80]!r} is not allowed: use 1 to 63 lower-case letters, digits and dashes, "
+            "with no dash at either end",
+            param="name",
+        )
+    return name
+
+
+def check_kv_size(text: str, what: str) -> str:
+    """Return `text` as it is kept if it is a number of blocks, a share, or nothing ("", "none", for a floor "0").
+
+    Raises:
+        BadRequest: it is none of these.
+    """
+    text = text.strip().replace(" ", "")
+    if text in ("", "none"):
+        return ""
+    if re.fullmatch(r"0+(\.0+)?%?", text):
+        if what == "kv_cap":
+            raise BadRequest(
+                "a kv_cap of 0 would let nothing run; give none to lift it, or disable the tenant", param=what
+            )
+        return ""
+    if not _KV_SIZE.fullmatch(text) or (text.endswith("%") and float(text[:-1]) > 100):
+        raise BadRequest(f"{what} {text[:40]!r} is no size; give blocks (512), a share (20%) or none", param=what)
+    return text
+
+
+def kv_blocks(text: str, num_blocks: int) -> int:
+    """Return how many of a pool's `num_blocks` a floor or cap that is not "" stands for, rounded down."""
+    if text.endswith("%"):
+        return int(float(text[:-1]) * num_blocks / 100)
+    return int(text)
+
+
+def kv_quotas(tenants: Iterable[Tenant], num_blocks: int) -> list[KvQuota]:
+    """Return the floors and caps of `tenants` in blocks of a pool of `num_blocks`; a cap is at least one."""
+    return [
+        KvQuota(
+            tenant.id,
+            kv_blocks(tenant.kv_floor, num_blocks) if tenant.kv_floor else 0,
+            max(1, kv_blocks(tenant.kv_cap, num_blocks)) if tenant.kv_cap else None,
+        )
+        for tenant in tenants
+        if tenant.kv_floor or tenant.kv_cap
+    ]
+
+
+def check_kv_quotas(
+    tenants: Iterable[Tenant], pools: Mapping[str, int], pinned: Mapping[str, int] | None = None
+) -> None:
+    """Check that all floors can be kept at once, beside what is pinned, in every pool, and as shares in any.
+
+    `pools`: blocks by worker id; `pinned`: how many of them are pinned (None: nowhere any).
+
+    Raises:
+        BadRequest: they cannot; says which and by how much. Or somebody's floor is above his cap.
+    """
+    tenants = [tenant for tenant in tenants if tenant.kv_floor or tenant.kv_cap]
+    share = sum(float(tenant.kv_floor[:-1]) for tenant in tenants if tenant.kv_floor.endswith("%"))
+    if share > 100:
+        raise BadRequest(
+            f"KV floors of {share:g} % in all do not fit: at most 100 % can be promised; lower another tenant's first",
+            param="kv_floor",
+        )
+    for worker_id, num_blocks in pools.items():
+        quotas = kv_quotas(tenants, num_blocks)
+        for tenant, quota in zip(tenants, quotas, strict=True):
+            if quota.cap is not None and quota.floor > quota.cap:
+                raise BadRequest(
+                    f"tenant {tenant.name}: the KV floor {tenant.kv_floor} is above the cap {tenant.kv_cap} "
+                    f"({quota.floor} and {quota.cap} of the {num_blocks} blocks of worker {worker_id})",
+                    param="kv_cap",
+                )
+        total, num_pinned = sum(quota.floor for quota in quotas), (pinned or {}).get(worker_id, 0)
+        if total + num_pinned > num_blocks:
+            beside = f" and {num_pinned} pinned blocks" if num_pinned else ""
+            raise BadRequest(
+                f"KV floors of {total} blocks in all{beside} do not fit worker {worker_id}, which has {num_blocks}; "
+                f"lower another tenant's first{', or unpin a prefix' if num_pinned else ''}",
+                param="kv_floor",
+            )
+
+
+def new_tenant_id() -> str:
+    return secrets.token_hex(8)
+
+
+def issue_key(deployment_secret: bytes, tenant_id: str, label: str, created_at: float) -> tuple[ApiKey, str]:
+    """Return a fresh key's record and its text `kv_<id>_<secret>`, which exists nowhere else: show it once."""
+    key_id, secret = secrets.token_hex(6), secrets.token_hex(SECRET_BYTES)
+    record = ApiKey(key_id, tenant_id, digest_key(deployment_secret, key_id, secret), label, created_at)
+    return record, f"kv_{key_id}_{secret}"
+
+
+def digest_key(deployment_secret: bytes, key_id: str, secret: str) -> bytes:
+    """Return what is stored of a key: 32 bytes of BLAKE2b keyed with the deployment's secret.
+
+    A plain fast hash is enough for 256 random bits; the deployment's secret makes a stolen database worthless.
+    """
+    text = f"{key_id}\0{secret}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=32, key=deployment_secret, person=b"kvasir-key").digest()
+
+
+class TenantDirectory:
+    """All tenants, keys and published prefixes, by name and id, in memory."""
+
+    def __init__(self, deployment_secret: bytes, records: Iterable[Change] = ()) -> None:
+        self._secret = deployment_secret
+        self._no_digest = secrets.token_bytes(32)
+        self._tenants: dict[str, Tenant] = {}
+        self._tenant_ids: dict[str, str] = {}
+        self._keys: dict[str, ApiKey] = {}
+        self._prefixes: tuple[PublishedPrefix, ...] = ()
+        for record in records:
+            self.apply(record)
+
+    @property
+    def prefixes(self) -> tuple[PublishedPrefix, ...]:
+        """The published prefixes, oldest first. Another tuple after every change: compare with `is` to notice one."""
+        return self._prefixes
+
+    @property
+    def deployment_secret(self) -> bytes:
+        return self._secret
+
+    def authenticate(self, api_key: str | None) -> Tenant:
+        """Return the active tenant that `api_key` belongs to. Synchronous, a few microseconds.
+
+        Unknown, revoked and wrong keys cost the same and are answered alike; that a tenant is disabled is said only
+        to whoever holds one of its valid keys.
+
+        Raises:
+            AuthenticationFailed: no key, no Kvasir key, unknown, revoked, or its tenant is disabled.
+        """
+        if not api_key:
+            raise AuthenticationFailed("no API key was given; send one made with `kvasir key create TENANT`")
+        kind, _, rest = api_key[: MAX_KEY_CHARS + 1].partition("_")
+        key_id, _, secret = rest.partition("_")
+        if kind != "kv" or not key_id or not secret or len(api_key) > MAX_KEY_CHARS:
+            raise AuthenticationFailed("this is no Kvasir API key (they look like kv_<id>_<secret>); check for typos")
+        key = self._keys.get(key_id)
+        known = key.digest if key is not None and key.revoked_at is None else self._no_digest
+        if not hmac.compare_digest(digest_key(self._secret, key_id, secret), known) or key is None:
+            raise AuthenticationFailed(_UNKNOWN)
+        tenant = self._tenants[key.tenant_id]
+        if tenant.status != "active":
+            raise AuthenticationFailed(f"tenant {tenant.name} is disabled; ask the operator to enable it")
+        return tenant
+
+    def tenant(self, name: str) -> Tenant:
+        """Return the tenant called `name`.
+
+        Raises:
+            NotFound: there is none.
+        """
+        tenant_id = self._tenant_ids.get(name)
+        if tenant_id is None:
+            raise NotFound(f"no tenant is called {name[:80]!r}; `kvasir tenant list` shows those there are")
+        return self._tenants[tenant_id]
+
+    def tenant_by_id(self, tenant_id: str) -> Tenant | None:
+        return self._tenants.get(tenant_id)
+
+    def tenants(self) -> list[Tenant]:
+        """Return all tenants by name."""
+        return [self._tenants[tenant_id] for _, tenant_id in sorted(self._tenant_ids.items())]
+
+    def keys_of(self, tenant_id: str) -> list[ApiKey]:
+        """Return a tenant's keys, revoked ones too, oldest first."""
+        return sorted((key for key in self._keys.values() if key.tenant_id == tenant_id), key=lambda k: k.created_at)
+
+    def key(self, key_id: str) -> ApiKey:
+        """Return a key's record. A whole key is taken for its id.
+
+        Raises:
+            NotFound: there is none.
+        """
+        wanted = key_id.split("_")[1] if key_id.startswith("kv_") else key_id
+        key = self._keys.get(wanted)
+        if key is None:
+            raise NotFound(f"no key has the id {wanted[:80]!r}; `kvasir key list` shows those there are")
+        return key
+
+    def prefix(self, name: str) -> PublishedPrefix | None:
+        return next((prefix for prefix in self._prefixes if prefix.name == name), None)
+
+    def prefixes_for(self, tenant: Tenant) -> list[PublishedPrefix]:
+        """Return the published prefixes that `tenant` may use."""
+        return [prefix for prefix in self._prefixes if prefix.may_be_used_by(tenant)]
+
+    def apply(self, change: Change) -> None:
+        """Put a committed change in force.
+
+        Raises:
+            Conflict: another tenant has that name (the store refuses it too).
+        """
+        match change:
+            case Tenant():
+                if self._tenant_ids.get(change.name, change.id) != change.id:
+                    raise Conflict(f"there is another tenant called {change.name!r} already")
+                before = self._tenants.get(change.id)
+                if before is not None:
+                    del self._tenant_ids[before.name]
+                self._tenants[change.id] = change
+                self._tenant_ids[change.name] = change.id
+            case ApiKey():
+                self._keys[change.id] = change
+            case PublishedPrefix():
+                others = [prefix for prefix in self._prefixes if prefix.name != change.name]
+                self._prefixes = (*others, change)
+            case RemovePrefix():
+                self._prefixes = tuple(prefix for prefix in self._prefixes if prefix.name != change.name)

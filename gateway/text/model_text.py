@@ -1,0 +1,311 @@
+"""Text to token ids and back: a model folder's tokenizer, its chat template, and incremental detokenisation.
+
+Everything comes from the folder that the workers load their weights from: `tokenizer.json` (read by the `tokenizers`
+library), `tokenizer_config.json` and `chat_template.jinja`. Templates are foreign code: they run in Jinja's immutable
+sandbox.
+"""
+
+from __future__ import annotations
+
+import codecs
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.exceptions
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.utils
+from tokenizers import Tokenizer
+
+from kvasir.gateway.text.token_bytes import token_pieces
+from kvasir.gateway.text.word_cache import Words, make_word_encoder
+from kvasir.protocol.client_messages import ChatMessage
+from kvasir.protocol.errors import BadRequest, ModelError
+
+QUICK_CHARS = 8_192  # longer texts belong into a thread: the library takes about 3 ms for so many
+
+
+class ModelText:
+    """Tokenizer and chat template of one model. Immutable; `encode*` may be called from any thread."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None, tokens: dict[str, str], vocab_size: int) -> None:
+        """`tokens`: special tokens that the template may name (`bos_token`, ...). `vocab_size`: ids the model knows."""
+        self._tokenizer = tokenizer
+        self._pieces = token_pieces(tokenizer, vocab_size)
+        self._longest = max(1, *map(len, self._pieces))
+        self._words = make_word_encoder(tokenizer)
+        self._around = _around(tokenizer)
+        self._tokens = tokens
+        self._template = None if template is None else _compile(template)
+        self.vocab_size = vocab_size
+
+    def max_chars(self, num_tokens: int) -> int:
+        """Return a length in characters that no text of `num_tokens` tokens reaches.
+
+        A token stands for at most its bytes; the factor is for normalisers that compose or drop characters.
+        """
+        return 4 * num_tokens * self._longest
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode(self, text: str, memory: Words | None = None) -> list[int]:
+        """Return the token ids of `text`, with whatever the tokenizer puts around a text (a BOS token, say).
+
+        `memory`: of the words that its owner has sent, which makes short texts quicker; None: without one.
+        """
+        ids = self._encode_quickly(text, memory)
+        if ids is not None and self._around is not None:
+            return [*self._around[0], *ids, *self._around[1]]
+        whole: list[int] = self._tokenizer.encode(text).ids
+        return whole
+
+    def encode_chat(self, messages: Sequence[ChatMessage], memory: Words | None = None) -> list[int]:
+        """Return the token ids of a conversation up to where the assistant's next answer begins; `memory` as `encode`.
+
+        Raises:
+            BadRequest: as `render_chat`.
+        """
+        text = self.render_chat(messages)
+        ids = self._encode_quickly(text, memory)
+        if ids is None:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _encode_quickly(self, text: str, memory: Words | None) -> list[int] | None:
+        """Return the ids of a short text; long ones go to the library, which works without Python's lock."""
+        if self._words is None or memory is None or len(text) > QUICK_CHARS:
+            return None
+        return self._words.encode(text, memory)
+
+    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
+        """Return the text of a conversation, the cue for the assistant's answer included.
+
+        Raises:
+            BadRequest: no messages, no template, or the template refuses the conversation (with its own words).
+        """
+        if self._template is None:
+            raise BadRequest("this model has no chat template; send a plain prompt instead (/v1/completions)")
+        if not messages:
+            raise BadRequest("messages is empty; send at least one message", param="messages")
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self._template.render(
+                messages=turns, add_generation_prompt=True, tools=None, documents=None, **self._tokens
+            )
+        except Exception as error:  # foreign code: whatever it raises is its way to refuse
+            raise BadRequest(f"the model's chat template refuses these messages: {error}", param="messages") from None
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text that `token_ids` add to a text before them, special tokens left out."""
+        pieces = self._pieces
+        return b"".join([pieces[token_id] for token_id in token_ids]).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one token, which need not be whole characters; none for special tokens."""
+        return self._pieces[token_id]
+
+    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
+        """Return a fresh incremental detokeniser that ends at any of the `stop` strings."""
+        return Detokenizer(self._pieces, tuple(stop))
+
+
+class Detokenizer:
+    """Token ids of one answer, a few at a time, to text that will not change any more.
+
+    Holds back incomplete characters, and whatever could be the beginning of a stop string. `stopped` is set once a
+    stop string was found; the text then ends before it and later tokens are ignored. The pushes together give exactly
+    `ModelText.decode` of all ids, cut at the first stop string.
+    """
+
+    __slots__ = ("_held", "_pieces", "_rest", "_stop", "stopped")
+
+    def __init__(self, pieces: list[bytes], stop: tuple[str, ...]) -> None:
+        self._pieces = pieces
+        self._rest = b""  # the beginning of a character
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Return the text that `token_ids` complete."""
+        if self.stopped:
+            return ""
+        pieces = self._pieces
+        data = self._rest + b"".join([pieces[token_id] for token_id in token_ids])
+        text, num_used = codecs.utf_8_decode(data, "replace", False)
+        self._rest = data[num_used:]
+        return self._until_stop(text) if self._stop else text
+
+    def finish(self) -> str:
+        """Return what was held back: the answer ends here."""
+        if self.stopped:
+            return ""
+        rest, self._rest = self._rest.decode("utf-8", "replace"), b""
+        text = self._until_stop(rest) if self._stop else rest
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _until_stop(self, text: str) -> str:
+        """Return the part of held + `text` that is sure to stay; keep the rest."""
+        text = self._held + text
+        # (end, begin): the stop string that is complete first ends the answer, in whatever pieces it came.
+        found = [(index + len(stop), index) for stop in self._stop if (index := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        num_held = max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+
+def load_text(path: Path) -> ModelText:
+    """Read the tokenizer and the chat template of a model folder.
+
+    Raises:
+        ModelError: no folder, no tokenizer.json, or one that cannot be read; names the file and says what now.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path} is no folder; name a model folder in Hugging Face format")
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise ModelError(f"{path} has no tokenizer.json; save the tokenizer in its fast format beside the weights")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelError(f"{file} cannot be read as a tokenizer: {error}; fetch the model again") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    settings = _read_json(path / "tokenizer_config.json")
+    config = _read_json(path / "config.json")
+    tokens = {name: token for name in settings if name.endswith("_token") and (token := _token(settings[name]))}
+    vocab_size = config.get("vocab_size") or tokenizer.get_vocab_size(with_added_tokens=True)
+    try:
+        return ModelText(tokenizer, _find_template(path, settings), tokens, int(vocab_size))
+    except jinja2.TemplateError as error:
+        raise ModelError(f"the chat template of {path} cannot be read: {error}; mend or remove it") from None
+    except ModelError as error:
+        raise ModelError(f"{file}: {error}") from None
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
+    """Return the ids that the tokenizer puts before and after a text; None if it does not simply do that."""
+    found = None
+    for text in ("a", "b c"):
+        plain: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        whole: list[int] = tokenizer.encode(text).ids
+        starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+        around = [(whole[:start], whole[start + len(plain) :]) for start in starts]
+        if len(around) != 1 or found not in (None, around[0]):
+            return None
+        found = around[0]
+    return found
+
+
+def _compile(template: str) -> jinja2.Template:
+    """Compile as the `transformers` library does, so that a template renders the same here."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["dict"] = _make_dict
+    environment.globals["namespace"] = _SafeNamespace
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    compiled = environment.from_string(template)
+    compiled.globals = dict(compiled.globals)  # a ChainMap, which every rendering would walk
+    return compiled
+
+
+def _find_template(path: Path, settings: dict[str, Any]) -> str | None:
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    template = _read_json(path / "chat_template.json").get("chat_template") or settings.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}; fetch the model again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds no JSON object; fetch the model again")
+    return content
+
+
+def _token(value: Any) -> str:
+    """A special token's text: a string, or an object with `content`, or nothing."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what a model is trained on; here it is its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        line = next(parser.stream).lineno
+        return [jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)]
+
+
+class _SafeNamespace(jinja2.utils.Namespace):
+    """Jinja's `namespace`, without names that could lead out of the sandbox (as in `transformers`)."""
+
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        attributes = dict(*args, **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        super().__init__(attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
+
+
+def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    return dict(*args, **kwargs)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that is a beginning of `stop`, shorter than it."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[len(text) - length :]):
+            return length
+    return 0

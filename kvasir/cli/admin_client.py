@@ -1,0 +1,92 @@
+"""The command line's end of the admin socket: one command, one reply, a deadline."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+from pathlib import Path
+from typing import TypeVar
+
+import zmq
+from msgspec import structs
+
+from kvasir.paths import run_dir
+from kvasir.protocol.admin_messages import ADMIN_REPLIES, MAX_ADMIN_FRAME_BYTES, AdminCommand, AdminFailed, AdminReply
+from kvasir.protocol.codec import encode
+from kvasir.protocol.errors import ConnectionLost, InvalidMessage, PermissionDenied, TooLarge, Unavailable, from_info
+from kvasir.protocol.profile import LinkProfile, apply_profile
+
+R = TypeVar("R", bound=AdminReply)
+TIMEOUT_S = 20.0
+
+
+def admin_socket() -> Path:
+    """Return the path of the admin socket: $KVASIR_ADMIN_SOCKET, else that of this user's `kvasir up`."""
+    configured = os.environ.get("KVASIR_ADMIN_SOCKET")
+    return Path(configured) if configured else run_dir() / "admin.sock"
+
+
+def ask(command: AdminCommand, reply: type[R], *, path: Path | None = None, timeout_s: float = TIMEOUT_S) -> R:
+    """Send `command` to the gateway and return its reply, which is a `reply`. Blocking.
+
+    Raises:
+        ConnectionLost: no gateway is running there.
+        PermissionDenied: the socket belongs to another user.
+        TooLarge: the command does not fit a frame.
+        Unavailable: the gateway does not answer within `timeout_s`.
+        KvasirError: what the gateway refused it with.
+    """
+    path = path or admin_socket()
+    frame = encode(structs.replace(command, actor=_actor()))
+    if len(frame) > MAX_ADMIN_FRAME_BYTES:
+        raise TooLarge(f"this is {len(frame)} bytes, at most {MAX_ADMIN_FRAME_BYTES} bytes fit; send a shorter text")
+    _check_listening(path)
+    # Not the shared context: a process that forks or threads must not inherit an admin socket.
+    context = zmq.Context()
+    try:
+        dealer = context.socket(zmq.DEALER)
+        apply_profile(dealer, LinkProfile())
+        dealer.connect(f"ipc://{path}")
+        dealer.send(frame)
+        if not dealer.poll(int(timeout_s * 1000)):
+            raise Unavailable(
+                f"the gateway at {path} does not answer for {timeout_s:g} s; look at its log, then restart it"
+            )
+        answer = ADMIN_REPLIES.decode(dealer.recv())
+    finally:
+        context.destroy(linger=0)
+    if isinstance(answer, AdminFailed):
+        raise from_info(answer.error)
+    if not isinstance(answer, reply):
+        raise InvalidMessage(f"the gateway answered {type(answer).__name__}; is it of another version?")
+    return answer
+
+
+def is_listening(path: Path) -> bool:
+    """Return whether somebody listens on the socket: a file left by a dead gateway does not count."""
+    try:
+        _check_listening(path)
+    except (ConnectionLost, PermissionDenied):
+        return False
+    return True
+
+
+def _check_listening(path: Path) -> None:
+    # ZeroMQ would keep trying to connect for as long as we wait; a plain socket knows at once.
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(2.0)
+            probe.connect(str(path))
+    except PermissionError:
+        raise PermissionDenied(f"{path} belongs to another user; run this as the gateway's user") from None
+    except OSError:  # missing, refused, too long, not a socket
+        raise ConnectionLost(f"no gateway is running at {path}; start one with `kvasir up`") from None
+
+
+def _actor() -> str:
+    try:
+        name = os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):  # a user id without an entry
+        name = "?"
+    return f"{name[:100]} (uid {os.getuid()}, pid {os.getpid()})"

@@ -1,0 +1,119 @@
+"""`kvasir cache`: who holds the workers' KV memory, and what it came to."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from kvasir.cli.admin_client import ask
+from kvasir.cli.output import (
+    bar,
+    count,
+    example,
+    json_option,
+    make_console,
+    make_table,
+    memory,
+    percent,
+    plain,
+    print_json,
+)
+from kvasir.cli.tenants import pinned_on
+from kvasir.protocol import admin_messages as am
+
+MAX_PREFIXES = 10
+_NUMBERS = ("blocks", "floor", "cap", "hit rate", "tokens saved", "memory·s", "lost", "took", "own")
+_LEGEND = "memory·s: memory held × seconds; evicted blocks: lost to others, took from others, own for itself"
+
+
+@click.group()
+@example("kvasir cache show")
+def cache() -> None:
+    """Show and clear what is cached."""
+
+
+@cache.command("show")
+@json_option
+@example("kvasir cache show\nkvasir cache show --json | jq '.workers[].tenants'")
+def cache_show(as_json: bool) -> None:
+    """Show who holds every worker's KV blocks, what that saved, and the prefixes that saved most.
+
+    Private prompts that begin alike count as one prefix; nothing of their text is kept.
+    """
+    reply = ask(am.CacheQuery(), am.CacheReply)
+    if as_json:
+        print_json(reply)
+    elif not reply.workers:
+        click.echo("no workers yet; see `kvasir status`")
+    else:
+        legend = Text(_LEGEND, "dim")
+        make_console().print(Group(*[_worker(worker) for worker in reply.workers], legend, Text(), _prefixes(reply)))
+
+
+@cache.command("clear")
+@click.option("--tenant", required=True, metavar="T", help="Whose blocks to drop.")
+@json_option
+@example("kvasir cache clear --tenant acme")
+def cache_clear(tenant: str, as_json: bool) -> None:
+    """Drop what is cached of a tenant on all workers. Blocks of requests that are running stay till they end."""
+    reply = ask(am.CacheClear(tenant=tenant), am.Done)
+    if as_json:
+        print_json(reply)
+    else:
+        click.echo(f"the workers drop what is cached of tenant {tenant}")
+
+
+def _worker(worker: am.CacheWorker) -> RenderableType:
+    held = sum(tenant.num_blocks for tenant in worker.tenants)
+    title = Text.from_markup(
+        f"[bold]{plain(worker.id)}[/bold]  {plain(worker.model)}  {count(held)} of {count(worker.num_blocks)} blocks "
+        f"held ({worker.block_size} tokens each), {count(worker.num_pinned)} pinned"
+    )
+    table = make_table("tenant", "", *_NUMBERS, numbers=_NUMBERS)
+    for tenant in worker.tenants:
+        table.add_row(
+            plain("(published)" if tenant.tenant == "public" else tenant.tenant),
+            bar(tenant.num_blocks, worker.num_blocks, 12),
+            count(tenant.num_blocks),
+            count(tenant.floor) if tenant.floor else "–",
+            "–" if tenant.cap is None else count(tenant.cap),
+            *_savings(tenant),
+            f"{memory(tenant.byte_s)}·s",
+            count(tenant.suffered),
+            count(tenant.caused),
+            count(tenant.evicted_own),
+        )
+    return Group(title, table if worker.tenants else Text("nothing is cached yet", "dim"), Text())
+
+
+def _savings(tenant: am.CacheTenant) -> tuple[str, str]:
+    if tenant.tenant == "public":  # what published blocks save is saved by the tenants
+        return "–", "–"
+    return percent(tenant.saved_tokens, tenant.looked_up_tokens), count(tenant.saved_tokens)
+
+
+def _prefixes(reply: am.CacheReply) -> RenderableType:
+    """Return the prefixes that saved most, published and private ones; of the latter nothing is known but whose."""
+    rows = [
+        (
+            prefix.saved_tokens,
+            (plain(prefix.name), count(prefix.hits), count(prefix.saved_tokens), pinned_on(prefix)),
+            plain(" ".join(prefix.preview.split())),
+        )
+        for prefix in reply.prefixes
+    ]
+    rows += [
+        (
+            prefix.saved_tokens,
+            (f"(private, {plain(prefix.tenant)})", count(prefix.hits), count(prefix.saved_tokens), "–"),
+            "[dim]not shown[/dim]",
+        )
+        for prefix in reply.private_prefixes
+    ]
+    if not rows:
+        return Text("no prefix is published, and nothing was found cached yet", "dim")
+    table = make_table("top prefixes", "hits", "tokens saved", "pinned on", "begins", numbers=("hits", "tokens saved"))
+    for _, cells, begins in sorted(rows, key=lambda row: -row[0])[:MAX_PREFIXES]:
+        table.add_row(*cells, begins)
+    return table

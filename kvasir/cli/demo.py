@@ -1,0 +1,185 @@
+"""`kvasir demo`: cold against warm, shared against private, on a running gateway.
+
+Six requests of two tenants. Every run brings its own random line into both texts, so that it starts cold however often
+it is run. A tiny request goes first, so that the first row measures the cache and not a process that has just started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from kvasir._session import Completion
+from kvasir.cli.admin_client import admin_socket, ask
+from kvasir.cli.chat import choose_model
+from kvasir.cli.demo_keys import obtain_key
+from kvasir.cli.demo_text import PRIVATE_CODE, QUESTIONS, SYSTEM_PROMPT
+from kvasir.cli.output import harmless, make_table, plain
+from kvasir.client import Client
+from kvasir.paths import client_endpoint
+from kvasir.protocol.admin_messages import PrefixPublish, PrefixReply
+from kvasir.protocol.errors import BadRequest, RequestFailed
+
+PREFIX_NAME = "kvasir-demo"
+MAX_TOKENS = 48
+MAX_LINES = 6  # of what it wrote in full
+TIMEOUT_S = 120.0
+SNIPPET_CHARS = 44
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One request of the demonstration as it went. `expects`: "cold" (0 cached tokens) or "warm" (more)."""
+
+    tenant: str
+    what: str
+    expects: str
+    worker: str
+    prompt_tokens: int
+    cached_tokens: int
+    ttft_ms: float
+    text: str
+
+    @property
+    def is_as_expected(self) -> bool:
+        return (self.cached_tokens > 0) == (self.expects == "warm")
+
+
+def run_demo(console: Console, *, model: str | None = None, quiet: bool = False) -> list[Row]:
+    """Run the demonstration against this user's gateway; print a table as it goes and what it shows. Return the rows.
+
+    Makes the tenants `demo` and `demo-b` and publishes the prefix `kvasir-demo`, once more if they are there already.
+
+    Raises:
+        RequestFailed: a request was warm that should have been cold, or the other way round.
+        KvasirError: no gateway, no model, a request failed.
+    """
+    keys = [obtain_key(name, admin_socket()) for name in ("demo", "demo-b")]
+    run = secrets.token_hex(4)
+    system = f"This is demonstration {run}. {SYSTEM_PROMPT}"
+    private = f"# The ledger of run {run}: nobody else's business.\n{PRIVATE_CODE}"
+    with (
+        Client(client_endpoint(), keys[0], timeout_s=TIMEOUT_S) as demo,
+        Client(client_endpoint(), keys[1], timeout_s=TIMEOUT_S) as demo_b,
+    ):
+        name, _ = choose_model(demo, model)
+        speak = _warm_up(demo, name)
+        ask(PrefixPublish(name=PREFIX_NAME, text=system, replace=True), PrefixReply)
+        plan: tuple[tuple[str, str, str, Callable[[], Completion]], ...] = (
+            ("demo", "published, first time", "cold", lambda: speak(demo, system, QUESTIONS[0])),
+            ("demo", "published, again", "warm", lambda: speak(demo, system, QUESTIONS[1])),
+            ("demo-b", "published, first contact", "warm", lambda: speak(demo_b, system, QUESTIONS[2])),
+            ("demo", "private, first time", "cold", lambda: _complete(demo, name, private)),
+            ("demo-b", "the same text, its own", "cold", lambda: _complete(demo_b, name, private)),
+            ("demo", "private, again", "warm", lambda: _complete(demo, name, private)),
+        )
+        rows: list[Row] = []
+        with contextlib.nullcontext(lambda rows: None) if quiet else _shown(console, run) as show:
+            for tenant, what, expects, request in plan:
+                rows.append(_row(tenant, what, expects, request()))
+                show(rows)
+    wrong = [row for row in rows if not row.is_as_expected]
+    if wrong:
+        row = wrong[0]
+        hint = (
+            "was the cache too small, or a worker restarted? see `kvasir status`"
+            if row.expects == "warm"
+            else "this must not happen; please report it"
+        )
+        raise RequestFailed(
+            f"{row.tenant}: {row.what} should have been {row.expects}, had {row.cached_tokens} cached tokens; {hint}"
+        )
+    if not quiet:
+        for row in (row for row in (rows[0], rows[3]) if row.text.strip()):
+            console.print(f"\nWhat it wrote to {row.tenant} ({row.what}):")
+            console.print(Text(excerpt(row.text)), style="dim")
+        console.print(f"\n{plain(reading(rows))}", soft_wrap=True)
+    return rows
+
+
+def reading(rows: list[Row]) -> str:
+    """Return what the rows show, in one sentence."""
+    first, again, shared, private, theirs, warm = rows
+    return (
+        f"Warm requests skip what is cached: first token after {again.ttft_ms:.0f} ms instead of {first.ttft_ms:.0f} "
+        f"(private text: {warm.ttft_ms:.0f} instead of {private.ttft_ms:.0f}); demo-b found {shared.cached_tokens} "
+        f"tokens of the published prompt at its very first contact, and {theirs.cached_tokens} of demo's private text."
+    )
+
+
+def excerpt(text: str) -> str:
+    """Return the first lines of `text` that have something in them, indented."""
+    lines = [line for line in harmless(text).splitlines() if line.strip()]
+    more = ["…"] if len(lines) > MAX_LINES else []
+    return "\n".join("  " + line for line in [*lines[:MAX_LINES], *more])
+
+
+def as_json(rows: list[Row]) -> dict[str, object]:
+    """Return the rows as JSON values."""
+    return {"rows": [asdict(row) for row in rows]}
+
+
+def _warm_up(client: Client, model: str) -> Callable[[Client, str, str], Completion]:
+    """Send a tiny request per form and return how to ask: as a chat, or as plain text for a model without template."""
+    _complete(client, model, "import os", max_tokens=2)
+    try:
+        _chat(client, model, "Be brief.", "Hello!", max_tokens=2)
+    except BadRequest:
+        return lambda who, system, question: _complete(who, model, f"{system}\n\n{question}\n")
+    return lambda who, system, question: _chat(who, model, system, question)
+
+
+def _chat(client: Client, model: str, system: str, question: str, max_tokens: int = MAX_TOKENS) -> Completion:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    return client.chat(messages, model=model, max_tokens=max_tokens, temperature=0)
+
+
+def _complete(client: Client, model: str, text: str, max_tokens: int = MAX_TOKENS) -> Completion:
+    return client.generate(text, model=model, max_tokens=max_tokens, temperature=0)
+
+
+def _row(tenant: str, what: str, expects: str, done: Completion) -> Row:
+    usage = done.usage
+    return Row(
+        tenant, what, expects, done.worker, usage.prompt_tokens, usage.cached_tokens, 1000 * done.ttft_s, done.text
+    )
+
+
+@contextlib.contextmanager
+def _shown(console: Console, run: str) -> Iterator[Callable[[list[Row]], None]]:
+    """Show the rows: as they come on a terminal, else once at the end."""
+    console.print(f"\n[bold]Demonstration {run}[/bold]: cold against warm, shared against private\n")
+    latest: list[Row] = []
+    if not console.is_terminal:
+        try:
+            yield lambda rows: latest.__setitem__(slice(None), rows)
+        finally:
+            console.print(_table(latest))
+        return
+    with Live(_table([]), console=console, auto_refresh=False) as live:
+        yield lambda rows: live.update(_table(rows), refresh=True)
+
+
+def _table(rows: list[Row]) -> Table:
+    numbers = ("prompt", "cached", "TTFT")
+    table = make_table("tenant", "what", "worker", *numbers, "it wrote", numbers=numbers)
+    for row in rows:
+        colour = ("green" if row.expects == "warm" else "cyan") if row.is_as_expected else "red"
+        snippet = " ".join(row.text.split())
+        table.add_row(
+            row.tenant,
+            plain(row.what),
+            plain(row.worker),
+            str(row.prompt_tokens),
+            f"[{colour}]{row.cached_tokens}[/{colour}]",
+            f"{row.ttft_ms:.1f} ms",
+            f"[dim]{plain(snippet[:SNIPPET_CHARS])}{'…' if len(snippet) > SNIPPET_CHARS else ''}[/dim]",
+        )
+    return table

@@ -1,0 +1,127 @@
+"""`kvasir status`, `kvasir models` and `kvasir explain`: looking into a running gateway."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from kvasir.cli.admin_client import ask
+from kvasir.cli.output import bar, count, duration, example, json_option, make_console, make_table, percent, plain
+from kvasir.cli.output import print_json as print_as_json
+from kvasir.cli.tenants import tenant_table
+from kvasir.protocol import admin_messages as am
+
+_STATE_COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "lost": "red"}
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Keep showing it until Ctrl-C.")
+@click.option(
+    "--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Seconds, with --watch."
+)
+@json_option
+@example("kvasir status\nkvasir status --watch\nkvasir status --json | jq '.workers[].state'")
+def status(watch: bool, interval: float, as_json: bool) -> None:
+    """Show workers, their caches and rates, models and tenants."""
+    if as_json:
+        print_as_json(ask(am.StatusQuery(), am.StatusReply))
+    elif not watch:
+        make_console().print(render_status(ask(am.StatusQuery(), am.StatusReply)))
+    else:
+        console = make_console()
+        with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+            while True:
+                live.update(render_status(ask(am.StatusQuery(), am.StatusReply)), refresh=True)
+                time.sleep(interval)
+
+
+@click.command()
+@json_option
+@example("kvasir models")
+def models(as_json: bool) -> None:
+    """List the served models."""
+    reply = ask(am.StatusQuery(), am.StatusReply)
+    if as_json:
+        print_as_json({"models": reply.models})
+    else:
+        make_console().print(_model_table(reply.models))
+
+
+@click.command()
+@click.argument("request")
+@json_option
+@example("kvasir explain chatcmpl-5f0c6d1e9a7b4c3d")
+def explain(request: str, as_json: bool) -> None:
+    """Show why a recent REQUEST (its id) went to the worker it went to: every worker's terms, in seconds."""
+    reply = ask(am.ExplainQuery(request=request), am.ExplainReply)
+    if as_json:
+        print_as_json(reply)
+        return
+    console = make_console()
+    for number, decision in enumerate(reply.decisions, start=1):
+        worker, num_tokens = plain(decision["worker_id"]), decision["num_tokens"]
+        console.print(f"attempt {number}: {num_tokens} tokens to [bold]{worker}[/bold], the cheapest of:")
+        console.print(_terms_table(decision))
+
+
+def render_status(reply: am.StatusReply) -> RenderableType:
+    """Return the whole status as something to print."""
+    state = "[yellow]draining[/yellow]" if reply.draining else "up"
+    where = "  ".join(f"{plain(kind)} {plain(address)}" for kind, address in reply.endpoints.items())
+    head = Text.from_markup(f"Kvasir {plain(reply.version)}  {state} for {duration(reply.uptime_s)}  {where}")
+    parts: list[RenderableType] = [head, "", _worker_table(reply.workers), "", _model_table(reply.models)]
+    if reply.tenants:
+        parts += ["", tenant_table(reply.tenants, is_live=True)]
+    return Group(*parts)
+
+
+def _worker_table(workers: list[am.WorkerInfo]) -> RenderableType:
+    if not workers:
+        return "no workers have joined yet"
+    numbers = ("running", "waiting", "hit rate", "prefill/s", "decode/s", "restarts")
+    columns = ("worker", "model", "state", "device", "running", "waiting", "blocks in use", "cached", *numbers[2:])
+    table = make_table(*columns, numbers=numbers)
+    for info in workers:
+        colour = _STATE_COLOURS.get(info.state, "white")
+        used = info.num_blocks - info.num_free_blocks
+        table.add_row(
+            plain(info.id),
+            plain(info.model),
+            f"[{colour}]{plain(info.state)}[/{colour}]",
+            plain(info.device),
+            f"{info.num_running}/{info.max_requests}",
+            str(info.num_waiting),
+            f"{bar(used, info.num_blocks)} {count(used)}/{count(info.num_blocks)}",
+            f"{bar(info.num_cached_blocks, info.num_blocks)} {count(info.num_cached_blocks)}",
+            percent(info.cached_tokens, info.prompt_tokens),
+            count(info.prefill_rate),
+            count(info.decode_rate),
+            str(info.num_restarts),
+        )
+    return table
+
+
+def _model_table(models: list[am.ModelStatus]) -> Table:
+    numbers = ("context", "workers", "waiting")
+    table = make_table("model", "dtype", *numbers, "fingerprint", numbers=numbers)
+    for info in models:
+        counts = (str(info.max_context), str(info.num_workers), str(info.num_waiting))
+        table.add_row(plain(info.name), plain(info.dtype), *counts, plain(info.fingerprint[:16]))
+    return table
+
+
+def _terms_table(decision: dict[str, Any]) -> Table:
+    terms = decision["terms"]
+    names = [name for name in (terms[0] if terms else {}) if name != "worker_id"]
+    table = make_table("worker", *names, numbers=names)
+    for row in terms:
+        chosen = "bold" if row["worker_id"] == decision["worker_id"] else None
+        values = [f"{row[name]:.4f}" if isinstance(row[name], float) else str(row[name]) for name in names]
+        table.add_row(plain(row["worker_id"]), *values, style=chosen)
+    return table

@@ -1,0 +1,245 @@
+"""`kvasir up`: one machine with everything on it, from nothing to serving, and back on Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+import kvasir
+from kvasir.cli import processes
+from kvasir.cli.admin_client import ask, is_listening
+from kvasir.cli.demo_keys import key_path, obtain_key
+from kvasir.cli.output import harmless, plain
+from kvasir.paths import home_dir, run_dir, state_dir
+from kvasir.protocol.admin_messages import StatusQuery, StatusReply
+from kvasir.protocol.errors import ConfigurationError, ConnectionLost, Unavailable
+
+DEMO_MODEL = Path(kvasir.__path__[0]).resolve() / "demo_model"
+POLL_S = 0.2
+HOPELESS_RESTARTS = 3  # a model none of whose workers has ever come up after so many tries will not
+
+
+@dataclass(frozen=True, slots=True)
+class UpPlan:
+    """What to start. `models`: NAME=PATH each; `num_workers` per model; `wait_s`: until all of them must be ready."""
+
+    models: tuple[str, ...]
+    num_workers: int
+    http: str = "127.0.0.1:8000"
+    zmq: tuple[str, ...] = ()
+    worker_args: str = ""
+    block_size: int = 16
+    drain_s: float = 30.0
+    wait_s: float = 600.0
+
+    def gateway_args(self) -> list[str]:
+        """Return the gateway's command line."""
+        args = ["--state-dir", str(state_dir()), "--run-dir", str(run_dir()), "--http", self.http]
+        args += [*_repeated("--model", self.models), *_repeated("--zmq", self.zmq)]
+        args += ["--workers", str(self.num_workers), f"--worker-args={self.worker_args}"]
+        return [*args, "--block-size", str(self.block_size), "--drain-s", str(self.drain_s)]
+
+
+def plan_models(given: Sequence[str]) -> tuple[str, ...]:
+    """Return NAME=PATH for each of `given`, which may be a bare path (the folder's name is taken); default: ours.
+
+    Raises:
+        ConfigurationError: a path is no folder.
+    """
+    if not given:
+        return (f"demo={DEMO_MODEL}",)
+    models = []
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals:
+            name, path = Path(text).resolve().name, text
+        folder = Path(path).expanduser().resolve()
+        if not name or not folder.is_dir():
+            raise ConfigurationError(f"--model {text!r}: {folder} is no folder; give NAME=PATH of a model folder")
+        models.append(f"{name}={folder}")
+    return tuple(models)
+
+
+def count_gpus() -> int:
+    """Return how many CUDA devices this process may use, without loading torch: those that the driver shows."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+    if visible is None or not present:
+        return present
+    return min(present, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
+
+
+def serve(plan: UpPlan, console: Console, *, then: Callable[[str], None] | None = None) -> None:
+    """Start, wait until all workers are ready, call `then(demo_key)`, and serve until SIGINT, SIGTERM or SIGHUP.
+
+    Returns after a stop that was asked for, when the gateway has drained and left.
+
+    Raises:
+        ConfigurationError: it does not start, or stops by itself; says why, from the gateway's log.
+    """
+    socket = run_dir() / "admin.sock"
+    if is_listening(socket):
+        raise ConfigurationError(f"a gateway is running at {socket} already; use it, or stop it with `kvasir down`")
+    log = home_dir() / "gateway.log"
+    process = processes.start("gateway", plan.gateway_args(), log)
+    try:
+        with _stop_signals():
+            _wait_until_ready(plan, process, log, console)
+            key = obtain_key("demo", socket)
+            print_welcome(plan, key, log, console)
+            if then is not None:
+                then(key)
+                console.print("Serving. Ctrl-C stops.")
+            process.wait()
+        if process.returncode:
+            raise ConfigurationError(_epitaph(process, log))
+        console.print("the gateway was told to stop", style="dim")
+    except _Stopped:
+        console.print("\nstopping: running requests may finish, Ctrl-C again cuts them off", style="dim")
+        _stop(process, plan.drain_s + 10)
+        console.print("stopped", style="dim")
+    finally:
+        _kill(process)
+
+
+class _Stopped(BaseException):
+    """Somebody asked us to stop. Not an Exception: nothing on the way may take it for a failure."""
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    def stop(number: int, frame: object) -> None:
+        raise _Stopped
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a job in the background of a plain shell
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait_until_ready(plan: UpPlan, process: subprocess.Popen[bytes], log: Path, console: Console) -> None:
+    names = [model.partition("=")[0] for model in plan.models]
+    deadline = time.monotonic() + plan.wait_s
+    begun = time.monotonic()
+    with _progress(console) as show:
+        show("starting the gateway")
+        while True:
+            if process.poll() is not None:
+                raise ConfigurationError(_epitaph(process, log))
+            status = _try_status()
+            if status is not None:
+                ready = {name: _num_ready(status, name) for name in names}
+                if all(number >= plan.num_workers for number in ready.values()):
+                    break
+                counts = [f"{name}: {number} of {plan.num_workers} workers ready" for name, number in ready.items()]
+                show(", ".join(counts), _last_line(log))
+                for name, number in ready.items():
+                    restarts = sum(worker.num_restarts for worker in status.workers if worker.model == name)
+                    if not number and restarts >= HOPELESS_RESTARTS * plan.num_workers:
+                        raise ConfigurationError(f"no worker of model {name} comes up: {_last_words(log)}")
+            if time.monotonic() > deadline:
+                raise ConfigurationError(f"not ready within {plan.wait_s:g} s: {_last_words(log)}")
+            time.sleep(POLL_S)
+    console.print(f"ready after {time.monotonic() - begun:.1f} s", style="dim")
+
+
+def _try_status() -> StatusReply | None:
+    try:
+        return ask(StatusQuery(), StatusReply, path=run_dir() / "admin.sock", timeout_s=5)
+    except (ConnectionLost, Unavailable):  # not yet
+        return None
+
+
+def _num_ready(status: StatusReply, model: str) -> int:
+    return sum(worker.model == model and worker.state == "ready" for worker in status.workers)
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Callable[..., None]]:
+    """Give `show(text, detail)`: a spinner on a terminal, else a line whenever `text` changes."""
+    if console.is_terminal:
+        width = console.width - 4
+        with console.status("") as spinner:
+            yield lambda text, detail="": spinner.update(Text(f"{text}  {detail}"[:width]))
+    else:
+        last = [""]
+
+        def show(text: str, detail: str = "") -> None:
+            if text != last[0]:
+                console.print(Text(text))
+                last[0] = text
+
+        yield show
+
+
+def print_welcome(plan: UpPlan, key: str, log: Path, console: Console) -> None:
+    """Print where it can be reached, with what key, and something to try."""
+    model = plan.models[0].partition("=")[0]
+    console.print()
+    if plan.http != "off":
+        console.print(f"  [bold]HTTP[/bold]     http://{plain(plan.http)}/v1")
+    for endpoint in (f"ipc://{run_dir() / 'client.sock'}", *plan.zmq):
+        console.print(f"  [bold]ZeroMQ[/bold]   {plain(endpoint)}", soft_wrap=True)
+    models = ", ".join(text.partition("=")[0] for text in plan.models)
+    console.print(f"  [bold]models[/bold]   {plain(models)} ({plan.num_workers} workers each)")
+    console.print(f"  [bold]API key[/bold]  {plain(key)}", soft_wrap=True)
+    console.print(f"           [dim]tenant demo, kept in {plain(key_path('demo'))}[/dim]", soft_wrap=True)
+    console.print(f"  [bold]log[/bold]      {plain(log)}", soft_wrap=True)
+    console.print("\n  In another terminal:  kvasir chat    kvasir demo    kvasir status", style="dim")
+    if plan.http != "off":
+        body = f'{{"model": "{model}", "max_tokens": 48, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+        curl = (
+            f"  curl -s http://{plan.http}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+            f"    -H 'Authorization: Bearer {key}' \\\n    -d '{body}'\n"
+        )
+        console.print(escape(curl), style="dim", soft_wrap=True)
+
+
+def _epitaph(process: subprocess.Popen[bytes], log: Path) -> str:
+    return f"the gateway stopped (exit code {process.returncode}): {_last_words(log)}"
+
+
+def _last_words(log: Path) -> str:
+    return f"{_last_line(log).removeprefix('kvasir gateway: ') or 'it said nothing'} (log: {log})"
+
+
+def _last_line(log: Path) -> str:
+    return harmless("".join(processes.last_lines(log, 1)))
+
+
+def _stop(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """Ask the gateway to drain and leave; a second signal or `timeout_s` makes it immediate."""
+    process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired, _Stopped), _stop_signals():
+        process.wait(timeout_s)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """See that nothing of ours is left, workers included: they are in the gateway's session."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+
+
+def _repeated(option: str, values: Sequence[str]) -> list[str]:
+    return [part for value in values for part in (option, value)]

@@ -1,0 +1,672 @@
+"""The core's contract: one Finished per request, tokens in order and once, whatever workers do."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvasir.gateway.core.api import Cancel, Delta
+from kvasir.gateway.core.requests import QueueConfig
+from kvasir.gateway.core.worker_checks import Joined, LivenessConfig, Lost, Rejected
+from kvasir.protocol.errors import from_info
+from kvasir.protocol.messages import Abort, Bye, Drain, Generate, Identify, Load, Refused, Resync, Snapshot, Welcome
+from kvasir.protocol.tokens import unpack_tokens
+from tests.core_helpers import Bench, RecordingSink, make_hashes, make_hello, make_submit, output
+
+
+def error_code(sink: RecordingSink) -> str:
+    assert sink.finished is not None
+    assert sink.finished.error is not None
+    return sink.finished.error.code
+
+
+# ---- the plain path --------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_dispatched_streamed_and_finished_once() -> None:
+    bench = Bench()
+    peer = bench.join()
+    sink = bench.submit(max_tokens=3)
+    [(to, generate)] = bench.take()
+    assert to == peer
+    assert (generate.attempt, generate.max_tokens, generate.num_prompt_tokens) == (1, 3, 10)
+    assert unpack_tokens(generate.token_ids) == list(range(10))
+    bench.now += 0.5
+    bench.report(peer, output(b"r1", 0, [7], num_cached_tokens=4))
+    bench.report(peer, output(b"r1", 1, [8, 9], "length"))
+    assert sink.tokens == [7, 8, 9]
+    finished = sink.finished
+    assert finished is not None
+    assert (finished.reason, finished.num_output_tokens, finished.num_cached_tokens) == ("length", 3, 4)
+    assert (finished.worker_id, finished.num_attempts, finished.ttft_s, finished.error) == ("w1", 1, 0.5, None)
+    assert bench.core.num_unfinished == 0
+    bench.core.check_integrity()
+
+
+def test_welcome_is_sent_before_what_was_queued() -> None:
+    bench = Bench(models=frozenset({"demo"}))
+    bench.submit()
+    bench.join()
+    assert [type(command) for _, command in bench.sent] == [Welcome, Generate]
+    assert isinstance(bench.notices[0], Joined)
+
+
+def test_credits_bound_what_a_worker_has_and_the_rest_waits() -> None:
+    bench = Bench()
+    peer = bench.join(max_requests=2)
+    sinks = [bench.submit(b"r%d" % i) for i in range(5)]
+    assert [command.req_id for _, command in bench.take()] == [b"r0", b"r1"]
+    bench.report(peer, output(b"r0", 0, [1], "stop"))
+    assert [command.req_id for _, command in bench.take()] == [b"r2"]
+    bench.report(peer, output(b"r1", 0, [1], "stop"), output(b"r2", 0, [1], "stop"))
+    assert [command.req_id for _, command in bench.take()] == [b"r3", b"r4"]
+    bench.report(peer, output(b"r3", 0, [1], "stop"), output(b"r4", 0, [1], "stop"))
+    assert all(sink.finished for sink in sinks)
+    bench.core.check_integrity()
+
+
+def test_tenants_take_turns_however_many_requests_one_has_waiting() -> None:
+    bench = Bench()
+    peer = bench.join(max_requests=1)
+    for i in range(4):
+        bench.submit(b"a%d" % i, tenant="alpha")
+    for i in range(2):
+        bench.submit(b"b%d" % i, tenant="beta")
+    order = []
+    for _ in range(6):
+        [(_, generate)] = bench.take()
+        order.append(generate.req_id)
+        bench.report(peer, output(generate.req_id, 0, [1], "stop"))
+    assert order == [b"a0", b"a1", b"b0", b"a2", b"b1", b"a3"]
+
+
+def test_models_do_not_share_queues_or_workers() -> None:
+    bench = Bench()
+    bench.join("w1", model="one")
+    bench.join("w2", model="two")
+    bench.submit(b"r1", model="two")
+    bench.submit(b"r2", model="one")
+    assert [(peer, command.req_id) for peer, command in bench.take()] == [(b"w2", b"r1"), (b"w1", b"r2")]
+    assert bench.core.models()["one"].num_workers == 1
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_refusals_are_answers_with_a_reason() -> None:
+    bench = Bench(models=frozenset({"demo"}), queue=QueueConfig(max_queued=3, max_queued_per_tenant=2))
+    unknown = bench.submit(b"x", model="nothing")
+    assert error_code(unknown) == "model_not_found"
+    assert unknown.finished is not None and unknown.finished.error is not None
+    assert "'nothing'" in unknown.finished.error.message and "demo" in unknown.finished.error.message
+    bench.submit(b"r1")
+    assert error_code(bench.submit(b"r1")) == "conflict"
+    bench.submit(b"r2")
+    crowded = bench.submit(b"r3")
+    assert error_code(crowded) == "overloaded"
+    assert crowded.finished is not None and crowded.finished.error is not None
+    assert (crowded.finished.error.retry_after_s or 0) >= 1
+    bench.submit(b"r4", tenant="beta")
+    assert error_code(bench.submit(b"r5", tenant="gamma")) == "overloaded"
+    bench.core.drain()
+    assert error_code(bench.submit(b"r6", tenant="gamma")) == "unavailable"
+    assert bench.core.num_unfinished == 3
+    bench.core.check_integrity()
+
+
+def test_draining_finishes_what_is_queued_and_running() -> None:
+    bench = Bench()
+    peer = bench.join(max_requests=1)
+    sinks = [bench.submit(b"r1"), bench.submit(b"r2")]
+    bench.core.drain()
+    for req_id in (b"r1", b"r2"):
+        bench.report(peer, output(req_id, 0, [1], "stop"))
+    assert [sink.finished.reason for sink in sinks if sink.finished] == ["stop", "stop"]
+    assert bench.core.num_unfinished == 0
+
+
+# ---- cancelling and deadlines ----------------------------------------------------------------------------------------
+
+
+def test_cancelling_a_queued_request_takes_it_out() -> None:
+    bench = Bench()
+    peer = bench.join(max_requests=1)
+    bench.submit(b"r1")
+    waiting = bench.submit(b"r2")
+    bench.core.cancel(Cancel(b"r2"))
+    bench.core.cancel(Cancel(b"r2"))
+    assert waiting.finished is not None and waiting.finished.reason == "abort"
+    bench.report(peer, output(b"r1", 0, [1], "stop"))
+    assert [command.req_id for _, command in bench.take()] == [b"r1"]
+    bench.core.check_integrity()
+
+
+def test_cancelling_a_running_request_aborts_it_and_frees_the_credit_when_the_worker_answers() -> None:
+    bench = Bench()
+    peer = bench.join(max_requests=1)
+    sink = bench.submit(b"r1")
+    bench.take()
+    bench.report(peer, output(b"r1", 0, [1]))
+    bench.core.cancel(Cancel(b"r1", "stop"))
+    assert sink.finished is not None and sink.finished.reason == "stop"
+    assert bench.take(Abort) == [(peer, Abort(b"r1", 1))]
+    bench.submit(b"r2")
+    bench.report(peer, output(b"r1", 1, [2]))  # was on its way: not delivered
+    assert sink.tokens == [1]
+    assert bench.take() == []
+    bench.report(peer, output(b"r1", 2, [], "abort"))
+    assert [command.req_id for _, command in bench.take()] == [b"r2"]
+    bench.core.check_integrity()
+
+
+def test_a_sink_may_cancel_in_answer_to_the_last_delta() -> None:
+    bench = Bench()
+    peer = bench.join(max_requests=1)
+    submit, _ = make_submit(arrived=bench.now)
+    inner = RecordingSink()
+
+    class StopAtOnce:
+        def put(self, event: object) -> None:
+            inner.put(event)  # type: ignore[arg-type]
+            if isinstance(event, Delta):
+                bench.core.cancel(Cancel(submit.req_id, "stop"))
+
+    bench.core.submit(type(submit)(**{**_fields(submit), "sink": StopAtOnce()}))
+    bench.report(peer, output(b"r1", 0, [1], "length"))
+    assert inner.finished is not None and inner.finished.reason == "stop"
+    bench.core.check_integrity()
+    bench.submit(b"r1")  # the id and the credit are free again
+    assert len(bench.take()) == 2
+
+
+def _fields(submit: object) -> dict[str, object]:
+    return {name: getattr(submit, name) for name in submit.__slots__}  # type: ignore[attr-defined]
+
+
+def test_deadlines_end_queued_and_running_requests() -> None:
+    bench = Bench()
+    peer = bench.join(max_requests=1)
+    running = bench.submit(b"r1", deadline=bench.now + 2.0)
+    queued = bench.submit(b"r2", deadline=bench.now + 1.0)
+    [(_, generate)] = bench.take()
+    assert generate.deadline_s == pytest.approx(2.0)
+    bench.pass_time(1.5)
+    assert queued.finished is not None and queued.finished.reason == "deadline"
+    assert error_code(queued) == "deadline_exceeded"
+    assert running.finished is None
+    bench.pass_time(1.0)
+    assert running.finished is not None and running.finished.reason == "deadline"
+    assert bench.take(Abort)[-1] == (peer, Abort(b"r1", 1))
+    bench.report(peer, output(b"r1", 0, [], "deadline"))
+    bench.core.check_integrity()
+
+
+def test_expired_work_is_dropped_before_it_is_sent() -> None:
+    bench = Bench(models=frozenset({"demo"}))
+    late = bench.submit(deadline=bench.now + 1.0)
+    bench.now += 2.0
+    bench.join()
+    assert bench.take() == []
+    assert error_code(late) == "deadline_exceeded"
+
+
+def test_without_a_worker_requests_wait_and_then_get_a_clear_answer() -> None:
+    bench = Bench(models=frozenset({"demo"}), no_worker_timeout_s=5.0)
+    sink = bench.submit()
+    bench.pass_time(4.9)
+    assert sink.finished is None
+    bench.pass_time(0.3)
+    assert error_code(sink) == "unavailable"
+    assert sink.finished is not None and sink.finished.error is not None
+    assert "'demo' has had no worker for 5 s" in sink.finished.error.message
+    bench.core.check_integrity()
+
+
+# ---- workers die -----------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_workers_request_goes_on_elsewhere_from_prompt_and_delivered() -> None:
+    bench = Bench()
+    bench.join("w1")
+    sink = bench.submit(max_tokens=8)
+    bench.take()
+    bench.report(b"w1", output(b"r1", 0, [50, 51], num_cached_tokens=0))
+    bench.report(b"w1", output(b"r1", 2, [52]))
+    bench.join("w2")
+    bench.core.worker_lost("w1", "its process ended")
+    [(peer, generate)] = bench.take()
+    tokens = [*range(10), 50, 51, 52]
+    assert peer == b"w2"
+    assert (generate.attempt, generate.max_tokens, generate.num_prompt_tokens) == (2, 5, 10)
+    assert unpack_tokens(generate.token_ids) == tokens
+    assert generate.prefix_hashes == make_hashes(tokens)  # as if it had been the prompt all along
+    bench.report(b"w2", output(b"r1", 3, [53], attempt=2, num_cached_tokens=12))
+    bench.report(b"w2", output(b"r1", 4, [54], "stop", attempt=2))
+    assert sink.tokens == [50, 51, 52, 53, 54]
+    assert sink.finished is not None
+    assert (sink.finished.reason, sink.finished.num_attempts, sink.finished.worker_id) == ("stop", 2, "w2")
+    assert sink.finished.num_cached_tokens == 0  # what the first attempt found
+    bench.core.check_integrity()
+
+
+def test_handed_back_requests_keep_their_order_before_their_tenants_others() -> None:
+    bench = Bench()
+    bench.join("w1", max_requests=3)
+    for i in range(5):
+        bench.submit(b"r%d" % i)
+    bench.take()
+    bench.core.worker_lost("w1", "gone")
+    bench.join("w2", max_requests=8)
+    assert [command.req_id for _, command in bench.take()] == [b"r0", b"r1", b"r2", b"r3", b"r4"]
+
+
+def test_death_after_the_last_token_and_before_the_end_is_an_end() -> None:
+    bench = Bench()
+    bench.join("w1")
+    whole = bench.submit(b"r1", max_tokens=2)
+    stopped = bench.submit(b"r2", max_tokens=9, stop_token_ids=(77,))
+    more = bench.submit(b"r3", max_tokens=3)
+    bench.take()
+    bench.report(b"w1", output(b"r1", 0, [1, 2]), output(b"r2", 0, [1, 77]), output(b"r3", 0, [1, 2]))
+    bench.join("w2")
+    bench.core.worker_lost("w1", "gone")
+    assert whole.finished is not None and whole.finished.reason == "length"
+    assert stopped.finished is not None and stopped.finished.reason == "stop"
+    assert more.finished is None
+    assert [(command.req_id, command.max_tokens) for _, command in bench.take()] == [(b"r3", 1)]
+
+
+def test_a_request_whose_worker_dies_twice_is_poison_and_the_others_are_not() -> None:
+    bench = Bench()
+    bench.join("w1")
+    poison = bench.submit(b"r1")
+    bench.join("w2")
+    bench.core.worker_lost("w1", "gone")
+    healthy = bench.submit(b"r2")
+    bench.core.worker_lost("w2", "gone")
+    assert error_code(poison) == "request_failed"
+    assert poison.finished is not None and poison.finished.error is not None
+    assert "2 workers died" in poison.finished.error.message
+    assert healthy.finished is None
+    bench.join("w3")
+    bench.report(b"w3", output(b"r2", 0, [1], "stop", attempt=2))
+    assert healthy.finished is not None and healthy.finished.reason == "stop"
+    assert bench.core.statistics().num_poisoned == 1
+
+
+def test_requests_handed_back_are_not_tried_for_ever() -> None:
+    bench = Bench()
+    sink = None
+    for attempt in range(1, 5):
+        peer = bench.join(f"w{attempt}")
+        sink = sink or bench.submit()
+        assert [command.attempt for _, command in bench.take()] == [attempt]
+        bench.core.worker_report(peer, Bye("leaving"))
+    assert sink is not None
+    assert error_code(sink) == "request_failed"
+    assert sink.finished is not None and sink.finished.num_attempts == 4
+    bench.core.check_integrity()
+
+
+def test_an_abort_nobody_asked_for_hands_the_request_back_for_another_worker() -> None:
+    bench = Bench()
+    bench.join("w1", max_requests=1)
+    sink = bench.submit()
+    bench.take()
+    bench.report(b"w1", output(b"r1", 0, [5]), output(b"r1", 1, [], "abort"))
+    assert bench.take() == []  # not to the one that has just handed it back
+    bench.join("w2")
+    [(peer, generate)] = bench.take()
+    assert (peer, generate.attempt, unpack_tokens(generate.token_ids)[-1]) == (b"w2", 2, 5)
+    bench.report(b"w2", output(b"r1", 1, [6], "stop", attempt=2))
+    assert sink.tokens == [5, 6]
+
+
+def test_an_engine_error_fails_the_request_with_the_engines_words() -> None:
+    bench = Bench()
+    bench.join("w1")
+    sink = bench.submit()
+    bench.report(b"w1", output(b"r1", 0, [], "error", error="needs 90 blocks of 64"))
+    assert error_code(sink) == "request_failed"
+    assert sink.finished is not None and sink.finished.error is not None
+    assert "needs 90 blocks of 64" in str(from_info(sink.finished.error))
+
+
+def test_stale_outputs_are_dropped_and_counted() -> None:
+    bench = Bench()
+    bench.join("w1")
+    sink = bench.submit()
+    bench.report(b"w1", output(b"r1", 0, [1]))
+    bench.report(b"w1", output(b"r1", 0, [9]))  # a repetition
+    bench.report(b"w1", output(b"r1", 1, [9], attempt=7))  # another attempt
+    bench.report(b"w1", output(b"zz", 0, [9], "stop"))  # nobody's
+    assert sink.tokens == [1]
+    assert bench.core.statistics().num_stale_outputs == 3
+    bench.report(b"w1", output(b"r1", 1, [2], "stop"))
+    assert sink.tokens == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        output(b"r1", 2, [9]),
+        output(b"r1", 1, range(9)),
+        output(b"r1", 0, [], "stop"),
+        type(output(b"r1", 1))(b"r1", 1, 1, b"123"),
+    ],
+    ids=["a gap", "more than asked for", "an end before the delivered", "half a token"],
+)
+def test_a_worker_that_breaks_the_protocol_is_lost_and_its_requests_go_on(bad) -> None:
+    bench = Bench()
+    bench.join("w1")
+    bench.join("w2")
+    sink = bench.submit(max_tokens=8)
+    [(first, _)] = bench.take()
+    second = b"w2" if first == b"w1" else b"w1"
+    bench.report(first, output(b"r1", 0, [1]))
+    bench.report(first, bad)
+    [(peer, generate)] = bench.take()
+    assert (peer, generate.attempt) == (second, 2)
+    bench.report(second, output(b"r1", 1, [2], "stop", attempt=2))
+    assert sink.tokens == [1, 2]
+    assert bench.core.statistics().num_lost == {"protocol": 1}
+    bench.core.check_integrity()
+
+
+def test_an_unreachable_worker_is_lost_and_the_request_costs_no_attempt() -> None:
+    bench = Bench()
+    bench.join("w1")
+    bench.join("w2")
+    bench.dead = {b"w1", b"w2"}
+    sink = bench.submit()
+    assert sink.finished is None
+    assert bench.core.statistics().workers == []
+    bench.join("w3")
+    [(peer, generate)] = bench.take()
+    assert (peer, generate.attempt) == (b"w3", 1)
+    bench.core.check_integrity()
+
+
+def test_cancelling_at_a_dead_worker_hands_back_the_others() -> None:
+    bench = Bench()
+    bench.join("w1")
+    cancelled, other = bench.submit(b"r1"), bench.submit(b"r2")
+    bench.join("w2")
+    bench.take()
+    bench.dead = {b"w1"}
+    bench.core.cancel(Cancel(b"r1"))
+    assert cancelled.finished is not None and cancelled.finished.reason == "abort"
+    assert [(peer, command.req_id) for peer, command in bench.take()] == [(b"w2", b"r2")]
+    assert other.finished is None
+    bench.core.check_integrity()
+
+
+# ---- liveness --------------------------------------------------------------------------------------------------------
+
+LIVENESS = LivenessConfig(heartbeat_s=1.0, max_missed_heartbeats=3, stall_s=5.0)
+
+
+def test_a_worker_whose_step_counter_stands_still_is_stalled_although_it_reports() -> None:
+    bench = Bench(liveness=LIVENESS)
+    bench.join("w1")
+    bench.submit()
+    bench.report(b"w1", step=4)
+    for _ in range(11):
+        bench.pass_time(0.5)
+        bench.report(b"w1", step=4)
+    assert bench.core.statistics().num_lost == {"stalled": 1}
+    [lost] = [notice for notice in bench.notices if isinstance(notice, Lost)]
+    assert (lost.worker_id, lost.cause, lost.num_requests) == ("w1", "stalled", 1)
+    assert bench.core.num_unfinished == 1
+
+
+def test_steps_keep_a_busy_worker_alive() -> None:
+    bench = Bench(liveness=LIVENESS)
+    bench.join("w1")
+    bench.submit(max_tokens=100)
+    for i in range(20):
+        bench.pass_time(1.0)
+        bench.report(b"w1", output(b"r1", i, [1]))
+    assert bench.core.statistics().num_lost == {}
+
+
+def test_an_idle_worker_is_lost_when_it_is_silent_and_work_starts_the_stall_timer() -> None:
+    bench = Bench(liveness=LIVENESS)
+    bench.join("w1")
+    bench.pass_time(2.5)
+    bench.submit()
+    bench.pass_time(4.5)
+    assert bench.core.statistics().num_lost == {}
+    bench.report(b"w1", output(b"r1", 0, [1], "stop"))
+    bench.pass_time(3.2)
+    assert bench.core.statistics().num_lost == {"silent": 1}
+
+
+def test_a_worker_that_forgot_its_requests_is_lost() -> None:
+    bench = Bench(liveness=LIVENESS)
+    bench.join("w1")
+    bench.submit()
+    for _ in range(12):
+        bench.pass_time(0.5)
+        bench.report(b"w1", load=Load())
+    assert bench.core.statistics().num_lost == {"forgot": 1}
+
+
+def test_a_gateway_that_was_suspended_does_not_blame_its_workers() -> None:
+    bench = Bench(liveness=LIVENESS)
+    bench.join("w1")
+    bench.submit()
+    bench.pass_time(1.0)
+    bench.now += 3_600.0
+    bench.core.tick()
+    bench.pass_time(4.0)
+    assert bench.core.statistics().num_lost == {}
+    bench.pass_time(2.0)
+    assert bench.core.statistics().num_lost == {"stalled": 1}
+
+
+def test_a_quiet_workers_link_is_probed_so_that_its_death_is_seen_within_a_heartbeat() -> None:
+    bench = Bench(liveness=LIVENESS)
+    bench.join("w1")
+    bench.submit()
+    bench.report(b"w1", output(b"r1", 0, [1]))
+    bench.dead.add(b"w1")
+    bench.pass_time(1.2)
+    assert bench.core.statistics().num_lost == {"link": 1}
+
+
+def test_a_worker_back_from_the_dead_is_asked_who_it_is_and_starts_clean() -> None:
+    bench = Bench(liveness=LIVENESS)
+    bench.join("w1", max_requests=1)
+    sink = bench.submit()
+    [(_, welcome)] = bench.take(Welcome)
+    bench.take()
+    bench.report(b"w1", output(b"r1", 0, [1]))
+    bench.pass_time(6.0)
+    assert bench.core.statistics().workers == []
+    bench.report(b"w1", output(b"r1", 1, [2]))
+    bench.report(b"w1", output(b"r1", 2, [3]))
+    assert bench.take(Identify) == [(b"w1", Identify())]  # once, not at every report
+    assert sink.tokens == [1]
+    bench.join("w1", max_requests=1)
+    [(_, again)] = bench.take(Welcome)
+    assert again.gateway_epoch != welcome.gateway_epoch  # makes it drop what it had
+    [(_, generate)] = bench.take()
+    assert (generate.attempt, generate.max_tokens) == (2, 7)
+    bench.core.check_integrity()
+
+
+# ---- who may join ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"protocol_version": 99}, "protocol version 99"),
+        ({"block_size": 32}, "blocks of 32 tokens, this gateway of 4; start the worker with --block-size 4"),
+        ({"model": "other"}, "model 'other', this gateway is configured for demo"),
+        ({"fingerprint": "f2"}, "other weights for model 'demo'"),
+        ({"dtype": "bfloat16"}, "in bfloat16, the others in float32"),
+    ],
+)
+def test_a_worker_that_does_not_fit_is_refused_with_the_reason(wrong, words) -> None:
+    bench = Bench(models=frozenset({"demo"}))
+    bench.join("w1")
+    answer = bench.core.worker_hello(b"w2", make_hello("w2", **wrong))
+    assert isinstance(answer, Refused)
+    assert words in answer.reason and "'w2'" in answer.reason
+    assert bench.take(Refused) == [(b"w2", answer)]
+    assert isinstance(bench.notices[-1], Rejected)
+    assert len(bench.core.statistics().workers) == 1
+
+
+def test_a_worker_id_is_taken_while_its_worker_lives_and_free_when_its_link_is_dead() -> None:
+    bench = Bench()
+    bench.join("w1", peer=b"p1", incarnation=b"i1")
+    answer = bench.core.worker_hello(b"p2", make_hello("w1", b"i2"))
+    assert isinstance(answer, Refused) and "'w1' is in use" in answer.reason
+    bench.submit()
+    bench.take()
+    bench.dead.add(b"p1")
+    assert isinstance(bench.core.worker_hello(b"p2", make_hello("w1", b"i2")), Welcome)
+    [(peer, generate)] = bench.take()
+    assert (peer, generate.attempt) == (b"p2", 2)
+    bench.core.check_integrity()
+
+
+def test_the_same_incarnation_on_a_new_link_is_a_new_session() -> None:
+    bench = Bench()
+    bench.join("w1", peer=b"p1")
+    bench.submit()
+    bench.take()
+    bench.join("w1", peer=b"p2")
+    [(peer, generate)] = bench.take()
+    assert (peer, generate.attempt) == (b"p2", 2)
+    assert len({command.gateway_epoch for _, command in bench.take(Welcome)}) == 2
+    bench.core.check_integrity()
+
+
+def test_a_repeated_hello_changes_nothing() -> None:
+    bench = Bench()
+    bench.join("w1")
+    bench.submit()
+    bench.join("w1")
+    assert len({command.gateway_epoch for _, command in bench.take(Welcome)}) == 1
+    assert len(bench.take()) == 1
+    assert bench.core.statistics().num_lost == {}
+
+
+def test_models_are_known_without_workers_and_bounded_by_the_smallest_one() -> None:
+    bench = Bench(models=frozenset({"demo"}))
+    assert bench.core.models()["demo"].num_workers == 0
+    bench.join("w1", max_context=1000, num_blocks=500)
+    assert bench.core.models()["demo"].max_context == 1000
+    bench.join("w2", max_context=1000, num_blocks=100)
+    info = bench.core.models()["demo"]
+    assert (info.max_context, info.max_prompt_tokens, info.num_workers) == (400, 399, 2)
+    bench.core.worker_lost("w2", "gone")
+    bench.core.worker_lost("w1", "gone")
+    info = bench.core.models()["demo"]
+    assert (info.max_context, info.num_workers, info.fingerprint) == (1000, 0, "f1")
+
+
+def test_a_draining_worker_gets_nothing_new_and_its_goodbye_is_no_death() -> None:
+    bench = Bench()
+    bench.join("w1", max_requests=2)
+    sink = bench.submit(b"r1")
+    bench.take()
+    assert bench.core.drain_worker("w1", 5.0)
+    assert not bench.core.drain_worker("nobody", 5.0)
+    assert bench.take(Drain) == [(b"w1", Drain(5.0))]
+    bench.submit(b"r2")
+    assert bench.take() == []
+    bench.report(b"w1", output(b"r1", 0, [1], "stop"))
+    bench.core.worker_report(b"w1", Bye())
+    assert sink.finished is not None and sink.finished.reason == "stop"
+    assert bench.core.statistics().num_lost == {"bye": 1}
+    bench.join("w2")
+    assert [command.req_id for _, command in bench.take()] == [b"r2"]
+
+
+# ---- block events and what is known ----------------------------------------------------------------------------------
+
+
+def test_a_gap_in_block_events_asks_for_a_snapshot_once() -> None:
+    bench = Bench()
+    bench.join("w1")
+    hashes = make_hashes(range(16))
+    bench.report(b"w1", event_seq=1, stored=hashes[:16])
+    bench.report(b"w1", event_seq=3, stored=hashes[32:48])
+    bench.report(b"w1", event_seq=4, stored=hashes[48:])
+    assert bench.take(Resync) == [(b"w1", Resync())]
+    [worker] = bench.core.statistics().workers
+    assert (worker.index_in_sync, worker.num_index_blocks, worker.num_index_gaps) == (False, 0, 1)
+    bench.core.worker_report(b"w1", Snapshot(4, hashes))
+    bench.report(b"w1", event_seq=5, removed=hashes[48:])
+    [worker] = bench.core.statistics().workers
+    assert (worker.index_in_sync, worker.num_index_blocks) == (True, 3)
+
+
+def test_a_reports_block_events_count_for_what_is_dispatched_because_of_it() -> None:
+    bench = Bench()
+    bench.join("w1", max_requests=1)
+    bench.join("w2", max_requests=1)
+    tokens = list(range(400))
+    bench.submit(b"r1", [1, 2, 3], max_tokens=1)
+    bench.submit(b"r2", [4, 5, 6], max_tokens=1)
+    bench.take()
+    bench.submit(b"r3", tokens)
+    last = b"w2"
+    bench.report(
+        last, output(b"r2" if last == b"w2" else b"r1", 0, [1], "length"), event_seq=1, stored=make_hashes(tokens)
+    )
+    [(peer, _)] = bench.take()
+    assert peer == last
+    [decision] = bench.core.explain(b"r3") or []
+    assert decision.chosen.num_cached_tokens == 396  # 400 tokens are 100 blocks, and the last token is always computed
+
+
+def test_explain_keeps_one_decision_per_attempt_and_forgets_the_oldest() -> None:
+    bench = Bench(max_explained=2)
+    bench.join("w1")
+    bench.submit(b"r1")
+    bench.join("w2")
+    bench.core.worker_lost("w1", "gone")
+    decisions = bench.core.explain(b"r1")
+    assert decisions is not None
+    assert [decision.worker_id for decision in decisions] == ["w1", "w2"]
+    assert [terms.worker_id for terms in decisions[1].terms] == ["w2"]
+    bench.submit(b"r2")
+    bench.submit(b"r3")
+    assert bench.core.explain(b"r1") is None
+    assert bench.core.explain(b"r3") is not None
+    assert bench.core.find_explained("chatcmpl-" + b"r3".hex()) == bench.core.explain(b"r3")
+    assert bench.core.find_explained("72") == bench.core.explain(b"r3")  # the newest that begins so
+    assert bench.core.find_explained("") is None
+
+
+def test_statistics_count_tokens_per_worker_and_tenant() -> None:
+    bench = Bench()
+    bench.join("w1")
+    tokens = list(range(12))
+    bench.submit(b"r1", tokens, tenant="alpha", max_tokens=4)
+    bench.report(b"w1", output(b"r1", 0, [1, 2], "stop", num_cached_tokens=0), event_seq=1, stored=make_hashes(tokens))
+    bench.submit(b"r2", [*tokens, 99], tenant="beta", max_tokens=4)
+    bench.report(
+        b"w1", output(b"r2", 0, [1], num_cached_tokens=8), load=Load(num_running=1, num_free_blocks=7), event_seq=1
+    )
+    statistics = bench.core.statistics()
+    [worker] = statistics.workers
+    assert (worker.num_predicted_cached_tokens, worker.num_actual_cached_tokens) == (12, 8)
+    assert (worker.num_mispredicted_tokens, worker.num_free_blocks) == (4, 7)
+    assert worker.hit_rate == pytest.approx(8 / 25)
+    alpha, beta = statistics.tenants
+    assert (alpha.num_requests, alpha.num_prompt_tokens, alpha.num_output_tokens) == (1, 12, 2)
+    assert (alpha.num_finished, alpha.running, beta.running) == ({"stop": 1}, 0, 1)
+    [model] = statistics.models
+    assert (model.ttft_s.count, model.queue_s.count, model.running) == (2, 2, 1)
+
+
+def test_a_report_from_a_stranger_is_answered_with_identify() -> None:
+    bench = Bench()
+    bench.report(b"stranger")
+    assert bench.sent == [(b"stranger", Identify())]

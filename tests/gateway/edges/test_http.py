@@ -1,0 +1,409 @@
+"""The HTTP edge over real sockets: the public openai client, hostile input, slow and vanishing clients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+import pytest
+import trio
+
+from kvasir.gateway.core.api import Finished
+from kvasir.gateway.edges.openai_api import HttpApi
+from kvasir.gateway.http.connection import HttpLimits
+from kvasir.gateway.http.server import HttpServer, open_listeners
+from kvasir.protocol.errors import Overloaded
+from tests.edge_helpers import KEYS, TEXT, FakeCore, make_directory, make_intake
+
+pytestmark = pytest.mark.timeout(60)
+ANSWER = "def add(a, b):\n    return a + b  # é😀\n"
+KEY = KEYS["alpha"]
+
+
+@dataclass
+class Edge:
+    port: int
+    core: FakeCore
+    server: HttpServer
+
+    async def connect(self) -> trio.SocketStream:
+        return await trio.open_tcp_stream("127.0.0.1", self.port)
+
+    async def raw(self, data: bytes, *, pieces: int = 1) -> bytes:
+        """Send bytes and return all that comes back until the server closes."""
+        async with await self.connect() as stream:
+            size = -(-len(data) // pieces) or 1
+            for start in range(0, len(data), size):
+                await stream.send_all(data[start : start + size])
+                await trio.lowlevel.checkpoint()
+            return b"".join([chunk async for chunk in stream])
+
+    async def post(self, path: str, body: Any, key: str = KEY) -> tuple[int, dict[str, str], bytes]:
+        """One request on a connection of its own."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        answer = await self.raw(post_bytes(path, content, key=key, close=True))
+        head, _, rest = answer.partition(b"\r\n\r\n")
+        lines = head.decode().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines[1:])
+        return int(lines[0].split()[1]), headers, dechunk(rest) if "transfer-encoding" in headers else rest
+
+
+def post_bytes(path: str, content: bytes, *, key: str = KEY, close: bool = False) -> bytes:
+    closing = "connection: close\r\n" if close else ""
+    return (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n{closing}"
+        f"content-length: {len(content)}\r\n\r\n"
+    ).encode() + content
+
+
+def dechunk(data: bytes) -> bytes:
+    out = b""
+    while data:
+        size, _, data = data.partition(b"\r\n")
+        out += data[: int(size, 16)]
+        data = data[int(size, 16) + 2 :]
+    return out
+
+
+@asynccontextmanager
+async def open_edge(limits: HttpLimits | None = None, script=None) -> AsyncIterator[Edge]:
+    core = FakeCore(script or (lambda submit: TEXT.encode(ANSWER)))
+    directory = make_directory()
+    server = HttpServer(HttpApi(core, make_intake(core, directory), directory, lambda: b"# HELP x\n"), limits)
+    listeners = await open_listeners("127.0.0.1", 0)
+    with trio.fail_after(50):
+        async with trio.open_nursery() as nursery:
+            core.nursery = nursery
+            await nursery.start(server.run, listeners)
+            yield Edge(listeners[0].socket.getsockname()[1], core, server)
+            nursery.cancel_scope.cancel()
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    trio.run(main)
+
+
+def chat(**more: Any) -> dict[str, Any]:
+    return {"model": "demo", "messages": [{"role": "user", "content": "Add."}], **more}
+
+
+# ---- the public client -------------------------------------------------------------------------------------------
+
+
+def with_openai(work: Callable[[openai.OpenAI, FakeCore], None], key: str = KEY, **edge: Any) -> None:
+    async def main() -> None:
+        async with open_edge(**edge) as opened:
+
+            def blocking() -> None:
+                url = f"http://127.0.0.1:{opened.port}/v1"
+                with openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=20) as api:
+                    work(api, opened.core)
+
+            await trio.to_thread.run_sync(blocking)
+
+    run(main)
+
+
+def test_the_openai_client_completes_and_streams_the_same_text() -> None:
+    def work(api: openai.OpenAI, core: FakeCore) -> None:
+        whole = api.chat.completions.create(**chat(seed=4, temperature=0.5, user="me", metadata={"a": "b"}))
+        assert whole.choices[0].message.content == ANSWER
+        assert whole.choices[0].finish_reason == "stop"
+        assert whole.usage.prompt_tokens_details.cached_tokens == 16
+        assert core.submits[0].sampling.seed == 4
+        chunks = list(api.chat.completions.create(**chat(stream=True, stream_options={"include_usage": True})))
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == ANSWER
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+        assert chunks[-1].usage == whole.usage
+        text = api.completions.create(model="demo", prompt="x", max_tokens=3)
+        assert (text.usage.completion_tokens, text.choices[0].finish_reason) == (3, "length")
+        parts = list(api.completions.create(model="demo", prompt="x", max_tokens=3, stream=True))
+        assert "".join(part.choices[0].text for part in parts if part.choices) == text.choices[0].text
+        assert [model.id for model in api.models.list()] == ["demo", "other"]
+        assert api.models.retrieve("demo").id == "demo"
+
+    with_openai(work)
+
+
+def test_the_openai_client_gets_typed_errors() -> None:
+    def work(api: openai.OpenAI, core: FakeCore) -> None:
+        with pytest.raises(openai.NotFoundError, match="served: demo"):
+            api.chat.completions.create(**{**chat(), "model": "gone"})
+        with pytest.raises(openai.BadRequestError, match="max_tokens") as caught:
+            api.chat.completions.create(**chat(max_tokens=0))
+        assert caught.value.param == "max_tokens"
+        with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+            api.chat.completions.create(
+                **chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
+            )
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            api.chat.completions.create(**chat(temperature=-1))
+        core.fail = Finished(b"", "error", 1, 0, error=Overloaded("the queue is full", retry_after_s=7.2).info())
+        for stream in (False, True):
+            with pytest.raises(openai.RateLimitError, match="queue is full") as refused:
+                api.chat.completions.create(**chat(stream=stream))
+            assert refused.value.response.headers["retry-after"] == "7"
+
+    with_openai(work)
+
+    def stranger(api: openai.OpenAI, core: FakeCore) -> None:
+        with pytest.raises(openai.AuthenticationError):
+            api.models.list()
+        assert not core.submits
+
+    with_openai(stranger, key="kv_k1_wrong")
+
+
+def test_choices_draw_from_their_own_seeds_and_the_prompt_is_counted_once() -> None:
+    def work(api: openai.OpenAI, core: FakeCore) -> None:
+        answer = api.chat.completions.create(**chat(n=3, seed=1, max_tokens=4))
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+        assert len({submit.sampling.seed for submit in core.submits}) == 3
+        assert answer.usage.completion_tokens == 12
+        assert answer.usage.prompt_tokens == core.submits[0].num_prompt_tokens
+
+    with_openai(work)
+
+
+def test_a_stop_string_ends_the_answer_and_tells_the_core(monkeypatch) -> None:
+    def work(api: openai.OpenAI, core: FakeCore) -> None:
+        for stream in (False, True):
+            core.cancels.clear()
+            answer = api.completions.create(model="demo", prompt="x", max_tokens=100, stop=["return"], stream=stream)
+            parts = list(answer) if stream else [answer]
+            text = "".join(choice.text for part in parts for choice in part.choices)
+            assert text == ANSWER.partition("return")[0]
+            assert [choice.finish_reason for part in parts for choice in part.choices][-1] == "stop"
+            assert core.cancels[0].reason == "stop"
+
+    with_openai(work)
+
+
+def test_logprobs_come_with_their_tokens() -> None:
+    def work(api: openai.OpenAI, core: FakeCore) -> None:
+        answer = api.chat.completions.create(**chat(logprobs=True, top_logprobs=1, max_tokens=3))
+        content = answer.choices[0].logprobs.content
+        assert "".join(entry.token for entry in content) == answer.choices[0].message.content
+        assert content[0].top_logprobs[0].logprob == -0.5
+        text = api.completions.create(model="demo", prompt="x", max_tokens=3, logprobs=1)
+        assert "".join(text.choices[0].logprobs.tokens) == text.choices[0].text
+
+    with_openai(work)
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------
+
+
+def test_wrong_bodies_and_paths_are_answered_with_an_error_object() -> None:
+    async def main() -> None:
+        async with open_edge() as edge:
+            for body, status, words in (
+                (b"{", 400, "valid JSON"),
+                (b'{"messages": "\xff"}', 400, "valid JSON|Expected"),
+                (b'{"model": "\xff", "messages": []}', 400, "valid JSON"),
+                (b"[" * 100_000, 400, "JSON|nested|Expected"),
+                ({"model": "demo"}, 400, "messages"),
+                (chat(temperature="hot"), 400, "temperature"),
+                (
+                    {"model": "demo", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+                    400,
+                    "image_url",
+                ),
+                (
+                    {"model": "demo", "messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]},
+                    400,
+                    "tool_calls",
+                ),
+                (chat(n=99), 400, "n must be"),
+                (chat(response_format={"type": "json_object"}), 400, "response_format"),
+                (chat(logit_bias={"x": 1}), 400, "logit_bias"),
+            ):
+                got, _, answer = await edge.post("/v1/chat/completions", body)
+                assert got == status, answer
+                message = json.loads(answer)["error"]["message"]
+                assert any(word in message for word in words.split("|")), message
+            for path, status in (("/nothing", 404), ("/v1/models", 405)):
+                got, _, answer = await edge.post(path, {})
+                assert got == status and json.loads(answer)["error"]["message"]
+            answer = await edge.raw(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 200") and b'"ok"' in answer
+            answer = await edge.raw(b"HEAD /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n")
+            assert not edge.core.submits
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"GARBAGE\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello!", 400),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -5\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n", 400),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip, chunked, identity\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nhost: x\r\na: b\r\n folded\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nhost: x\r\na: b\x00c\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\na: " + b"b" * 40_000 + b"\r\n\r\n", 431),
+        (b"GET /" + b"b" * 40_000 + b" HTTP/1.1\r\n\r\n", 431),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n", 413),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5000\r\n" + b"x" * 0x5000 + b"\r\n", 413),
+        (b"GET / HTTP/1.1\r\nhost: x\r\nexpect: tea\r\n\r\n", 417),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused_and_the_connection_closed(data: bytes, status: int) -> None:
+    async def main() -> None:
+        async with open_edge(HttpLimits(max_body_bytes=10_000)) as edge:
+            for pieces in (1, 7):
+                answer = await edge.raw(data, pieces=pieces)
+                assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+                assert answer.count(b"HTTP/1.1") == 1
+
+    run(main)
+
+
+def test_an_upgrade_is_ignored_and_what_follows_it_is_not_read() -> None:
+    async def main() -> None:
+        async with open_edge() as edge:
+            data = (
+                b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\nGET /x HTTP/1.1\r\n\r\n"
+            )
+            answer = await edge.raw(data)
+            assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"HTTP/1.1") == 1
+
+    run(main)
+
+
+# ---- connections -------------------------------------------------------------------------------------------------
+
+
+def test_pipelined_requests_are_answered_in_order_on_one_connection() -> None:
+    async def main() -> None:
+        async with open_edge() as edge:
+            many = [
+                post_bytes("/v1/completions", b'{"prompt":"x","model":"demo","max_tokens":%d}' % n) for n in (3, 1, 2)
+            ]
+            data = b"".join(many) + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+            answer = await edge.raw(data, pieces=5)
+            assert answer.count(b"HTTP/1.1 200") == 4
+            order = [int(part.split(b",")[0].rstrip(b"}")) for part in answer.split(b'"completion_tokens":')[1:]]
+            assert order == [3, 1, 2]
+            assert edge.server.statistics.num_accepted == 1
+
+    run(main)
+
+
+def test_a_client_that_expects_100_continue_is_told_to_go_on() -> None:
+    async def main() -> None:
+        async with open_edge() as edge, await edge.connect() as stream:
+            body = json.dumps(chat(max_tokens=1)).encode()
+            head = post_bytes("/v1/chat/completions", body, close=True)[: -len(body)]
+            await stream.send_all(head.replace(b"host: x", b"host: x\r\nexpect: 100-continue"))
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 100 ")
+            await stream.send_all(body)
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
+
+    run(main)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_cancels_its_request(stream: bool) -> None:
+    async def main() -> None:
+        async with open_edge() as edge:
+            edge.core.hold = True
+            connection = await edge.connect()
+            await connection.send_all(post_bytes("/v1/chat/completions", json.dumps(chat(stream=stream)).encode()))
+            while not edge.core.submits:
+                await trio.lowlevel.checkpoint()
+            if stream:
+                assert await connection.receive_some()
+            await connection.aclose()
+            await edge.core.cancelled.wait()
+            assert edge.core.cancels[0].req_id == edge.core.submits[0].req_id
+            while edge.server.statistics.num_open:
+                await trio.lowlevel.checkpoint()
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"GET /health HT", b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nabc", b""],
+    ids=["headers", "body", "idle"],
+)
+def test_a_slow_client_is_cut_and_others_are_served_meanwhile(data: bytes) -> None:
+    async def main() -> None:
+        async with open_edge(HttpLimits(headers_s=0.6, body_s=0.6, idle_s=0.6)) as edge, await edge.connect() as slow:
+            await slow.send_all(data or b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            status, _, _ = await edge.post("/v1/chat/completions", chat(max_tokens=1))
+            assert status == 200
+            while await slow.receive_some():
+                pass
+            assert edge.server.statistics.num_cut == 1
+
+    run(main)
+
+
+def test_a_client_that_stops_reading_is_cut_and_its_request_cancelled() -> None:
+    async def main() -> None:
+        async with (
+            open_edge(HttpLimits(write_s=0.8), lambda submit: [300] * 400_000) as edge,
+            await edge.connect() as slow,
+        ):
+            edge.core.infos["demo"] = type(edge.core.infos["demo"])("demo", "f", "float32", 16, 1 << 20, 1, 1)
+            await slow.send_all(post_bytes("/v1/chat/completions", json.dumps(chat(stream=True)).encode()))
+            await edge.core.cancelled.wait()
+            assert edge.server.statistics.num_cut == 1
+
+    run(main)
+
+
+def test_connections_above_the_bound_are_turned_away() -> None:
+    async def main() -> None:
+        async with open_edge(HttpLimits(max_connections=1)) as edge, await edge.connect() as first:
+            await first.send_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert await first.receive_some()
+            answer = await edge.raw(b"")
+            assert answer.startswith(b"HTTP/1.1 503") and b"retry-after" in answer
+
+    run(main)
+
+
+def test_draining_finishes_what_runs_and_closes_what_is_idle() -> None:
+    async def main() -> None:
+        async with open_edge() as edge, await edge.connect() as busy, await edge.connect() as idle:
+            edge.core.hold = True
+            await idle.send_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert await idle.receive_some()
+            await busy.send_all(post_bytes("/v1/chat/completions", json.dumps(chat()).encode()))
+            while not edge.core.submits:
+                await trio.lowlevel.checkpoint()
+            edge.server.drain()
+            assert await idle.receive_some() == b""
+            submit = edge.core.submits[0]
+            submit.sink.put(Finished(submit.req_id, "stop", 3, 0))
+            answer = b"".join([chunk async for chunk in busy])
+            assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer
+            with pytest.raises(OSError):
+                await edge.connect()
+
+    run(main)
+
+
+def test_a_bug_in_the_handler_is_a_plain_500_and_costs_one_connection() -> None:
+    async def main() -> None:
+        async with open_edge() as edge:
+            edge.core.submit = lambda submit: 1 / 0
+            status, _, answer = await edge.post("/v1/chat/completions", chat())
+            assert status == 500 and b"internal error" in answer and b"ZeroDivision" not in answer
+            assert (await edge.raw(b"GET /health HTTP/1.0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+
+    run(main)

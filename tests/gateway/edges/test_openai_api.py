@@ -1,0 +1,280 @@
+"""The OpenAI routes as a handler, without sockets: what they cost, what they refuse, what they write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from kvasir.gateway.core.api import Delta, Finished, Submit
+from kvasir.gateway.edges.openai_api import MAX_WAITING_EVENTS, HttpApi
+from kvasir.gateway.http.connection import HttpResponse
+from kvasir.gateway.http.parser import HttpRequest
+from kvasir.protocol.errors import RequestFailed
+from tests.edge_helpers import KEYS, TEXT, FakeCore, make_directory, make_intake
+
+pytestmark = pytest.mark.timeout(30)
+ANSWER = "def add(a, b):\n    return a + b  # é😀\n"
+
+
+class FakeExchange:
+    """Collects what is streamed."""
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+        self.headers: dict[str, str] = {}
+        self.pieces: list[bytes] = []
+        self.ended = False
+        self.was_cut = False
+
+    def begin(self, status: int, content_type: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+        self.status, self.headers = status, {"content-type": content_type, **dict(headers)}
+
+    async def write(self, data: bytes) -> None:
+        self.pieces.append(data)
+
+    async def end(self, data: bytes = b"") -> None:
+        self.pieces.append(data)
+        self.ended = True
+
+    def cut(self) -> None:
+        self.was_cut = True
+
+    def events(self) -> list[Any]:
+        """The decoded events, [DONE] as None."""
+        blocks = b"".join(self.pieces).decode().split("\n\n")
+        assert blocks.pop() == ""
+        assert all(block.startswith("data: ") for block in blocks)
+        return [None if block == "data: [DONE]" else json.loads(block[6:]) for block in blocks]
+
+
+class House:
+    """The routes over a scripted core; `script` gives the token ids of an answer."""
+
+    def __init__(self, script: Callable[[Submit], Sequence[int]] = lambda submit: TEXT.encode(ANSWER)) -> None:
+        self.core = FakeCore(script)
+        directory = make_directory()
+        self.api = HttpApi(self.core, make_intake(self.core, directory), directory, lambda: b"metrics\n")
+
+    async def ask(
+        self, path: str, body: Any = None, *, method: str = "POST", key: str | None = KEYS["alpha"], local: bool = True
+    ) -> tuple[HttpResponse | None, FakeExchange]:
+        headers = {"host": "x"} if key is None else {"host": "x", "authorization": f"Bearer {key}"}
+        content = b"" if body is None else json.dumps(body).encode()
+        exchange = FakeExchange()
+        request = HttpRequest(method, path, headers, content, keep_alive=True, is_local=local)
+        return await self.api(request, exchange), exchange  # type: ignore[arg-type]
+
+
+def run(main: Callable[[House], Awaitable[None]], house: House | None = None) -> None:
+    async def with_nursery() -> None:
+        used = house or House()
+        async with trio.open_nursery() as nursery:
+            used.core.nursery = nursery
+            await main(used)
+            nursery.cancel_scope.cancel()
+
+    trio.run(with_nursery)
+
+
+def decoded(response: HttpResponse | None) -> Any:
+    assert response is not None
+    return json.loads(response.body)
+
+
+def test_metrics_are_open_to_this_machine_and_need_a_key_elsewhere() -> None:
+    async def main(house: House) -> None:
+        for key, local, status in ((None, True, 200), (None, False, 401), (KEYS["alpha"], False, 200)):
+            response, _ = await house.ask("/metrics", method="GET", key=key, local=local)
+            assert response is not None and response.status == status
+
+    run(main)
+
+
+def test_every_other_route_needs_a_key_but_health() -> None:
+    async def main(house: House) -> None:
+        for path, method in (
+            ("/v1/chat/completions", "POST"),
+            ("/v1/completions", "POST"),
+            ("/v1/models", "GET"),
+            ("/v1/models/demo", "GET"),
+        ):
+            for key in (None, "kv_k1_wrong", ""):
+                response, _ = await house.ask(path, {"prompt": "x"}, method=method, key=key)
+                assert response is not None and response.status == 401
+                assert ("www-authenticate", "Bearer") in response.headers
+                assert decoded(response)["error"]["code"] == "invalid_api_key"
+        response, _ = await house.ask("/health", method="GET", key=None)
+        assert response is not None and response.status == 200
+        assert not house.core.submits
+
+    run(main)
+
+
+def test_a_wrong_method_is_told_the_right_one() -> None:
+    async def main(house: House) -> None:
+        for path, method, allowed in (
+            ("/v1/completions", "GET", "POST"),
+            ("/v1/models", "DELETE", "GET, HEAD"),
+            ("/health", "POST", "GET, HEAD"),
+        ):
+            response, _ = await house.ask(path, method=method)
+            assert response is not None and response.status == 405
+            assert ("allow", allowed) in response.headers
+
+    run(main)
+
+
+def test_a_model_is_found_by_its_quoted_name_and_only_by_whom_may_use_it() -> None:
+    async def main(house: House) -> None:
+        house.core.infos["org/model é"] = house.core.infos["demo"].__class__("org/model é", "f", "f", 16, 64, 63, 1)
+        for path in ("/v1/models/org%2Fmodel%20%C3%A9", "/v1/models/org/model%20%C3%A9"):
+            response, _ = await house.ask(path, method="GET")
+            assert decoded(response)["id"] == "org/model é"
+            response, _ = await house.ask(path, method="GET", key=KEYS["beta"])
+            assert response is not None and response.status == 404
+            assert decoded(response)["error"]["code"] == "model_not_found"
+
+    run(main)
+
+
+def test_health_is_bad_while_no_worker_is_there() -> None:
+    async def main(house: House) -> None:
+        del house.core.infos["demo"]
+        response, _ = await house.ask("/health", method="GET", key=None)
+        assert response is not None and response.status == 503
+        assert decoded(response) == {"status": "no workers", "workers": {"other": 0}}
+
+    run(main)
+
+
+def test_equal_prompts_are_each_counted_and_choices_of_one_prompt_once() -> None:
+    async def main(house: House) -> None:
+        one, _ = await house.ask("/v1/completions", {"model": "demo", "prompt": "import os", "max_tokens": 2})
+        usage = decoded(one)["usage"]
+        two, _ = await house.ask(
+            "/v1/completions", {"model": "demo", "prompt": ["import os"] * 2, "n": 3, "max_tokens": 2}
+        )
+        answer = decoded(two)
+        assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+        assert answer["usage"]["prompt_tokens"] == 2 * usage["prompt_tokens"]
+        assert answer["usage"]["completion_tokens"] == 12
+
+    run(main)
+
+
+def test_text_offsets_run_on_from_chunk_to_chunk() -> None:
+    async def main(house: House) -> None:
+        body = {"model": "demo", "prompt": "x", "max_tokens": 12, "logprobs": 1}
+        whole, _ = await house.ask("/v1/completions", body)
+        _, streamed = await house.ask("/v1/completions", {**body, "stream": True})
+        chunks = [event["choices"][0]["logprobs"] for event in streamed.events() if event and event["choices"]]
+        expected = decoded(whole)["choices"][0]["logprobs"]
+        assert len([chunk for chunk in chunks if chunk]) > 1
+        for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+            assert [value for chunk in chunks if chunk for value in chunk[name]] == expected[name]
+        assert expected["text_offset"] == [len("".join(expected["tokens"][:index])) for index in range(12)]
+
+    run(main)
+
+
+def test_the_bytes_of_a_logprob_are_the_tokens_own_even_within_a_character() -> None:
+    async def main(house: House) -> None:
+        body = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 1}
+        response, _ = await house.ask("/v1/chat/completions", {**body, "max_tokens": 100})
+        content = decoded(response)["choices"][0]["logprobs"]["content"]
+        assert b"".join(bytes(entry["bytes"]) for entry in content).decode() == ANSWER
+        assert all(bytes(entry["bytes"]) == bytes(entry["top_logprobs"][0]["bytes"]) for entry in content)
+
+    run(main)
+
+
+def test_all_tokens_that_came_since_the_last_write_go_out_in_one() -> None:
+    async def main(house: House) -> None:
+        ids = TEXT.encode(ANSWER)
+
+        def deliver_at_once(submit: Submit) -> None:
+            for token_id in ids:
+                submit.sink.put(Delta(submit.req_id, [token_id]))
+            submit.sink.put(Finished(submit.req_id, "length", 3, len(ids)))
+
+        house.core.submit = deliver_at_once  # type: ignore[method-assign]
+        body = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "stream": True}
+        _, exchange = await house.ask("/v1/chat/completions", body)
+        assert len(exchange.pieces) == 1 and exchange.ended
+        events = exchange.events()
+        assert [event["choices"][0]["delta"] for event in events[:-1]] == [
+            {"role": "assistant", "content": ""},
+            {"content": ANSWER},
+            {},
+        ]
+        assert events[-1] is None
+        assert all("usage" not in event for event in events[:-1])
+
+    run(main)
+
+
+def test_an_error_in_mid_stream_is_sent_as_an_event_and_before_it_as_a_status() -> None:
+    error = RequestFailed("2 workers died under it").info()
+
+    async def main(house: House) -> None:
+        def fail_after(num_tokens: int) -> Callable[[Submit], None]:
+            def submit_(submit: Submit) -> None:
+                async def later() -> None:
+                    if num_tokens:
+                        submit.sink.put(Delta(submit.req_id, TEXT.encode("import")))
+                        await trio.lowlevel.checkpoint()
+                        await trio.lowlevel.checkpoint()
+                    submit.sink.put(Finished(submit.req_id, "error", 3, num_tokens, error=error))
+
+                assert house.core.nursery is not None
+                house.core.nursery.start_soon(later)
+
+            return submit_
+
+        body = {"model": "demo", "prompt": "x", "stream": True}
+        house.core.submit = fail_after(0)  # type: ignore[method-assign]
+        response, exchange = await house.ask("/v1/completions", body)
+        assert response is not None and response.status == 500 and not exchange.pieces
+        house.core.submit = fail_after(1)  # type: ignore[method-assign]
+        response, exchange = await house.ask("/v1/completions", body)
+        assert response is None and exchange.status == 200 and exchange.ended
+        assert [event["error"]["code"] for event in exchange.events() if event and "error" in event] == [error.code]
+
+    run(main)
+
+
+def test_a_stream_whose_client_does_not_read_is_cut_before_it_grows_without_bound() -> None:
+    async def main(house: House) -> None:
+        blocked = trio.Event()
+
+        class Stuck(FakeExchange):
+            async def write(self, data: bytes) -> None:
+                blocked.set()
+                await trio.sleep_forever()
+
+        stuck = Stuck()
+        submits: list[Submit] = []
+        house.core.submit = submits.append  # type: ignore[method-assign]
+        body = json.dumps({"model": "demo", "prompt": "x", "stream": True}).encode()
+        headers = {"host": "x", "authorization": f"Bearer {KEYS['alpha']}"}
+        request = HttpRequest("POST", "/v1/completions", headers, body, keep_alive=True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(house.api, request, stuck)
+            await trio.testing.wait_all_tasks_blocked()
+            [submit] = submits
+            submit.sink.put(Delta(submit.req_id, [300]))
+            await blocked.wait()
+            for _ in range(MAX_WAITING_EVENTS):
+                submit.sink.put(Delta(submit.req_id, [300]))
+            assert not stuck.was_cut
+            submit.sink.put(Delta(submit.req_id, [300]))
+            assert stuck.was_cut
+            nursery.cancel_scope.cancel()
+        assert [cancel.req_id for cancel in house.core.cancels] == [submit.req_id]
+
+    run(main)

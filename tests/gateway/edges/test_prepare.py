@@ -1,0 +1,201 @@
+"""Intake: what is refused and how, the zones of a prompt, and that nobody's namespace is anybody else's."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import trio
+
+from kvasir.gateway.core.api import Submit
+from kvasir.gateway.tenants.directory import PublishedPrefix, RemovePrefix, Tenant
+from kvasir.gateway.text.model_text import ModelText
+from kvasir.protocol.client_messages import ChatMessage, CompletionRequest
+from kvasir.protocol.errors import BadRequest, KvasirError, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
+from kvasir.protocol.messages import Sampling
+from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt, split_hashes
+from kvasir.protocol.tokens import pack_tokens, unpack_tokens
+from tests.edge_helpers import ALPHA, BETA, SECRET, TEXT, FakeCore, make_directory, make_intake
+
+SYSTEM = "You are a careful assistant who knows the standard library of Python by heart. " * 8
+
+
+class Nowhere:
+    def put(self, event: object) -> None:
+        raise AssertionError("nothing was submitted")
+
+
+def prepare(request: CompletionRequest, tenant: Tenant = ALPHA, prefixes: tuple[PublishedPrefix, ...] = ()) -> Submit:
+    intake = make_intake(FakeCore(lambda submit: []), make_directory(prefixes))
+    intake._clock = lambda: 100.0
+    return intake.prepare(request, tenant, Nowhere())
+
+
+def ask(**fields: Any) -> CompletionRequest:
+    return CompletionRequest(**{"id": 1, "api_key": "", "model": "demo", **fields})
+
+
+def test_a_prompt_becomes_token_ids_and_hashes_in_the_tenants_own_namespace() -> None:
+    submit = prepare(ask(text=SYSTEM, max_tokens=7, deadline_s=2.5))
+    ids = TEXT.encode(SYSTEM)
+    root = derive_root(SECRET, "f" * 32, "float32")
+    own = derive_namespace(SECRET, "tenant", ALPHA.id)
+    assert unpack_tokens(submit.token_ids) == ids
+    assert submit.prefix_hashes == hash_prompt(root, b"", own, pack_tokens(ids), 0, 16)
+    assert (submit.num_prompt_tokens, submit.max_tokens, submit.deadline) == (len(ids), 7, 102.5)
+    assert (submit.num_public_tokens, submit.namespace, submit.tenant_id) == (0, own, ALPHA.id)
+
+
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_a_published_text_is_the_public_zone_of_whoever_may_use_it(form: str) -> None:
+    gamma, delta = Tenant("id-gamma", "gamma"), Tenant("id-delta", "delta")
+    prefix = PublishedPrefix("support", SYSTEM, frozenset({ALPHA.id, gamma.id}))
+
+    def request(user: str) -> CompletionRequest:
+        if form == "text":
+            return ask(text=SYSTEM + user)
+        return ask(messages=[ChatMessage("system", SYSTEM), ChatMessage("user", user)])
+
+    mine = prepare(request("first question"), ALPHA, (prefix,))
+    theirs = prepare(request("another one"), gamma, (prefix,))
+    outsider = prepare(request("first question"), delta, (prefix,))
+    assert mine.num_public_tokens == theirs.num_public_tokens > len(TEXT.encode(SYSTEM)) - 32
+    num_public = mine.num_public_tokens // 16
+    assert split_hashes(mine.prefix_hashes)[:num_public] == split_hashes(theirs.prefix_hashes)[:num_public]
+    assert outsider.num_public_tokens == 0
+    assert not set(split_hashes(outsider.prefix_hashes)) & set(split_hashes(mine.prefix_hashes))
+
+
+def test_tenants_share_no_hash_and_groups_share_all() -> None:
+    left, right = Tenant("1", "a", sharing="group:g"), Tenant("2", "b", sharing="group:g")
+    request = ask(text=SYSTEM)
+    assert prepare(request, left).prefix_hashes == prepare(request, right).prefix_hashes
+    alone = split_hashes(prepare(request, Tenant("g", "g")).prefix_hashes)
+    assert not set(alone) & set(split_hashes(prepare(request, left).prefix_hashes))
+
+
+def test_the_longest_of_several_published_prefixes_counts() -> None:
+    short, long = PublishedPrefix("short", SYSTEM[: len(SYSTEM) // 2]), PublishedPrefix("long", SYSTEM)
+    both = prepare(ask(text=SYSTEM + "x"), ALPHA, (short, long)).num_public_tokens
+    assert both == prepare(ask(text=SYSTEM + "x"), ALPHA, (long,)).num_public_tokens
+    assert both > prepare(ask(text=SYSTEM + "x"), ALPHA, (short,)).num_public_tokens > 0
+
+
+def test_publishing_and_removing_take_effect_with_the_next_request() -> None:
+    directory = make_directory()
+    intake = make_intake(FakeCore(lambda submit: []), directory)
+    intake._clock = lambda: 0.0
+    assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens == 0
+    directory.apply(PublishedPrefix("support", SYSTEM))
+    assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
+    assert intake.public_tokens(directory.prefixes[0])["demo"] > 100
+
+
+def test_a_request_without_a_hint_gets_its_tenants_default_and_one_with_a_hint_keeps_it() -> None:
+    chatty = dataclasses.replace(ALPHA, cache_hint="open")
+    assert prepare(ask(text="x"), ALPHA).cache_hint is None
+    assert prepare(ask(text="x"), chatty).cache_hint == "open"
+    assert prepare(ask(text="x", cache_hint="one_shot"), chatty).cache_hint == "one_shot"
+
+
+def test_a_published_text_is_tokenised_once_whatever_is_published_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make_directory([PublishedPrefix("first", SYSTEM)])
+    intake = make_intake(FakeCore(lambda submit: []), directory)
+    seen: list[str] = []
+
+    def spy(text: ModelText, published: str) -> list[list[int]]:
+        seen.append(published)
+        return [text.encode(published)]
+
+    monkeypatch.setattr("kvasir.gateway.edges.prepare.published_forms", spy)
+    intake._clock = lambda: 0.0
+    intake.warm()
+    directory.apply(PublishedPrefix("second", "x" + SYSTEM))
+    assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
+    directory.apply(RemovePrefix("first"))
+    assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens == 0
+    assert intake.prepare(ask(text="x" + SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
+    directory.apply(PublishedPrefix("second", "x" + SYSTEM, pinned=True))
+    assert intake.prepare(ask(text="x" + SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
+    assert seen == [SYSTEM, "x" + SYSTEM]
+
+
+def test_a_worker_pins_what_is_pinned_on_all_or_on_it() -> None:
+    everywhere = PublishedPrefix("everywhere", SYSTEM, pinned=True)
+    there = PublishedPrefix("there", "x" + SYSTEM, pinned=True, pinned_on=frozenset({"w1"}))
+    nowhere = PublishedPrefix("nowhere", "y" + SYSTEM)
+    intake = make_intake(FakeCore(lambda submit: []), make_directory([everywhere, there, nowhere]))
+
+    def names(worker_id: str, *prefixes: PublishedPrefix) -> set[str]:
+        return {pin.name.partition("/")[0] for pin in intake.pins("demo", worker_id, prefixes or None)}
+
+    assert names("w1") == {"everywhere", "there"}
+    assert names("w2") == {"everywhere"}
+    assert names("w1", there, nowhere) == {"there"}, "as if these were published"
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words", "param"),
+    [
+        ({"model": "gone", "text": "x"}, UnknownModel, "served: demo", "model"),
+        ({"model": "", "text": "x"}, BadRequest, "name one of", "model"),
+        ({"text": "x", "token_ids": pack_tokens([1])}, BadRequest, "exactly one", "prompt"),
+        ({}, BadRequest, "exactly one", "prompt"),
+        ({"text": ""}, BadRequest, "empty", "prompt"),
+        ({"token_ids": b"abc"}, BadRequest, "whole number", None),
+        ({"token_ids": pack_tokens([4_000_000])}, BadRequest, "4000000 is not in the vocabulary", "prompt"),
+        ({"text": "x", "max_tokens": 0}, BadRequest, "at least 1, not 0", "max_tokens"),
+        ({"text": "x", "max_tokens": -3}, BadRequest, "at least 1, not -3", "max_tokens"),
+        ({"text": "x", "max_tokens": 5000}, PromptTooLong, "ask for at most", "max_tokens"),
+        ({"token_ids": pack_tokens([5] * 2048)}, PromptTooLong, "2048 tokens", "prompt"),
+        ({"text": "word " * 400_000}, PromptTooLong, "2000000 characters cannot fit", "prompt"),
+        ({"messages": []}, BadRequest, "empty", "messages"),
+        ({"text": "x", "stop": ["a"], "want_text": False}, BadRequest, "stop strings need text", "stop"),
+        ({"text": "x", "stop_token_ids": [99999]}, BadRequest, "99999", "stop_token_ids"),
+        ({"text": "x", "sampling": Sampling(logit_bias={-1: 1.0})}, BadRequest, "-1", "logit_bias"),
+        ({"text": "x", "deadline_s": 0.0}, BadRequest, "positive", "deadline_s"),
+        ({"text": "\ud800"}, BadRequest, "surrogate", None),
+    ],
+)
+def test_a_wrong_request_is_refused_with_its_field(
+    fields: dict[str, Any], error: type[KvasirError], words: str, param: str | None
+) -> None:
+    with pytest.raises(error, match=words) as caught:
+        prepare(ask(**fields))
+    assert caught.value.param == param
+
+
+def test_models_are_refused_to_tenants_that_may_not_use_them_or_while_they_load() -> None:
+    with pytest.raises(PermissionDenied, match="beta may not use"):
+        prepare(ask(text="x"), BETA)
+    core = FakeCore(lambda submit: [])
+    core.infos["demo"] = type(core.infos["demo"])("demo", "", "", 16, 0, 0, 0)
+    with pytest.raises(Unavailable, match="still being loaded"):
+        make_intake(core).prepare(ask(text="x"), ALPHA, Nowhere())
+
+
+def test_a_long_text_is_tokenised_in_a_thread_with_the_same_result() -> None:
+    request = ask(text=SYSTEM * 2, max_tokens=1)
+    core = FakeCore(lambda submit: [], max_context=1 << 20)
+
+    async def main() -> None:
+        intake = make_intake(core)
+        assert intake.is_quick(ask(text="short"))
+        assert not intake.is_quick(ask(text=SYSTEM * 20))
+        threaded = await intake.prepare_in_thread(request, ALPHA, Nowhere())
+        inline = intake.prepare(request, ALPHA, Nowhere())
+        assert (threaded.token_ids, threaded.prefix_hashes) == (inline.token_ids, inline.prefix_hashes)
+        assert threaded.req_id != inline.req_id
+
+    trio.run(main)
+
+
+def test_the_words_of_a_tenant_are_remembered_for_its_sharing_scope_alone() -> None:
+    """What is remembered makes a text quicker, which the clock would tell to anybody who shares the memory."""
+    intake = make_intake(FakeCore(lambda submit: []))
+    left, right = Tenant("1", "a", sharing="group:g"), Tenant("2", "b", sharing="group:g")
+    assert intake._memory("demo", left) is intake._memory("demo", right)
+    assert intake._memory("demo", ALPHA) is not intake._memory("demo", left)
+    assert intake._memory("other", ALPHA) is not intake._memory("demo", ALPHA)
+    assert intake._memory("demo", ALPHA) is intake._memory("demo", ALPHA)

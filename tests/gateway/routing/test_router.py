@@ -1,0 +1,216 @@
+"""The router's rule: a table of situations with one right answer each, and properties over random ones."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvasir.gateway.core.api import Cancel
+from kvasir.gateway.routing.router import Backlog, Candidate, Pending, RouterConfig, choose
+from tests.core_helpers import Bench, make_hashes, output
+
+CONFIG = RouterConfig()
+RATE = 1_000.0  # tokens/s: a token is a millisecond
+
+
+def make_candidate(worker_id: str = "w1", cached: int = 0, *, pending: tuple[int, ...] = (), **extra) -> Candidate:
+    backlog = Backlog()
+    for num_tokens in pending:
+        backlog.add(num_tokens / RATE, num_tokens, b"")
+    values = {"round_s": 0.0, "step_tokens": 512, "num_running": len(pending), "heat_s": 0.0, "leader": None, **extra}
+    return Candidate(worker_id, cached, 0, RATE, backlog=backlog, **values)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "expected"),
+    [
+        ([make_candidate("w1"), make_candidate("w2", 900)], "w2"),
+        # 900 tokens more to compute cost 1.8 s (c = 2); the queue costs 0.1 s, and 0.1 s for the one overtaken
+        ([make_candidate("w1"), make_candidate("w2", 900, pending=(50, 50, 2_900))], "w2"),
+        ([make_candidate("w1"), make_candidate("w2", 900, pending=(90,) * 40)], "w1"),
+        ([make_candidate("w1", num_running=3), make_candidate("w2", num_running=2)], "w2"),
+        ([make_candidate("w2"), make_candidate("w1")], "w1"),
+        ([make_candidate("w1", round_s=0.5), make_candidate("w2", round_s=0.1)], "w2"),
+        ([make_candidate("w1", heat_s=4.0), make_candidate("w2", heat_s=3.0)], "w2"),
+        # heat is no reason to leave a prefix
+        ([make_candidate("w1", 900, heat_s=60.0), make_candidate("w2", 0, heat_s=0.0)], "w1"),
+        # 0.9 ms of difference is a tie: load decides
+        ([make_candidate("w1", 500, num_running=3), make_candidate("w2", 499, num_running=1)], "w1"),
+        ([make_candidate("w1", num_running=9, heat_s=0.0), make_candidate("w2", heat_s=0.002, num_running=1)], "w2"),
+    ],
+    ids=[
+        "the cached one",
+        "the cached one in spite of a short queue, since long prompts are overtaken",
+        "the empty one when the cached one has a long queue of short prompts",
+        "fewest running among equals",
+        "the lowest id among equals",
+        "the shorter decode round",
+        "the cooler one when nobody has the prefix",
+        "the cached one in spite of heat",
+        "the cached one by two price units",
+        "fewest running within the tie",
+    ],
+)
+def test_the_right_worker_is_chosen(candidates: list[Candidate], expected: str) -> None:
+    assert choose(1_000, candidates, 0.0, CONFIG).worker_id == expected
+
+
+def test_the_terms_of_every_candidate_are_kept_and_add_up() -> None:
+    candidates = [make_candidate("w1", 600, pending=(100, 800), heat_s=9.0), make_candidate("w2", 0, heat_s=9.0)]
+    decision = choose(1_000, candidates, 0.0, CONFIG)
+    one, two = decision.terms
+    assert (one.wait_s, one.miss_s, one.num_behind) == pytest.approx((0.1, 0.4, 1))
+    assert one.cost_s == pytest.approx(0.1 + (2 + 1) * 0.4)
+    assert two.cost_s == pytest.approx(2 * 1.0)  # no heat: w1 holds more than half
+    cold = choose(1_000, candidates[1:], 0.0, CONFIG).chosen
+    assert cold.cost_s == pytest.approx(2 * 1.0 + 0.3 * 9.0)
+
+
+def test_a_request_waits_for_the_one_that_computes_its_prefix() -> None:
+    backlog = Backlog()
+    leader = backlog.add(0.9, 900, make_hashes(range(900)))
+    hashes = make_hashes([*range(900), 1, 2, 3])
+    assert backlog.leader(hashes, 225) is leader
+    assert backlog.leader(make_hashes([7, *range(899)]), 225) is None
+    candidate = Candidate("w1", 900, 0, RATE, 0.0, 512, 1, 0.0, backlog, leader)
+    # It would be computed first, having 100 tokens, but not before the leader's 900.
+    assert choose(1_000, [candidate], 0.0, CONFIG).chosen.wait_s == pytest.approx(0.9 + 0.256)
+
+
+def test_waiting_makes_a_long_prompt_go_before_later_short_ones() -> None:
+    candidate = make_candidate(pending=(1_000,))  # sent at time 0
+    early, late = (choose(500, [candidate], now, CONFIG).chosen for now in (0.0, 3.0))
+    assert (early.num_behind, late.num_behind) == (1, 0)  # 0.5 s of difference is 2.5 s of ageing
+    assert late.wait_s == pytest.approx(1.0)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_choosing_is_deterministic_ordered_and_monotone(data: st.DataObject) -> None:
+    number = st.integers(0, 2_000)
+    candidates = [
+        make_candidate(
+            f"w{i}",
+            data.draw(number),
+            pending=tuple(data.draw(st.lists(st.integers(1, 2_000), max_size=4))),
+            heat_s=data.draw(number) / 100,
+            round_s=data.draw(number) / 10_000,
+        )
+        for i in range(data.draw(st.integers(1, 5)))
+    ]
+    num_tokens = data.draw(st.integers(1, 2_000))
+    decision = choose(num_tokens, candidates, 1.0, CONFIG)
+    shuffled = data.draw(st.permutations(candidates))
+    assert choose(num_tokens, shuffled, 1.0, CONFIG).worker_id == decision.worker_id
+    assert decision.chosen.cost_s <= min(terms.cost_s for terms in decision.terms) + CONFIG.tie_s
+    assert all(terms.wait_s >= 0 and terms.miss_s > 0 for terms in decision.terms)
+    # More of it cached at the chosen one never makes that one the wrong choice, ties and heat aside.
+    chosen = next(c for c in candidates if c.worker_id == decision.worker_id)
+    chosen.num_cached_tokens = num_tokens
+    again = choose(num_tokens, candidates, 1.0, RouterConfig(heat_price=0.0, tie_s=0.0))
+    before = next(terms for terms in decision.terms if terms.worker_id == chosen.worker_id)
+    after = next(terms for terms in again.terms if terms.worker_id == chosen.worker_id)
+    assert after.miss_s <= before.miss_s and after.wait_s <= before.wait_s + 1e-9 + 0.256
+
+
+def test_a_backlog_equals_a_sorted_list() -> None:
+    rng = random.Random(5)
+    backlog, entries = Backlog(), list[Pending]()
+    for _ in range(3_000):
+        action = rng.random()
+        if action < 0.4 or not entries:
+            entries.append(backlog.add(rng.choice([rng.random(), 0.5]), rng.randrange(1, 100), b""))
+        elif action < 0.7:
+            backlog.remove(entries.pop(rng.randrange(len(entries))))
+        elif action < 0.8:
+            backlog.advance(rng.randrange(150))
+        entries.sort(key=lambda entry: (entry.key, entry.serial))
+        key = rng.choice([rng.random(), 0.5])
+        ahead = [entry.num_tokens for entry in entries if entry.key <= key]
+        assert backlog.ahead(key) == (sum(ahead), len(entries) - len(ahead))
+        assert (len(backlog), backlog.num_tokens) == (len(entries), sum(entry.num_tokens for entry in entries))
+        assert all(entry.num_tokens >= 1 for entry in entries)
+
+
+# ---- the rule in the core: what counts as cached, who is a candidate -------------------------------------------------
+
+
+def test_siblings_of_a_prefix_that_is_still_being_computed_go_to_the_same_worker() -> None:
+    bench = Bench()
+    for i in range(4):
+        bench.join(f"w{i}", max_requests=16)
+    shared = list(range(400))
+    bench.submit(b"first", [*shared, 1])
+    [(home, _)] = bench.take()
+    for i in range(5):
+        bench.submit(b"sibling%d" % i, [*shared, 100 + i])
+    assert {peer for peer, _ in bench.take()} == {home}
+    # The control: another prefix goes elsewhere.
+    bench.submit(b"other", list(range(1_000, 1_400)))
+    assert home not in {peer for peer, _ in bench.take()}
+
+
+@pytest.mark.parametrize("length", [100, 600])
+def test_choices_of_one_prompt_go_to_one_worker_as_long_as_it_takes_more(length: int) -> None:
+    bench = Bench()
+    for i in range(3):
+        bench.join(f"w{i}", max_requests=6)
+    for i in range(8):
+        bench.submit(b"choice-%d" % i, range(length))
+    peers = [peer for peer, _ in bench.take()]
+    assert len(set(peers[:6])) == 1
+    assert len(set(peers[6:])) == 1
+    assert peers[0] != peers[6]
+
+
+def test_requests_stay_with_their_prefix_at_light_load_and_spill_when_it_is_overloaded() -> None:
+    bench = Bench()
+    for i in range(2):
+        bench.join(f"w{i}", max_requests=64)
+    shared = list(range(400))
+    bench.report(b"w1", event_seq=1, stored=make_hashes(shared))
+    bench.submit(b"light", [*shared, 1], max_tokens=1)
+    assert [peer for peer, _ in bench.take()] == [b"w1"]
+    bench.report(b"w1", output(b"light", 0, [1], "length"), event_seq=1)
+    for i in range(30):
+        bench.submit(b"r%d" % i, [*shared, *range(1_000 + 100 * i, 1_100 + 100 * i)])
+    peers = [peer for peer, _ in bench.take()]
+    assert peers[0] == b"w1"
+    assert 3 <= peers.count(b"w0") <= 20
+
+
+def test_workers_without_credit_of_other_models_or_draining_are_no_candidates() -> None:
+    bench = Bench()
+    tokens = list(range(400))
+    for worker_id, extra in (
+        ("full", {"max_requests": 1}),
+        ("other", {"model": "other"}),
+        ("leaving", {}),
+        ("free", {}),
+    ):
+        bench.join(worker_id, **extra)
+        if worker_id == "full":
+            bench.submit(b"r0", [1, 2, 3])
+        if worker_id != "free":
+            bench.report(worker_id.encode(), event_seq=1, stored=make_hashes(tokens))
+    bench.core.drain_worker("leaving", 1.0)
+    bench.take()
+    bench.submit(b"r1", tokens)
+    assert [peer for peer, _ in bench.take()] == [b"free"]
+    [decision] = bench.core.explain(b"r1") or []
+    assert [terms.worker_id for terms in decision.terms] == ["free"]
+
+
+def test_a_cancelled_request_leaves_nothing_that_counts_as_cached() -> None:
+    bench = Bench()
+    bench.join("w1")
+    tokens = list(range(40))
+    bench.submit(b"r1", tokens)
+    bench.core.cancel(Cancel(b"r1"))
+    bench.report(b"w1", output(b"r1", 0, [], "abort"))
+    bench.submit(b"r2", tokens)
+    [decision] = bench.core.explain(b"r2") or []
+    assert decision.chosen.num_cached_tokens == 0

@@ -1,0 +1,64 @@
+"""The GPU check itself, on the CPU as far as that goes, and whole where there is a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import gpu_check
+
+from kvasir.worker.model.model import Model
+from kvasir.worker.model.working_set import WorkingSetAttention
+
+CPU = torch.device("cpu")
+SCRIPT = Path(gpu_check.__file__)
+
+
+@pytest.mark.parametrize("family", list(gpu_check.FAMILIES))
+def test_every_family_passes_where_the_paths_are_right(family: str) -> None:
+    torch.set_num_threads(1)
+    rows = gpu_check.check_family(family, CPU, {torch.float32: 1e-4})
+    assert {row["path"] for row in rows} == {"GatherAttention", "WorkingSetAttention"}
+    assert all(row["ok"] for row in rows)
+    assert all(row["same_best_token"] == 1 for row in rows)
+
+
+def test_a_wrong_path_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "kvasir.worker.model.attention.visible", lambda start, *rest: torch.ones(rest[:2], dtype=torch.bool)
+    )
+    assert not all(row["ok"] for row in gpu_check.check_family("mistral", CPU, {torch.float32: 1e-3}))
+
+
+def test_rates_and_shares_are_sane() -> None:
+    torch.set_num_threads(1)
+    config = gpu_check.make_config(2, 64, 96, 4, 2, 100)
+    weights = gpu_check.random_weights(config, CPU, torch.bfloat16)
+    roofline = gpu_check.measure_roofline(CPU, copy_bytes=1 << 20, matmul_size=128)
+    model = Model(config, weights, WorkingSetAttention(config))
+    row = gpu_check.measure_model(config, 3, model, roofline, context=32, steps=4)
+    assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0
+    assert 0 < row["decode_share_of_roofline"] < 1 and row["prefill_share_of_matmul"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_cuda_it_says_so_and_succeeds(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(SCRIPT), "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0 and "No CUDA device" in done.stdout
+    assert json.loads(out.read_text())["cuda"] is False
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", list(gpu_check.FAMILIES))
+def test_cuda_path_equals_the_reference(family: str) -> None:
+    assert all(row["ok"] for row in gpu_check.check_family(family, torch.device("cuda", 0)))

@@ -1,0 +1,168 @@
+"""Draws: the batched path against its readable twin, independence of the batch, and what each parameter means."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvasir.protocol.messages import Sampling
+from kvasir.worker.engine.step import SampleRow
+from kvasir.worker.model.sampling import sample, sample_one, uniform
+
+LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0, 0.5])  # tokens 1 and 3 are equally likely
+
+
+def make_row(
+    position: int = 0, prompt: list[int] | None = None, output: list[int] | None = None, **params: Any
+) -> SampleRow:
+    return SampleRow(Sampling(**params), position, prompt or [], output or [])
+
+
+def draws(logits: Tensor, count: int = 4000, **params: Any) -> Counter[int]:
+    """Draw at `count` positions in one batch."""
+    rows = [make_row(position, **params) for position in range(count)]
+    return Counter(result.token_id for result in sample(logits.repeat(count, 1), rows))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Tensor, list[SampleRow]]:
+    vocab = draw(st.sampled_from([5, 80, 700]))
+    count = draw(st.integers(1, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 30)))
+    logits = torch.randn(count, vocab, generator=generator) * draw(st.sampled_from([0.01, 1.0, 6.0]))
+    if draw(st.booleans()):
+        logits = logits.round()  # many ties
+    ids = st.lists(st.integers(0, vocab - 1), max_size=6)
+    rows = []
+    for _ in range(count):
+        params = Sampling(
+            temperature=draw(st.sampled_from([0.0, 1e-3, 0.7, 1.0, 5.0])),
+            top_k=draw(st.sampled_from([0, 0, 1, 3, 70, 10_000])),
+            top_p=draw(st.sampled_from([1.0, 1.0, 0.95, 0.5, 1e-9])),
+            min_p=draw(st.sampled_from([0.0, 0.0, 0.1, 1.0])),
+            presence_penalty=draw(st.sampled_from([0.0, 1.5])),
+            frequency_penalty=draw(st.sampled_from([0.0, -0.5])),
+            repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
+            logit_bias=draw(st.sampled_from([{}, {2: -100.0, 4: 1.0, 99_999: 5.0}])),
+            seed=draw(st.integers(0, 1 << 62)),
+            logprobs=draw(st.sampled_from([None, 0, 3])),
+        )
+        rows.append(SampleRow(params, draw(st.integers(0, 1 << 20)), draw(ids), draw(ids)))
+    return logits.double(), rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(batches())
+def test_batched_draws_equal_the_readable_twin(batch: tuple[Tensor, list[SampleRow]]) -> None:
+    logits, rows = batch
+    expected = [sample_one(logits[i], row) for i, row in enumerate(rows)]
+    actual = sample(logits.clone(), rows)
+    assert [result.token_id for result in actual] == [result.token_id for result in expected]
+    assert [result.logprob for result in actual] == pytest.approx([result.logprob for result in expected])
+    assert [len(result.top_logprobs) for result in actual] == [len(result.top_logprobs) for result in expected]
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05, "temperature": 0.8}])
+def test_a_draw_is_the_same_alone_in_any_batch_and_in_any_place(params: dict[str, Any]) -> None:
+    logits = torch.randn(40, 500) * 3
+    rows = [make_row(i * 7, seed=i, **params) for i in range(40)]
+    alone = [sample(logits[i : i + 1].clone(), [rows[i]])[0].token_id for i in range(40)]
+    order = random.Random(0).sample(range(40), 40)
+    others = [make_row(3, temperature=0.0), make_row(4, top_k=5)]
+    mixed = sample(torch.cat((logits[order], torch.randn(2, 500))), [rows[i] for i in order] + others)
+    assert [mixed[order.index(i)].token_id for i in range(40)] == alone
+
+
+def test_uniforms_are_fixed_for_ever_and_spread_evenly() -> None:
+    assert uniform(0, 0) == 0.8150393007738989  # golden: another value would change running requests
+    assert uniform(1 << 62, 12345) == 0.5301834188797074
+    values = [uniform(seed, position) for seed in range(100) for position in range(100)]
+    assert len(set(values)) == 10_000 and min(values) >= 0 and max(values) < 1
+    for tenth in range(10):
+        assert 850 < sum(tenth / 10 <= value < (tenth + 1) / 10 for value in values) < 1150
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    counts = draws(LOGITS, temperature=2.0)
+    for token_id, probability in enumerate((LOGITS / 2).softmax(0).tolist()):
+        assert counts[token_id] / 4000 == pytest.approx(probability, abs=0.03)
+
+
+def test_greedy_takes_the_most_likely_token_and_ignores_the_seed() -> None:
+    assert draws(torch.tensor([1.0, 2.0, 5.0]), count=50, temperature=0.0, seed=9) == {2: 50}
+
+
+def test_top_k_leaves_k_tokens_and_lower_ids_win_ties() -> None:
+    assert set(draws(LOGITS, top_k=1)) == {1}
+    assert set(draws(LOGITS, top_k=3)) == {1, 2, 3}
+
+
+def test_top_p_leaves_the_fewest_tokens_that_reach_it() -> None:
+    probabilities = LOGITS.softmax(0)
+    assert set(draws(LOGITS, top_p=float(probabilities[1]) - 0.01)) == {1}
+    assert set(draws(LOGITS, top_p=float(probabilities[1]) + 0.01)) == {1, 3}
+    assert set(draws(LOGITS, top_p=float(probabilities[1]) * 2 + 0.01)) == {1, 2, 3}
+
+
+def test_top_p_counts_what_top_k_left() -> None:
+    assert set(draws(LOGITS, top_k=2, top_p=0.49)) == {1}
+    assert set(draws(LOGITS, top_k=2, top_p=0.51)) == {1, 3}
+
+
+def test_min_p_is_measured_against_the_most_likely_token() -> None:
+    assert set(draws(LOGITS, min_p=math.exp(-1.01))) == {1, 2, 3}
+    assert set(draws(LOGITS, min_p=math.exp(-0.99))) == {1, 3}
+
+
+def test_top_p_over_a_flat_large_vocabulary_looks_beyond_the_first_candidates() -> None:
+    counts = draws(torch.zeros(3000), count=500, top_p=0.5)
+    assert max(counts) < 1500 and len(counts) > 300
+
+
+def test_presence_penalty_counts_once_and_frequency_penalty_each_time() -> None:
+    logits = torch.zeros(1, 3)
+    sample(logits, [make_row(output=[0, 0, 0, 1], presence_penalty=1.0)])
+    assert logits.tolist() == [[-1.0, -1.0, 0.0]]
+    logits = torch.zeros(1, 3)
+    sample(logits, [make_row(prompt=[2], output=[0, 0, 0, 1], frequency_penalty=0.5)])
+    assert logits.tolist() == [[-1.5, -0.5, 0.0]]
+
+
+def test_repetition_penalty_covers_prompt_and_output_and_pushes_both_signs_down() -> None:
+    logits = torch.tensor([[2.0, -2.0, 2.0]])
+    sample(logits, [make_row(prompt=[0, 0], output=[1], repetition_penalty=2.0)])
+    assert logits.tolist() == [[1.0, -4.0, 2.0]]
+
+
+def test_bias_can_forbid_and_force_tokens() -> None:
+    assert set(draws(LOGITS, logit_bias={1: -100.0, 3: -100.0})) == {0, 2, 4, 5}
+    assert set(draws(LOGITS, logit_bias={4: 100.0})) == {4}
+
+
+def test_logprobs_are_those_of_the_model_before_temperature_and_penalties() -> None:
+    expected = LOGITS.log_softmax(0).tolist()
+    row = make_row(temperature=0.0, logit_bias={4: 100.0}, logprobs=2)
+    (result,) = sample(LOGITS[None].clone(), [row])
+    assert result.token_id == 4
+    assert result.logprob == pytest.approx(expected[4])
+    assert [value for _, value in result.top_logprobs] == pytest.approx([expected[1], expected[3]])
+    assert sample(LOGITS[None].clone(), [make_row(logprobs=0)])[0].top_logprobs == ()
+    assert sample(LOGITS[None].clone(), [make_row()])[0].logprob is None
+
+
+def test_hopeless_logits_still_give_a_token() -> None:
+    for row in (make_row(), make_row(top_p=0.5), make_row(temperature=0.0)):
+        (result,) = sample(torch.full((1, 7), float("nan")), [row])
+        assert 0 <= result.token_id < 7
+
+
+def test_a_vanishing_temperature_is_greedy_without_overflow() -> None:
+    assert set(draws(torch.tensor([1.0, 2.0, 1.5]), count=20, temperature=1e-300)) == {1}

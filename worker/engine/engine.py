@@ -1,0 +1,490 @@
+"""The engine: runs sequences step by step over a paged KV cache. Synchronous, and it never waits.
+
+Knows neither sockets nor torch: model, store, sampler and clock are handed in. Every `Generate` submitted gets exactly
+one `Output` with a finish reason, whatever happens to it, unless `drop_all` forgets it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kvasir.cache.block_pool import PUBLIC, IntegrityError
+from kvasir.cache.block_table import BlockTable, Chain
+from kvasir.cache.events import Stored
+from kvasir.cache.ownership import Quota
+from kvasir.cache.prefix_cache import CacheStatistics, PrefixCache
+from kvasir.protocol.errors import BadRequest, Overloaded
+from kvasir.protocol.messages import (
+    FinishReason,
+    Generate,
+    KvAccount,
+    KvAccounts,
+    Load,
+    Output,
+    Pin,
+    Quotas,
+    Sampling,
+    Snapshot,
+    StepReport,
+    TokenLogprobs,
+)
+from kvasir.protocol.prefix import HASH_BYTES
+from kvasir.protocol.tokens import num_tokens, pack_tokens
+from kvasir.worker.engine.scheduler import MIN_CHUNK, EngineLimits, Plan, no_room, schedule
+from kvasir.worker.engine.sequence import Sequence, make_sequence
+from kvasir.worker.engine.step import Sampled, Sampler, SampleRow, SequenceSlice, StepModel, StepStore
+
+_FIRST_RATE = 100.0  # prompt tokens per second, until measured: low, so that the first chunk is a small one
+_RATE_SHARE = 0.2  # weight of the newest step in the measured rate
+
+_PREWARM_ID = b"\0prewarm\0"  # begins the ids of the engine's own requests; the gateway's are 16 random bytes
+
+_Batch = list[tuple[Sequence, SequenceSlice, list[Sequence]]]  # with the forks that draw from the same logits
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """Sequences now and counters since the start."""
+
+    num_running: int
+    num_waiting: int
+    num_steps: int
+    num_finished: int
+    num_preempted: int
+    num_forked: int
+    prefill_rate: float
+    cache: CacheStatistics
+
+
+class Engine:
+    """Sequences in, one `StepReport` per step out.
+
+    `check` verifies the cache's integrity whenever the engine runs empty. `public_namespace` is the gateway's to set
+    (`Welcome`) before anything is submitted.
+    """
+
+    def __init__(
+        self,
+        model: StepModel,
+        kv: StepStore,
+        sampler: Sampler,
+        cache: PrefixCache,
+        limits: EngineLimits,
+        *,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+        check: bool = False,
+    ) -> None:
+        self._model, self._kv, self._sampler, self._cache = model, kv, sampler, cache
+        self.limits = limits
+        self.public_namespace = bytes(16)
+        self.on_blocks: Callable[[list[Stored], bytes], None] | None = None  # told what every step stored and removed
+        self._vocab_size, self._eos_token_ids = vocab_size, eos_token_ids
+        self._clock = clock
+        self._check = check
+        self._running: list[Sequence] = []
+        self._waiting: list[Sequence] = []
+        self._by_id: dict[tuple[bytes, int], Sequence] = {}
+        self._outputs: list[Output] = []  # of the next report: what was refused or aborted between steps
+        self._num_steps = self._event_seq = self._num_sequences = 0
+        self._num_finished = self._num_preempted = self._num_forked = 0
+        self._rate = _FIRST_RATE
+        self._wanted_pins: dict[str, Chain] = {}
+
+    @property
+    def cache(self) -> PrefixCache:
+        """For reading only."""
+        return self._cache
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything but say that the engine is alive."""
+        return bool(self._running or self._waiting or self._outputs)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._running) + len(self._waiting)
+
+    def submit(self, command: Generate) -> None:
+        """Take a request. One that cannot be served is answered with finish reason "error" in the next report.
+
+        A `Generate` that repeats the (req_id, attempt) of an unfinished one is ignored.
+        """
+        if (command.req_id, command.attempt) in self._by_id:
+            return
+        self._num_sequences += 1
+        try:
+            if self.num_unfinished >= 2 * self.limits.max_requests:
+                raise Overloaded(f"{self.num_unfinished} requests are here, credits were {self.limits.max_requests}")
+            sequence = make_sequence(
+                command,
+                key=self._num_sequences,
+                now=self._clock(),
+                public_namespace=self.public_namespace,
+                block_size=self._cache.block_size,
+                max_context=self.limits.max_context,
+                vocab_size=self._vocab_size,
+                eos_token_ids=self._eos_token_ids,
+            )
+        except (BadRequest, Overloaded) as error:
+            seq = max(0, num_tokens(command.token_ids) - command.num_prompt_tokens)
+            self.refuse(command.req_id, command.attempt, seq, "error", error.message)
+            return
+        if sequence.table.use is not None and self._cache.quota_of(command.tenant) == Quota():
+            sequence.table.use.retention = ()  # in the common order it would hold on to others' room
+        self._by_id[command.req_id, command.attempt] = sequence
+        self._waiting.append(sequence)
+
+    def refuse(self, req_id: bytes, attempt: int, seq: int, reason: FinishReason, text: str) -> None:
+        """Answer a request that is not taken; `seq` is the number of its tokens already delivered."""
+        if not req_id.startswith(_PREWARM_ID):
+            self._outputs.append(Output(req_id, attempt, seq, finish_reason=reason, error=text))
+
+    def abort(self, req_id: bytes, attempt: int) -> None:
+        """Stop a request and free its blocks now; the next report says "abort". Unknown ids are ignored."""
+        sequence = self._by_id.get((req_id, attempt))
+        if sequence is not None:
+            self._end(sequence, "abort")
+
+    def abort_all(self, text: str) -> None:
+        """Hand everything unfinished back, as aborted with `text`."""
+        for sequence in [*self._running, *self._waiting]:
+            self._end(sequence, "abort", text)
+
+    def drop_all(self) -> None:
+        """Forget everything unfinished and unreported, pins and quotas without a word: whoever asked for it is gone."""
+        for sequence in [*self._running, *self._waiting]:
+            self._release(sequence)
+        self._by_id.clear()
+        self._running.clear()
+        self._waiting.clear()
+        self._outputs.clear()
+        for name in list(self._wanted_pins):
+            self.unpin(name)
+        self._cache.set_quotas({})
+
+    def step(self) -> StepReport:
+        """Compute one step and return its report; without work, return an empty report."""
+        plan = self._schedule()
+        batch, logits = self._run(plan)
+        self._sample(batch, logits)
+        return self._report(plan)
+
+    def set_quotas(self, command: Quotas) -> None:
+        """Put floors and caps in force, at once.
+
+        Raises:
+            BadRequest: they do not fit together in this pool; those before stay in force.
+        """
+        self._cache.set_quotas({quota.tenant: Quota(quota.floor, quota.cap) for quota in command.quotas})
+
+    def clear_tenant(self, tenant: str) -> int:
+        """Drop what is cached of `tenant` and not in use; return how many blocks that were."""
+        return self._cache.clear(tenant)
+
+    def pin(self, command: Pin) -> int:
+        """Keep a published prefix's blocks, those that come later too; return how many are resident now.
+
+        Raises:
+            BadRequest: the command contradicts itself.
+        """
+        try:
+            chain = Chain(
+                owner=PUBLIC,
+                root=command.root,
+                public_namespace=self.public_namespace,
+                namespace=self.public_namespace,
+                num_public_blocks=len(command.prefix_hashes) // HASH_BYTES,
+                block_size=self._cache.block_size,
+                packed_tokens=command.token_ids,
+                packed_hashes=command.prefix_hashes,
+            )
+        except ValueError as error:
+            raise BadRequest(f"prefix {command.name!r} cannot be pinned: {error}") from None
+        self._wanted_pins[command.name] = chain
+        num_pinned = self._cache.pin(command.name, chain)
+        if command.prewarm and num_pinned < len(chain):
+            self._prewarm(command, len(chain) * chain.block_size)
+        return num_pinned
+
+    def _prewarm(self, command: Pin, num_tokens: int) -> None:
+        """Compute a published prefix on the operator's account, as a request that nobody hears of."""
+        request = Generate(
+            req_id=_PREWARM_ID + command.prefix_hashes[-HASH_BYTES:],
+            attempt=0,
+            tenant=PUBLIC,
+            token_ids=command.token_ids,
+            num_prompt_tokens=num_tokens,
+            root=command.root,
+            prefix_hashes=command.prefix_hashes,
+            num_public_tokens=num_tokens,
+            namespace=self.public_namespace,
+            max_tokens=1,
+            sampling=Sampling(temperature=0.0),
+        )
+        self.submit(request)
+
+    def unpin(self, name: str) -> None:
+        """Let a pinned prefix go."""
+        self._wanted_pins.pop(name, None)
+        self._cache.unpin(name)
+
+    def kv_accounts(self) -> KvAccounts:
+        """Return what every owner holds and came to. Also pins what has become resident of pinned prefixes."""
+        for name, chain in self._wanted_pins.items():
+            if self._cache.num_pinned(name) < len(chain):
+                self._cache.pin(name, chain)
+        accounts = [
+            KvAccount(
+                tenant=account.owner,
+                num_held=account.num_held,
+                block_s=account.block_s,
+                num_looked_up=account.num_looked_up,
+                num_hits=account.num_hits,
+                num_evicted_own=account.num_evicted_own,
+                num_suffered=account.num_suffered,
+                num_caused=account.num_caused,
+            )
+            for account in self._cache.owner_statistics()
+        ]
+        return KvAccounts(accounts, self._cache.statistics().num_pinned)
+
+    def snapshot(self) -> Snapshot:
+        """Return all resident hashes. Call it between steps; the next events count on from it."""
+        self._take_events()
+        return Snapshot(self._event_seq, self._cache.resident_hashes())
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_steps=self._num_steps,
+            num_finished=self._num_finished,
+            num_preempted=self._num_preempted,
+            num_forked=self._num_forked,
+            prefill_rate=self._rate,
+            cache=self._cache.statistics(),
+        )
+
+    def check_integrity(self) -> None:
+        """Check sequences, tables, cache and pool against each other.
+
+        Raises:
+            IntegrityError: with the first contradiction found.
+        """
+        sequences = [*self._running, *self._waiting]
+        if sorted(map(id, sequences)) != sorted(map(id, self._by_id.values())):
+            raise IntegrityError(f"{len(sequences)} sequences are running or waiting, {len(self._by_id)} are known")
+        for s in sequences:
+            if s.num_computed > len(s.table.block_ids) * self._cache.block_size:
+                raise IntegrityError(f"sequence {s.key} has {s.num_computed} tokens in {len(s.table.block_ids)} blocks")
+        if any(s.table.block_ids for s in self._waiting) or any(s.hold.block_ids for s in self._running):
+            raise IntegrityError("a waiting sequence has blocks to compute in, or a running one still holds some")
+        self._cache.check_integrity(table for s in sequences for table in (s.table, s.hold))
+
+    # ---- the four parts of a step
+
+    def _schedule(self) -> Plan:
+        now = self._clock()
+        self._cache.advance(now)
+        for sequence in [s for s in self._by_id.values() if s.deadline is not None and now >= s.deadline]:
+            self._end(sequence, "deadline", "the request's deadline passed before it was finished")
+        return schedule(self._running, self._waiting, self._cache, self.limits, now, self._rate)
+
+    def _run(self, plan: Plan) -> tuple[_Batch, Any]:
+        """Carry out `plan` up to the logits, [number of sequences that draw a token, …]."""
+        for sequence, text in plan.failed:
+            self._end(sequence, "error", text)
+        for sequence in plan.let_go:
+            self._let_go(sequence)
+            sequence.may_hold = False
+        for sequence in plan.preempted:
+            self._preempt(sequence)
+        for sequence in plan.admitted:
+            # The last token is computed in any case: its logits are what the next one is drawn from.
+            self._admit(sequence, (sequence.num_tokens - 1) // self._cache.block_size)
+        for sequence in plan.held:
+            self._hold(sequence)
+        batch: _Batch = []
+        to_zero: list[int] = []
+        for sequence, count in plan.work:
+            start = sequence.num_computed
+            if sequence is plan.last_resort and not self._allocate(sequence, sequence.num_tokens, to_zero):
+                self._end(sequence, "error", no_room(-(-sequence.num_tokens // self._cache.block_size)))
+                continue
+            if not self._allocate(sequence, start + count, to_zero):
+                self._preempt(sequence)  # only after a hash collision is less there than the plan could see
+                continue
+            num_logits = int(count == sequence.num_remaining)
+            token_ids = [sequence.last_token] if count == num_logits else sequence.tokens(start, start + count)
+            forks = plan.forks.get(sequence.key, []) if num_logits else []
+            piece = SequenceSlice(
+                sequence.key, token_ids, start, sequence.table.block_ids, num_logits, num_draws=1 + len(forks)
+            )
+            batch.append((sequence, piece, forks))
+        if to_zero:
+            self._kv.zero(to_zero)
+        return batch, self._model.forward([piece for _, piece, _ in batch], self._kv) if batch else None
+
+    def _sample(self, batch: _Batch, logits: Any) -> None:
+        """Draw a token for every sequence that is computed to its end and for its forks; publish what was filled."""
+        rows = [
+            SampleRow(s.sampling, piece.end, s.prompt_ids, s.output_ids)
+            for sequence, piece, forks in batch
+            if piece.num_logits
+            for s in (*forks, sequence)
+        ]
+        drawn = iter(self._sampler(logits, rows) if rows else ())
+        for sequence, piece, forks in batch:
+            sequence.num_computed = piece.end
+            self._publish(sequence)
+            if not piece.num_logits:
+                continue
+            for fork in forks:
+                sampled = next(drawn)
+                if self._fork(fork, sequence):
+                    self._append(fork, sampled)
+            self._append(sequence, next(drawn))
+
+    def _report(self, plan: Plan) -> StepReport:
+        """Return what has happened since the last report."""
+        stored, removed = self._take_events()
+        if stored or removed:
+            self._event_seq += 1
+        outputs, self._outputs = self._outputs, []
+        num_prefill = sum(count for _, count in plan.work[plan.num_decodes :])
+        step_s = self._clock() - plan.now if plan.work else 0.0
+        if num_prefill >= MIN_CHUNK and step_s > 0:  # less says more about a step's fixed costs than about the rate
+            rate = num_prefill / step_s
+            self._rate = rate if self._rate == _FIRST_RATE else self._rate + _RATE_SHARE * (rate - self._rate)
+        self._num_steps += 1
+        if self._check and not self.num_unfinished:
+            self.check_integrity()
+        load = Load(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_free_blocks=self._cache.num_unused,
+            pending_tokens=plan.num_pending,
+            num_prefill_tokens=num_prefill,
+            num_decode_tokens=plan.num_decodes,
+            step_s=step_s,
+        )
+        return StepReport(self._num_steps, self._event_seq, load, outputs, stored, removed)
+
+    def _take_events(self) -> tuple[bytes, bytes]:
+        """Return the packed hashes stored and removed since the last call."""
+        stored, removed = self._cache.take_events()
+        if self.on_blocks is not None and (stored or removed):
+            self.on_blocks(stored, removed)
+        return b"".join(blocks.hashes for blocks in stored), removed
+
+    # ---- what happens to one sequence
+
+    def _admit(self, sequence: Sequence, max_blocks: int) -> None:
+        """Let `sequence` run, with what is cached of its first `max_blocks` blocks."""
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
+        num_matched = self._cache.match(
+            sequence.chain, sequence.table, max_blocks, again=sequence.num_cached is not None
+        )
+        self._let_go(sequence)
+        sequence.num_computed = num_matched * self._cache.block_size
+        if sequence.num_cached is None:
+            sequence.num_cached = min(sequence.num_computed, len(sequence.prompt_ids))
+
+    def _hold(self, sequence: Sequence) -> None:
+        """Reference all that is cached of the waiting `sequence`."""
+        hold, num_held = BlockTable(), len(sequence.hold.block_ids)
+        max_blocks = (sequence.num_tokens - 1) // self._cache.block_size
+        num_matched = self._cache.match(sequence.chain, hold, max_blocks, again=True)
+        self._let_go(sequence)
+        sequence.hold = hold
+        sequence.may_hold = num_matched > num_held  # else a hash collision has hidden what was to be had
+
+    def _let_go(self, sequence: Sequence) -> None:
+        if sequence.hold.block_ids:
+            self._cache.free(sequence.hold)
+
+    def _fork(self, fork: Sequence, original: Sequence) -> bool:
+        """Let `fork` run from the blocks of `original`, which has just computed the tokens that both have.
+
+        The full ones are published and shared. The last one, partly filled, is copied now: both write their next token
+        into it in the next step, so that a copy made then would only be saved for who ends with his first token. False:
+        a hash collision has hidden a block, and `fork` has to compute the rest by itself.
+        """
+        num_full = fork.num_tokens // self._cache.block_size
+        self._admit(fork, num_full)
+        if len(fork.table.block_ids) < num_full or not self._allocate(fork, fork.num_tokens, to_zero=[]):
+            return False
+        for src, dst in zip(original.table.block_ids[num_full:], fork.table.block_ids[num_full:], strict=True):
+            self._kv.copy_block(src, dst)  # as a whole, so that nothing of another owner is left to be zeroed
+        fork.num_computed = fork.num_tokens
+        self._num_forked += 1
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._release(sequence)
+        self._waiting.append(sequence)
+        self._num_preempted += 1
+
+    def _allocate(self, sequence: Sequence, length: int, to_zero: list[int]) -> bool:
+        """Give `sequence` the blocks for its first `length` tokens, adding to `to_zero` what must be zeroed."""
+        num_missing = sequence.num_missing_blocks(length, self._cache.block_size)
+        if not num_missing:
+            return True
+        foreign = self._cache.allocate(sequence.chain, sequence.table, num_missing)
+        if foreign is None:
+            return False
+        to_zero += foreign
+        return True
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Publish the full blocks of `sequence`; the step that filled them is over."""
+        num_blocks = sequence.num_computed // self._cache.block_size
+        if num_blocks > sequence.table.num_published:
+            sequence.extend_chain(num_blocks)
+            self._cache.insert(sequence.chain, sequence.table, num_blocks)
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
+        seq = len(sequence.output_ids)
+        sequence.output_ids.append(sampled.token_id)
+        output = Output(sequence.req_id, sequence.attempt, seq, pack_tokens((sampled.token_id,)))
+        if sampled.logprob is not None:
+            output.logprobs = [TokenLogprobs(sampled.logprob, list(sampled.top_logprobs))]
+        self._emit(sequence, output)
+        reason = sequence.finish_reason()
+        if reason is not None:
+            output.finish_reason = reason
+            self._forget(sequence)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, text: str = "") -> None:
+        """End `sequence` without a further token."""
+        seq = len(sequence.output_ids)
+        self._emit(sequence, Output(sequence.req_id, sequence.attempt, seq, finish_reason=reason, error=text))
+        self._forget(sequence)
+
+    def _emit(self, sequence: Sequence, output: Output) -> None:
+        if not sequence.cached_reported and sequence.num_cached is not None:
+            output.num_cached_tokens = sequence.num_cached
+            sequence.cached_reported = True
+        if not sequence.req_id.startswith(_PREWARM_ID):
+            self._outputs.append(output)
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._by_id[sequence.req_id, sequence.attempt]
+        (self._running if sequence in self._running else self._waiting).remove(sequence)
+        if sequence.table.use is not None:
+            sequence.table.use.num_answer_tokens = len(sequence.output_ids)
+        self._release(sequence)
+        self._num_finished += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self._let_go(sequence)
+        self._cache.free(sequence.table)
+        sequence.num_computed = 0
+        self._model.forget(sequence.key)

@@ -1,0 +1,70 @@
+"""What the engine says to a model and a sampler in one step, without torch: the seam between deciding and computing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvasir.protocol.messages import Sampling
+
+
+@dataclass(slots=True)
+class SequenceSlice:
+    """One sequence's share of a step. Tokens 0..start-1 of the sequence are in the KV store already."""
+
+    seq_key: int  # stable while the sequence runs
+    token_ids: list[int]  # the tokens to compute now: one for decode, a chunk for prefill
+    start: int  # position of token_ids[0]
+    block_table: list[int]  # covers start + len(token_ids) tokens; may be longer
+    num_logits: int  # logits for the last n of token_ids; 0 for a chunk that is not the last
+    num_draws: int = 1  # how often those are returned: once for each sequence that draws from them
+
+    @property
+    def end(self) -> int:
+        """Number of tokens in the KV store after the step."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What one draw needs. `position` is the absolute position that the drawn token will have."""
+
+    params: Sampling
+    position: int
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A drawn token; `logprob` and `top_logprobs` (most likely first) only where asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class StepModel(Protocol):
+    """`worker.model.model.Model`, or a stand-in such as `worker.model.oracle_model.OracleModel`."""
+
+    def forward(self, slices: list[SequenceSlice], kv: Any) -> Any:
+        """Compute the tokens of `slices`, store their keys and values in `kv`, return their logits.
+
+        Those are [sum of num_logits * num_draws, …], in the order of `slices`; the sampler may change them in place.
+        """
+
+    def forget(self, seq_key: int) -> None:
+        """Drop what is kept for a sequence that finished, was preempted or aborted."""
+
+
+class StepStore(Protocol):
+    """The memory behind the block ids, as far as the engine touches it."""
+
+    def zero(self, block_ids: Sequence[int]) -> None: ...
+
+    def copy_block(self, src: int, dst: int) -> None: ...
+
+
+Sampler = Callable[[Any, Sequence[SampleRow]], Sequence[Sampled]]
+"""Draws one token per row of logits."""

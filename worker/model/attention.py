@@ -1,0 +1,214 @@
+"""Attention over the paged KV store: the contract, the readable reference, and the gather path for any device.
+
+An `Attention` sees a step three times: `arrange` says in which order the singles shall be packed, `begin` prepares
+what all layers share (indices, masks), `attend` is called once per layer, after that layer's new keys and values have
+been written to the store. Grouped queries never repeat keys: the queries of one KV head are taken as several of it.
+
+`ReferenceAttention` is the oracle of every other path: slow, and obviously right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvasir.cache.kv_store import KvStore
+from kvasir.worker.engine.step import SequenceSlice
+from kvasir.worker.model.batch import Batch
+from kvasir.worker.model.config import ModelConfig
+
+_MASK_ELEMENTS = 1 << 24  # of one prefill mask; longer chunks are attended in pieces
+
+
+class Attention(Protocol):
+    def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
+        """Return `singles` in the order in which they shall lie in the pack."""
+
+    def begin(self, batch: Batch, kv: KvStore) -> None:
+        """Prepare a step; `kv` does not hold its tokens yet."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: KvStore) -> Tensor:
+        """Return the attention's output [num_tokens, num_heads * head_dim] of one layer.
+
+        `q` [num_tokens, num_heads, head_dim], `k` and `v` [num_tokens, num_kv_heads, head_dim] hold the packed new
+        tokens, rotated; `kv` holds them as well by now.
+        """
+
+    def forget(self, seq_key: int) -> None:
+        """Drop whatever is kept about a sequence between steps."""
+
+
+def reference_attend(q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, window: int | None) -> Tensor:
+    """Causal attention of one sequence, written out.
+
+    `q` [num_new, num_heads, head_dim] are positions start.. of the sequence; `keys` and `values`
+    [start + num_new, num_kv_heads, head_dim] all its positions. A query at position p sees positions
+    max(0, p - window + 1)..p.
+    Computed in fp32, or fp64 when given that. Returns [num_new, num_heads, head_dim].
+    """
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // keys.shape[1]
+    keys = keys.to(exact).repeat_interleave(group, dim=1)
+    values = values.to(exact).repeat_interleave(group, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", q.to(exact), keys) * scale
+    scores = scores.masked_fill(~visible(start, q.shape[0], keys.shape[0], window, q.device), float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), values).to(q.dtype)
+
+
+def visible(start: int, num_new: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Return [num_new, num_keys] bool: which keys the queries at positions start.. may see."""
+    query = torch.arange(start, start + num_new, device=device)[:, None]
+    key = torch.arange(num_keys, device=device)[None, :]
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def gather(kv: KvStore, layer: int, block_table: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return copies [num_tokens, num_kv_heads, head_dim] of one sequence's keys and values."""
+    keys, values = kv.layer(layer)
+    return keys[block_table].flatten(0, 1)[:num_tokens], values[block_table].flatten(0, 1)[:num_tokens]
+
+
+class ReferenceAttention:
+    """Every sequence by itself through `reference_attend`, everything read back from the store."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+
+    def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
+        return singles
+
+    def begin(self, batch: Batch, kv: KvStore) -> None:
+        self._pieces = [*batch.singles, *batch.chunks]
+        self._tables = block_tables(self._pieces, kv)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: KvStore) -> Tensor:
+        window, scale = self._config.sliding_windows[layer], self._config.scale
+        out, row = [], 0
+        for piece, table in zip(self._pieces, self._tables, strict=True):
+            queries = q[row : row + len(piece.token_ids)]
+            keys, values = gather(kv, layer, table, piece.end)
+            out.append(reference_attend(queries, keys, values, piece.start, scale, window))
+            row += len(piece.token_ids)
+        return torch.cat(out).flatten(1)
+
+    def forget(self, seq_key: int) -> None:
+        pass
+
+
+def block_tables(pieces: Sequence[SequenceSlice], kv: KvStore) -> list[Tensor]:
+    """Return each sequence's block table, cut to the blocks that hold its tokens after the step."""
+    tables = []
+    for piece in pieces:
+        num_blocks = -(-piece.end // kv.block_size)
+        tables.append(torch.tensor(piece.block_table[:num_blocks], dtype=torch.int64, device=kv.data.device))
+    return tables
+
+
+class GatherAttention:
+    """Torch's own fused attention over gathered keys and values: right on any device, the CUDA baseline.
+
+    Singles are gathered into one padded batch per layer, chunks one by one. A chunk without a cached prefix needs no
+    gather at all.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+
+    def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
+        return singles
+
+    def begin(self, batch: Batch, kv: KvStore) -> None:
+        self.begin_singles(batch.singles, kv)
+        self.begin_chunks(batch.chunks, kv)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: KvStore) -> Tensor:
+        num_singles = len(self._singles)
+        if num_singles == q.shape[0]:
+            return self.attend_singles(layer, q, kv)
+        chunks = self.attend_chunks(layer, q[num_singles:], k[num_singles:], v[num_singles:], kv)
+        return torch.cat((self.attend_singles(layer, q[:num_singles], kv), chunks)) if num_singles else chunks
+
+    def forget(self, seq_key: int) -> None:
+        pass
+
+    def begin_singles(self, singles: list[SequenceSlice], kv: KvStore) -> None:
+        """Prepare padded block tables and masks; padding repeats the sequence's first block."""
+        self._singles = singles
+        if not singles:
+            return
+        block_size, device = kv.block_size, kv.data.device
+        width = max(-(-piece.end // block_size) for piece in singles)
+        padded = []
+        for piece in singles:
+            used = piece.block_table[: -(-piece.end // block_size)]
+            padded.append(used + used[:1] * (width - len(used)))
+        self._table = torch.tensor(padded, dtype=torch.int64, device=device)
+        ends = torch.tensor([piece.end for piece in singles], device=device)[:, None]
+        key = torch.arange(width * block_size, device=device)[None, :]
+        self._unused = (key >= ends).flatten().nonzero()[:, 0]  # slots whose content may be anything
+        self._masks = {}
+        for window in set(self._config.sliding_windows):
+            seen = key < ends if window is None else (key < ends) & (key >= ends - window)
+            self._masks[window] = seen[:, None, None, :]
+
+    def attend_singles(self, layer: int, q: Tensor, kv: KvStore) -> Tensor:
+        """Return [num_singles, num_heads * head_dim] for `q` [num_singles, num_heads, head_dim]."""
+        batch, num_heads, head_dim = q.shape
+        keys, values = (self._padded(part) for part in kv.layer(layer))
+        grouped = q.reshape(batch, keys.shape[1], -1, head_dim)
+        mask = self._masks[self._config.sliding_windows[layer]]
+        return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(batch, num_heads * head_dim)
+
+    def _padded(self, blocks: Tensor) -> Tensor:
+        """Gather blocks [num_blocks, block_size, num_kv_heads, head_dim] to [singles, num_kv_heads, keys, head_dim]."""
+        gathered = blocks[self._table]
+        gathered.view(-1, *blocks.shape[2:]).index_fill_(0, self._unused, 0)  # zero times NaN would be NaN
+        return gathered.flatten(1, 2).transpose(1, 2)
+
+    def begin_chunks(self, chunks: list[SequenceSlice], kv: KvStore) -> None:
+        self._chunks = chunks
+        self._chunk_tables = block_tables(chunks, kv)
+
+    def attend_chunks(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: KvStore) -> Tensor:
+        """Return [num_chunk_tokens, num_heads * head_dim] for the packed tokens of the chunks."""
+        window, row, out = self._config.sliding_windows[layer], 0, []
+        for piece, table in zip(self._chunks, self._chunk_tables, strict=True):
+            rows = slice(row, row + len(piece.token_ids))
+            keys, values = (k[rows], v[rows]) if piece.start == 0 else gather(kv, layer, table, piece.end)
+            out.append(chunk_attend(q[rows], keys, values, piece.start, window))
+            row = rows.stop
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+
+def chunk_attend(q: Tensor, keys: Tensor, values: Tensor, start: int, window: int | None) -> Tensor:
+    """Fused causal attention of one prefill chunk; arguments as of `reference_attend`.
+
+    Returns [num_new, num_heads * head_dim]. Works through the chunk in pieces, which keep the mask small and leave out
+    the keys that no query of a piece can see.
+    """
+    num_new, num_heads, head_dim = q.shape
+    num_keys, num_kv_heads, _ = keys.shape
+    group = num_heads // num_kv_heads
+    queries = q.reshape(num_new, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    keys = keys.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
+    values = values.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
+    if start == 0 and (window is None or window >= num_keys):
+        out = scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        return out.permute(2, 0, 1, 3).reshape(num_new, -1)
+    step = max(16, _MASK_ELEMENTS // num_keys)
+    pieces = []
+    for first in range(0, num_new, step):
+        piece = queries[:, :, first : first + step]
+        begin = start + first
+        end = begin + piece.shape[2]
+        seen_from = 0 if window is None else max(0, begin - window + 1)
+        mask = visible(begin - seen_from, piece.shape[2], end - seen_from, window, q.device)
+        span = slice(seen_from, end)
+        pieces.append(scaled_dot_product_attention(piece, keys[:, :, span], values[:, :, span], attn_mask=mask))
+    out = torch.cat(pieces, dim=2) if len(pieces) > 1 else pieces[0]
+    return out.permute(2, 0, 1, 3).reshape(num_new, -1)

@@ -1,0 +1,82 @@
+"""How the tokens of one engine step are packed into one row of tokens.
+
+All linear layers run over the packed tokens of all sequences at once; only attention tells the sequences apart. The
+pack puts *singles* (sequences that compute one token: decoding, or the last token of a cached prompt) first and
+*chunks* (prefill) after them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvasir.worker.engine.step import SequenceSlice
+
+
+@dataclass(slots=True)
+class Batch:
+    """The packed step: tokens of `singles`, one each, then those of `chunks` one after the other."""
+
+    singles: list[SequenceSlice]
+    chunks: list[SequenceSlice]
+    token_ids: Tensor  # [num_tokens] int64
+    positions: Tensor  # [num_tokens] int64
+    slots: Tensor  # [num_tokens] int64, block_id * block_size + offset
+    max_position: int
+    logit_rows: Tensor | None  # [num_rows] int64 into the pack, in the order of the slices given; None = each once
+
+
+def pack(
+    slices: Sequence[SequenceSlice],
+    singles: list[SequenceSlice],
+    chunks: list[SequenceSlice],
+    block_size: int,
+    device: torch.device,
+) -> Batch:
+    """Pack `slices`, split into `singles` and `chunks` in the order in which they are to lie."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    for piece in singles:
+        start = piece.start
+        ids.append(piece.token_ids[0])
+        positions.append(start)
+        slots.append(piece.block_table[start // block_size] * block_size + start % block_size)
+    for piece in chunks:
+        ids += piece.token_ids
+        positions += range(piece.start, piece.end)
+        slots += _slots(piece, block_size)
+    rows = _logit_rows(slices, singles, chunks)
+    token_ids, position_row, slot_row = torch.tensor((ids, positions, slots), dtype=torch.int64, device=device)
+    return Batch(
+        singles=singles,
+        chunks=chunks,
+        token_ids=token_ids,
+        positions=position_row,
+        slots=slot_row,
+        max_position=max(positions),
+        logit_rows=None if rows == list(range(len(ids))) else torch.tensor(rows, dtype=torch.int64, device=device),
+    )
+
+
+def _slots(piece: SequenceSlice, block_size: int) -> list[int]:
+    table = piece.block_table
+    return [table[p // block_size] * block_size + p % block_size for p in range(piece.start, piece.end)]
+
+
+def _logit_rows(
+    slices: Sequence[SequenceSlice], singles: list[SequenceSlice], chunks: list[SequenceSlice]
+) -> list[int]:
+    row_after: dict[int, int] = {}  # id of a slice -> first row behind it
+    row = 0
+    for piece in [*singles, *chunks]:
+        row += len(piece.token_ids)
+        row_after[id(piece)] = row
+    rows: list[int] = []
+    for piece in slices:
+        after = row_after[id(piece)]
+        rows += [*range(after - piece.num_logits, after)] * piece.num_draws
+    return rows

@@ -1,0 +1,124 @@
+"""The transformer: four dense families in one forward pass over the packed tokens of a step.
+
+Llama, Mistral, Qwen2 and Qwen3 differ only in biases, query/key norms and sliding windows, so that there is one
+`forward` and the configuration decides. Projections that read the same input are merged at load. Knows nothing
+of requests, sampling or who owns a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, rms_norm, silu
+
+from kvasir.cache.kv_store import KvStore
+from kvasir.worker.engine.step import SequenceSlice
+from kvasir.worker.model.attention import Attention
+from kvasir.worker.model.batch import pack
+from kvasir.worker.model.config import ModelConfig
+from kvasir.worker.model.rope import RotaryTable, rotate_
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """One layer. Query and key columns have rotated pairs adjacent (`worker.model.rope`).
+
+    Matrices lie transposed, [in, out]: with few tokens a CPU then reads them up to 1.5 times as fast.
+    """
+
+    input_norm: Tensor  # [hidden]
+    qkv: Tensor  # [hidden, (num_heads + 2 * num_kv_heads) * head_dim]
+    output: Tensor  # [num_heads * head_dim, hidden]
+    post_norm: Tensor  # [hidden]
+    gate_up: Tensor  # [hidden, 2 * intermediate]
+    down: Tensor  # [intermediate, hidden]
+    qkv_bias: Tensor | None = None
+    output_bias: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    q_norm: Tensor | None = None  # [head_dim]
+    k_norm: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Weights:
+    """All tensors of a model."""
+
+    embedding: Tensor  # [vocab, hidden]
+    layers: list[LayerWeights]
+    final_norm: Tensor  # [hidden]
+    lm_head: Tensor  # [hidden, vocab]
+
+
+class Model:
+    """Weights, configuration and an attention path. One thread, one step at a time."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention) -> None:
+        self.config = config
+        self.weights = weights
+        self.attention = attention
+        self.device = weights.embedding.device
+        self.dtype = weights.embedding.dtype
+        self._rotary = RotaryTable(config.rope, config.head_dim, self.device, self.dtype)
+
+    @torch.inference_mode()
+    def forward(self, slices: list[SequenceSlice], kv: KvStore) -> Tensor:
+        """Compute the tokens of `slices`, write their keys and values to `kv`, return the logits asked for.
+
+        Returns [sum of num_logits * num_draws, vocab] in the order of `slices`, fp32 (fp64 for an fp64 model).
+        """
+        config, weights, attention = self.config, self.weights, self.attention
+        singles = attention.arrange([piece for piece in slices if len(piece.token_ids) == 1], kv)
+        chunks = [piece for piece in slices if len(piece.token_ids) > 1]
+        batch = pack(slices, singles, chunks, kv.block_size, self.device)
+        attention.begin(batch, kv)
+        rotation = self._rotary(batch.positions, batch.max_position)
+        rows = kv.rows(batch.slots)
+        x = embedding(batch.token_ids, weights.embedding)  # [num_tokens, hidden]
+        for i, layer in enumerate(weights.layers):
+            h = rms_norm(x, (config.hidden_size,), layer.input_norm, config.rms_norm_eps)
+            q, k, v = self._project(layer, h, rotation)
+            kv.write(i, rows, k, v)
+            _add_linear(x, attention.attend(i, q, k, v, kv), layer.output, layer.output_bias)
+            h = rms_norm(x, (config.hidden_size,), layer.post_norm, config.rms_norm_eps)
+            gate, up = _linear(h, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+            _add_linear(x, silu(gate).mul_(up), layer.down, layer.down_bias)
+        if batch.logit_rows is not None:
+            x = x.index_select(0, batch.logit_rows)
+        x = rms_norm(x, (config.hidden_size,), weights.final_norm, config.rms_norm_eps)
+        logits = torch.mm(x, weights.lm_head)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @torch.inference_mode()
+    def forget(self, seq_key: int) -> None:
+        """Drop what is kept for a sequence that finished, was preempted or aborted."""
+        self.attention.forget(seq_key)
+
+    def _project(self, layer: LayerWeights, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim]; q and k rotated."""
+        config = self.config
+        heads = _linear(h, layer.qkv, layer.qkv_bias).view(h.shape[0], -1, config.head_dim)
+        num_rotated = config.num_heads + config.num_kv_heads
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k, v = heads.split_with_sizes((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+            q = rms_norm(q, (config.head_dim,), layer.q_norm, config.rms_norm_eps)
+            k = rms_norm(k, (config.head_dim,), layer.k_norm, config.rms_norm_eps)
+            rotate_(q, rotation)
+            rotate_(k, rotation)
+            return q, k, v
+        rotate_(heads[:, :num_rotated], rotation)
+        q, k, v = heads.split_with_sizes((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        return q, k, v
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
+def _add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Add the linear map of `x` to `residual` in place."""
+    residual.addmm_(x, weight)
+    if bias is not None:
+        residual.add_(bias)

@@ -1,0 +1,219 @@
+"""The decode working set: a contiguous mirror of the keys and values of the sequences that decode now.
+
+Facts: on a CPU, decode attention is bound by reading keys and values once; gathering scattered blocks first reads them,
+writes them and reads them again. Between two steps a decoding sequence gains one token. From this follows: copy a
+sequence once when it begins to decode, append one token per step, and let the fused attention run over the copy.
+
+What we chose: sequences stand in rows of *shelves*, one shelf per power of two of length, so that a short sequence is
+not padded to a long one and rows are at most twice as long as what they hold. A sequence that outgrows its shelf is
+copied anew. The set holds exactly the sequences that decode in this step: whoever is absent, or comes back with another
+length, has lost its row, so nothing stale can be read. Beyond `limit_bytes` sequences are gathered every step instead.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvasir.cache.kv_store import KvStore
+from kvasir.worker.engine.step import SequenceSlice
+from kvasir.worker.model.attention import GatherAttention
+from kvasir.worker.model.batch import Batch
+from kvasir.worker.model.config import ModelConfig
+
+_MIN_CAPACITY = 128  # tokens
+
+
+def working_set_bytes(
+    config: ModelConfig, dtype: torch.dtype, num_sequences: int, num_tokens: int, block_size: int = 16
+) -> int:
+    """Return an upper bound of the memory for `num_sequences` sequences of `num_tokens` tokens each."""
+    return 2 * num_sequences * _row_bytes(config, dtype, _capacity(num_tokens, block_size))
+
+
+class WorkingSetAttention(GatherAttention):
+    """Singles from the working set, chunks (and singles that do not fit) gathered."""
+
+    def __init__(self, config: ModelConfig, limit_bytes: int = 1 << 30) -> None:
+        super().__init__(config)
+        self.limit_bytes = limit_bytes
+        self._shelves: dict[int, _Shelf] = {}  # by capacity
+        self._rows: dict[int, _Shelf] = {}  # seq_key -> its shelf
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(shelf.size_bytes for shelf in self._shelves.values())
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._rows)
+
+    def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
+        """Let absent sequences go, take new ones in, and return `singles` shelf by shelf, row by row."""
+        by_key = {piece.seq_key: piece for piece in singles}
+        for shelf in list(self._shelves.values()):
+            for seq_key in reversed(shelf.seq_keys):  # from the last row on, so that no row moves that leaves as well
+                if not shelf.continues(seq_key, by_key.get(seq_key)):
+                    self.forget(seq_key)
+        new = [piece for piece in singles if piece.seq_key not in self._rows]
+        coming = Counter(_capacity(piece.end, kv.block_size) for piece in new)
+        self._overflow = [piece for piece in new if not self._admit(piece, kv, coming)]
+        self._active = [self._shelves[capacity] for capacity in sorted(self._shelves)]
+        return [by_key[key] for shelf in self._active for key in shelf.seq_keys] + self._overflow
+
+    def begin(self, batch: Batch, kv: KvStore) -> None:
+        self._num_singles = len(batch.singles)
+        for shelf in self._active:
+            shelf.begin_step(set(self._config.sliding_windows))
+        self.begin_singles(self._overflow, kv)
+        self.begin_chunks(batch.chunks, kv)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: KvStore) -> Tensor:
+        window, row, out = self._config.sliding_windows[layer], 0, []
+        for shelf in self._active:
+            rows = slice(row, row + len(shelf.seq_keys))
+            out.append(shelf.attend(layer, q[rows], k[rows], v[rows], window))
+            row = rows.stop
+        if self._overflow:
+            out.append(self.attend_singles(layer, q[row : self._num_singles], kv))
+        if self._chunks:
+            rest = slice(self._num_singles, None)
+            out.append(self.attend_chunks(layer, q[rest], k[rest], v[rest], kv))
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    def forget(self, seq_key: int) -> None:
+        shelf = self._rows.pop(seq_key, None)
+        if shelf is None:
+            return
+        shelf.remove(seq_key)
+        if not shelf.seq_keys:
+            del self._shelves[shelf.capacity]
+
+    def _admit(self, piece: SequenceSlice, kv: KvStore, coming: Counter[int]) -> bool:
+        """Copy a sequence into a row, or return False when that would go beyond the limit.
+
+        `coming` counts who is still to be admitted, by capacity, so that a shelf grows once for all of them.
+        """
+        capacity = _capacity(piece.end, kv.block_size)
+        shelf = self._shelves.get(capacity) or _Shelf(capacity, self._config, kv.data.dtype, kv.data.device)
+        free_bytes = self.limit_bytes - self.allocated_bytes
+        if not shelf.reserve(coming[capacity], free_bytes) and not shelf.reserve(1, free_bytes):
+            return False
+        coming[capacity] -= 1
+        shelf.add(piece, kv)
+        self._shelves[capacity] = shelf
+        self._rows[piece.seq_key] = shelf
+        return True
+
+
+@dataclass(slots=True)
+class _Shelf:
+    """Rows of `capacity` tokens each; rows 0..len(seq_keys)-1 are in use, all their values finite from end to end."""
+
+    capacity: int
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    seq_keys: list[int] = field(default_factory=list)
+    lengths: dict[int, int] = field(default_factory=dict)  # seq_key -> tokens in its row
+    data: Tensor | None = None  # [num_layers, 2, num_rows, num_kv_heads, capacity, head_dim]
+    appends: Tensor | None = None  # [rows * num_kv_heads] where this step's keys go in a layer's [.., head_dim]
+    spans: dict[int | None, tuple[int, int, Tensor | None]] = field(default_factory=dict)  # by window
+
+    @property
+    def size_bytes(self) -> int:
+        return 0 if self.data is None else self.data.nbytes
+
+    def continues(self, seq_key: int, piece: SequenceSlice | None) -> bool:
+        """Return whether the row of `seq_key` can take the one token of `piece`."""
+        return piece is not None and self.lengths[seq_key] == piece.start < self.capacity
+
+    def reserve(self, count: int, limit_bytes: int) -> bool:
+        """Make room for `count` more rows; False when that takes more than `limit_bytes` beside what is held now."""
+        used = len(self.seq_keys)
+        if self.data is not None and used + count <= self.data.shape[2]:
+            return True
+        num_rows = max(used + count, used + used // 2)
+        if num_rows * _row_bytes(self.config, self.dtype, self.capacity) > limit_bytes:
+            return False
+        config = self.config
+        shape = (config.num_layers, 2, num_rows, config.num_kv_heads, self.capacity, config.head_dim)
+        grown = torch.empty(shape, dtype=self.dtype, device=self.device)
+        if self.data is not None:
+            grown[:, :, :used] = self.data[:, :, :used]
+        self.data = grown
+        return True
+
+    def add(self, piece: SequenceSlice, kv: KvStore) -> None:
+        """Copy what the store holds of a sequence into the next free row, zeros behind it."""
+        assert self.data is not None
+        row = self.data[:, :, len(self.seq_keys)]  # [num_layers, 2, num_kv_heads, capacity, head_dim]
+        num_blocks = -(-piece.start // kv.block_size)
+        table = torch.tensor(piece.block_table[:num_blocks], dtype=torch.int64, device=self.device)
+        blocks = kv.data.index_select(0, table).permute(
+            1, 2, 4, 0, 3, 5
+        )  # [layers, 2, kv_heads, blocks, block_size, D]
+        row.view(*row.shape[:3], -1, kv.block_size, row.shape[-1])[:, :, :, :num_blocks] = blocks
+        row[:, :, :, piece.start :] = 0
+        self.seq_keys.append(piece.seq_key)
+        self.lengths[piece.seq_key] = piece.start
+
+    def remove(self, seq_key: int) -> None:
+        """Free a row; the last one moves into its place."""
+        assert self.data is not None
+        row, last = self.seq_keys.index(seq_key), len(self.seq_keys) - 1
+        if row != last:
+            self.seq_keys[row] = self.seq_keys[last]
+            length = self.lengths[self.seq_keys[row]]
+            self.data[:, :, row, :, :length] = self.data[:, :, last, :, :length]
+        del self.seq_keys[last], self.lengths[seq_key]
+
+    def begin_step(self, windows: set[int | None]) -> None:
+        """Count this step's token of every row and prepare what the layers share."""
+        num_kv_heads, count = self.config.num_kv_heads, len(self.seq_keys)
+        at = torch.tensor([self.lengths[seq_key] for seq_key in self.seq_keys], device=self.device)
+        first = torch.arange(count * num_kv_heads, device=self.device).view(count, num_kv_heads) * self.capacity
+        self.appends = (first + at[:, None]).view(-1)
+        for seq_key in self.seq_keys:
+            self.lengths[seq_key] += 1
+        shortest, longest = min(self.lengths.values()), max(self.lengths.values())
+        self.spans = {}
+        for window in windows:
+            begin = 0 if window is None else max(0, shortest - window)
+            self.spans[window] = (begin, longest, self._mask(at[:, None], begin, longest, window, shortest))
+
+    def _mask(self, at: Tensor, begin: int, end: int, window: int | None, shortest: int) -> Tensor | None:
+        """Return [rows, 1, 1, end - begin]: 0 where the query at `at` sees, else -inf; None when all see all."""
+        if shortest == end:  # all as long, hence all with the same view
+            return None
+        key = torch.arange(begin, end, device=self.device)
+        hidden = key > at if window is None else (key > at) | (key <= at - window)
+        return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))[
+            :, None, None
+        ]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """Append one token to every row and return [rows, num_heads * head_dim]."""
+        assert self.data is not None and self.appends is not None
+        count, num_heads, head_dim = q.shape
+        keys, values = self.data[layer]  # [num_rows, num_kv_heads, capacity, head_dim]
+        keys.view(-1, head_dim).index_copy_(0, self.appends, k.reshape(-1, head_dim))
+        values.view(-1, head_dim).index_copy_(0, self.appends, v.reshape(-1, head_dim))
+        begin, end, mask = self.spans[window]
+        queries = q.reshape(count, self.config.num_kv_heads, -1, head_dim)
+        keys, values = keys[:count, :, begin:end], values[:count, :, begin:end]
+        return scaled_dot_product_attention(queries, keys, values, attn_mask=mask).view(count, num_heads * head_dim)
+
+
+def _capacity(num_tokens: int, block_size: int) -> int:
+    """Return the next power of two, rounded up to whole blocks."""
+    capacity = max(_MIN_CAPACITY, 1 << (num_tokens - 1).bit_length())
+    return -(-capacity // block_size) * block_size
+
+
+def _row_bytes(config: ModelConfig, dtype: torch.dtype, capacity: int) -> int:
+    return config.num_layers * 2 * config.num_kv_heads * capacity * config.head_dim * dtype.itemsize
