@@ -77,7 +77,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer. `finish_reason`: "stop", "length" or "abort". `ttft_s`: arrival at the gateway to first token."""
+    """A whole answer. `finish_reason`: "stop", "length" or "abort". `ttft_s`: arrival at the gateway to first token.
+
+    `request_id`: what `kvasir explain` takes.
+    """
 
     text: str
     token_ids: list[int]
@@ -85,6 +88,7 @@ class Completion:
     usage: Usage
     worker: str
     ttft_s: float
+    request_id: str
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
@@ -121,6 +125,7 @@ class Assembly:
             message.usage,
             message.worker,
             message.ttft_s,
+            message.request_id,
             self._logprobs,
         )
         return None

@@ -58,6 +58,10 @@ class AsyncClient:
     def generate(
         self, prompt: str | Sequence[int], *, stream: Literal[True], **options: Unpack[Options]
     ) -> AsyncStream: ...
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: bool, **options: Unpack[Options]
+    ) -> Coroutine[Any, Any, Completion] | AsyncStream: ...
     def generate(
         self, prompt: str | Sequence[int], *, stream: bool = False, **options: Unpack[Options]
     ) -> Coroutine[Any, Any, Completion] | AsyncStream:
@@ -75,6 +79,10 @@ class AsyncClient:
     ) -> Coroutine[Any, Any, Completion]: ...
     @overload
     def chat(self, messages: Messages, *, stream: Literal[True], **options: Unpack[Options]) -> AsyncStream: ...
+    @overload
+    def chat(
+        self, messages: Messages, *, stream: bool, **options: Unpack[Options]
+    ) -> Coroutine[Any, Any, Completion] | AsyncStream: ...
     def chat(
         self, messages: Messages, *, stream: bool = False, **options: Unpack[Options]
     ) -> Coroutine[Any, Any, Completion] | AsyncStream:

@@ -58,6 +58,10 @@ class Client:
     ) -> Completion: ...
     @overload
     def generate(self, prompt: str | Sequence[int], *, stream: Literal[True], **options: Unpack[Options]) -> Stream: ...
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], *, stream: bool, **options: Unpack[Options]
+    ) -> Completion | Stream: ...
     def generate(
         self, prompt: str | Sequence[int], *, stream: bool = False, **options: Unpack[Options]
     ) -> Completion | Stream:
@@ -73,6 +77,8 @@ class Client:
     def chat(self, messages: Messages, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Completion: ...
     @overload
     def chat(self, messages: Messages, *, stream: Literal[True], **options: Unpack[Options]) -> Stream: ...
+    @overload
+    def chat(self, messages: Messages, *, stream: bool, **options: Unpack[Options]) -> Completion | Stream: ...
     def chat(self, messages: Messages, *, stream: bool = False, **options: Unpack[Options]) -> Completion | Stream:
         """Answer `messages`, each `{"role": …, "content": …}`, with the model's chat template; else as `generate`."""
         return self._complete(None, messages, stream, options)

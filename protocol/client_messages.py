@@ -96,7 +96,10 @@ class CompletionChunk(GatewayMessage, tag="chunk"):
 
 
 class CompletionDone(GatewayMessage, tag="done"):
-    """The one terminal event. `error` set: failed with it; `finish_reason` is then "error"."""
+    """The one terminal event. `error` set: failed with it; `finish_reason` is then "error".
+
+    `request_id`: what `kvasir explain` takes; empty where the request never reached the core.
+    """
 
     id: CallId
     finish_reason: str
@@ -104,6 +107,7 @@ class CompletionDone(GatewayMessage, tag="done"):
     worker: str = ""
     ttft_s: float = 0.0
     error: ErrorInfo | None = None
+    request_id: str = ""
 
 
 class ModelCard(Struct, frozen=True, forbid_unknown_fields=True):

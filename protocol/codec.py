@@ -1,11 +1,12 @@
 """One MessagePack frame per message, tagged unions, every list bounded, unknown fields refused.
 
 A decoder is built once per union; whatever does not fit it is an `InvalidMessage` whose text names the path
-(`$.sampling.temperature`). Bulk bytes travel in frames of their own and never through here.
+(`$.sampling.temperature`) and whose `param` is the field. Bulk bytes travel in frames of their own, never through here.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -44,4 +45,5 @@ class Decoder(Generic[M]):
         try:
             return self._decoder.decode(frame)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidMessage(f"not a valid message: {error}") from None
+            field = re.search(r"at `\$\.(?:sampling\.)?(\w+)", str(error))
+            raise InvalidMessage(f"not a valid message: {error}", param=field[1] if field else None) from None

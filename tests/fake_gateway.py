@@ -50,7 +50,9 @@ def echo(request: CompletionRequest) -> Iterable[Message]:
         else:
             yield CompletionChunk(request.id, text=f"<{piece}>", token_ids=pack_tokens([piece]))
     prompt = num_tokens(request.token_ids or b"")
-    yield CompletionDone(request.id, "length", Usage(prompt, len(pieces), prompt // 2), "worker-1", 0.25)
+    yield CompletionDone(
+        request.id, "length", Usage(prompt, len(pieces), prompt // 2), "worker-1", 0.25, request_id="c0ffee"
+    )
 
 
 def endless(request: CompletionRequest) -> Iterable[Message]:

@@ -165,7 +165,7 @@ class HttpApi:
         ]
         req_id = submit.req_id.hex()
         whole = self._envelope(form.id_prefix + req_id, form.whole, submit.model)
-        headers = [("x-kvasir-worker", ends[0].worker_id), ("x-kvasir-request-id", req_id)]
+        headers = [("x-kvasir-worker", ends[0].worker_id), ("x-request-id", req_id)]
         return _json(200, {**whole, "choices": choices, "usage": usage_of(ends, num_choices)}, headers)
 
     async def _stream(
@@ -195,7 +195,7 @@ class HttpApi:
         if first is not None and first.error is not None and first.num_output_tokens == 0:
             return error_response(first.error)  # refused before anything was sent: a plain status says it best
         exchange.begin(
-            200, "text/event-stream; charset=utf-8", [("cache-control", "no-cache"), ("x-kvasir-request-id", req_id)]
+            200, "text/event-stream; charset=utf-8", [("cache-control", "no-cache"), ("x-request-id", req_id)]
         )
         out = [chunk([form.opening(index)], more) for index in range(len(answers))] if form.opening else []
         while True:

@@ -312,7 +312,8 @@ class ZmqEdge:
         if end is not None:
             self._close(call)
             usage = Usage(end.num_prompt_tokens, end.num_output_tokens, end.num_cached_tokens)
-            self._send(call, CompletionDone(request.id, end.reason, usage, end.worker_id, end.ttft_s, end.error))
+            done = CompletionDone(request.id, end.reason, usage, end.worker_id, end.ttft_s, end.error, end.req_id.hex())
+            self._send(call, done)
 
     def _send(self, call: _Call, message: GatewayMessage) -> None:
         self._courier.post(call.peer, call.request.id, encode(message))

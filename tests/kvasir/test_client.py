@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_overloads
 
 import pytest
 
 import kvasir
-from kvasir import Client, Completion, errors, paths
+from kvasir import AsyncClient, Client, Completion, errors, paths
 from kvasir.protocol.client_messages import (
     CancelRequest,
     CompletionChunk,
@@ -45,7 +46,14 @@ def client(gateway: FakeGateway) -> Iterator[Client]:
 
 def test_text_in_gives_a_whole_completion(client: Client) -> None:
     completion = client.generate("a b c", max_tokens=2)
-    assert completion == Completion("ab", [0, 1], "length", Usage(0, 2, 0), "worker-1", 0.25)
+    assert completion == Completion("ab", [0, 1], "length", Usage(0, 2, 0), "worker-1", 0.25, "c0ffee")
+
+
+@pytest.mark.parametrize("method", [Client.generate, Client.chat, AsyncClient.generate, AsyncClient.chat])
+def test_stream_may_be_a_bool_variable_for_a_type_checker(method: Any) -> None:
+    assert [overload.__annotations__["stream"] for overload in get_overloads(method)] == [
+        *("Literal[False]", "Literal[True]", "bool")
+    ]
 
 
 def test_token_ids_in_give_token_ids_and_usage_with_cached_tokens(client: Client) -> None:

@@ -115,6 +115,7 @@ def test_the_openai_client_completes_and_streams_the_same_text() -> None:
         assert whole.choices[0].finish_reason == "stop"
         assert whole.usage.prompt_tokens_details.cached_tokens == 16
         assert core.submits[0].sampling.seed == 4
+        assert whole._request_id == whole.id.partition("-")[2] == core.submits[0].req_id.hex()
         chunks = list(api.chat.completions.create(**chat(stream=True, stream_options={"include_usage": True})))
         assert chunks[0].choices[0].delta.role == "assistant"
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == ANSWER

@@ -341,8 +341,10 @@ def test_the_blocking_client_in_a_thread_gets_text_chat_and_models(run) -> None:
             with pytest.raises(errors.BadRequest, match="max_tokens") as caught:
                 client.generate("x", model="demo", max_tokens=0)
             assert caught.value.param == "max_tokens"
-            with pytest.raises(errors.InvalidMessage, match=r"temperature"):
+            with pytest.raises(errors.InvalidMessage, match="temperature") as caught:
                 client.generate("x", model="demo", temperature=-1)
+            assert caught.value.param == "temperature"
+            assert len(client.generate("x", model="demo").request_id) == 32
         with Client(endpoint, BETA_KEY[1], timeout_s=10) as client:
             assert [card.name for card in client.models()] == ["other"]
             with pytest.raises(errors.PermissionDenied):
