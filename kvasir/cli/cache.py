@@ -7,24 +7,16 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from kvasir.cli.admin_client import ask
-from kvasir.cli.output import (
-    bar,
-    count,
-    example,
-    json_option,
-    make_console,
-    make_table,
-    memory,
-    percent,
-    plain,
-    print_json,
-)
+from kvasir.cli.output import Rows, bar, count, example, json_option, make_console, percent, plain, print_json
 from kvasir.cli.tenants import pinned_on
 from kvasir.protocol import admin_messages as am
 
 MAX_PREFIXES = 10
-_NUMBERS = ("blocks", "floor", "cap", "hit rate", "tokens saved", "memory·s", "lost", "took", "own")
-_LEGEND = "memory·s: memory held × seconds; evicted blocks: lost to others, took from others, own for itself"
+PREVIEW_CHARS = 32
+_NUMBERS = ("blocks", "floor", "cap", "hit rate", "saved", "byte·s", "lost", "took", "own")
+_LEGEND = """\
+hit rate: share of the prompt tokens that were found cached; saved: how many those were; byte·s: bytes held × seconds;
+evicted blocks: lost to others, took from others, own for itself"""
 
 
 @click.group()
@@ -47,7 +39,7 @@ def cache_show(as_json: bool) -> None:
     elif not reply.workers:
         click.echo("no workers yet; see `kvasir status`")
     else:
-        legend = Text(_LEGEND, "dim")
+        legend = Text(" ".join(_LEGEND.splitlines()), "dim")
         make_console().print(Group(*[_worker(worker) for worker in reply.workers], legend, Text(), _prefixes(reply)))
 
 
@@ -70,16 +62,16 @@ def _worker(worker: am.CacheWorker) -> RenderableType:
         f"[bold]{plain(worker.id)}[/bold]  {plain(worker.model)}  {count(held)} of {count(worker.num_blocks)} blocks "
         f"held ({worker.block_size} tokens each), {count(worker.num_pinned)} pinned"
     )
-    table = make_table("tenant", "", *_NUMBERS, numbers=_NUMBERS)
+    table = Rows("tenant", "", *_NUMBERS, numbers=_NUMBERS, minor=("", "own", "took", "lost", "byte·s"))
     for tenant in worker.tenants:
         table.add_row(
             plain("(published)" if tenant.tenant == "public" else tenant.tenant),
-            bar(tenant.num_blocks, worker.num_blocks, 12),
+            bar(tenant.num_blocks, worker.num_blocks),
             count(tenant.num_blocks),
             count(tenant.floor) if tenant.floor else "–",
             "–" if tenant.cap is None else count(tenant.cap),
             *_savings(tenant),
-            f"{memory(tenant.byte_s)}·s",
+            count(tenant.byte_s),
             count(tenant.suffered),
             count(tenant.caused),
             count(tenant.evicted_own),
@@ -99,7 +91,7 @@ def _prefixes(reply: am.CacheReply) -> RenderableType:
         (
             prefix.saved_tokens,
             (plain(prefix.name), count(prefix.hits), count(prefix.saved_tokens), pinned_on(prefix)),
-            plain(" ".join(prefix.preview.split())),
+            plain(" ".join(prefix.preview.split())[:PREVIEW_CHARS]),
         )
         for prefix in reply.prefixes
     ]
@@ -113,7 +105,7 @@ def _prefixes(reply: am.CacheReply) -> RenderableType:
     ]
     if not rows:
         return Text("no prefix is published, and nothing was found cached yet", "dim")
-    table = make_table("top prefixes", "hits", "tokens saved", "pinned on", "begins", numbers=("hits", "tokens saved"))
+    table = Rows("top prefixes", "hits", "saved", "pinned on", "begins", numbers=("hits", "saved"), minor=("begins",))
     for _, cells, begins in sorted(rows, key=lambda row: -row[0])[:MAX_PREFIXES]:
         table.add_row(*cells, begins)
     return table

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from kvasir._session import Completion
@@ -21,7 +20,7 @@ from kvasir.cli.admin_client import admin_socket, ask
 from kvasir.cli.chat import choose_model
 from kvasir.cli.demo_keys import obtain_key
 from kvasir.cli.demo_text import PRIVATE_CODE, QUESTIONS, SYSTEM_PROMPT
-from kvasir.cli.output import harmless, make_table, plain
+from kvasir.cli.output import Rows, harmless, plain
 from kvasir.client import Client
 from kvasir.paths import client_endpoint
 from kvasir.protocol.admin_messages import PrefixPublish, PrefixReply
@@ -31,7 +30,7 @@ PREFIX_NAME = "kvasir-demo"
 MAX_TOKENS = 48
 MAX_LINES = 6  # of what it wrote in full
 TIMEOUT_S = 120.0
-SNIPPET_CHARS = 44
+ID_CHARS = 8  # of a request's id: `explain` takes the beginning of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +44,7 @@ class Row:
     prompt_tokens: int
     cached_tokens: int
     ttft_ms: float
+    request_id: str
     text: str
 
     @property
@@ -100,7 +100,8 @@ def run_demo(console: Console, *, model: str | None = None, quiet: bool = False)
         for row in (row for row in (rows[0], rows[3]) if row.text.strip()):
             console.print(f"\nWhat it wrote to {row.tenant} ({row.what}):")
             console.print(Text(excerpt(row.text)), style="dim")
-        console.print(f"\n{plain(reading(rows))}", soft_wrap=True)
+        console.print(f"\n{plain(reading(rows))}")
+        console.print(f"Why each went where it went: kvasir explain {plain(rows[-1].request_id[:ID_CHARS])}")
     return rows
 
 
@@ -148,7 +149,15 @@ def _complete(client: Client, model: str, text: str, max_tokens: int = MAX_TOKEN
 def _row(tenant: str, what: str, expects: str, done: Completion) -> Row:
     usage = done.usage
     return Row(
-        tenant, what, expects, done.worker, usage.prompt_tokens, usage.cached_tokens, 1000 * done.ttft_s, done.text
+        tenant=tenant,
+        what=what,
+        expects=expects,
+        worker=done.worker,
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        ttft_ms=1000 * done.ttft_s,
+        request_id=done.request_id,
+        text=done.text,
     )
 
 
@@ -167,19 +176,18 @@ def _shown(console: Console, run: str) -> Iterator[Callable[[list[Row]], None]]:
         yield lambda rows: live.update(_table(rows), refresh=True)
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[Row]) -> Rows:
     numbers = ("prompt", "cached", "TTFT")
-    table = make_table("tenant", "what", "worker", *numbers, "it wrote", numbers=numbers)
+    table = Rows("tenant", "what", "worker", *numbers, "request", numbers=numbers)
     for row in rows:
         colour = ("green" if row.expects == "warm" else "cyan") if row.is_as_expected else "red"
-        snippet = " ".join(row.text.split())
         table.add_row(
             row.tenant,
             plain(row.what),
             plain(row.worker),
             str(row.prompt_tokens),
             f"[{colour}]{row.cached_tokens}[/{colour}]",
-            f"{row.ttft_ms:.1f} ms",
-            f"[dim]{plain(snippet[:SNIPPET_CHARS])}{'…' if len(snippet) > SNIPPET_CHARS else ''}[/dim]",
+            f"{row.ttft_ms:.0f} ms",
+            plain(row.request_id[:ID_CHARS]),
         )
     return table

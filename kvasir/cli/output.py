@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import click
 import msgspec
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 F = TypeVar("F", bound=Callable[..., Any])
 PIPE_WIDTH = 160  # a pipe has no width; tables should not be folded for a width that nobody has
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Return a console on the current stdout or stderr; colours only on a terminal and without NO_COLOR."""
+    """Return a console on the current stdout or stderr; colours only on a terminal and without NO_COLOR.
+
+    Its width is the terminal's; $COLUMNS comes before that, also in a pipe.
+    """
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else PIPE_WIDTH
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     return Console(file=stream, width=width, highlight=False, soft_wrap=False)
 
 
@@ -50,12 +56,66 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
 
 
-def make_table(*columns: str, numbers: Sequence[str] = ()) -> Table:
-    """Return an empty table; the columns named in `numbers` are aligned to the right."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
-    return table
+class Rows:
+    """A table that fits where it is printed, with nothing cut off.
+
+    Where it is too wide, the columns in `minor` are left out and named below, the first in `minor` first. Where that is
+    not enough, each row becomes a record: `column value` pairs on as many lines as they need.
+    """
+
+    def __init__(self, *columns: str, numbers: Sequence[str] = (), minor: Sequence[str] = ()) -> None:
+        self._columns = columns
+        self._numbers = numbers  # aligned to the right
+        self._minor = minor
+        self._rows: list[list[Text]] = []
+
+    def add_row(self, *cells: str, style: str = "") -> None:
+        """Add a row of cells in rich's markup."""
+        self._rows.append([Text.from_markup(cell, style=style) for cell in cells])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        widths = {
+            name: max(cell_len(name), *[row[index].cell_len for row in self._rows], 0)
+            for index, name in enumerate(self._columns)
+        }
+        left_out: list[str] = []
+        while sum(widths.values()) + 2 * (len(widths) - 1) > options.max_width:
+            if len(left_out) == len(self._minor):
+                yield from self._records(options.max_width)
+                return
+            left_out.append(self._minor[len(left_out)])
+            del widths[left_out[-1]]
+        table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(widths))
+        for name in widths:
+            table.add_column(name, justify="right" if name in self._numbers else "left", no_wrap=True)
+        for row in self._rows:
+            table.add_row(*[cell for name, cell in zip(self._columns, row, strict=True) if name in widths])
+        yield table
+        named = ", ".join(filter(None, left_out))
+        if named:
+            yield Text(f"in a wider terminal, or with --json: {named}", "dim")
+
+    def _records(self, width: int) -> RenderResult:
+        for first, *others in self._rows:
+            yield first
+            line = Text("  ")
+            for name, cell in zip(self._columns[1:], others, strict=True):
+                pair = Text.assemble((f"{name} " if name else "", "dim"), cell, "   ")
+                if line.cell_len + len(pair.plain.rstrip()) > width and line.plain.strip():
+                    yield line
+                    line = Text("  ")
+                line.append_text(pair)
+            yield line
+
+
+def facts(pairs: Iterable[tuple[str, str]], style: str = "") -> Table:
+    """Return lines of a name and what it is, folded where that is long."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold", style=style)
+    for name, value in pairs:
+        grid.add_row(name, plain(value))
+    return grid
 
 
 def plain(text: object) -> str:
@@ -87,14 +147,6 @@ def count(number: float) -> str:
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"
-
-
-def memory(num_bytes: float) -> str:
-    """Return a number of bytes in its largest fitting unit: "950 B", "1.2 GiB"."""
-    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes:.0f} B"
 
 
 def percent(part: float, whole: float) -> str:

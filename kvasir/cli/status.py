@@ -8,15 +8,27 @@ from typing import Any
 import click
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from kvasir.cli.admin_client import ask
-from kvasir.cli.output import bar, count, duration, example, json_option, make_console, make_table, percent, plain
+from kvasir.cli.output import Rows, bar, count, duration, example, facts, json_option, make_console, percent, plain
 from kvasir.cli.output import print_json as print_as_json
 from kvasir.cli.tenants import tenant_table
 from kvasir.protocol import admin_messages as am
 
+_TERMS = {  # of the router's decisions: (column, what it is)
+    "cost_s": (
+        "cost",
+        "What sending it there costs; the least wins: wait + (2 + behind) × miss, and a part of heat where no worker "
+        "has half of the prompt cached.",
+    ),
+    "wait_s": ("wait", "Seconds that the worker is busy with other requests before it has read this prompt."),
+    "miss_s": ("miss", "Seconds to compute the prompt tokens that are not cached there."),
+    "num_cached_tokens": ("cached", "Prompt tokens cached there, or about to be by requests sent before."),
+    "num_behind": ("behind", "Requests waiting there that this one, being shorter, would overtake."),
+    "heat_s": ("heat", "Seconds of prefill that the worker was given lately; they fade within half a minute."),
+    "num_running": ("running", "Requests running there; the fewest decide between costs within a millisecond."),
+}
 _STATE_COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "lost": "red"}
 
 
@@ -58,7 +70,11 @@ def models(as_json: bool) -> None:
 @json_option
 @example("kvasir explain chatcmpl-5f0c6d1e9a7b4c3d")
 def explain(request: str, as_json: bool) -> None:
-    """Show why a recent REQUEST (its id) went to the worker it went to: every worker's terms, in seconds."""
+    """Show why a recent REQUEST went to the worker it went to, and what every worker would have cost, in seconds.
+
+    REQUEST is the id of an HTTP answer or its x-request-id, `request_id` in the SDK, or what chat and demo print: the
+    beginning of an id is enough.
+    """
     reply = ask(am.ExplainQuery(request=request), am.ExplainReply)
     if as_json:
         print_as_json(reply)
@@ -68,14 +84,21 @@ def explain(request: str, as_json: bool) -> None:
         worker, num_tokens = plain(decision["worker_id"]), decision["num_tokens"]
         console.print(f"attempt {number}: {num_tokens} tokens to [bold]{worker}[/bold], the cheapest of:")
         console.print(_terms_table(decision))
+    console.print(facts(_TERMS.values(), "dim"))
 
 
 def render_status(reply: am.StatusReply) -> RenderableType:
     """Return the whole status as something to print."""
     state = "[yellow]draining[/yellow]" if reply.draining else "up"
-    where = "  ".join(f"{plain(kind)} {plain(address)}" for kind, address in reply.endpoints.items())
-    head = Text.from_markup(f"Kvasir {plain(reply.version)}  {state} for {duration(reply.uptime_s)}  {where}")
-    parts: list[RenderableType] = [head, "", _worker_table(reply.workers), "", _model_table(reply.models)]
+    head = Text.from_markup(f"Kvasir {plain(reply.version)}  {state} for {duration(reply.uptime_s)}")
+    parts: list[RenderableType] = [
+        head,
+        facts(reply.endpoints.items()),
+        "",
+        _worker_table(reply.workers),
+        "",
+        _model_table(reply.models),
+    ]
     if reply.tenants:
         parts += ["", tenant_table(reply.tenants, is_live=True)]
     return Group(*parts)
@@ -84,9 +107,9 @@ def render_status(reply: am.StatusReply) -> RenderableType:
 def _worker_table(workers: list[am.WorkerInfo]) -> RenderableType:
     if not workers:
         return "no workers have joined yet"
-    numbers = ("running", "waiting", "hit rate", "prefill/s", "decode/s", "restarts")
-    columns = ("worker", "model", "state", "device", "running", "waiting", "blocks in use", "cached", *numbers[2:])
-    table = make_table(*columns, numbers=numbers)
+    numbers = ("running", "waiting", "cached", "hit rate", "prefill/s", "decode/s", "restarts")
+    columns = ("worker", "model", "state", "device", "running", "waiting", "blocks in use", *numbers[2:])
+    table = Rows(*columns, numbers=numbers, minor=("device", "model", "cached", "prefill/s", "decode/s"))
     for info in workers:
         colour = _STATE_COLOURS.get(info.state, "white")
         used = info.num_blocks - info.num_free_blocks
@@ -97,8 +120,8 @@ def _worker_table(workers: list[am.WorkerInfo]) -> RenderableType:
             plain(info.device),
             f"{info.num_running}/{info.max_requests}",
             str(info.num_waiting),
-            f"{bar(used, info.num_blocks)} {count(used)}/{count(info.num_blocks)}",
-            f"{bar(info.num_cached_blocks, info.num_blocks)} {count(info.num_cached_blocks)}",
+            f"{bar(used, info.num_blocks, 4)} {count(used)}/{count(info.num_blocks)}",
+            count(info.num_cached_blocks),
             percent(info.cached_tokens, info.prompt_tokens),
             count(info.prefill_rate),
             count(info.decode_rate),
@@ -107,21 +130,22 @@ def _worker_table(workers: list[am.WorkerInfo]) -> RenderableType:
     return table
 
 
-def _model_table(models: list[am.ModelStatus]) -> Table:
+def _model_table(models: list[am.ModelStatus]) -> Rows:
     numbers = ("context", "workers", "waiting")
-    table = make_table("model", "dtype", *numbers, "fingerprint", numbers=numbers)
+    table = Rows("model", "dtype", *numbers, "fingerprint", numbers=numbers, minor=("fingerprint", "dtype"))
     for info in models:
         counts = (str(info.max_context), str(info.num_workers), str(info.num_waiting))
         table.add_row(plain(info.name), plain(info.dtype), *counts, plain(info.fingerprint[:16]))
     return table
 
 
-def _terms_table(decision: dict[str, Any]) -> Table:
+def _terms_table(decision: dict[str, Any]) -> Rows:
     terms = decision["terms"]
     names = [name for name in (terms[0] if terms else {}) if name != "worker_id"]
-    table = make_table("worker", *names, numbers=names)
+    columns = [_TERMS[name][0] if name in _TERMS else name for name in names]
+    table = Rows("worker", *columns, numbers=columns)
     for row in terms:
-        chosen = "bold" if row["worker_id"] == decision["worker_id"] else None
+        chosen = "bold" if row["worker_id"] == decision["worker_id"] else ""
         values = [f"{row[name]:.4f}" if isinstance(row[name], float) else str(row[name]) for name in names]
         table.add_row(plain(row["worker_id"]), *values, style=chosen)
     return table

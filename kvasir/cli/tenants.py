@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import click
-from rich.table import Table
 
 from kvasir.cli.admin_client import ask
-from kvasir.cli.output import age, count, example, json_option, make_console, make_table, percent, plain, print_json
+from kvasir.cli.output import Rows, age, count, example, facts, json_option, make_console, percent, plain, print_json
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import CacheHint
@@ -52,23 +51,22 @@ def tenant_list(as_json: bool) -> None:
         make_console().print(tenant_table(reply.tenants))
 
 
-def tenant_table(tenants: list[am.TenantInfo], *, is_live: bool = False) -> Table:
+def tenant_table(tenants: list[am.TenantInfo], *, is_live: bool = False) -> Rows:
     """Return tenants and their usage as a table, with their settings or (`is_live`) with what they have under way."""
-    special = ("running", "waiting") if is_live else ("floor", "cap", "hint")
-    numbers = ("keys", *special[:2], "requests", "prompt", "cached", "output")
-    columns = ("tenant", "status", "sharing", "models", "keys", *special, "requests", "prompt", "cached", "output")
-    table = make_table(*columns, numbers=numbers)
+    special = ("running", "waiting") if is_live else ("sharing", "models", "keys", "floor", "cap", "hint")
+    usage_columns = ("requests", "prompt", "hit rate", "output")
+    numbers = ("running", "waiting", "keys", "floor", "cap", *usage_columns)
+    minor = ("requests",) if is_live else ("keys", "models", "hint", "requests", "output")
+    table = Rows("tenant", "status", *special, *usage_columns, numbers=numbers, minor=minor)
     for info in tenants:
         usage = info.usage
+        models = "all" if info.allowed_models is None else plain(", ".join(info.allowed_models))
+        settings = (str(info.num_keys), info.kv_floor or "–", info.kv_cap or "–", info.cache_hint or "–")
         under_way = (str(usage.num_running), str(usage.num_waiting))
-        settings = (info.kv_floor or "–", info.kv_cap or "–", info.cache_hint or "–")
         table.add_row(
             plain(info.name),
             info.status if info.status == "active" else f"[red]{info.status}[/red]",
-            plain(info.sharing),
-            "all" if info.allowed_models is None else plain(", ".join(info.allowed_models)),
-            str(info.num_keys),
-            *(under_way if is_live else settings),
+            *(under_way if is_live else (plain(info.sharing), models, *settings)),
             count(usage.num_requests),
             count(usage.prompt_tokens),
             percent(usage.cached_tokens, usage.prompt_tokens),
@@ -88,9 +86,7 @@ def tenant_show(name: str, as_json: bool) -> None:
         print_json(reply)
         return
     info, usage = reply.tenant, reply.tenant.usage
-    table = make_table("", "")
-    table.show_header = False
-    for label, value in (
+    lines = (
         ("tenant", info.name),
         ("id", info.id),
         ("status", info.status),
@@ -102,9 +98,8 @@ def tenant_show(name: str, as_json: bool) -> None:
         ("requests", f"{usage.num_requests} ({usage.num_running} running, {usage.num_waiting} waiting)"),
         ("prompt tokens", f"{usage.prompt_tokens}, {percent(usage.cached_tokens, usage.prompt_tokens)} cached"),
         ("output tokens", str(usage.output_tokens)),
-    ):
-        table.add_row(f"[dim]{label}[/dim]", plain(value))
-    make_console().print(table)
+    )
+    make_console().print(facts(lines))
     click.echo()
     _print_keys(reply.keys)
 
@@ -242,7 +237,7 @@ def prefix_list(as_json: bool) -> None:
     elif not reply.prefixes:
         click.echo("nothing is published; publish a text with: kvasir prefix publish NAME --file FILE")
     else:
-        table = make_table("prefix", "tenants", "chars", "shared tokens", "pinned on", "published", numbers=("chars",))
+        table = Rows("prefix", "tenants", "chars", "shared tokens", "pinned on", "published", numbers=("chars",))
         for info in reply.prefixes:
             names = "all" if info.tenants is None else ", ".join(info.tenants)
             tokens, when = _tokens(info), f"{age(info.created_at)} ago"
@@ -295,7 +290,7 @@ def _print_keys(keys: list[am.KeyInfo]) -> None:
     if not keys:
         click.echo("no keys yet; make one with: kvasir key create TENANT")
         return
-    table = make_table("key id", "tenant", "label", "state", "created")
+    table = Rows("key id", "tenant", "label", "state", "created")
     for info in keys:
         state = "active" if info.revoked_at is None else "[red]revoked[/red]"
         table.add_row(plain(info.id), plain(info.tenant), plain(info.label), state, f"{age(info.created_at)} ago")

@@ -69,7 +69,7 @@ def test_memory_held_is_told_in_the_bytes_of_the_pool(box: Box) -> None:
     tenant = next(tenant for tenant in pool["tenants"] if tenant["block_s"] > 0)
     pool_bytes = tenant["byte_s"] / tenant["block_s"] * pool["num_blocks"]
     assert 0.99 < pool_bytes / (8 << 20) <= 1.0, "--kv-memory 8M, in whole blocks"
-    assert "iB·s" in box.kvasir("cache", "show").stdout
+    assert "byte·s" in box.kvasir("cache", "show").stdout
 
 
 def test_floors_that_do_not_fit_together_are_refused(box: Box) -> None:

@@ -18,12 +18,13 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from rich.cells import cell_len
 from rich.console import Console
 
 from kvasir.cli import demo_keys, up
 from kvasir.cli.chat import Chat, choose_model
 from kvasir.cli.main import cli, run
-from kvasir.cli.output import age, bar, count, duration, harmless, memory, percent, plain
+from kvasir.cli.output import Rows, age, bar, count, duration, harmless, percent, plain
 from kvasir.protocol.client_messages import ModelCard, Usage
 from kvasir.protocol.errors import AuthenticationFailed, BadRequest, ConfigurationError, PromptTooLong
 from tests.box import open_box
@@ -150,9 +151,46 @@ def test_tables_name_what_is_there_and_never_a_secret(office: Office, home: Path
     out, _ = kvasir(capsys, "status")
     assert "demo-0" in out and "ready" in out and "60/100" in out and "http://127.0.0.1:8000/v1" in out
     out, _ = kvasir(capsys, "explain", "known")
-    assert "7 tokens to demo-1" in out and "wait_s" in out and "0.2500" in out
+    assert (
+        "7 tokens to demo-1" in out and "0.2500" in out and "wait" in out and "Seconds that the worker is busy" in out
+    )
     assert "demo" in kvasir(capsys, "models")[0]
     assert kvasir_json(capsys, "models")["models"][0]["max_context"] == 2048
+
+
+LONG = "a-tenant-with-a-name-of-sixty-characters-in-all-which-is-fine"
+TABLES = ["tenant list", f"tenant show {LONG}", "key list", "prefix list", "status", "models", "cache show"]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_no_header_and_no_cell_is_cut_off_at_any_width(
+    office: Office, home: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    (home / "text").write_text("published " * 20)
+    kvasir(capsys, "tenant", "create", LONG, "--group", "acme")
+    kvasir(capsys, "tenant", "set", LONG, "--kv-floor", "20%", "--kv-cap", "12345", "--cache-hint", "one_shot")
+    kvasir(capsys, "key", "create", LONG, "--label", "the nightly job")
+    kvasir(capsys, "prefix", "publish", "a-prefix", "--file", str(home / "text"), "--tenant", LONG)
+    for command in (*TABLES, "explain known"):
+        out, _ = kvasir(capsys, *command.split())
+        assert "…" not in out, command
+        assert max(map(cell_len, out.splitlines())) <= columns, command
+        assert command not in TABLES[:4] or LONG in "".join(out.split()), "folded at most"
+
+
+def test_a_table_leaves_out_minor_columns_and_then_becomes_records() -> None:
+    table = Rows("name", "size", "note", numbers=("size",), minor=("note",))
+    table.add_row("a", "1", "[red]of no great weight[/red]")
+
+    def shown(width: int) -> list[str]:
+        console = Console(file=io.StringIO(), width=width)
+        console.print(table)
+        return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+    assert shown(40) == ["name  size  note", "a        1  of no great weight"]
+    assert " ".join(shown(29)).startswith("name  size a        1 in a wider terminal") and "note" in shown(29)[-1]
+    assert shown(9) == ["a", "  size 1", "  note of", "no great", "weight"]
 
 
 def test_json_of_status_keeps_its_fields(office: Office, capsys: Any) -> None:
@@ -370,7 +408,9 @@ class SmallModel:
         hit = (scope, text) in self.cached
         self.cached.add((scope, text))
         usage = Usage(size, 2, size if hit else 0)
-        return SimpleNamespace(usage=usage, worker="demo-0", ttft_s=0.002 if hit else 0.05, text="return \x1b 1")
+        return SimpleNamespace(
+            usage=usage, worker="demo-0", ttft_s=0.002 if hit else 0.05, text="return \x1b 1", request_id="c0ffee0123"
+        )
 
 
 def test_the_demonstration_shows_the_same_at_every_run(
@@ -382,6 +422,7 @@ def test_the_demonstration_shows_the_same_at_every_run(
         assert [row["cached_tokens"] > 0 for row in rows] == [False, True, True, False, False, True]
         assert [row["tenant"] for row in rows] == ["demo", "demo", "demo-b", "demo", "demo-b", "demo"]
     out, _ = kvasir(capsys, "demo")
+    assert "kvasir explain c0ffee01" in out and "c0ffee01\n" in out
     assert "published, first contact" in out and "and 0 of demo's private text" in out and "\x1b" not in out
     [prefix] = kvasir_json(capsys, "prefix", "list")["prefixes"]
     assert prefix["name"] == "kvasir-demo"
@@ -505,9 +546,6 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_numbers_are_shown_short() -> None:
     assert [count(n) for n in (0, 950, 12_345, 4_500_000)] == ["0", "950", "12.3k", "4.5M"]
-    assert [memory(n) for n in (0, 1023, 1 << 10, 1.2 * (1 << 30), 1 << 45)] == [
-        *("0 B", "1023 B", "1.0 KiB", "1.2 GiB", "32.0 TiB")
-    ]
     assert [duration(s) for s in (-1, 59, 61, 7200, 90_000)] == ["0 s", "59 s", "1 min", "2 h", "1 d"]
     assert age(100.0, 160.0) == "1 min"
     assert percent(1, 0) == "–" and percent(1, 4) == "25 %"
