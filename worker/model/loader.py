@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SAMPLE_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 
@@ -53,8 +54,9 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies and what its header says."""
+    """Where a tensor lies, under which name, and what its header says."""
 
+    name: str
     shard: Path
     dtype: str
     shape: tuple[int, ...]
@@ -85,14 +87,14 @@ def load_model(
     stored = read_headers(folder)
     with ExitStack() as stack:
         reader = _Reader(folder, config, stored, stack, device, resolved)
-        reader.check()
+        config = reader.check()
         layers = []
         for i in range(config.num_layers):
             layers.append(reader.layer(i))
             if on_progress is not None:
                 on_progress(i + 1, config.num_layers)
-        embedding = reader.read("model.embed_tokens.weight")
-        lm_head = embedding if config.tie_word_embeddings else reader.read("lm_head.weight")
+        embedding = reader.read(_EMBEDDING)
+        lm_head = embedding if config.tie_word_embeddings else reader.read(_LM_HEAD)
         lm_head = lm_head.t() if _shares_head(config, device) else lm_head.t().contiguous()
         weights = Weights(embedding, layers, reader.read("model.norm.weight"), lm_head)
     if make_attention is not None:
@@ -164,7 +166,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard in _shards(folder):
         for name, entry in _shard_header(shard)[1].items():
-            tensors[name] = StoredTensor(shard, entry["dtype"], tuple(entry["shape"]))
+            tensors[name] = StoredTensor(name, shard, entry["dtype"], tuple(entry["shape"]))
     return tensors
 
 
@@ -173,11 +175,11 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        _EMBEDDING: (config.vocab_size, hidden),
         "model.norm.weight": (hidden,),
     }
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+        shapes[_LM_HEAD] = (config.vocab_size, hidden)
     linears = {
         "self_attn.q_proj": (q_rows, hidden, config.qkv_bias),
         "self_attn.k_proj": (kv_rows, hidden, config.qkv_bias),
@@ -314,8 +316,15 @@ class _Reader:
         self._stack, self._device, self._dtype = stack, device, dtype
         self._open: dict[Path, Any] = {}
 
-    def check(self) -> None:
-        """Compare all names, shapes and dtypes with what the configuration asks for."""
+    def check(self) -> ModelConfig:
+        """Compare all names, shapes and dtypes with what the configuration asks for; return it as the weights have it.
+
+        As in transformers, a tied model may store either matrix; where it stores two that differ, it is not tied.
+        """
+        if self._config.tie_word_embeddings and _LM_HEAD in self._stored:
+            self._stored.setdefault(_EMBEDDING, self._stored[_LM_HEAD])
+            is_tied = torch.equal(self._stored_tensor(_EMBEDDING), self._stored_tensor(_LM_HEAD))
+            self._config = replace(self._config, tie_word_embeddings=is_tied)
         for name, shape in expected_shapes(self._config).items():
             stored = self._stored.get(name)
             if stored is None:
@@ -329,6 +338,7 @@ class _Reader:
                 raise ModelError(
                     f"{self._folder}: tensor {name} has dtype {stored.dtype}; use an unquantised checkpoint."
                 )
+        return self._config
 
     def layer(self, i: int) -> LayerWeights:
         config, prefix = self._config, f"model.layers.{i}."
@@ -362,11 +372,15 @@ class _Reader:
         )
 
     def read(self, name: str) -> Tensor:
-        shard = self._stored[name].shard
+        return self._stored_tensor(name).to(device=self._device, dtype=self._dtype, copy=True)
+
+    def _stored_tensor(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        shard = stored.shard
         try:
             if shard not in self._open:
                 self._open[shard] = self._stack.enter_context(safe_open(shard, framework="pt", device="cpu"))
-            tensor: Tensor = self._open[shard].get_tensor(name)
+            tensor: Tensor = self._open[shard].get_tensor(stored.name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{shard} cannot be read ({error}); download it again.") from None
-        return tensor.to(device=self._device, dtype=self._dtype, copy=True)
+        return tensor

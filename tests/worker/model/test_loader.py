@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from kvasir.protocol.errors import ModelError
@@ -98,6 +99,11 @@ def _truncate(path: Path, size: int) -> None:
         file.truncate(size)
 
 
+def _end_with(folder: Path, eos_token_id: object) -> None:
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    change_config(folder, eos_token_id=eos_token_id)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
@@ -112,6 +118,33 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "RoPE type 'longrope' is not supported; supported are default, linear, llama3, yarn",
     ),
     "quantised": (lambda f: change_config(f, quantization_config={"quant_method": "awq"}), r"quantised \(awq\)"),
+    "quantised, in a word": (lambda f: change_config(f, quantization_config="awq"), r"quantised \(awq\)"),
+    "rope in a word": (lambda f: change_config(f, rope_scaling="yarn"), "rope_scaling must be an object, not 'yarn'"),
+    "rope with an unknown key": (
+        lambda f: change_config(f, rope_scaling={"rope_type": "linear", "factor": 2.0, "mrope_section": [8, 8]}),
+        "mrope_section in rope_scaling is not supported",
+    ),
+    "rope factor in words": (
+        lambda f: change_config(f, rope_scaling={"rope_type": "yarn", "factor": 2.0, "mscale": "big"}),
+        "mscale must be a number",
+    ),
+    "rope factor 0": (
+        lambda f: change_config(f, rope_scaling={"rope_type": "linear", "factor": 0}),
+        "factor must be more than 0",
+    ),
+    "odd end of sequence": (lambda f: _end_with(f, "</s>"), "eos_token_id must be a token id or a list"),
+    "odd ends of sequence": (lambda f: _end_with(f, [1, None]), "eos_token_id must be a token id or a list"),
+    "a key of another family": (lambda f: change_config(f, mlp_bias=True), "mlp_bias is not known .* qwen2"),
+    "unknown keys": (
+        lambda f: change_config(f, dual_chunk_attention_config={"chunk_size": 8}, logits_scaling=8.0),
+        "dual_chunk_attention_config, logits_scaling is not known",
+    ),
+    "not causal": (lambda f: change_config(f, is_causal=False), "computes causal attention only"),
+    "layer types in words": (
+        lambda f: change_config(f, use_sliding_window=True, sliding_window=9, layer_types="full_attention"),
+        "layer_types must name 3 layers",
+    ),
+    "infinite counts": (lambda f: change_config(f, num_hidden_layers=float("inf")), "must be a number"),
     "another activation": (lambda f: change_config(f, hidden_act="gelu"), "hidden_act 'gelu'"),
     "odd counts": (lambda f: change_config(f, num_hidden_layers=-1), "num_hidden_layers must be a positive"),
     "words for numbers": (lambda f: change_config(f, hidden_size="big"), "hidden_size must be a number"),
@@ -160,6 +193,30 @@ def test_broken_folders_are_refused_in_one_clear_sentence(folder: Path, case: st
     with pytest.raises(ModelError, match=message) as caught:
         load_model(folder)
     assert "\n" not in caught.value.message
+
+
+def test_keys_without_effect_and_keys_that_say_nothing_are_passed_over(folder: Path) -> None:
+    before = read_config(folder)
+    change_config(folder, pretraining_tp=2, temperature=0.7, _attn_implementation="eager", use_mrope=False, bands=None)
+    assert read_config(folder) == before
+
+
+@pytest.mark.parametrize("stored", ["both alike", "both, different", "only lm_head"])
+def test_a_tied_model_with_a_stored_head_is_what_transformers_makes_of_it(tmp_path: Path, stored: str) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        embedding = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = embedding.roll(3, 0) if stored == "both, different" else embedding.clone()
+        if stored == "only lm_head":
+            del tensors["model.embed_tokens.weight"]
+
+    folder = save_reference(make_reference("qwen2", tie_word_embeddings=True), tmp_path)
+    change_tensors(folder, change)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        expected = reference(torch.arange(2, 12)[None]).logits[0, -1]
+    loaded = load_model(folder)
+    assert (logits(loaded.model)[0] - expected).abs().max() < 1e-4
+    assert loaded.config.tie_word_embeddings == (stored != "both, different")
 
 
 def test_a_path_that_is_no_folder_and_an_unknown_dtype_are_refused(folder: Path) -> None:

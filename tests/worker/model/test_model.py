@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -182,3 +183,29 @@ def test_old_rope_keys_mean_what_the_new_ones_mean(tmp_path: Path) -> None:
     base = transformers.Qwen2Config().to_dict() | {"architectures": ["Qwen2ForCausalLM"], "rope_parameters": None}
     assert parse_config(base | old) == parse_config(base | new)
     assert parse_config(base | old).max_position == 4 * 32768
+
+
+def test_rope_scaling_beside_rope_parameters_stands_in_their_place(tmp_path: Path) -> None:
+    both = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    }
+    assert_read_as_transformers_does(tmp_path, "qwen3", both)
+
+
+def test_mistral_with_layer_types_alternates_as_ministral_does(tmp_path: Path) -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    assert_read_as_transformers_does(tmp_path, "mistral-window", {"layer_types": kinds})
+
+
+def assert_read_as_transformers_does(folder: Path, variant: str, changes: dict[str, object]) -> None:
+    """Compare logits of a folder whose config.json was edited by hand with those of transformers' `AutoModel`."""
+    save_reference(make_reference(variant), folder)
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(raw))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    tokens, logits = reference_greedy(reference, PROMPT, 16)
+    model = load_model(folder).model
+    sequence = make_sequence()
+    greedy(model, make_store(model), [sequence], 16)
+    assert_equals_oracle(sequence, Oracle(folder, tokens, logits))
