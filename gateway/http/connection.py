@@ -18,7 +18,7 @@ import trio
 from kvasir.gateway.http.parser import HttpRequest, MessageLimits, RequestParser
 from kvasir.gateway.log import log
 
-READ_BYTES = 64 << 10
+READ_BYTES = 16 << 10  # bounds what pipelined requests come to before they are answered
 STATUS_LINE = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 
@@ -26,6 +26,7 @@ STATUS_LINE = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".enco
 class HttpLimits(MessageLimits):
     """Bounds of what strangers can make the server hold, and for how long (seconds).
 
+    `max_connections`: beyond it a new one takes the place of the longest idle one, or is turned away if none is idle.
     `max_total_body_bytes`: of all bodies that are held at one time.
     """
 
@@ -153,8 +154,10 @@ class Connection:
         self._num_held = 0  # bytes of bodies
 
     @property
-    def is_idle(self) -> bool:
-        return self._parser.phase == "idle" and not self._answering
+    def idle_since(self) -> float | None:
+        """When the client came in or got its last answer; None if it is in the midst of something, or being ended."""
+        is_busy = self._answering or self._lingering or self.scope.cancel_called
+        return self._since if self._parser.phase == "idle" and not is_busy else None
 
     def is_late(self, now: float) -> bool:
         """Return whether the client has been too slow in whatever it is to do now."""
@@ -193,7 +196,7 @@ class Connection:
                 await self._serve()
             except trio.BrokenResourceError:
                 pass
-        self._hold(0)
+        self._let_go()
 
     async def send(self, data: bytes) -> None:
         """Write `data`, without a checkpoint if the client takes it at once."""
@@ -233,6 +236,7 @@ class Connection:
                 await self._answer(request)
                 if not request.keep_alive or self._server.draining:
                     return
+                del request  # and its body, which would stay until the next one comes
                 if parser.requests:
                     await trio.lowlevel.checkpoint()  # pipelined ones let others go first
             if parser.refusal is not None:
@@ -247,11 +251,13 @@ class Connection:
             parser.feed(data)
             if parser.phase != phase:
                 self._since = trio.current_time()
-            if parser.num_body_bytes or self._num_held or len(data) == READ_BYTES:
-                self._hold(parser.num_body_bytes + sum(len(request.body) for request in parser.requests))
+            if self._num_held or len(data) == READ_BYTES or parser.phase == "body":
+                self._hold(parser.num_held_bytes)
                 if self._server.statistics.num_body_bytes > self._limits.max_total_body_bytes:
                     await self._refuse(503, "too many large requests are being read; try again in a moment")
                     return
+            if len(data) == READ_BYTES:
+                await trio.lowlevel.checkpoint()  # one that sends without a pause lets others go first
 
     async def _receive(self) -> bytes:
         """Return what the client has sent, waiting for some; nothing at its end."""
@@ -298,16 +304,16 @@ class Connection:
         self._answering = False
         self._since = trio.current_time()
         if self._num_held:
-            self._hold(self._parser.num_body_bytes + sum(len(other.body) for other in self._parser.requests))
+            self._hold(self._parser.num_held_bytes)
 
     async def _refuse(self, status: int, reason: str) -> None:
         """Answer what is no request, then wait for the client's end: closing now could destroy the answer."""
+        self._let_go()
         self._server.statistics.num_malformed += 1
         response = _error(status, "server_error" if status >= 500 else "invalid_request_error", "bad_http", reason)
         nothing = HttpRequest("", "", {}, b"", keep_alive=False)
         length = b"content-length: %d\r\n" % len(response.body)
         await self.send(self.head(nothing, status, response.content_type, (), length) + response.body)
-        self._hold(0)
         self._lingering, self._since = True, trio.current_time()
         try:
             self._socket.shutdown(socket.SHUT_WR)
@@ -323,6 +329,10 @@ class Connection:
             return 0
         except OSError as error:
             raise trio.BrokenResourceError(f"the client is gone: {error}") from None
+
+    def _let_go(self) -> None:
+        self._parser.close()
+        self._hold(0)
 
     def _hold(self, num_bytes: int) -> None:
         self._server.statistics.num_body_bytes += num_bytes - self._num_held

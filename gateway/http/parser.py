@@ -13,6 +13,8 @@ from typing import Literal
 import httptools
 
 Phase = Literal["idle", "headers", "body"]
+REQUEST_BYTES = 1 << 10  # about what a request takes besides its body: pipelined ones can be many
+_CLOSED = httptools.HttpRequestParser(object())
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +53,14 @@ class Refusal:
 class RequestParser:
     """Feed it bytes; take `requests` from the left. Once `refusal` is set it must not be fed any more.
 
-    `phase` is that of the request which is still incomplete. `num_body_bytes` is what it holds of that one's body.
+    `phase` is that of the request which is still incomplete. Call `close` at the end: the C parser and its callbacks
+    refer to each other, so that without it everything would stay until the garbage collector comes.
     """
 
     def __init__(self, limits: MessageLimits) -> None:
         self.requests: deque[HttpRequest] = deque()
         self.refusal: Refusal | None = None
         self.phase: Phase = "idle"
-        self.num_body_bytes = 0
         self._limits = limits
         self._parser = httptools.HttpRequestParser(self)
         self._wants_continue = False
@@ -68,15 +70,17 @@ class RequestParser:
         """Parse `data`; sets `refusal` when it is malformed or out of bounds."""
         if self.phase == "idle":
             self.phase = "headers"
-        self._num_fed += len(data)
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:  # a wish that we may ignore; the parser would not go on
-            self.requests[-1].keep_alive = False
-        except httptools.HttpParserError as error:
-            if self.refusal is None:
-                self.refusal = Refusal(400, f"malformed HTTP: {error}")
-            return
+        while True:
+            self._num_fed += len(data)
+            try:
+                self._parser.feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as stopped:
+                data = self._head_without_upgrade() + data[stopped.args[0] :]
+            except httptools.HttpParserError as error:
+                if self.refusal is None:
+                    self.refusal = Refusal(400, f"malformed HTTP: {error}")
+                return
         limits = self._limits
         if self.phase == "headers" and self._num_fed > limits.max_header_bytes:
             self.refusal = Refusal(431, f"the request's headers exceed {limits.max_header_bytes} bytes")
@@ -86,7 +90,18 @@ class RequestParser:
     def take_continue(self) -> bool:
         """Return, once, whether the client waits for `100 Continue` before it sends the body."""
         wants, self._wants_continue = self._wants_continue, False
-        return wants and self.phase == "body" and not self.num_body_bytes
+        return wants and self.phase == "body" and not self._body
+
+    @property
+    def num_held_bytes(self) -> int:
+        """Bytes of all bodies that are here, and what the requests that wait take besides."""
+        return len(self._body) + sum(len(request.body) + REQUEST_BYTES for request in self.requests)
+
+    def close(self) -> None:
+        """Let go of everything. Idempotent; `feed` must not be called any more."""
+        self.requests.clear()
+        self._clear()
+        self._parser = _CLOSED
 
     def _clear(self) -> None:
         self._url = b""
@@ -94,8 +109,7 @@ class RequestParser:
         self._num_headers = 0
         self._num_header_bytes = 0
         self._num_fed = 0
-        self._body: list[bytes] = []
-        self.num_body_bytes = 0
+        self._body = bytearray()  # not a list: thousands of tiny chunks would take twenty times their length
 
     def _refuse(self, status: int, reason: str) -> None:
         self.refusal = Refusal(status, reason)
@@ -143,18 +157,19 @@ class RequestParser:
         self.phase = "body"
 
     def on_body(self, body: bytes) -> None:
-        self.num_body_bytes += len(body)
-        if self.num_body_bytes > self._limits.max_body_bytes:
+        if len(self._body) + len(body) > self._limits.max_body_bytes:
             self._refuse(413, f"the body exceeds the bound of {self._limits.max_body_bytes} bytes")
-        self._body.append(body)
+        self._body += body
 
     def on_message_complete(self) -> None:
-        parser, body = self._parser, self._body
+        parser = self._parser
+        if parser.should_upgrade() and "upgrade" in self._headers:
+            return  # the parser has left the body out and stops; `feed` begins anew
         request = HttpRequest(
             parser.get_method().decode("ascii"),
             self._path(),
             self._headers,
-            body[0] if len(body) == 1 else b"".join(body),
+            bytes(self._body),
             parser.should_keep_alive(),
             parser.get_http_version() == "1.0",
         )
@@ -168,6 +183,16 @@ class RequestParser:
         self._num_header_bytes += num_bytes
         if self._num_header_bytes > self._limits.max_header_bytes:
             self._refuse(431, f"the request's headers exceed {self._limits.max_header_bytes} bytes")
+
+    def _head_without_upgrade(self) -> bytes:
+        """Return the present request's head as it would be had the client not asked for another protocol, and begin
+        anew: a server may ignore the wish (RFC 9110, 7.8), the C parser cannot."""
+        del self._headers["upgrade"]
+        start = b"%b %b HTTP/%b\r\n" % (self._parser.get_method(), self._url, self._parser.get_http_version().encode())
+        lines = "".join([f"{name}: {value}\r\n" for name, value in self._headers.items()])
+        self._clear()
+        self._parser = httptools.HttpRequestParser(self)
+        return start + lines.encode("latin-1") + b"\r\n"
 
     def _path(self) -> str:
         url = self._url

@@ -72,7 +72,7 @@ class HttpServer:
         self._state.draining = True
         self._accepting.cancel()
         for connection in self._connections.values():
-            if connection.is_idle:
+            if connection.idle_since is not None:
                 connection.scope.cancel()
 
     async def _accept(self, listener: trio.SocketListener, epoll: select.epoll, connections: trio.Nursery) -> None:
@@ -94,7 +94,7 @@ class HttpServer:
                             raise
 
     def _welcome(self, client: socket.socket, epoll: select.epoll, connections: trio.Nursery) -> None:
-        if len(self._connections) >= self._state.limits.max_connections:
+        if len(self._connections) >= self._state.limits.max_connections and not self._close_idle():
             self.statistics.num_turned_away += 1
             _turn_away(client)
             return
@@ -107,6 +107,13 @@ class HttpServer:
         self.statistics.num_accepted += 1
         self.statistics.num_open += 1
         connections.start_soon(self._serve, connection, client)
+
+    def _close_idle(self) -> bool:
+        """End the connection that has been idle for longest; return False if none is idle."""
+        idle = [(since, each) for each in self._connections.values() if (since := each.idle_since) is not None]
+        if idle:
+            min(idle, key=lambda pair: pair[0])[1].scope.cancel()
+        return bool(idle)
 
     async def _serve(self, connection: Connection, plain: socket.socket) -> None:
         try:

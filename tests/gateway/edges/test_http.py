@@ -271,18 +271,6 @@ def test_what_could_be_read_in_two_ways_is_refused_and_the_connection_closed(dat
     run(main)
 
 
-def test_an_upgrade_is_ignored_and_what_follows_it_is_not_read() -> None:
-    async def main() -> None:
-        async with open_edge() as edge:
-            data = (
-                b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\nGET /x HTTP/1.1\r\n\r\n"
-            )
-            answer = await edge.raw(data)
-            assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"HTTP/1.1") == 1
-
-    run(main)
-
-
 # ---- connections -------------------------------------------------------------------------------------------------
 
 
@@ -363,17 +351,6 @@ def test_a_client_that_stops_reading_is_cut_and_its_request_cancelled() -> None:
             await slow.send_all(post_bytes("/v1/chat/completions", json.dumps(chat(stream=True)).encode()))
             await edge.core.cancelled.wait()
             assert edge.server.statistics.num_cut == 1
-
-    run(main)
-
-
-def test_connections_above_the_bound_are_turned_away() -> None:
-    async def main() -> None:
-        async with open_edge(HttpLimits(max_connections=1)) as edge, await edge.connect() as first:
-            await first.send_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-            assert await first.receive_some()
-            answer = await edge.raw(b"")
-            assert answer.startswith(b"HTTP/1.1 503") and b"retry-after" in answer
 
     run(main)
 
