@@ -13,6 +13,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import trio
 import zmq
@@ -52,6 +53,7 @@ async def serve(config: GatewayConfig) -> None:
         stack.enter_context(hold_lock(config.state_dir))
         if config.run_dir != config.state_dir:
             stack.enter_context(hold_lock(config.run_dir))
+        _make_socket_folders(config)
         store = open_store(config.state_dir)
         stack.callback(store.close)
         context: zmq.Context[zmq.Socket[bytes]] = stack.enter_context(_zmq_context())
@@ -107,6 +109,19 @@ async def serve(config: GatewayConfig) -> None:
                 middle.cancel_scope.cancel()
             outer.cancel_scope.cancel()
     log("stopped")
+
+
+def _make_socket_folders(config: GatewayConfig) -> None:
+    """Give each local socket its folder, which is the gate before it: clients for our group, the others for us alone.
+
+    A folder that is there keeps its mode and group: making it beforehand is how another group is let in.
+    """
+    for endpoint, mode in (
+        (config.admin_endpoint, 0o700),
+        (config.worker_endpoint, 0o700),
+        (config.client_endpoints[0], 0o750),
+    ):
+        Path(endpoint.removeprefix("ipc://")).parent.mkdir(mode, exist_ok=True)
 
 
 def _core_config(config: GatewayConfig, secret: bytes) -> CoreConfig:

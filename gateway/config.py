@@ -21,7 +21,7 @@ class GatewayConfig:
     """Everything a gateway needs to know before it starts. Times in seconds."""
 
     state_dir: Path  # database, deployment secret, lock: survives
-    run_dir: Path  # sockets: made anew at every start
+    run_dir: Path  # sockets, made anew at every start; laid out as kvasir/paths.py says
     models: tuple[ModelConfig, ...]
     http: tuple[str, int] | None = ("127.0.0.1", 8000)
     zmq_endpoints: tuple[str, ...] = ()
@@ -32,12 +32,12 @@ class GatewayConfig:
 
     @property
     def admin_endpoint(self) -> str:
-        return f"ipc://{self.run_dir / 'admin.sock'}"
+        return f"ipc://{self.run_dir / 'admin' / 'admin.sock'}"
 
     @property
     def worker_endpoint(self) -> str:
-        return f"ipc://{self.run_dir / 'workers.sock'}"
+        return f"ipc://{self.run_dir / 'workers' / 'workers.sock'}"
 
     @property
     def client_endpoints(self) -> tuple[str, ...]:
-        return (f"ipc://{self.run_dir / 'client.sock'}", *self.zmq_endpoints)
+        return (f"ipc://{self.run_dir / 'clients' / 'client.sock'}", *self.zmq_endpoints)

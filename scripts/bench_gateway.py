@@ -224,20 +224,20 @@ def kvasir_columns(stack: contextlib.ExitStack, work: Path, load: Load) -> list[
     """Start a gateway and echo workers; return the columns of both edges."""
     port = free_port()
     home, run = work / "state", work / "run"
-    endpoint = f"ipc://{run}/client.sock"
+    endpoint = f"ipc://{run}/clients/client.sock"
     gateway = stack.enter_context(
         process(
             *("-m", "kvasir.gateway", "--state-dir", str(home), "--run-dir", str(run), "--http", f"127.0.0.1:{port}"),
             *("--model", f"{MODEL_NAME}={MODEL}", "--workers", "0"),
         )
     )
-    wait_until(lambda: (run / "client.sock").exists() and answers(port), "the gateway", gateway)
+    wait_until(lambda: (run / "clients" / "client.sock").exists() and answers(port), "the gateway", gateway)
     for index in range(NUM_BACKENDS):
         stack.enter_context(
             process(
                 "scripts/echo_worker.py",
                 "--endpoint",
-                f"ipc://{run}/workers.sock",
+                f"ipc://{run}/workers/workers.sock",
                 "--worker-id",
                 f"echo-{index}",
                 "--model",

@@ -33,7 +33,7 @@ class Box:
 
     @property
     def client_endpoint(self) -> str:
-        return f"ipc://{self.home}/run/client.sock"
+        return f"ipc://{self.home}/run/clients/client.sock"
 
     @property
     def http_url(self) -> str:

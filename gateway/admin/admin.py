@@ -111,7 +111,7 @@ def open_admin_link(context: zmq.Context[Any], endpoint: str) -> Link:
         ConfigurationError: it cannot be bound.
     """
     path = Path(endpoint.removeprefix("ipc://"))
-    path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     mask = os.umask(0o177)  # the file is never open to others, not even between bind and chmod
     try:
         link = open_router(context, [endpoint], LinkProfile(max_frame_bytes=am.MAX_ADMIN_FRAME_BYTES, high_water=100))

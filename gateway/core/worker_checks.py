@@ -81,8 +81,8 @@ def refusal(hello: Hello, block_size: int, configured: frozenset[str], served: M
     expected = served.get(hello.model)
     if expected is not None and hello.fingerprint != expected.fingerprint:
         return (
-            f"{who} has other weights for model {hello.model!r} (fingerprint {hello.fingerprint}, expected "
-            f"{expected.fingerprint}); point it at the same folder, or restart the gateway to serve the new weights"
+            f"{who} has other weights for model {hello.model!r} than the workers before it; point it "
+            "at the same folder, or restart the gateway to serve the new weights"
         )
     if expected is not None and hello.dtype != expected.dtype:
         return (

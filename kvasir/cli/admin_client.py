@@ -11,7 +11,7 @@ from typing import TypeVar
 import zmq
 from msgspec import structs
 
-from kvasir.paths import run_dir
+from kvasir.paths import admin_socket
 from kvasir.protocol.admin_messages import ADMIN_REPLIES, MAX_ADMIN_FRAME_BYTES, AdminCommand, AdminFailed, AdminReply
 from kvasir.protocol.codec import encode
 from kvasir.protocol.errors import ConnectionLost, InvalidMessage, PermissionDenied, TooLarge, Unavailable, from_info
@@ -19,12 +19,6 @@ from kvasir.protocol.profile import LinkProfile, apply_profile
 
 R = TypeVar("R", bound=AdminReply)
 TIMEOUT_S = 20.0
-
-
-def admin_socket() -> Path:
-    """Return the path of the admin socket: $KVASIR_ADMIN_SOCKET, else that of this user's `kvasir up`."""
-    configured = os.environ.get("KVASIR_ADMIN_SOCKET")
-    return Path(configured) if configured else run_dir() / "admin.sock"
 
 
 def ask(command: AdminCommand, reply: type[R], *, path: Path | None = None, timeout_s: float = TIMEOUT_S) -> R:

@@ -16,13 +16,13 @@ from rich.live import Live
 from rich.text import Text
 
 from kvasir._session import Completion
-from kvasir.cli.admin_client import admin_socket, ask
+from kvasir.cli.admin_client import ask
 from kvasir.cli.chat import choose_model
 from kvasir.cli.demo_keys import obtain_key
 from kvasir.cli.demo_text import PRIVATE_CODE, QUESTIONS, SYSTEM_PROMPT
 from kvasir.cli.output import Rows, harmless, plain
 from kvasir.client import Client
-from kvasir.paths import client_endpoint
+from kvasir.paths import admin_socket, client_endpoint
 from kvasir.protocol.admin_messages import PrefixPublish, PrefixReply
 from kvasir.protocol.errors import BadRequest, RequestFailed
 

@@ -11,7 +11,7 @@ from kvasir.cli import processes
 from kvasir.cli import up as upper
 from kvasir.cli.admin_client import ask
 from kvasir.cli.output import example, json_option, make_console, print_json
-from kvasir.paths import run_dir, state_dir
+from kvasir.paths import run_dir, state_dir, worker_endpoint
 from kvasir.protocol.admin_messages import Done, DrainGateway, StatusQuery, StatusReply
 from kvasir.protocol.errors import BadRequest, KvasirError
 
@@ -56,10 +56,10 @@ def gateway(args: tuple[str, ...]) -> None:
 
 @click.command("worker", cls=PassThrough)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-@example("kvasir worker --gateway ipc:///run/kvasir/workers.sock --model /models/Qwen3-8B --name qwen")
+@example("kvasir worker --gateway ipc:///run/kvasir/workers/workers.sock --model /models/Qwen3-8B --name qwen")
 def worker(args: tuple[str, ...]) -> None:
     """Run one worker in the foreground; it dials the gateway. All options are those of `python -m kvasir.worker`."""
-    defaults = [] if _has(args, "--gateway") else ["--gateway", f"ipc://{run_dir() / 'workers.sock'}"]
+    defaults = [] if _has(args, "--gateway") else ["--gateway", worker_endpoint()]
     processes.run_in_place("worker", [*defaults, *args])
 
 

@@ -20,7 +20,7 @@ from kvasir.cli import processes
 from kvasir.cli.admin_client import ask, is_listening
 from kvasir.cli.demo_keys import key_path, obtain_key
 from kvasir.cli.output import harmless, plain
-from kvasir.paths import home_dir, run_dir, state_dir
+from kvasir.paths import home_dir, local_admin_socket, local_client_endpoint, run_dir, state_dir
 from kvasir.protocol.admin_messages import StatusQuery, StatusReply
 from kvasir.protocol.errors import ConfigurationError, ConnectionLost, Unavailable
 
@@ -87,7 +87,7 @@ def serve(plan: UpPlan, console: Console, *, then: Callable[[str], None] | None 
     Raises:
         ConfigurationError: it does not start, or stops by itself; says why, from the gateway's log.
     """
-    socket = run_dir() / "admin.sock"
+    socket = local_admin_socket()
     if is_listening(socket):
         raise ConfigurationError(f"a gateway is running at {socket} already; use it, or stop it with `kvasir down`")
     log = home_dir() / "gateway.log"
@@ -160,7 +160,7 @@ def _wait_until_ready(plan: UpPlan, process: subprocess.Popen[bytes], log: Path,
 
 def _try_status() -> StatusReply | None:
     try:
-        return ask(StatusQuery(), StatusReply, path=run_dir() / "admin.sock", timeout_s=5)
+        return ask(StatusQuery(), StatusReply, path=local_admin_socket(), timeout_s=5)
     except (ConnectionLost, Unavailable):  # not yet
         return None
 
@@ -193,7 +193,7 @@ def print_welcome(plan: UpPlan, key: str, log: Path, console: Console) -> None:
     console.print()
     if plan.http != "off":
         console.print(f"  [bold]HTTP[/bold]     http://{plain(plan.http)}/v1")
-    for endpoint in (f"ipc://{run_dir() / 'client.sock'}", *plan.zmq):
+    for endpoint in (local_client_endpoint(), *plan.zmq):
         console.print(f"  [bold]ZeroMQ[/bold]   {plain(endpoint)}", soft_wrap=True)
     models = ", ".join(text.partition("=")[0] for text in plan.models)
     console.print(f"  [bold]models[/bold]   {plain(models)} ({plan.num_workers} workers each)")

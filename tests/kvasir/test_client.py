@@ -142,7 +142,7 @@ def test_endpoint_and_key_come_from_the_environment(gateway: FakeGateway, monkey
         assert client.generate("x").text == "x"
     monkeypatch.delenv("KVASIR_ENDPOINT")
     monkeypatch.setenv("KVASIR_HOME", "/somewhere")
-    assert paths.client_endpoint() == "ipc:///somewhere/run/client.sock"
+    assert paths.client_endpoint() == "ipc:///somewhere/run/clients/client.sock"
 
 
 def leave_by_close(stream) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,7 +44,7 @@ def test_the_gateway_takes_its_unit_s_command_line() -> None:
         KVASIR_GATEWAY_ARGS="--model demo=/srv/models/demo",
     )
     config = parse(words)
-    assert config.worker_endpoint == "ipc:///run/kvasir/workers.sock"
+    assert config.worker_endpoint == "ipc:///run/kvasir/workers/workers.sock"
     assert [(model.name, model.num_workers) for model in config.models] == [("demo", 0)]
     assert config.drain_s < seconds_to_stop(GATEWAY)
 
@@ -48,13 +52,82 @@ def test_the_gateway_takes_its_unit_s_command_line() -> None:
 def test_a_worker_takes_its_unit_s_command_line_and_dials_the_gateway_s_socket() -> None:
     values = {"KVASIR_MODEL": "/srv/models/demo", "KVASIR_NAME": "demo", "KVASIR_WORKER_ARGS": "--kv-memory 60%"}
     options = parse_options(command_of(WORKER, **values))
-    assert (options.gateway, options.worker_id) == ("ipc:///run/kvasir/workers.sock", "box-gpu0")
+    assert (options.gateway, options.worker_id) == ("ipc:///run/kvasir/workers/workers.sock", "box-gpu0")
     assert options.drain_s < seconds_to_stop(WORKER)
 
 
+BECOME = """
+import os, sys
+def become(user, group, mask):
+    os.umask(mask), os.setgroups([group]), os.setgid(group), os.setuid(user)
+"""
+GATEWAY_AS = (
+    BECOME
+    + """
+import email.parser  # imported late otherwise, when Python's own folder may be out of reach
+from kvasir.gateway.__main__ import main
+become(64001, 64001, int(sys.argv.pop(1), 8))
+main()
+"""
+)
+PROBE_AS = (
+    BECOME
+    + """
+import socket
+become(64009, int(sys.argv[1]), 0)
+with socket.socket(socket.AF_UNIX) as probe:
+    probe.connect(sys.argv[2])
+"""
+)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as other users")
+def test_each_socket_of_the_unit_lets_its_own_group_in_and_no_other() -> None:
+    ids = {"kvasir-gateway": "64001", "kvasir": "64002", "kvasir-worker": "64003"}
+    unit = (UNITS / GATEWAY).read_text()
+    with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
+        os.chown(name, 64001, 64001)
+        Path(name).chmod(int(setting(unit, "RuntimeDirectoryMode"), 8))
+        for line in re.findall(r"^ExecStartPre=\+(.*)$", unit, re.MULTILINE):
+            words = [ids.get(word, word.replace("/run/kvasir", name)) for word in shlex.split(line)]
+            subprocess.run(words, check=True, timeout=10)
+        words = ["--state-dir", f"{name}/state", "--run-dir", name, "--http", "off"]
+        config = parse(words)
+        gateway = subprocess.Popen([sys.executable, "-c", GATEWAY_AS, setting(unit, "UMask"), *words])
+        try:
+            endpoints = (config.client_endpoints[0], config.worker_endpoint, config.admin_endpoint)
+            sockets = [endpoint.removeprefix("ipc://") for endpoint in endpoints]
+            wait_until(lambda: all(Path(path).exists() for path in sockets))
+
+            def admits(path: str, group: str) -> bool:
+                command = [sys.executable, "-c", PROBE_AS, ids[group], path]
+                return subprocess.run(command, capture_output=True, timeout=10).returncode == 0
+
+            assert [admits(path, "kvasir") for path in sockets] == [True, False, False]
+            assert [admits(path, setting((UNITS / WORKER).read_text(), "Group")) for path in sockets] == [
+                False,
+                True,
+                False,
+            ]
+        finally:
+            gateway.terminate()
+            gateway.wait(10)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def setting(unit: str, name: str) -> str:
+    (value,) = re.findall(rf"^{name}=(.*)$", unit, re.MULTILINE)
+    return str(value)
+
+
 def seconds_to_stop(unit: str) -> int:
-    (value,) = re.findall(r"^TimeoutStopSec=(\d+)$", (UNITS / unit).read_text(), re.MULTILINE)
-    return int(value)
+    return int(setting((UNITS / unit).read_text(), "TimeoutStopSec"))
 
 
 @needs_systemd

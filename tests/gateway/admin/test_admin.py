@@ -109,7 +109,7 @@ class Office:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.path = home / "run" / "admin.sock"
+        self.path = home / "run" / "admin" / "admin.sock"
         self.directory: TenantDirectory
         self.house = FakeHouse()
         self._ready = threading.Event()
@@ -318,7 +318,7 @@ def test_a_failed_commit_is_answered_and_not_put_in_force(home: Path, monkeypatc
 def test_only_the_owner_may_open_the_socket(home: Path) -> None:
     with open_office(home) as office:
         assert office.path.stat().st_mode & 0o777 == 0o600
-        assert office.path.parent.stat().st_mode & 0o777 == 0o750
+        assert office.path.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_socket_left_by_a_dead_gateway_is_taken_over(home: Path) -> None:
@@ -326,11 +326,11 @@ def test_a_socket_left_by_a_dead_gateway_is_taken_over(home: Path) -> None:
         "import sys, zmq, os, signal; s = zmq.Context().socket(zmq.ROUTER); s.bind(sys.argv[1]);"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    (home / "run").mkdir()
-    subprocess.run([sys.executable, "-c", code, f"ipc://{home}/run/admin.sock"], timeout=20, check=False)
-    assert (home / "run" / "admin.sock").exists()
+    (home / "run" / "admin").mkdir(parents=True)
+    subprocess.run([sys.executable, "-c", code, f"ipc://{home}/run/admin/admin.sock"], timeout=20, check=False)
+    assert (home / "run" / "admin" / "admin.sock").exists()
     with pytest.raises(ConnectionLost, match="kvasir up"):
-        admin_client.ask(am.StatusQuery(), am.StatusReply, path=home / "run" / "admin.sock", timeout_s=5)
+        admin_client.ask(am.StatusQuery(), am.StatusReply, path=home / "run" / "admin" / "admin.sock", timeout_s=5)
     with open_office(home) as office:
         assert office.ask(am.StatusQuery(), am.StatusReply).version == "1.2.3"
 

@@ -514,6 +514,7 @@ def test_a_worker_that_does_not_fit_is_refused_with_the_reason(wrong, words) -> 
     answer = bench.core.worker_hello(b"w2", make_hello("w2", **wrong))
     assert isinstance(answer, Refused)
     assert words in answer.reason and "'w2'" in answer.reason
+    assert "f1" not in answer.reason  # whoever asks is not told how to pass
     assert bench.take(Refused) == [(b"w2", answer)]
     assert isinstance(bench.notices[-1], Rejected)
     assert len(bench.core.statistics().workers) == 1
