@@ -20,11 +20,13 @@ except ModuleNotFoundError as missing:  # the SDK alone installs neither
     raise SystemExit(2) from None
 
 from kvasir.cli.cache import cache
+from kvasir.cli.chat import chat
+from kvasir.cli.demo import demo
 from kvasir.cli.output import example
-from kvasir.cli.run import down, gateway, up, worker
+from kvasir.cli.processes import gateway, worker
 from kvasir.cli.status import explain, models, status
-from kvasir.cli.talk import chat, demo
 from kvasir.cli.tenants import key, prefix, tenant
+from kvasir.cli.up import down, up
 from kvasir.protocol.errors import KvasirError
 
 EXIT_ERROR = 2

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 F = TypeVar("F", bound=Callable[..., Any])
+ID_CHARS = 8  # of a request's id as shown: `kvasir explain` takes the beginning of one
 PIPE_WIDTH = 160  # a pipe has no width; tables should not be folded for a width that nobody has
 
 

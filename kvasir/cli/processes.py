@@ -1,4 +1,4 @@
-"""Starting the gateway and workers as processes: the command line never imports their insides."""
+"""`kvasir gateway` and `kvasir worker`: both are started as processes, the command line never imports their insides."""
 
 from __future__ import annotations
 
@@ -11,10 +11,60 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import click
+
 import kvasir
+from kvasir.cli.output import example
+from kvasir.paths import run_dir, state_dir, worker_endpoint
 from kvasir.protocol.errors import ConfigurationError
 
+HELP_TIMEOUT_S = 30
 ROOT = Path(kvasir.__path__[0]).resolve().parent
+
+
+class PassThrough(click.Command):
+    """A command whose options belong to the process it starts; its help shows theirs, too."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        options["context_settings"] = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Add what `python -m <module> --help` says, where it is installed."""
+        command = module_command(str(self.name), ["--help"])
+        try:
+            done = subprocess.run(
+                command, env=module_environment(), capture_output=True, text=True, timeout=HELP_TIMEOUT_S
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return
+        if done.returncode == 0:
+            formatter.write("\n" + done.stdout[done.stdout.find("options:") :])
+
+
+@click.command("gateway", cls=PassThrough)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@example(
+    "kvasir gateway --state-dir /var/lib/kvasir --run-dir /run/kvasir --model qwen=/models/Qwen3-8B --workers 2\n"
+    "kvasir gateway --http 0.0.0.0:8000 --workers 0        # workers dial in by themselves"
+)
+def gateway(args: tuple[str, ...]) -> None:
+    """Run the gateway in the foreground, as a service does. All options are those of `python -m kvasir.gateway`."""
+    defaults: list[str] = []
+    if not _has(args, "--state-dir"):
+        defaults += ["--state-dir", str(state_dir())]
+        if not _has(args, "--run-dir"):
+            defaults += ["--run-dir", str(run_dir())]
+    run_in_place("gateway", [*defaults, *args])
+
+
+@click.command("worker", cls=PassThrough)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@example("kvasir worker --gateway ipc:///run/kvasir/workers/workers.sock --model /models/Qwen3-8B --name qwen")
+def worker(args: tuple[str, ...]) -> None:
+    """Run one worker in the foreground; it dials the gateway. All options are those of `python -m kvasir.worker`."""
+    defaults = [] if _has(args, "--gateway") else ["--gateway", worker_endpoint()]
+    run_in_place("worker", [*defaults, *args])
 
 
 def module_command(module: str, args: Sequence[str]) -> list[str]:
@@ -91,3 +141,7 @@ def _check_installed(module: str) -> None:
         raise ConfigurationError(
             f"the {module} needs {', '.join(missing)}, not installed here; run: pip install 'kvasir-gateway[{module}]'"
         )
+
+
+def _has(args: Sequence[str], option: str) -> bool:
+    return any(arg == option or arg.startswith(option + "=") for arg in args)

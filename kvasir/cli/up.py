@@ -1,4 +1,4 @@
-"""`kvasir up`: one machine with everything on it, from nothing to serving, and back on Ctrl-C."""
+"""`kvasir up` and `kvasir down`: one machine with everything on it, from nothing to serving, and back on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
@@ -18,15 +19,72 @@ from rich.text import Text
 import kvasir
 from kvasir.cli import processes
 from kvasir.cli.admin_client import ask, is_listening
+from kvasir.cli.demo import run_demo
 from kvasir.cli.demo_keys import key_path, obtain_key
-from kvasir.cli.output import harmless, plain
+from kvasir.cli.output import example, harmless, json_option, make_console, plain, print_json
 from kvasir.paths import home_dir, local_admin_socket, local_client_endpoint, run_dir, state_dir
-from kvasir.protocol.admin_messages import StatusQuery, StatusReply
-from kvasir.protocol.errors import ConfigurationError, ConnectionLost, Unavailable
+from kvasir.protocol.admin_messages import Done, DrainGateway, StatusQuery, StatusReply
+from kvasir.protocol.errors import BadRequest, ConfigurationError, ConnectionLost, KvasirError, Unavailable
 
 DEMO_MODEL = Path(kvasir.__path__[0]).resolve() / "demo_model"
 POLL_S = 0.2
 HOPELESS_RESTARTS = 3  # a model none of whose workers has ever come up after so many tries will not
+
+
+@click.command()
+@click.option("--model", "models", metavar="NAME=PATH", multiple=True, help="Serve this folder; repeatable.")
+@click.option("--workers", type=click.IntRange(1, 256), help="Workers per model. Default: one per GPU, else two.")
+@click.option("--http", metavar="HOST:PORT", default="127.0.0.1:8000", show_default=True, help="HTTP edge, or `off`.")
+@click.option("--zmq", metavar="ENDPOINT", multiple=True, help="A further SDK endpoint such as tcp://0.0.0.0:5555.")
+@click.option("--insecure", is_flag=True, help="Allow ZeroMQ in the clear beyond loopback.")
+@click.option("--worker-args", metavar="ARGS", default="", help='For every worker, such as "--kv-memory 2G".')
+@click.option("--block-size", type=click.IntRange(1, 1024), default=16, show_default=True, help="Tokens per KV block.")
+@click.option("--wait", "wait_s", type=click.FloatRange(min=1), default=600.0, help="Seconds until all must be ready.")
+@click.option("--demo", "with_demo", is_flag=True, help="Run the demonstration when ready, then keep serving.")
+@example("kvasir up --demo\nkvasir up --model qwen=/models/Qwen3-8B --workers 2 --http 0.0.0.0:8000")
+def up(
+    models: tuple[str, ...],
+    workers: int | None,
+    http: str,
+    zmq: tuple[str, ...],
+    insecure: bool,
+    worker_args: str,
+    block_size: int,
+    wait_s: float,
+    with_demo: bool,
+) -> None:
+    """Start everything on this machine: a gateway and its workers, by default on the bundled model. Ctrl-C stops.
+
+    The first start makes a demonstration tenant and prints its API key. State is kept in $KVASIR_HOME, or
+    ~/.local/state/kvasir.
+    """
+    host, _, port = http.rpartition(":")
+    if http != "off" and (not host or not port.isdigit()):
+        raise BadRequest(f"--http {http!r} is no HOST:PORT; try 127.0.0.1:8000, or `off`")
+    plan = UpPlan(
+        models=plan_models(models),
+        num_workers=workers or count_gpus() or 2,
+        http=http,
+        zmq=zmq,
+        insecure=insecure,
+        worker_args=worker_args,
+        block_size=block_size,
+        wait_s=wait_s,
+    )
+    serve(plan, make_console(), then=_demonstrate if with_demo else None)
+
+
+@click.command()
+@json_option
+@example("kvasir down")
+def down(as_json: bool) -> None:
+    """Stop the running gateway as Ctrl-C does: it takes nothing new, finishes what runs, then leaves."""
+    pid = ask(StatusQuery(), StatusReply).pid
+    reply = ask(DrainGateway(), Done)
+    if as_json:
+        print_json(reply)
+    else:
+        click.echo(f"the gateway (process {pid}) finishes what runs and stops")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +95,7 @@ class UpPlan:
     num_workers: int
     http: str = "127.0.0.1:8000"
     zmq: tuple[str, ...] = ()
+    insecure: bool = False
     worker_args: str = ""
     block_size: int = 16
     drain_s: float = 30.0
@@ -45,7 +104,7 @@ class UpPlan:
     def gateway_args(self) -> list[str]:
         """Return the gateway's command line."""
         args = ["--state-dir", str(state_dir()), "--run-dir", str(run_dir()), "--http", self.http]
-        args += [*_repeated("--model", self.models), *_repeated("--zmq", self.zmq)]
+        args += [*_repeated("--model", self.models), *_repeated("--zmq", self.zmq), *["--insecure"][: self.insecure]]
         args += ["--workers", str(self.num_workers), f"--worker-args={self.worker_args}"]
         return [*args, "--block-size", str(self.block_size), "--drain-s", str(self.drain_s)]
 
@@ -79,8 +138,8 @@ def count_gpus() -> int:
     return min(present, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
 
 
-def serve(plan: UpPlan, console: Console, *, then: Callable[[str], None] | None = None) -> None:
-    """Start, wait until all workers are ready, call `then(demo_key)`, and serve until SIGINT, SIGTERM or SIGHUP.
+def serve(plan: UpPlan, console: Console, *, then: Callable[[], None] | None = None) -> None:
+    """Start, wait until all workers are ready, call `then`, and serve until SIGINT, SIGTERM or SIGHUP.
 
     Returns after a stop that was asked for, when the gateway has drained and left.
 
@@ -88,6 +147,7 @@ def serve(plan: UpPlan, console: Console, *, then: Callable[[str], None] | None 
         ConfigurationError: it does not start, or stops by itself; says why, from the gateway's log.
     """
     socket = local_admin_socket()
+    _check_environment(socket, (local_client_endpoint(), *plan.zmq))
     if is_listening(socket):
         raise ConfigurationError(f"a gateway is running at {socket} already; use it, or stop it with `kvasir down`")
     log = home_dir() / "gateway.log"
@@ -98,7 +158,7 @@ def serve(plan: UpPlan, console: Console, *, then: Callable[[str], None] | None 
             key = obtain_key("demo", socket)
             print_welcome(plan, key, log, console)
             if then is not None:
-                then(key)
+                then()
                 console.print("Serving. Ctrl-C stops.")
             process.wait()
         if process.returncode:
@@ -110,6 +170,13 @@ def serve(plan: UpPlan, console: Console, *, then: Callable[[str], None] | None 
         console.print("stopped", style="dim")
     finally:
         _kill(process)
+
+
+def _demonstrate() -> None:
+    try:
+        run_demo(make_console())
+    except KvasirError as error:  # it serves all the same
+        click.echo(f"kvasir: the demonstration failed: {error.message}", err=True)
 
 
 class _Stopped(BaseException):
@@ -239,6 +306,15 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
+
+
+def _check_environment(socket: Path, endpoints: Sequence[str]) -> None:
+    """Raise ConfigurationError where the other commands would talk to another gateway than the one to be started."""
+    for name, mine in (("KVASIR_ADMIN_SOCKET", (str(socket),)), ("KVASIR_ENDPOINT", endpoints)):
+        if os.environ.get(name, mine[0]) not in mine:
+            raise ConfigurationError(
+                f"{name} names another gateway, {os.environ[name]}: the other commands would talk to that one; unset it"
+            )
 
 
 def _repeated(option: str, values: Sequence[str]) -> list[str]:

@@ -18,15 +18,18 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 from rich.cells import cell_len
 from rich.console import Console
 
-from kvasir.cli import demo_keys, up
-from kvasir.cli.chat import Chat, choose_model
+from kvasir.cli import demo_keys, processes, up
+from kvasir.cli.chat import Chat, choose_model, line_reader
 from kvasir.cli.main import cli, run
 from kvasir.cli.output import Rows, age, bar, count, duration, harmless, percent, plain
 from kvasir.protocol.client_messages import ModelCard, Usage
-from kvasir.protocol.errors import AuthenticationFailed, BadRequest, ConfigurationError, PromptTooLong
+from kvasir.protocol.errors import AuthenticationFailed, BadRequest, ConfigurationError, Overloaded, PromptTooLong
 from tests.box import open_box
 from tests.gateway.admin.test_admin import Office, open_office
 
@@ -242,6 +245,15 @@ def test_without_a_gateway_it_says_how_to_start_one(home: Path, capsys: Any, arg
     assert_one_line(kvasir(capsys, *args, code=2)[1], "no gateway is running", "kvasir up", str(home))
 
 
+@pytest.mark.parametrize("name", ["KVASIR_ADMIN_SOCKET", "KVASIR_ENDPOINT"])
+def test_up_refuses_a_start_beside_a_gateway_that_the_environment_names(
+    home: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "/run/kvasir/another.sock")
+    monkeypatch.setattr(processes, "start", None)  # what must not be reached
+    assert_one_line(kvasir(capsys, "up", "--http", "off", code=2)[1], name, "/run/kvasir/another.sock", "unset")
+
+
 def test_down_asks_the_gateway_to_drain(office: Office, capsys: Any) -> None:
     assert str(os.getpid()) in kvasir(capsys, "down")[0]
     assert office.house.drained
@@ -271,7 +283,9 @@ class FakeStream:
         self._pieces = pieces
         self.closed = False
         usage = Usage(20, len(pieces), 16)
-        self.result = SimpleNamespace(usage=usage, worker="demo-1", ttft_s=0.012, finish_reason="stop")
+        result = SimpleNamespace(usage=usage, worker="demo-1", ttft_s=0.012, finish_reason="stop")
+        result.request_id = "c0ffee0123"
+        self.result = result
 
     def __enter__(self) -> FakeStream:
         return self
@@ -303,7 +317,7 @@ class FakeClient:
         return [ModelCard("asleep", 100, 0), ModelCard("demo", 2048, 2)]
 
 
-def talk(client: FakeClient, *lines: Any, interactive: bool = True) -> tuple[Chat, str]:
+def talk(client: FakeClient, *lines: Any) -> tuple[Chat, str]:
     waiting = list(lines)
 
     def read_line() -> str:
@@ -315,7 +329,8 @@ def talk(client: FakeClient, *lines: Any, interactive: bool = True) -> tuple[Cha
         return str(line)
 
     out = io.StringIO()
-    chat = Chat(client, Console(file=out, width=120), "demo", interactive=interactive)  # type: ignore[arg-type]
+    console = Console(file=out, width=120)
+    chat = Chat(client, console, console, "demo")  # type: ignore[arg-type]
     chat.run(read_line)
     return chat, out.getvalue()
 
@@ -329,6 +344,7 @@ def test_a_conversation_grows_by_both_sides_and_says_what_was_cached() -> None:
         {"role": "user", "content": "and now?"},
     ]
     assert "Hello" in out and "demo-1 · 16/20 prompt tokens cached · first token 12 ms" in out
+    assert "request c0ffee01\n" in out
 
 
 def test_commands_of_the_chat() -> None:
@@ -348,20 +364,52 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said() -> None:
     assert client.asked[1][1] == {"role": "assistant", "content": "partial"}
 
 
-def test_ctrl_c_at_the_prompt_leaves() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        talk(FakeClient(), KeyboardInterrupt())
+def test_ctrl_c_at_the_prompt_leaves_when_it_comes_twice_in_a_row() -> None:
+    client = FakeClient(["a"])
+    _, out = talk(client, KeyboardInterrupt(), "one", KeyboardInterrupt(), KeyboardInterrupt(), "two")
+    assert out.count("Ctrl-C again leaves") == 2 and len(client.asked) == 1
+
+
+def test_another_model_goes_on_with_the_conversation() -> None:
+    chat, out = talk(FakeClient(["a"]), "/model", "/model nothing", "one", "/model asleep")
+    assert "demo, of asleep, demo" in out and "no model nothing is served" in out and "asleep, 100 tokens" in out
+    assert chat.model == "asleep" and len(chat.turns) == 2
 
 
 def test_a_refused_turn_is_taken_back_and_the_conversation_goes_on() -> None:
-    client = FakeClient(["a"], [PromptTooLong("too long")], ["b"])
-    chat, out = talk(client, "one", "two" * 1000, "three")
-    assert "too long /reset starts over" in out
+    client = FakeClient(["a"], [Overloaded("too busy")], ["b"])
+    chat, out = talk(client, "one", "two", "three")
+    assert "too busy" in out
     assert [turn["content"] for turn in chat.turns] == ["one", "a", "three", "b"]
-    with pytest.raises(PromptTooLong):
-        talk(FakeClient([PromptTooLong("too long")]), "one", interactive=False)
     with pytest.raises(AuthenticationFailed):
         talk(FakeClient([AuthenticationFailed("revoked")]), "one")
+
+
+def test_a_chat_longer_than_the_window_forgets_its_older_half_and_says_so() -> None:
+    too_long = [PromptTooLong("too long")]
+    client = FakeClient(["1"], ["2"], ["3"], ["4"], too_long, too_long, ["5"], too_long, too_long, too_long)
+    chat, out = talk(client, "a", "b", "c", "d", "e", "a message that is too long alone")
+    assert [turn["content"] for turn in client.asked[6]] == ["d", "4", "e"]
+    assert "the first 4 messages are forgotten" in out and "the first 2 messages are forgotten" in out
+    assert "too long\n" in out and chat.turns == []
+
+
+def test_several_lines_are_one_message_and_ctrl_c_clears_them(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVASIR_HOME", str(home / "not-yet-there"))
+    with create_pipe_input() as typed, create_app_session(input=typed, output=DummyOutput()):
+        read = line_reader()
+        typed.send_text("\x1b[200~pasted\nlines\x1b[201~ and\x1b\rmore\r")
+        assert read() == "pasted\nlines and\nmore"
+        typed.send_text("half a thought\x03")
+        with pytest.raises(KeyboardInterrupt):
+            read()
+        typed.send_text("\x04")
+        with pytest.raises(EOFError):
+            read()
+        read = line_reader()  # the next chat
+        typed.send_text("\x1b[A\r")
+        assert read() == "pasted\nlines and\nmore"
+    assert (home / "not-yet-there" / "chat_history").stat().st_mode & 0o777 == 0o600
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal() -> None:
@@ -564,8 +612,9 @@ def test_demo_chat_status_and_down_against_a_real_gateway() -> None:
             rows = box.json("demo")["rows"]
             assert [row["cached_tokens"] > 0 for row in rows] == [False, True, True, False, False, True]
             assert all(row["worker"].startswith("demo-") and row["ttft_ms"] > 0 for row in rows)
-        said = box.kvasir("chat", "--max-tokens", "8", input="Hello!\nAnd again!\n").stdout
-        assert said.count("prompt tokens cached") == 2
+        said = box.kvasir("chat", "--max-tokens", "8", input="Hello!\nIn two lines!\n")
+        assert said.stderr.count("prompt tokens cached") == 1 and "cached" not in said.stdout
+        assert box.kvasir("explain", said.stderr.split()[-1]).stdout.count("attempt") == 1
         assert {worker["id"] for worker in box.workers()} == {"demo-0", "demo-1"}
         [tenant, _] = box.json("tenant", "list")["tenants"]
         assert tenant["name"] == "demo" and tenant["usage"]["cached_tokens"] > 0
