@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.edges.openai_api import HttpApi
 from kvasir.gateway.edges.prepare import Intake
 from kvasir.gateway.edges.zmq_edge import ZmqEdge
+from kvasir.gateway.http.connection import HttpLimits
 from kvasir.gateway.http.server import HttpServer, open_listeners
 from kvasir.gateway.lock import hold_lock
 from kvasir.gateway.log import log
@@ -38,6 +40,7 @@ from kvasir.gateway.workers.supervisor import Supervisor
 from kvasir.protocol.link import open_router
 from kvasir.protocol.prefix import derive_namespace
 
+RESERVED_DESCRIPTORS = 256  # for ZeroMQ's peers, workers' pipes, files: libzmq aborts when accept finds none left
 LAST_WORDS_MS = 500  # for what the last requests got before a stop
 ORACLE = "oracle:"  # the test model: no folder, no tokenizer
 
@@ -49,6 +52,7 @@ async def serve(config: GatewayConfig) -> None:
         ConfigurationError: it cannot start: a directory, socket, database or model folder is not as it must be, or
             all local workers refused to start.
     """
+    http_limits = HttpLimits(max_connections=_max_http_connections())
     with ExitStack() as stack:
         stack.enter_context(hold_lock(config.state_dir))
         if config.run_dir != config.state_dir:
@@ -77,7 +81,7 @@ async def serve(config: GatewayConfig) -> None:
         stack.callback(client_link.close, linger_ms=LAST_WORDS_MS)  # runs before the context ends, and is waited for
         edge = ZmqEdge(client_link, core, intake, directory)
         server = HttpServer(
-            HttpApi(core, intake, directory, lambda: render_metrics(core.statistics(), server.statistics))
+            HttpApi(core, intake, directory, lambda: render_metrics(core.statistics(), server.statistics)), http_limits
         )
         listeners = [] if config.http is None else await open_listeners(*config.http)
         stopping = trio.Event()
@@ -122,6 +126,21 @@ def _make_socket_folders(config: GatewayConfig) -> None:
         (config.client_endpoints[0], 0o750),
     ):
         Path(endpoint.removeprefix("ipc://")).parent.mkdir(mode, exist_ok=True)
+
+
+def _max_http_connections() -> int:
+    """Raise the bound of open descriptors as far as we may; return how many of them HTTP clients may take."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # "unlimited" can be more than the kernel gives
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    wanted = HttpLimits().max_connections
+    if limit == resource.RLIM_INFINITY:
+        return wanted
+    found = max(1, min(wanted, limit - min(RESERVED_DESCRIPTORS, limit // 2)))
+    if found < wanted:
+        log("few_descriptors", limit=limit, max_http_connections=found, remedy="raise `ulimit -Hn` or LimitNOFILE")
+    return found
 
 
 def _core_config(config: GatewayConfig, secret: bytes) -> CoreConfig:

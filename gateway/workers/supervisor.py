@@ -172,16 +172,24 @@ class Supervisor:
         if all(other.failure for other in self._workers):
             raise ConfigurationError(f"no worker can start; {worker.worker_id}: {worker.failure}")
 
-    async def _run(self, worker: LocalWorker) -> int:
-        """Run one process to its end, its output forwarded; return the exit code. Cancellation kills it."""
-        process = await trio.lowlevel.open_process(
-            worker.argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=worker.env,
-        )
+    async def _run(self, worker: LocalWorker) -> int | None:
+        """Run one process to its end, its output forwarded; return the exit code, None if it could not be started.
+
+        Cancellation kills it.
+        """
+        try:
+            process = await trio.lowlevel.open_process(
+                worker.argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=worker.env,
+            )
+        except OSError as error:  # no descriptors, processes or memory left: perhaps there are some later
+            worker.last_line = f"cannot be started: {error}"
+            log("worker_start_failed", worker=worker.worker_id, error=str(error))
+            return None
         worker.process = process
         assert process.stdin is not None and process.stdout is not None
         try:

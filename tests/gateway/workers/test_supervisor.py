@@ -3,6 +3,7 @@
 # ruff: noqa: ASYNC110, ASYNC240 (other processes write the files that are watched here)
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -100,6 +101,29 @@ def test_a_killed_worker_is_reported_with_its_pid_and_started_again(tmp_path) ->
             assert stand.supervisor.num_restarts() == {name: 1}
             assert stand.supervisor.local_workers() == {"m0-0": "m0"}
         assert not any(is_running(int(pid)) for _, pid, _ in stand.starts())
+
+    run(body)
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(tmp_path, monkeypatch) -> None:
+    """No descriptors or processes left: an `OSError` here must not end the gateway."""
+    open_process, num_failures = trio.lowlevel.open_process, 0
+
+    async def fail_twice(*args: object, **kwargs: object) -> trio.Process:
+        nonlocal num_failures
+        if num_failures < 2:
+            num_failures += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return await open_process(*args, **kwargs)
+
+    monkeypatch.setattr(trio.lowlevel, "open_process", fail_twice)
+
+    async def body() -> None:
+        stand = Stand(tmp_path, "serve")
+        async with stand.supervisor.running():
+            await stand.wait_for_starts(1)
+            assert stand.supervisor.num_restarts() == {"m0-0": 2}
+            assert not stand.supervisor.failures()
 
     run(body)
 
