@@ -1,12 +1,14 @@
 # make run   one machine, end to end: environment, gateway, two workers, a short demonstration, then it serves
 # make test  the whole suite, offline         make check  format, lint, types, tests (what CI runs)
 # make bench the tables of the README          make clean  throw the environment away
+# Settings: WORKERS=3, UP_FLAGS="--http 127.0.0.1:9000" (options of kvasir up), PYTHON=python3.12, VENV=FOLDER;
 #            TRACES="FILE ..." names traces of requests for the lab: eviction policies (scripts/replay_trace.py); those in
 #            a folder traces/ here or beside the checkout are found without
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 WORKERS ?=
 UP_FLAGS ?=
 TRACES ?= $(wildcard traces/*.jsonl.gz ../*/traces/*.jsonl.gz)
@@ -51,9 +53,11 @@ $(VENV)/bin/python:
 
 # One command takes a pinned torch as it comes: with a CPU build at hand that is 200 MB, else the CUDA build.
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@echo "Installing Kvasir and some 30 packages into $(VENV), once; the large one is PyTorch (200 MB and more)."
+	@$(PIP) -e '.[all]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "Installing what the tests need into $(VENV), once."
+	@$(PIP) -e '.[dev]'
 	@touch $@

@@ -21,12 +21,12 @@ from kvasir.protocol.errors import AuthenticationFailed, BadRequest, ConnectionL
 
 HELP = """\
 /reset         forget the conversation
-/system TEXT   set the system prompt and forget the conversation; without TEXT: show it
+/system TEXT   start over with this system prompt; without TEXT: show it
 /model NAME    go on with another model; without NAME: show those there are
 /help          this
 /quit          leave, as Ctrl-D does
-Enter sends, Alt-Enter begins a new line, pasted lines stay one message; the arrow keys bring back what was sent.
-Ctrl-C stops an answer or clears the line."""
+Enter sends, Alt-Enter begins a new line, pasted lines stay one message.
+Arrow up brings back what was sent. Ctrl-C stops an answer or clears the line."""
 
 
 @click.command()
@@ -220,11 +220,11 @@ def summary(done: Completion, streaming_s: float) -> str:
     parts = [
         done.worker or "?",
         f"{usage.cached_tokens}/{usage.prompt_tokens} prompt tokens cached",
-        f"first token {done.ttft_s * 1000:.0f} ms",
+        f"TTFT {done.ttft_s * 1000:.0f} ms",
         f"{usage.completion_tokens} tokens",
     ]
     if streaming_s > 0 and usage.completion_tokens > 1:
-        parts.append(f"{(usage.completion_tokens - 1) / streaming_s:.0f} tokens/s")
+        parts.append(f"{(usage.completion_tokens - 1) / streaming_s:.0f}/s")
     if done.finish_reason == "length":
         parts.append("cut at --max-tokens or the window")
     return " · ".join([*parts, f"request {done.request_id[:ID_CHARS]}"])

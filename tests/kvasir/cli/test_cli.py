@@ -343,7 +343,7 @@ def test_a_conversation_grows_by_both_sides_and_says_what_was_cached() -> None:
         {"role": "assistant", "content": "Hello"},
         {"role": "user", "content": "and now?"},
     ]
-    assert "Hello" in out and "demo-1 · 16/20 prompt tokens cached · first token 12 ms" in out
+    assert "Hello" in out and "demo-1 · 16/20 prompt tokens cached · TTFT 12 ms" in out
     assert "request c0ffee01\n" in out
 
 
@@ -354,7 +354,7 @@ def test_commands_of_the_chat() -> None:
         [{"role": "system", "content": "be brief"}, {"role": "user", "content": "one"}],
         [{"role": "system", "content": "be brief"}, {"role": "user", "content": "two"}],
     ]
-    assert "be brief" in out and "/nonsense is no command" in out and "forget the conversation" in out
+    assert "be brief" in out and "/nonsense is no command" in out and "/system TEXT   start over" in out
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said() -> None:
