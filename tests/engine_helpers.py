@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.scheduler import EngineLimits
-from kvasir.worker.engine.step import SequenceSlice
+from kvasir.worker.engine.step import OutOfMemory, Sampled, SampleRow, SequenceSlice
 from kvasir.worker.model.oracle_model import OracleConfig, OracleModel, OracleStore
 
 SECRET = b"deployment"
@@ -47,16 +47,30 @@ class WatchedStore(OracleStore):
 
 
 class WatchedModel(OracleModel):
-    """Remembers the slices of every step and the keys it was told to forget."""
+    """Remembers the slices of every step and the keys it was told to forget.
+
+    Has memory for `max_tokens` tokens in a step, and no finite logits for sequences whose prompt holds `sick_token`.
+    """
 
     def __init__(self, config: OracleConfig) -> None:
         super().__init__(config)
+        self.max_tokens = 1 << 30
+        self.sick_token = -1
         self.steps: list[list[SequenceSlice]] = []
         self.forgotten: list[int] = []
 
     def forward(self, slices: list[SequenceSlice], kv: OracleStore) -> list[int]:
         self.steps.append(slices)
-        return super().forward(slices, kv)
+        hashes = super().forward(slices, kv)
+        if sum(len(piece.token_ids) for piece in slices) > self.max_tokens:
+            raise OutOfMemory("no memory for this step")
+        return hashes
+
+    def sample_all(self, hashes: Sequence[int], rows: Sequence[SampleRow]) -> list[Sampled | None]:
+        drawn = self.sample(hashes, rows)
+        return [
+            None if self.sick_token in row.prompt_ids else sampled for row, sampled in zip(rows, drawn, strict=True)
+        ]
 
     def forget(self, seq_key: int) -> None:
         self.forgotten.append(seq_key)
@@ -94,7 +108,7 @@ class Rig:
         self.engine = Engine(
             self.model,
             self.kv,
-            self.model.sample,
+            self.model.sample_all,
             self.cache,
             limits,
             vocab_size=self.model.config.vocab,

@@ -58,7 +58,9 @@ HELLO_RETRY_S = 2.0
 ACCOUNTS_EVERY_S = 1.0
 SILENCE_S = 10.0  # how often to complain that no gateway answers
 BYE_TIMEOUT_S = 1.0
+EXIT_SICK = 1
 EXIT_REFUSED = 2
+MAX_NOT_FINITE = 3
 STDIN_FD = 0
 
 
@@ -97,6 +99,8 @@ class Worker:
         self._accounts_at = 0.0
         self._report_at = 0.0  # when an idle worker reports again
         self._drain_deadline: float | None = None
+        self._drain_code = 0
+        self._has_told_memory = False
         self._exit_code: int | None = None
 
     def run(self) -> int:
@@ -114,6 +118,7 @@ class Worker:
                 self._send(self._engine.step())
                 self._report_at = self._clock() + self._heartbeat_s
                 self._send_accounts()
+                self._check_health()
             self._flush()
 
     # ---- in
@@ -264,6 +269,19 @@ class Worker:
         self._hello_at = self._clock()
         self._complain_at = self._clock() + SILENCE_S
 
+    def _check_health(self) -> None:
+        """Say once that a step ran out of memory; leave when the model gave no finite logits several times in a row.
+
+        Weights, device or cached blocks are damaged then. Requests are handed back, and whoever supervises the process
+        starts a fresh one.
+        """
+        if self._engine.num_out_of_memory and not self._has_told_memory:
+            self._has_told_memory = True
+            log("out_of_memory", effect="smaller steps", hint="less --max-step-tokens, --max-requests or --kv-memory")
+        if self._engine.num_not_finite >= MAX_NOT_FINITE and self._drain_code == 0:
+            self._drain_code = EXIT_SICK
+            self._start_drain(0.0, f"no finite logits {MAX_NOT_FINITE} times in a row")
+
     def _on_signal(self, number: int) -> None:
         if number in (signal.SIGTERM, signal.SIGINT):
             # The second one means: now.
@@ -291,7 +309,7 @@ class Worker:
                 self._socket.poll(50, zmq.POLLOUT)
                 self._flush()
         log("drained", worker=self._hello.worker_id)
-        self._exit_code = 0
+        self._exit_code = self._drain_code
 
     # ---- out
 
@@ -345,7 +363,7 @@ def open_socket(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.S
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a worker process; return its exit code: 0 drained or left alone, 2 for what does not allow a start."""
+    """Run a worker process; return its exit code: 0 drained or left alone, 1 sick, 2 not able to start."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
     try:
         options = parse_options(argv)

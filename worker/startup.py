@@ -18,7 +18,7 @@ from kvasir.protocol.errors import ConfigurationError, ModelError
 from kvasir.protocol.messages import Hello, Limits
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.scheduler import EngineLimits
-from kvasir.worker.engine.step import Sampler, StepModel, StepStore
+from kvasir.worker.engine.step import OutOfMemory, Sampler, StepModel, StepStore
 from kvasir.worker.log import log
 from kvasir.worker.model.oracle_model import PREFIX, OracleModel, OracleStore, parse_oracle
 from kvasir.worker.options import MemorySize, Options
@@ -221,7 +221,7 @@ def _load_torch(options: Options) -> Loaded:
         loaded.model.forward([SequenceSlice(0, [0], 0, [0], 1)], kv)
         loaded.model.forget(0)
         kv.zero([0])
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, torch.OutOfMemoryError, OutOfMemory) as error:
         raise ModelError(f"{options.model} does not fit into memory ({error}); give less --kv-memory.") from None
     return Loaded(
         model=loaded.model,

@@ -451,3 +451,26 @@ def test_reports_wait_in_a_bounded_backlog_and_an_overflow_starts_a_new_incarnat
     finally:
         socket.close(linger=0)
         context.term()
+
+
+def test_a_worker_without_finite_logits_three_times_in_a_row_hands_back_and_leaves_with_1(tmp_path: Path) -> None:
+    rig, prompt = Rig(), make_prompt(9)
+    rig.model.sick_token = prompt[0]
+    hello = Hello(PROTOCOL_VERSION, "w1", b"first", "oracle", "f", "uint64", 4, 64, Limits(16, 256, 64))
+    endpoint = f"ipc://{tmp_path}/gateway"
+    with (
+        zmq.Context() as context,
+        bind_router(context, endpoint) as router,
+        open_socket(context, endpoint) as socket,
+    ):
+        worker = Worker(rig.engine, hello, socket)
+        worker._take(encode(Welcome(b"epoch 1", PUBLIC_SPACE, 0.01)))
+        for i in range(3):
+            worker._take(encode(make_generate([*prompt, i], 5, req_id=bytes([i]))))
+        assert worker.run() == 1
+        reports = []
+        while router.poll(200):
+            reports.append(REPORTS.decode(router.recv_multipart()[1]))
+    outputs = [output for report in reports if isinstance(report, StepReport) for output in report.outputs]
+    assert [output.finish_reason for output in outputs] == ["error"] * 3
+    assert isinstance(reports[-1], Bye)

@@ -7,9 +7,8 @@ one `Output` with a finish reason, whatever happens to it, unless `drop_all` for
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from kvasir.cache.block_pool import PUBLIC, IntegrityError
 from kvasir.cache.block_table import BlockTable, Chain
@@ -35,7 +34,7 @@ from kvasir.protocol.prefix import HASH_BYTES
 from kvasir.protocol.tokens import num_tokens, pack_tokens
 from kvasir.worker.engine.scheduler import MIN_CHUNK, EngineLimits, Plan, no_room, schedule
 from kvasir.worker.engine.sequence import Sequence, make_sequence
-from kvasir.worker.engine.step import Sampled, Sampler, SampleRow, SequenceSlice, StepModel, StepStore
+from kvasir.worker.engine.step import OutOfMemory, Sampled, Sampler, SampleRow, SequenceSlice, StepModel, StepStore
 
 _FIRST_RATE = 100.0  # prompt tokens per second, until measured: low, so that the first chunk is a small one
 _RATE_SHARE = 0.2  # weight of the newest step in the measured rate
@@ -62,6 +61,13 @@ class EngineStatistics:
 class Engine:
     """Sequences in, one `StepReport` per step out.
 
+    A sequence whose logits are not finite (NaN) ends with an error. `num_not_finite` counts such sequences since the
+    last one with finite logits: one may be the fault of its prompt, many in a row are the worker's.
+
+    When a step runs out of memory, its sequences go back to waiting and the limits of a step are halved, until the
+    engine has nothing to do; a sequence that fails alone in a small step ends with an error. `num_out_of_memory` counts
+    the halvings.
+
     `check` verifies the cache's integrity whenever the engine runs empty. `public_namespace` is the gateway's to set
     (`Welcome`) before anything is submitted.
     """
@@ -80,7 +86,7 @@ class Engine:
         check: bool = False,
     ) -> None:
         self._model, self._kv, self._sampler, self._cache = model, kv, sampler, cache
-        self.limits = limits
+        self.limits = self._limits = limits
         self.public_namespace = bytes(16)
         self.on_blocks: Callable[[list[Stored], bytes], None] | None = None  # told what every step stored and removed
         self._vocab_size, self._eos_token_ids = vocab_size, eos_token_ids
@@ -92,6 +98,7 @@ class Engine:
         self._outputs: list[Output] = []  # of the next report: what was refused or aborted between steps
         self._num_steps = self._event_seq = self._num_sequences = 0
         self._num_finished = self._num_preempted = self._num_forked = 0
+        self.num_not_finite = self.num_out_of_memory = 0
         self._rate = _FIRST_RATE
         self._wanted_pins: dict[str, Chain] = {}
 
@@ -119,14 +126,15 @@ class Engine:
         self._num_sequences += 1
         try:
             if self.num_unfinished >= 2 * self.limits.max_requests:
-                raise Overloaded(f"{self.num_unfinished} requests are here, credits were {self.limits.max_requests}")
+                num_credits = self.limits.max_requests
+                raise Overloaded(f"{self.num_unfinished} requests are here, credits were {num_credits}")
             sequence = make_sequence(
                 command,
                 key=self._num_sequences,
                 now=self._clock(),
                 public_namespace=self.public_namespace,
                 block_size=self._cache.block_size,
-                max_context=self.limits.max_context,
+                max_context=self._limits.max_context,
                 vocab_size=self._vocab_size,
                 eos_token_ids=self._eos_token_ids,
             )
@@ -170,8 +178,13 @@ class Engine:
     def step(self) -> StepReport:
         """Compute one step and return its report; without work, return an empty report."""
         plan = self._schedule()
-        batch, logits = self._run(plan)
-        self._sample(batch, logits)
+        batch = self._prepare(plan)
+        try:
+            drawn = self._compute(batch)
+        except OutOfMemory as error:
+            self._hand_back(plan, batch, error)
+        else:
+            self._take(batch, drawn)
         return self._report(plan)
 
     def set_quotas(self, command: Quotas) -> None:
@@ -293,10 +306,10 @@ class Engine:
         self._cache.advance(now)
         for sequence in [s for s in self._by_id.values() if s.deadline is not None and now >= s.deadline]:
             self._end(sequence, "deadline", "the request's deadline passed before it was finished")
-        return schedule(self._running, self._waiting, self._cache, self.limits, now, self._rate)
+        return schedule(self._running, self._waiting, self._cache, self._limits, now, self._rate)
 
-    def _run(self, plan: Plan) -> tuple[_Batch, Any]:
-        """Carry out `plan` up to the logits, [number of sequences that draw a token, …]."""
+    def _prepare(self, plan: Plan) -> _Batch:
+        """Carry out `plan` as far as blocks go; return what is to be computed."""
         for sequence, text in plan.failed:
             self._end(sequence, "error", text)
         for sequence in plan.let_go:
@@ -328,27 +341,57 @@ class Engine:
             batch.append((sequence, piece, forks))
         if to_zero:
             self._kv.zero(to_zero)
-        return batch, self._model.forward([piece for _, piece, _ in batch], self._kv) if batch else None
+        return batch
 
-    def _sample(self, batch: _Batch, logits: Any) -> None:
-        """Draw a token for every sequence that is computed to its end and for its forks; publish what was filled."""
+    def _compute(self, batch: _Batch) -> list[Sampled | None]:
+        """Compute `batch`; return one draw for every sequence that is computed to its end, after those of its forks."""
+        if not batch:
+            return []
+        logits = self._model.forward([piece for _, piece, _ in batch], self._kv)
         rows = [
             SampleRow(s.sampling, piece.end, s.prompt_ids, s.output_ids)
             for sequence, piece, forks in batch
             if piece.num_logits
             for s in (*forks, sequence)
         ]
-        drawn = iter(self._sampler(logits, rows) if rows else ())
+        return list(self._sampler(logits, rows)) if rows else []
+
+    def _hand_back(self, plan: Plan, batch: _Batch, error: OutOfMemory) -> None:
+        """Let the sequences of a step that ran out of memory wait, to be computed again in smaller steps."""
+        plan.work.clear()
+        plan.num_decodes = 0
+        limits = self._limits
+        if len(batch) == 1 and not batch[0][2] and limits.max_step_tokens <= MIN_CHUNK:
+            self._end(batch[0][0], "error", f"the worker has too little memory to compute this request: {error}")
+            return
+        max_step_tokens = max(1, limits.max_step_tokens // 2)
+        max_requests = min(limits.max_requests, max_step_tokens)
+        self._limits = replace(limits, max_step_tokens=max_step_tokens, max_requests=max_requests)
+        self.num_out_of_memory += 1
+        for sequence, _, _ in batch:
+            self._preempt(sequence)
+
+    def _take(self, batch: _Batch, drawn: Iterable[Sampled | None]) -> None:
+        """Count `batch` as computed, publish the blocks that it filled, and give every sequence its token."""
+        draws = iter(drawn)
         for sequence, piece, forks in batch:
             sequence.num_computed = piece.end
-            self._publish(sequence)
-            if not piece.num_logits:
+            tokens = [next(draws) for _ in (*forks, sequence)] if piece.num_logits else []
+            if None in tokens:  # then its keys and values are no good either
+                self._end_not_finite([*forks, sequence])
                 continue
-            for fork in forks:
-                sampled = next(drawn)
-                if self._fork(fork, sequence):
-                    self._append(fork, sampled)
-            self._append(sequence, next(drawn))
+            self._publish(sequence)
+            for s, sampled in zip((*forks, sequence) if tokens else (), tokens, strict=True):
+                assert sampled is not None
+                self.num_not_finite = 0
+                if s is sequence or self._fork(s, sequence):
+                    self._append(s, sampled)
+
+    def _end_not_finite(self, sequences: list[Sequence]) -> None:
+        self.num_not_finite += 1
+        for s in sequences:
+            text = f"the model's logits for token {s.num_tokens} are not finite (step {self._num_steps + 1})"
+            self._end(s, "error", text)
 
     def _report(self, plan: Plan) -> StepReport:
         """Return what has happened since the last report."""
@@ -362,8 +405,10 @@ class Engine:
             rate = num_prefill / step_s
             self._rate = rate if self._rate == _FIRST_RATE else self._rate + _RATE_SHARE * (rate - self._rate)
         self._num_steps += 1
-        if self._check and not self.num_unfinished:
-            self.check_integrity()
+        if not self.num_unfinished:
+            self._limits = self.limits
+            if self._check:
+                self.check_integrity()
         load = Load(
             num_running=len(self._running),
             num_waiting=len(self._waiting),

@@ -45,6 +45,10 @@ class Sampled:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+class OutOfMemory(Exception):
+    """Raised by a model or sampler that lacks the memory for a step. What it wrote of that step is not used."""
+
+
 class StepModel(Protocol):
     """`worker.model.model.Model`, or a stand-in such as `worker.model.oracle_model.OracleModel`."""
 
@@ -52,6 +56,8 @@ class StepModel(Protocol):
         """Compute the tokens of `slices`, store their keys and values in `kv`, return their logits.
 
         Those are [sum of num_logits * num_draws, …], in the order of `slices`; the sampler may change them in place.
+
+        Raises: OutOfMemory.
         """
 
     def forget(self, seq_key: int) -> None:
@@ -66,5 +72,5 @@ class StepStore(Protocol):
     def copy_block(self, src: int, dst: int) -> None: ...
 
 
-Sampler = Callable[[Any, Sequence[SampleRow]], Sequence[Sampled]]
-"""Draws one token per row of logits."""
+Sampler = Callable[[Any, Sequence[SampleRow]], Sequence[Sampled | None]]
+"""Draws one token per row of logits; None where they are not finite. Raises: OutOfMemory."""

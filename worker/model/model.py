@@ -18,6 +18,7 @@ from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.attention import Attention
 from kvasir.worker.model.batch import pack
 from kvasir.worker.model.config import ModelConfig
+from kvasir.worker.model.memory import memory_errors
 from kvasir.worker.model.rope import RotaryTable, rotate_
 
 
@@ -64,10 +65,13 @@ class Model:
         self._rotary = RotaryTable(config.rope, config.head_dim, self.device, self.dtype)
 
     @torch.inference_mode()
+    @memory_errors()
     def forward(self, slices: list[SequenceSlice], kv: KvStore) -> Tensor:
         """Compute the tokens of `slices`, write their keys and values to `kv`, return the logits asked for.
 
         Returns [sum of num_logits * num_draws, vocab] in the order of `slices`, fp32 (fp64 for an fp64 model).
+
+        Raises: OutOfMemory.
         """
         config, weights, attention = self.config, self.weights, self.attention
         singles = attention.arrange([piece for piece in slices if len(piece.token_ids) == 1], kv)

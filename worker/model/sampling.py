@@ -8,7 +8,7 @@ of the logits; that changes a draw only when the uniform falls into that sliver.
 What counts, in this order: penalties and bias, temperature, top-k, top-p (over what top-k left), min-p (against the
 most likely token). Equal logits rank by token id. Reported log probabilities are the model's own, before all that.
 
-`sample` treats whole batches; `sample_one` is its readable twin, with which the tests compare it.
+`sample` treats whole batches; `sample_one` is its readable duplicate, with which the tests compare it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvasir.protocol.messages import Sampling
 from kvasir.worker.engine.step import Sampled, SampleRow
+from kvasir.worker.model.memory import memory_errors
 
 _NUM_CANDIDATES = 64  # first guess of how many tokens the filters can leave
 
@@ -32,8 +33,22 @@ def uniform(seed: int, position: int) -> float:
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-    """Draw one token per row of `logits` [num_rows, vocab], which are changed where penalties apply."""
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | None]:
+    """Draw one token per row of `logits` [num_rows, vocab], which are changed where penalties apply.
+
+    None for a row without a finite maximum: with a NaN, with +inf, or of -inf throughout.
+    """
+    with memory_errors():
+        is_finite = logits.amax(dim=-1).isfinite().tolist()
+        if all(is_finite):
+            return [*_sample(logits, rows)]
+        drawn = iter(
+            _sample(logits[torch.tensor(is_finite)], [row for row, good in zip(rows, is_finite, strict=True) if good])
+        )
+        return [next(drawn) if good else None for good in is_finite]
+
+
+def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     reported = {i: _log_probabilities(logits[i]) for i, row in enumerate(rows) if row.params.logprobs is not None}
     for i, row in enumerate(rows):
         if _is_penalised(row.params):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvasir.protocol.messages import Sampling
-from kvasir.worker.engine.step import SampleRow
+from kvasir.worker.engine.step import OutOfMemory, SampleRow
+from kvasir.worker.model.memory import memory_errors
 from kvasir.worker.model.sampling import sample, sample_one, uniform
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0, 0.5])  # tokens 1 and 3 are equally likely
@@ -158,11 +159,26 @@ def test_logprobs_are_those_of_the_model_before_temperature_and_penalties() -> N
     assert sample(LOGITS[None].clone(), [make_row()])[0].logprob is None
 
 
-def test_hopeless_logits_still_give_a_token() -> None:
-    for row in (make_row(), make_row(top_p=0.5), make_row(temperature=0.0)):
-        (result,) = sample(torch.full((1, 7), float("nan")), [row])
-        assert 0 <= result.token_id < 7
-
-
 def test_a_vanishing_temperature_is_greedy_without_overflow() -> None:
     assert set(draws(torch.tensor([1.0, 2.0, 1.5]), count=20, temperature=1e-300)) == {1}
+
+
+def test_rows_that_are_not_finite_draw_nothing_and_the_others_draw_as_ever() -> None:
+    logits = LOGITS.repeat(4, 1)
+    logits[1, 2], logits[2, 0], logits[3, 1] = torch.nan, torch.inf, -torch.inf
+    rows = [make_row(temperature=t, seed=5) for t in (0.0, 0.0, 1.0, 1.0)]
+    good = [sample(logits[i : i + 1].clone(), [rows[i]])[0] for i in (0, 3)]
+    assert sample(logits, rows) == [good[0], None, None, good[1]]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_lack_of_memory_is_told_in_the_engines_words(error: Exception) -> None:
+    with pytest.raises(OutOfMemory), memory_errors():
+        raise error
+
+
+def test_the_cpu_allocator_is_told_apart_from_other_runtime_errors() -> None:
+    with pytest.raises(OutOfMemory, match="allocate"), memory_errors():
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shape"), memory_errors():
+        torch.zeros(2) @ torch.zeros(3, 3)
