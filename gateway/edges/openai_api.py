@@ -17,25 +17,21 @@ import trio
 
 from kvasir.gateway.core.api import CoreApi, Event, Finished, ModelInfo
 from kvasir.gateway.edges.answer import Answer, Piece
-from kvasir.gateway.edges.openai_requests import (
-    Body,
-    ChatBody,
-    CompletionBody,
-    chat_requests,
-    completion_requests,
-    parse_body,
-)
+from kvasir.gateway.edges.openai_requests import Asked, read_chat, read_completion
 from kvasir.gateway.edges.openai_responses import CHAT, COMPLETION, Form, error_object, usage_of
 from kvasir.gateway.edges.prepare import Intake
 from kvasir.gateway.http.connection import Exchange, HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.gateway.tenants.directory import Tenant, TenantDirectory
-from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import BY_CODE, AuthenticationFailed, ErrorInfo, KvasirError, MethodNotAllowed, NotFound
 
-_chat_body = msgspec.json.Decoder(ChatBody)
-_completion_body = msgspec.json.Decoder(CompletionBody)
 _encode = msgspec.json.Encoder().encode
+_ROUTES: dict[str, tuple[Callable[[bytes], Asked], Form]] = {
+    "/v1/chat/completions": (read_chat, CHAT),
+    "/v1/completions": (read_completion, COMPLETION),
+}
+QUICK_BODY_BYTES = 32_768  # larger bodies are read in a thread
+MAX_READERS = 2
 MAX_WAITING_EVENTS = 16_384  # about 3 MB of them
 
 
@@ -54,6 +50,7 @@ class HttpApi:
         self._intake = intake
         self._directory = directory
         self._metrics = metrics
+        self._readers = trio.CapacityLimiter(MAX_READERS)
         self._created = int(time.time() if started_at is None else started_at)
 
     async def __call__(self, request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
@@ -67,16 +64,15 @@ class HttpApi:
 
     async def _route(self, request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
         path = request.path
-        if path == "/v1/chat/completions":
+        if path in _ROUTES:
             _only(request, "POST")
             tenant = self._authenticate(request)
-            chat: ChatBody = parse_body(_chat_body, request.body)
-            return await self._complete(chat, chat_requests(chat), tenant, CHAT, exchange)
-        if path == "/v1/completions":
-            _only(request, "POST")
-            tenant = self._authenticate(request)
-            completion: CompletionBody = parse_body(_completion_body, request.body)
-            return await self._complete(completion, completion_requests(completion), tenant, COMPLETION, exchange)
+            read, form = _ROUTES[path]
+            if len(request.body) <= QUICK_BODY_BYTES:
+                asked = read(request.body)
+            else:
+                asked = await trio.to_thread.run_sync(read, request.body, limiter=self._readers, abandon_on_cancel=True)
+            return await self._complete(asked, tenant, form, exchange)
         if path == "/v1/models" or path.startswith("/v1/models/"):
             _only(request, "GET", "HEAD")
             return self._models(self._authenticate(request), unquote(path.removeprefix("/v1/models").removeprefix("/")))
@@ -119,13 +115,13 @@ class HttpApi:
 
     async def _complete(
         self,
-        body: Body,
-        requests: list[CompletionRequest],
+        asked: Asked,
         tenant: Tenant,
         form: Form,
         exchange: Exchange,
     ) -> HttpResponse | None:
-        waiter = _Waiter(len(requests), exchange.cut, every_event=bool(body.stream) or bool(requests[0].stop))
+        requests = asked.requests
+        waiter = _Waiter(len(requests), exchange.cut, every_event=asked.stream or bool(requests[0].stop))
         answers = [Answer(self._core, waiter.wake) for _ in requests]
         try:
             for request, answer in zip(requests, answers, strict=True):
@@ -138,10 +134,11 @@ class HttpApi:
             for answer in answers:
                 assert answer.submit is not None
                 self._core.submit(answer.submit)
-            if body.stream:
-                wants_usage = body.stream_options is not None and body.stream_options.include_usage
-                return await self._stream(answers, waiter, form, exchange, body.n or 1, wants_usage=wants_usage)
-            return await self._whole(answers, waiter, form, body.n or 1)
+            if asked.stream:
+                return await self._stream(
+                    answers, waiter, form, exchange, asked.num_choices, wants_usage=asked.wants_usage
+                )
+            return await self._whole(answers, waiter, form, asked.num_choices)
         finally:
             for answer in answers:
                 answer.cancel()

@@ -1,17 +1,20 @@
 """The bodies of the OpenAI-compatible routes, and what each asks for in our own words.
 
-Fields that do not change the answer (`user`, `metadata`, `store`, ...) are ignored, as clients send many; fields that
-would change it and are not supported are refused by name.
+Which fields there are and what becomes of each is in `openai_fields`; here the honoured ones get their types.
 """
 
 from __future__ import annotations
 
+import contextlib
+import re
 import secrets
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
+from kvasir.gateway.edges.openai_fields import MAX_VALUE_BYTES, FieldCheck
 from kvasir.protocol.client_messages import ChatMessage, CompletionRequest
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import CacheHint, RetentionHint, Sampling
@@ -19,9 +22,10 @@ from kvasir.protocol.tokens import pack_tokens
 
 MAX_CHOICES = 8
 MAX_PROMPTS = 16
+MAX_TURNS = 4096
 
 
-class StreamOptions(Struct):
+class StreamOptions(Struct, forbid_unknown_fields=True):
     include_usage: bool = False
 
 
@@ -32,15 +36,13 @@ class Part(Struct):
     text: str = ""
 
 
-class Turn(Struct):
+class Turn(Struct, forbid_unknown_fields=True):
     role: Annotated[str, Meta(min_length=1, max_length=64)]
     content: str | list[Part] | None = None
-    tool_calls: Any = None  # understood only in order to be refused
 
 
-class Body(Struct, kw_only=True):
-    """What both routes share. `top_k`, `min_p`, `repetition_penalty`, `stop_token_ids`, `ignore_eos`, `deadline_s`,
-    `cache_hint` and `retention` are ours (most of them vLLM's names)."""
+class Body(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What both routes share."""
 
     model: str = ""
     max_tokens: int | None = None
@@ -62,69 +64,77 @@ class Body(Struct, kw_only=True):
     deadline_s: float | None = None
     cache_hint: CacheHint | None = None
     retention: Annotated[list[RetentionHint], Meta(max_length=16)] | None = None
-    # Understood only in order to be refused.
-    tools: Any = None
-    functions: Any = None
-    response_format: Any = None
-    modalities: Any = None
-    audio: Any = None
 
 
 class ChatBody(Body, kw_only=True):
-    messages: Annotated[list[Turn], Meta(max_length=4096)]
+    messages: Annotated[list[Turn], Meta(max_length=MAX_TURNS)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
 
 class CompletionBody(Body, kw_only=True):
-    prompt: str | list[str | int | list[int]]  # one text, several, token ids, or several times token ids
+    prompt: Raw  # by its shape, see `_prompts`
     logprobs: int | None = None
-    echo: bool | None = None
-    suffix: str | None = None
     best_of: int | None = None
 
 
-def chat_requests(body: ChatBody) -> list[CompletionRequest]:
-    """Return one request per choice of a chat completion.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one HTTP request asks for: a request per prompt and choice, prompt by prompt."""
+
+    requests: list[CompletionRequest]
+    num_choices: int
+    stream: bool
+    wants_usage: bool
+
+
+def read_chat(raw: bytes) -> Asked:
+    """Read the body of a chat completion. Takes long for a large one: call it in a thread then.
 
     Raises:
-        BadRequest: something is out of range or not supported; `param` names it.
+        BadRequest: no valid JSON, out of range, unknown or not supported; `param` names the field.
     """
-    messages = [ChatMessage("system" if turn.role == "developer" else turn.role, _text(turn)) for turn in body.messages]
+    body: ChatBody = _decode(_CHAT, _chat_body, raw)
+    messages = [
+        ChatMessage("system" if turn.role == "developer" else turn.role, _text(turn, index))
+        for index, turn in enumerate(body.messages)
+    ]
     num_logprobs = None
     if body.logprobs:
         num_logprobs = body.top_logprobs or 0
     elif body.top_logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return _choices(body, num_logprobs, [{"messages": messages}], max_tokens)
+    return _asked(body, num_logprobs, [{"messages": messages}], max_tokens)
 
 
-def completion_requests(body: CompletionBody) -> list[CompletionRequest]:
-    """Return one request per prompt and choice of a text completion, prompt by prompt.
+def read_completion(raw: bytes) -> Asked:
+    """Read the body of a text completion, as `read_chat` does.
 
     Raises:
-        BadRequest: as `chat_requests`.
+        BadRequest: as `read_chat`.
     """
-    if body.echo:
-        raise BadRequest("echo is not supported; put the prompt before the answer yourself", param="echo")
-    if body.suffix:
-        raise BadRequest("suffix is not supported; only the end of a text can be completed", param="suffix")
+    body: CompletionBody = _decode(_COMPLETION, _completion_body, raw)
     if body.best_of is not None and body.best_of > (body.n or 1):
         raise BadRequest("best_of above n is not supported; ask for n and choose yourself", param="best_of")
     max_tokens = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default for this route
-    return _choices(body, body.logprobs, _prompts(body.prompt), max_tokens)
+    return _asked(body, body.logprobs, _prompts(body.prompt), max_tokens)
 
 
-def parse_body(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
-    """Decode a request body.
+_CHAT, _COMPLETION = FieldCheck("chat"), FieldCheck("completions")
+_TURN, _OPTIONS = FieldCheck("message"), FieldCheck("stream_options")
+_chat_body = msgspec.json.Decoder(ChatBody)
+_completion_body = msgspec.json.Decoder(CompletionBody)
 
-    Raises:
-        BadRequest: not UTF-8, not JSON, or a field of the wrong type, named by its path.
-    """
+
+def _decode(fields: FieldCheck, decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
+    """Return the typed body: at once if all its fields are honoured, else of those that are."""
     try:
-        return decoder.decode(raw)
+        if len(raw) <= MAX_VALUE_BYTES:
+            with contextlib.suppress(msgspec.ValidationError):  # said better below
+                return decoder.decode(raw)
+        return decoder.decode(_without_harmless(fields, raw))
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         param = path.rstrip("`").lstrip(".") or None
@@ -135,10 +145,19 @@ def parse_body(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
         raise BadRequest("the body is nested too deeply") from None
 
 
-def _choices(
-    body: Body, num_logprobs: int | None, prompts: list[dict[str, Any]], max_tokens: int | None
-) -> list[CompletionRequest]:
-    _refuse_unsupported(body)
+def _without_harmless(fields: FieldCheck, raw: bytes) -> bytes:
+    kept: dict[str, Any] = fields.honoured_of(raw)
+    if "messages" in kept:
+        turns = msgspec.json.decode(kept["messages"], type=list[Raw])
+        if len(turns) <= MAX_TURNS:  # more are refused for their number
+            kept["messages"] = [_TURN.honoured_of(turn, f"messages[{index}].") for index, turn in enumerate(turns)]
+    options = kept.get("stream_options")
+    if options is not None and bytes(options) != b"null":
+        kept["stream_options"] = _OPTIONS.honoured_of(options, "stream_options.")
+    return msgspec.json.encode(kept)
+
+
+def _asked(body: Body, num_logprobs: int | None, prompts: list[dict[str, Any]], max_tokens: int | None) -> Asked:
     num_choices = 1 if body.n is None else body.n
     if not 1 <= num_choices <= MAX_CHOICES:
         raise BadRequest(f"n must be between 1 and {MAX_CHOICES}, not {num_choices}", param="n")
@@ -149,25 +168,26 @@ def _choices(
     stop_token_ids = body.stop_token_ids or []
     if len(stop_token_ids) > 256:
         raise BadRequest("stop_token_ids takes up to 256 ids", param="stop_token_ids")
-    return [
+    requests = [
         CompletionRequest(
             id=0,
             api_key="",
             model=body.model,
             max_tokens=max_tokens,
-            # Choices of one request draw from seeds of their own, the first from the one that was given.
-            sampling=sampling if choice == 0 else msgspec.structs.replace(sampling, seed=_mix(sampling.seed, choice)),
+            # Each choice of each prompt draws from a seed of its own, the first from the one that was given.
+            sampling=sampling if number == 0 else msgspec.structs.replace(sampling, seed=_mix(sampling.seed, number)),
             stop=stop,
             stop_token_ids=stop_token_ids,
             ignore_eos=bool(body.ignore_eos),
             deadline_s=body.deadline_s,
             cache_hint=body.cache_hint,
             retention=body.retention or [],
-            **prompt,
+            **prompts[number // num_choices],
         )
-        for prompt in prompts
-        for choice in range(num_choices)
+        for number in range(len(prompts) * num_choices)
     ]
+    wants_usage = body.stream_options is not None and body.stream_options.include_usage
+    return Asked(requests, num_choices, bool(body.stream), wants_usage)
 
 
 def _sampling(body: Body, num_logprobs: int | None) -> Sampling:
@@ -199,28 +219,34 @@ def _sampling(body: Body, num_logprobs: int | None) -> Sampling:
         raise BadRequest(f"{param or 'sampling'}: {message}", param=param) from None
 
 
-def _refuse_unsupported(body: Body) -> None:
-    for name in ("tools", "functions", "modalities", "audio"):
-        if getattr(body, name):
-            raise BadRequest(f"{name} is not supported here; leave it out", param=name)
-    form = body.response_format
-    if form and not (isinstance(form, dict) and form.get("type") == "text"):
-        raise BadRequest("response_format other than text is not supported here; leave it out", param="response_format")
-
-
-def _prompts(prompt: str | list[Any]) -> list[dict[str, Any]]:
-    if isinstance(prompt, str):
-        return [{"text": prompt}]
-    if not prompt:
+def _prompts(raw: Raw) -> list[dict[str, Any]]:
+    """Return the prompts as `CompletionRequest` takes them. Their kind is known before they are decoded: a list of
+    millions of lists would take a second."""
+    shape = re.match(rb"\[\s*([\[\"]?)", raw)
+    if shape is None:
+        return [{"text": _decode_prompt(raw, str)}]
+    if shape[1] == b"[" and bytes(raw).count(b"[") > MAX_PROMPTS + 1 and b'"' not in bytes(raw):
+        raise BadRequest(f"up to {MAX_PROMPTS} prompts fit one request", param="prompt")
+    if shape[1] == b'"':
+        prompts = [{"text": text} for text in _decode_prompt(raw, list[str])]
+    elif shape[1] == b"[":
+        prompts = [{"token_ids": _pack(ids)} for ids in _decode_prompt(raw, list[list[int]])]
+    else:
+        ids = _decode_prompt(raw, list[int])
+        prompts = [{"token_ids": _pack(ids)}] if ids else []
+    if not prompts:
         raise BadRequest("prompt is empty; send a string or token ids", param="prompt")
-    kinds = {type(each) for each in prompt}
-    if len(kinds) > 1:
-        raise BadRequest("prompt mixes texts and token ids; send one kind", param="prompt")
-    if kinds == {int}:
-        return [{"token_ids": _pack(prompt)}]
-    if len(prompt) > MAX_PROMPTS:
-        raise BadRequest(f"up to {MAX_PROMPTS} prompts fit one request, not {len(prompt)}", param="prompt")
-    return [{"text": each} if isinstance(each, str) else {"token_ids": _pack(each)} for each in prompt]
+    if len(prompts) > MAX_PROMPTS:
+        raise BadRequest(f"up to {MAX_PROMPTS} prompts fit one request, not {len(prompts)}", param="prompt")
+    return prompts
+
+
+def _decode_prompt(raw: Raw, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        message = f"{error}; send a string, token ids, or several of one kind"
+        raise BadRequest(f"prompt: {message}", param="prompt") from None
 
 
 def _pack(token_ids: list[int]) -> bytes:
@@ -230,15 +256,16 @@ def _pack(token_ids: list[int]) -> bytes:
         raise BadRequest("prompt holds something that is no token id", param="prompt") from None
 
 
-def _text(turn: Turn) -> str:
-    if turn.tool_calls:
-        raise BadRequest("tool_calls in messages are not supported here; send their text", param="messages")
+def _text(turn: Turn, index: int) -> str:
     if isinstance(turn.content, str):
         return turn.content
-    for part in turn.content or ():
+    if not turn.content:
+        param = f"messages[{index}].content"
+        raise BadRequest(f"messages[{index}] has no content; send a text or leave the message out", param=param)
+    for part in turn.content:
         if part.type != "text":
             raise BadRequest(f"content of type {part.type!r} is not supported; send text", param="messages")
-    return "".join(part.text for part in turn.content or ())
+    return "".join(part.text for part in turn.content)
 
 
 def _mix(seed: int, choice: int) -> int:
