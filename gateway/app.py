@@ -37,8 +37,10 @@ from kvasir.gateway.tenants.store import open_store
 from kvasir.gateway.text.model_text import ModelText, load_text
 from kvasir.gateway.workers.port import WorkerPort
 from kvasir.gateway.workers.supervisor import Supervisor
+from kvasir.protocol.client_messages import MAX_CLIENT_FRAME_BYTES
 from kvasir.protocol.link import open_router
 from kvasir.protocol.prefix import derive_namespace
+from kvasir.protocol.profile import LinkProfile
 
 RESERVED_DESCRIPTORS = 256  # for ZeroMQ's peers, workers' pipes, files: libzmq aborts when accept finds none left
 LAST_WORDS_MS = 500  # for what the last requests got before a stop
@@ -77,7 +79,7 @@ async def serve(config: GatewayConfig) -> None:
         intake = Intake(core, directory, texts, store.secret, config.block_size)
         intake.warm()
         core.set_pins(intake.pins)
-        client_link = open_router(context, config.client_endpoints)
+        client_link = open_router(context, config.client_endpoints, LinkProfile(max_frame_bytes=MAX_CLIENT_FRAME_BYTES))
         stack.callback(client_link.close, linger_ms=LAST_WORDS_MS)  # runs before the context ends, and is waited for
         edge = ZmqEdge(client_link, core, intake, directory)
         server = HttpServer(

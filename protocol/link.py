@@ -9,6 +9,11 @@ wake those who wait for what it says, since the edge that would have woken them 
 What we chose: `run()` is the pump, the only caller of `wait_readable(fd)`. `receive()` and `send()` first try, then
 park in a lot; every libzmq call ends in `_refresh()`, which re-reads EVENTS and wakes both lots. Receiving is done in
 batches because one Trio wake-up costs as much as ten small messages.
+
+What nothing here bounds: libzmq (4.3.5) hands out no frame of a message before the last one has come. Its MAXMSGSIZE is
+per frame and its high water counts whole messages, so that a peer which never ends a message takes as much memory as
+it sends, unseen by us. Only a bound on the whole process helps (`MemoryMax` in the systemd unit); peers that are not
+trusted so far belong on the HTTP edge. A message of too many frames, once whole, is read off a few at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +31,8 @@ from kvasir.protocol.errors import ConfigurationError, KvasirError
 from kvasir.protocol.profile import LinkProfile, apply_profile
 
 MAX_PARTS = 4
+MAX_DISCARDED = 256  # frames in one turn, of messages with too many: each takes some microseconds
+MAX_BATCH_BYTES = 16 << 20
 _NOBLOCK = int(zmq.NOBLOCK)  # plain ints: `|` on pyzmq's flags costs as much as a send
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
@@ -63,7 +70,7 @@ class Link:
     """One ZeroMQ socket, owned by the Trio thread that made it.
 
     Any number of tasks may send, one at a time should receive. Messages are lists of frames; a ROUTER's first frame is
-    the routing id. Messages of more than `MAX_PARTS` frames are no protocol of ours: they are read off and counted.
+    the routing id. Messages of more than `MAX_PARTS` frames are no protocol of ours: discarded and counted.
     """
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
@@ -74,6 +81,7 @@ class Link:
         self._readers = trio.lowlevel.ParkingLot()
         self._writers = trio.lowlevel.ParkingLot()
         self._closed = False
+        self._discarding = False  # what is left of a message with too many frames
         self._num_received = 0
         self._num_sent = 0
         self._num_refused = 0
@@ -106,24 +114,35 @@ class Link:
             if messages:
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return messages
-            await self._readers.park()
+            if self._discarding:
+                await trio.lowlevel.checkpoint()
+            else:
+                await self._readers.park()
 
     def receive_nowait(self, max_messages: int = 256) -> list[list[bytes]]:
-        """Return up to `max_messages` messages that are there now, possibly none.
+        """Return up to `max_messages` messages that are there now, possibly none; about `MAX_BATCH_BYTES` at most.
 
         Raises:
             LinkClosed: the link was closed.
         """
         self._check_open()
         messages: list[list[bytes]] = []
-        receive = self._socket.recv_multipart
+        num_bytes = 0
         try:
-            while len(messages) < max_messages:
-                frames = receive(zmq.NOBLOCK)
-                if len(frames) > MAX_PARTS:
-                    self._num_refused += 1
+            self._discard()
+            while len(messages) < max_messages and num_bytes < MAX_BATCH_BYTES and not self._discarding:
+                frames = [self._socket.recv(_NOBLOCK)]
+                while self._socket.getsockopt(zmq.RCVMORE):
+                    if len(frames) == MAX_PARTS:
+                        self._num_refused += 1
+                        self._discarding = True
+                        break
+                    frames.append(self._socket.recv(_NOBLOCK))
                 else:
                     messages.append(frames)
+                    num_bytes += len(frames[-1])
+                if self._discarding:
+                    self._discard()
         except zmq.Again:
             pass
         self._num_received += len(messages)
@@ -189,6 +208,14 @@ class Link:
         return LinkStatistics(
             self._num_received, self._num_sent, self._num_refused, len(self._readers), len(self._writers)
         )
+
+    def _discard(self) -> None:
+        """Read off some of what is left of a refused message."""
+        for _ in range(MAX_DISCARDED):
+            if not self._discarding:
+                return
+            self._socket.recv(_NOBLOCK)
+            self._discarding = bool(self._socket.getsockopt(zmq.RCVMORE))
 
     def _check_open(self) -> None:
         if self._closed:

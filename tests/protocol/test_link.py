@@ -11,7 +11,17 @@ import trio
 import zmq
 
 from kvasir.protocol.errors import ConfigurationError
-from kvasir.protocol.link import Link, LinkBusy, LinkClosed, PeerGone, open_dealer, open_router
+from kvasir.protocol.link import (
+    MAX_BATCH_BYTES,
+    MAX_DISCARDED,
+    MAX_PARTS,
+    Link,
+    LinkBusy,
+    LinkClosed,
+    PeerGone,
+    open_dealer,
+    open_router,
+)
 from kvasir.protocol.profile import LinkProfile
 
 pytestmark = pytest.mark.timeout(30)
@@ -208,3 +218,46 @@ def test_an_address_that_cannot_be_bound_is_a_clear_error(context) -> None:
         open_router(context, ["ipc:///tmp/" + "x" * 120])
     with pytest.raises(ConfigurationError, match="cannot listen on tcp://256"):
         open_router(context, ["tcp://256.1.1.1:1"])
+
+
+def test_a_message_of_too_many_frames_is_discarded_in_turns_with_others(context) -> None:
+    async def main() -> None:
+        router = open_router(context, ["inproc://x"])
+        with context.socket(zmq.DEALER) as peer:
+            peer.connect("inproc://x")
+            peer.send_multipart([b"", *[b""] * (10 * MAX_DISCARDED)])
+            peer.send(b"fine")
+            turns = 0
+
+            async def count() -> None:
+                nonlocal turns
+                while True:
+                    await trio.lowlevel.checkpoint()
+                    turns += 1
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(count)
+                [[_, frame]] = await router.receive()
+                nursery.cancel_scope.cancel()
+            assert frame == b"fine" and turns >= 8
+            assert router.statistics().num_refused == 1
+            for size in (MAX_PARTS - 1, MAX_PARTS):  # besides the routing id
+                peer.send_multipart([b"x"] * size)
+            peer.send(b"last")
+            assert [len(frames) for frames in router.receive_nowait()] == [MAX_PARTS, 2]
+        router.close()
+
+    run(main)
+
+
+def test_a_batch_is_bounded_in_bytes(context) -> None:
+    async def main() -> None:
+        router = open_router(context, ["inproc://x"])
+        with context.socket(zmq.DEALER) as peer:
+            peer.connect("inproc://x")
+            for _ in range(10):
+                peer.send(bytes(MAX_BATCH_BYTES // 4))
+            assert [len(router.receive_nowait()) for _ in range(4)] == [4, 4, 2, 0]
+        router.close()
+
+    run(main)
