@@ -1,4 +1,4 @@
-"""What one sequence holds and what it is: its block table, and the chain that identifies its full blocks."""
+"""The block table of a sequence, and the chain of hashes that identifies its full blocks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from kvasir.cache.block_pool import PUBLIC
-from kvasir.cache.policy import Use
 from kvasir.cache.run import Run
+from kvasir.protocol.messages import CacheHint, RetentionHint
 from kvasir.protocol.prefix import extend_chain, split_hashes
 from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens
 
@@ -19,16 +19,17 @@ class BlockTable:
 
     `block_ids` is what the model reads and only ever grows, until `free` empties it. The first `num_published` blocks
     are resident under this sequence's hashes: `last` is the run that ends with them, and this table references it and
-    all before it. The blocks after them are this table's alone. So are those at the indices in `twins`: another
-    sequence had published the same blocks first, and what is below them builds on those.
-    `use` is what is known about the request, `visit` the eviction policy's own note.
+    all before it. The blocks after them are this table's alone. So are those at the indices in `duplicates`:
+    another sequence had published the same blocks first, and what is below them builds on those.
+    `hint` and `retention` are what the request says about its future use, `visit` is the eviction policy's own note.
     """
 
     block_ids: list[int] = field(default_factory=list)
     num_published: int = 0
     last: Run | None = None
-    twins: list[int] = field(default_factory=list)
-    use: Use | None = None
+    duplicates: list[int] = field(default_factory=list)
+    hint: CacheHint | None = None
+    retention: tuple[RetentionHint, ...] = ()
     visit: object | None = None
     publishable: bool = True  # False after a hash collision: nothing further can be published under this chain
 
@@ -41,11 +42,11 @@ class BlockTable:
 
     def private_ids(self) -> list[int]:
         """Return the ids of the blocks that are this table's alone."""
-        return [*self.block_ids[self.num_published :], *(self.block_ids[i] for i in self.twins)]
+        return [*self.block_ids[self.num_published :], *(self.block_ids[i] for i in self.duplicates)]
 
 
 class Chain:
-    """Who the full blocks of a sequence are: their hashes, their packed tokens, and the two zones' namespaces.
+    """The identity of a sequence's full blocks: their hashes, their packed tokens, and the namespaces of its zones.
 
     The first `num_public_blocks` blocks are in `public_namespace` and owned by the operator, the rest in `namespace`
     and owned by `owner`.

@@ -22,6 +22,7 @@ from kvasir.cache.block_pool import PUBLIC, IntegrityError
 from kvasir.cache.policy import Policy, PolicyFactory
 from kvasir.cache.run import Run
 from kvasir.protocol.errors import BadRequest
+from kvasir.protocol.messages import KvAccount
 
 _NEVER = 1 << 62
 
@@ -61,24 +62,39 @@ class Account:
         self.block_s += self.num_held * (now - self.settled_at)
         self.settled_at = now
 
+    def statement(self, now: float) -> KvAccount:
+        """Return it as of `now`, in the form that the gateway is sent."""
+        self.settle(now)
+        return KvAccount(
+            tenant=self.owner,
+            num_held=self.num_held,
+            block_s=self.block_s,
+            num_looked_up=self.num_looked_up,
+            num_hits=self.num_hits,
+            num_evicted_own=self.num_evicted_own,
+            num_suffered=self.num_suffered,
+            num_caused=self.num_caused,
+        )
+
 
 @dataclass(slots=True, eq=False)
 class Order:
     """The runs that one policy instance orders. `account` is the owner's, None for the commons.
 
-    Counted in blocks; `num_shielded` of the `num_idle` have a descendant in another order, which may have to stay.
+    Counted in blocks; `num_blocked` of the `num_idle` are blocked by descendants in another order, which may
+    have to stay.
     """
 
     policy: Policy
     account: Account | None = None
     quota: Quota = Quota()
     num_idle: int = 0
-    num_shielded: int = 0
+    num_blocked: int = 0
 
     @property
     def num_evictable(self) -> int:
         """Idle blocks that can go whatever happens to other orders."""
-        return self.num_idle - self.num_shielded
+        return self.num_idle - self.num_blocked
 
     @property
     def num_above_floor(self) -> int:
@@ -104,25 +120,6 @@ class Order:
         return self.num_above_floor > 0 or (self is own and not self.is_below_floor)
 
 
-@dataclass(frozen=True, slots=True)
-class OwnerStatistics:
-    """One owner's account. `num_held` blocks now (allocated or resident), `block_s` blocks times seconds.
-
-    Counters since the start, in blocks, as in `Account`.
-    """
-
-    owner: str
-    floor: int
-    cap: int | None
-    num_held: int
-    block_s: float
-    num_looked_up: int
-    num_hits: int
-    num_evicted_own: int
-    num_suffered: int
-    num_caused: int
-
-
 class Owners:
     """All accounts and orders of one cache. The cache tells it what happens to blocks and asks it whose go."""
 
@@ -143,12 +140,12 @@ class Owners:
 
     @property
     def num_takable(self) -> int:
-        """Idle blocks that the pressure of an owner without a quota may take, shielded ones not counted."""
+        """Idle blocks that an owner without a quota may take, those blocked by descendants not counted."""
         return sum(order.num_takable for order in self.orders)
 
     @property
     def num_takable_at_most(self) -> int:
-        """The same with the shielded ones that may be bared by what goes."""
+        """The same with those that are unblocked when their descendants go."""
         return sum(min(order.num_idle, order.num_above_floor) for order in self.orders)
 
     def account(self, owner: str, now: float = 0.0) -> Account:
@@ -185,25 +182,29 @@ class Owners:
             max_blocks = min(max_blocks, order.account.num_held - order.quota.cap)
         return run, max_blocks
 
-    def shield(self, run: Run | None) -> None:
-        """Count one more child of `run` that is in another order or shielded itself."""
-        while run is not None:
-            run.num_shields += 1
-            if run.num_shields > 1:
-                return
-            if not run.ref_count:
-                run.order.num_shielded += len(run)
-            run = run.parent if run.parent is None or run.parent.order is run.order else None
+    def are_apart(self, parent: Run, run: Run) -> bool:
+        """Whether the two runs are in different orders."""
+        return parent.owner != run.owner and self.order_of(parent.owner) is not self.order_of(run.owner)
 
-    def unshield(self, run: Run | None) -> None:
-        """Undo one `shield`."""
+    def block(self, run: Run | None) -> None:
+        """Count one more child of `run` that is in another order or blocked by descendants itself."""
         while run is not None:
-            run.num_shields -= 1
-            if run.num_shields:
+            run.num_blocking += 1
+            if run.num_blocking > 1:
                 return
             if not run.ref_count:
-                run.order.num_shielded -= len(run)
-            run = run.parent if run.parent is None or run.parent.order is run.order else None
+                self.order_of(run.owner).num_blocked += len(run)
+            run = None if run.parent is None or self.are_apart(run.parent, run) else run.parent
+
+    def unblock(self, run: Run | None) -> None:
+        """Undo one `block`."""
+        while run is not None:
+            run.num_blocking -= 1
+            if run.num_blocking:
+                return
+            if not run.ref_count:
+                self.order_of(run.owner).num_blocked -= len(run)
+            run = None if run.parent is None or self.are_apart(run.parent, run) else run.parent
 
     def set_quotas(self, quotas: Mapping[str, Quota], runs: Sequence[Run], now: float) -> list[Order]:
         """Put `quotas`, which fit, in the place of all there are; return the orders that have one now.
@@ -211,7 +212,7 @@ class Owners:
         `runs`: all there are. O(len(runs)) when somebody gets a quota or loses it.
         """
         wanted = {owner: quota for owner, quota in quotas.items() if quota != Quota()}
-        moved = wanted.keys() ^ self._own.keys()
+        before = dict(self._own)
         for owner in self._own.keys() - wanted.keys():
             del self._own[owner]
         for owner, quota in wanted.items():
@@ -219,50 +220,35 @@ class Owners:
                 self._own[owner] = Order(self._make_policy(), self.account(owner, now))
             self._own[owner].quota = quota
         self.orders = [self.commons, *self._own.values()]
-        if moved:
-            self._move(runs)
+        if before.keys() != wanted.keys():
+            self._move(runs, before)
         return self.orders[1:]
 
-    def _move(self, runs: Sequence[Run]) -> None:
-        """Put all runs into the orders that are their owners' now, and count the shields anew."""
+    def _move(self, runs: Sequence[Run], before: Mapping[str, Order]) -> None:
+        """Put all runs into the orders that are their owners' now, and count anew what blocks them.
+
+        `before`: the owners that had an order of their own, with it.
+        """
         for run in sorted(runs, key=lambda run: run.released_at):
-            old, new = run.order, self.order_of(run.owner)
+            old, new = before.get(run.owner, self.commons), self.order_of(run.owner)
             if old is new:
                 continue
-            run.order = new
             old.policy.on_evict(run, len(run))
-            new.policy.on_insert(run, len(run))
             if not run.ref_count:
                 old.num_idle -= len(run)
                 new.num_idle += len(run)
                 new.policy.on_release(run)
         for order in self.orders:
-            order.num_shielded = 0
+            order.num_blocked = 0
         for run in runs:
-            run.num_shields = 0
+            run.num_blocking = 0
         for run in runs:
-            if run.parent is not None and run.order is not run.parent.order:
-                self.shield(run.parent)
+            if run.parent is not None and self.are_apart(run.parent, run):
+                self.block(run.parent)
 
-    def statistics(self, now: float) -> list[OwnerStatistics]:
-        """Return the accounts of all owners there ever were."""
-        return [self._statistics(account, now) for account in self._accounts.values()]
-
-    def _statistics(self, account: Account, now: float) -> OwnerStatistics:
-        account.settle(now)
-        quota = self.order_of(account.owner).quota
-        return OwnerStatistics(
-            owner=account.owner,
-            floor=quota.floor,
-            cap=quota.cap,
-            num_held=account.num_held,
-            block_s=account.block_s,
-            num_looked_up=account.num_looked_up,
-            num_hits=account.num_hits,
-            num_evicted_own=account.num_evicted_own,
-            num_suffered=account.num_suffered,
-            num_caused=account.num_caused,
-        )
+    def statements(self, now: float) -> list[KvAccount]:
+        """Return the accounts of all owners there ever were, as of `now`."""
+        return [account.statement(now) for account in self._accounts.values()]
 
     def check_integrity(self, runs: Sequence[Run], private_owners: Iterable[str]) -> None:
         """Check accounts, orders and policies against `runs`, all there are, whose tree is sound, and the owners of all
@@ -272,30 +258,31 @@ class Owners:
             IntegrityError: with the first contradiction found.
         """
         held = Counter(private_owners)
-        shields: Counter[Run] = Counter()
+        blocking: Counter[Run] = Counter()
         for run in runs:
             held[run.owner] += len(run)
-            if run.order is not self.order_of(run.owner):
-                raise IntegrityError(f"the run of block {run.block_ids[0]} of {run.owner} is not in its owner's order")
-            if run.parent is not None and (run.order is not run.parent.order or run.num_shields):
-                shields[run.parent] += 1
+            if run.parent is not None and (self.are_apart(run.parent, run) or run.num_blocking):
+                blocking[run.parent] += 1
         for owner in held.keys() | self._accounts.keys():
             if self.account(owner).num_held != held[owner]:
                 raise IntegrityError(f"{owner} holds {held[owner]} blocks, counted {self.account(owner).num_held}")
         for run in runs:
-            if run.num_shields != shields[run]:
-                raise IntegrityError(f"the run of block {run.block_ids[0]} counts {run.num_shields} shields wrongly")
+            if run.num_blocking != blocking[run]:
+                raise IntegrityError(
+                    f"the run of block {run.block_ids[0]} counts {run.num_blocking} children that block it, "
+                    f"it has {blocking[run]}"
+                )
         for order in self.orders:
-            _check_order(order, [run for run in runs if run.order is order and not run.ref_count])
+            _check_order(order, [run for run in runs if self.order_of(run.owner) is order and not run.ref_count])
 
 
 def _check_order(order: Order, idle: Sequence[Run]) -> None:
     num_idle = sum(map(len, idle))
-    num_shielded = sum(len(run) for run in idle if run.num_shields)
-    if (num_idle, num_shielded) != (order.num_idle, order.num_shielded):
+    num_blocked = sum(len(run) for run in idle if run.num_blocking)
+    if (num_idle, num_blocked) != (order.num_idle, order.num_blocked):
         raise IntegrityError(
-            f"{num_idle} blocks are idle, {num_shielded} of them shielded, in an order that counts "
-            f"{order.num_idle} and {order.num_shielded}"
+            f"{num_idle} blocks are idle, {num_blocked} of them blocked, in an order that counts "
+            f"{order.num_idle} and {order.num_blocked}"
         )
     leaves = list(order.policy.leaves())
     expected = {run for run in idle if not run.num_children}

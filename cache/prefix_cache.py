@@ -17,17 +17,19 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 
 from kvasir.cache.block_pool import PUBLIC, BlockPool, IntegrityError
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.cache.events import EventLog, Stored
-from kvasir.cache.ownership import Account, Owners, OwnerStatistics, Quota, check_quotas
+from kvasir.cache.ownership import Account, Owners, Quota, check_quotas
 from kvasir.cache.policies.lru import Lru
 from kvasir.cache.policy import Observer, PolicyFactory
 from kvasir.cache.run import BLOCK_IDS, Run
 from kvasir.cache.run_tree import RunTree
+from kvasir.protocol.messages import KvAccount, RetentionHint
 from kvasir.protocol.tokens import TOKEN_BYTES
 
 
@@ -41,7 +43,7 @@ class CacheStatistics:
     num_published: int
     num_matched: int
     num_inserted: int
-    num_twins: int
+    num_duplicates: int
     num_evicted: int
     num_collisions: int
     num_pinned: int
@@ -64,7 +66,7 @@ class PrefixCache:
         self._num_releases = 0
         self._tree = RunTree()
         self._events = EventLog()
-        self._num_matched = self._num_inserted = self._num_twins = self._num_evicted = self._num_collisions = 0
+        self._num_matched = self._num_inserted = self._num_duplicates = self._num_evicted = self._num_collisions = 0
 
     @property
     def num_available(self) -> int:
@@ -184,15 +186,15 @@ class PrefixCache:
                 if run is None:
                     table.publishable = False
                     return
-                table.twins += range(start, run.end)
-                self._num_twins += len(run)
+                table.duplicates += range(start, run.end)
+                self._num_duplicates += len(run)
             table.last, table.num_published = run, run.end
 
     def free(self, table: BlockTable) -> None:
         """Give back everything that `table` references and empty it. Published blocks stay resident, idle."""
+        for hint in table.retention:
+            self._retain(table, hint)
         if self._observer is not None:
-            for depth in self._observer.cuts(table):
-                self._cut(table, depth)
             self._observer.on_free(table)
         for run in table.runs():  # the deepest first: children before parents
             self._release(run)
@@ -202,7 +204,7 @@ class PrefixCache:
             self._account(owner).hold(-num_blocks, self._now)
         self.pool.free(private_ids)
         table.block_ids = []  # a new list: slices of the last step may still show the old one
-        table.twins = []
+        table.duplicates = []
         table.last, table.num_published = None, 0
         table.publishable = True
 
@@ -289,15 +291,15 @@ class PrefixCache:
             num_published=self._num_inserted - self._num_evicted,
             num_matched=self._num_matched,
             num_inserted=self._num_inserted,
-            num_twins=self._num_twins,
+            num_duplicates=self._num_duplicates,
             num_evicted=self._num_evicted,
             num_collisions=self._num_collisions,
             num_pinned=self._num_pinned,
         )
 
-    def owner_statistics(self) -> list[OwnerStatistics]:
+    def accounts(self) -> list[KvAccount]:
         """Return the accounts of all owners there ever were."""
-        return self._owners.statistics(self._now)
+        return self._owners.statements(self._now)
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Check pool, index, tree and policy against each other and against `tables`, all that exist. O(num_blocks).
@@ -334,7 +336,7 @@ class PrefixCache:
             self._num_collisions += 1
             return None
         if num_blocks < len(run):
-            run = self._split(run, num_blocks)
+            run = self._tree.split(run, num_blocks)
         self._reference(run)
         return run
 
@@ -348,56 +350,62 @@ class PrefixCache:
             run.grow(block_ids, hashes, tokens)
         else:
             owner = chain.owner_of(start)
-            order = self._owners.order_of(owner)
-            run = Run(parent, chain.root, start, chain.namespace_of(start), owner, order, block_ids, hashes, tokens)
+            run = Run(parent, chain.root, start, chain.namespace_of(start), owner, block_ids, hashes, tokens)
             self._tree.add(run)
             if parent is not None:
                 parent.is_open = False
-                if order is not parent.order:
-                    self._owners.shield(parent)
-        run.order.policy.on_insert(run, end - start)
+                if self._owners.are_apart(parent, run):
+                    self._owners.block(parent)
         self._num_inserted += end - start
         self._events.store(Stored(chain.hashes[start - 1] if start else None, hashes, tokens))
         return run
 
-    def _split(self, run: Run, num_blocks: int) -> Run:
-        """Cut `run` behind its first `num_blocks` blocks and return the run of those."""
-        head = self._tree.split(run, num_blocks)
-        run.order.policy.on_split(head, run)
-        return head
+    def _retain(self, table: BlockTable, hint: RetentionHint) -> None:
+        """Mark what `hint` asks for among the published blocks of `table`, which are cut where that begins and ends.
 
-    def _cut(self, table: BlockTable, depth: int) -> None:
-        """Make a run end in front of the block at `depth` of `table`, if that is published."""
-        run = next((run for run in table.runs() if run.start < depth < run.end), None)
-        if run is not None:
-            self._split(run, depth - run.start)
+        Only blocks of owners with a quota: in the common order it would hold on to others' room.
+        """
+        start = hint.start // self.block_size
+        end = table.num_published if hint.end is None else -(-hint.end // self.block_size)
+        for depth in (start, end):
+            run = next((run for run in self._own_runs(table) if run.start < depth < run.end), None)
+            if run is not None:
+                self._tree.split(run, depth - run.start)
+        for run in self._own_runs(table):
+            if start <= run.start and run.end <= end:
+                run.priority = hint.priority
+                run.retained_until = inf if hint.duration_s is None else self._now + hint.duration_s
+
+    def _own_runs(self, table: BlockTable) -> Iterator[Run]:
+        """Yield the runs of `table` whose owners have a quota, and with it an order of their own."""
+        return (run for run in table.runs() if self._owners.order_of(run.owner).account is not None)
 
     def _reference(self, run: Run) -> None:
-        order = run.order
+        order = self._owners.order_of(run.owner)
         run.ref_count += 1
         run.is_open = False
         order.policy.on_hit(run)
         if run.ref_count == 1:
             order.num_idle -= len(run)
-            if run.num_shields:
-                order.num_shielded -= len(run)
+            if run.num_blocking:
+                order.num_blocked -= len(run)
 
     def _release(self, run: Run) -> None:
         run.ref_count -= 1
         if run.ref_count:
             return
-        order = run.order
+        order = self._owners.order_of(run.owner)
         run.is_open = False
         run.released_at = self._num_releases + 1
         self._num_releases += len(run)
         order.num_idle += len(run)
-        if run.num_shields:
-            order.num_shielded += len(run)
+        if run.num_blocking:
+            order.num_blocked += len(run)
         order.policy.on_release(run)
 
     def _evict(self, run: Run, num_blocks: int, requester: str | None) -> None:
         """Let the last `num_blocks` blocks of `run`, a leaf, go for `requester`."""
-        order, parent = run.order, run.parent
+        order, parent = self._owners.order_of(run.owner), run.parent
         order.policy.on_evict(run, num_blocks)
         order.num_idle -= num_blocks
         is_whole = num_blocks == len(run)
@@ -416,10 +424,10 @@ class PrefixCache:
             if requester is not None:
                 self._account(requester).num_caused += num_blocks
         if is_whole and parent is not None:
-            if order is not parent.order:
-                self._owners.unshield(parent)
+            if self._owners.are_apart(parent, run):
+                self._owners.unblock(parent)
             if not parent.num_children and not parent.ref_count:
-                parent.order.policy.on_leaf(parent)
+                self._owners.order_of(parent.owner).policy.on_leaf(parent)
 
     def _make_room(self, owner: str, num_blocks: int, num_own: int) -> bool:
         """Evict until `num_blocks` are free and the cap of `owner` leaves room for `num_own` of them."""

@@ -1,19 +1,20 @@
-"""Runs: the published blocks of a prefix cache, as many in one piece as have always been used together.
+"""Runs: consecutive published blocks of a prefix cache that have always been used together.
 
-Runs are the nodes of a radix tree. A request that uses only the first part of a run cuts it in two; what several
-requests share is therefore made of whole runs, and whatever is known about a block's use is known about its run.
+Runs are the nodes of a radix tree. A request that uses only the first part of a run cuts it in two. So what several
+requests share is made of whole runs, and what is known about a block's use is known about its run.
 """
 
 from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from math import inf
+from typing import Any
 
 from kvasir.protocol.prefix import HASH_BYTES
 
-if TYPE_CHECKING:
-    from kvasir.cache.ownership import Order
+DEFAULT_PRIORITY = 35
+"""Of blocks that no request asked to retain."""
 
 BLOCK_IDS = "i"
 """Type code of arrays of block ids."""
@@ -28,10 +29,12 @@ class Run:
 
     `hashes` and `tokens` are packed. `parent` is the run that ends where this one begins, None at the beginning of a
     chain; `start` is the depth of the first block. `ref_count` tables reference all of it, and with it its ancestors.
-    `released_at` is the number of its last block among all blocks released; those before it have the next ones.
-    `num_children` runs build on it, `num_shields` of them in another order or shielded themselves. While `is_open`,
-    only the sequence that publishes it has used it, and it may grow. `note` is the eviction policy's own; what is cut
-    off inherits it. A run that was evicted is empty.
+    `released_at` numbers the blocks in the order of their release: it is the number of the last block, and those before
+    it have the next ones.
+    `num_children` runs build on it. `num_blocking` of them are in another eviction order, or blocked by descendants
+    themselves: this run may have to stay for them. While `is_open`, only the sequence that publishes it has used it,
+    and it may grow. A request asked to retain it with `priority` (0 to 100) until the time `retained_until`. `note` is
+    the eviction policy's own. Both parts of a cut run keep priority and note. A run that was evicted is empty.
     """
 
     parent: Run | None
@@ -39,15 +42,16 @@ class Run:
     start: int
     namespace: bytes
     owner: str
-    order: Order
     block_ids: array[int]
     hashes: bytes
     tokens: bytes
     ref_count: int = 1
     num_children: int = 0
-    num_shields: int = 0
+    num_blocking: int = 0
     released_at: int = 0
     is_open: bool = True
+    priority: int = DEFAULT_PRIORITY
+    retained_until: float = inf
     note: Any = None
 
     def __len__(self) -> int:
@@ -68,6 +72,9 @@ class Run:
     def parent_hash(self) -> bytes | None:
         return None if self.parent is None else self.parent.hash_of(len(self.parent) - 1)
 
+    def forget_retention(self) -> None:
+        self.priority, self.retained_until = DEFAULT_PRIORITY, inf
+
     def grow(self, block_ids: array[int], hashes: bytes, tokens: bytes) -> None:
         """Append blocks."""
         self.block_ids += block_ids
@@ -83,15 +90,16 @@ class Run:
             start=self.start,
             namespace=self.namespace,
             owner=self.owner,
-            order=self.order,
             block_ids=self.block_ids[:num_blocks],
             hashes=self.hashes[: -len(hashes)],
             tokens=self.tokens[: -len(tokens)],
             ref_count=self.ref_count,
             num_children=1,
-            num_shields=int(self.num_shields > 0),
+            num_blocking=int(self.num_blocking > 0),
             released_at=self.released_at + len(block_ids),
             is_open=False,
+            priority=self.priority,
+            retained_until=self.retained_until,
             note=self.note,
         )
         self.parent = head

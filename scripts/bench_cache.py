@@ -5,7 +5,7 @@
 Pools are filled with published, idle prompts of 256 blocks of 16 tokens. Then, in turns and in one process, every
 system over every pool takes a prompt that is resident (hit) and one that is new (miss, so that 256 blocks are evicted):
 match + allocate + publish is timed. Timed by themselves are the release that follows, and the upkeep before it: what
-`adaptive` learns and appraises between requests, which come every `SECONDS_PER_PROMPT` here. CPU time of the thread, so
+a policy does between requests, which come every `SECONDS_PER_PROMPT` here. CPU time of the thread, so
 that what else the machine does counts little; medians over rounds, also of the ratios between pools; fewer rounds for a
 system that takes more than `BUDGET_S`. "evict" is asked for directly: 256 blocks at a time, per block. Bytes of
 bookkeeping per block are what `tracemalloc` sees grow while 10^5 blocks are filled (token ids that the cache keeps
@@ -90,7 +90,7 @@ class Kvasir:
     policy = DEFAULT_POLICY
 
     def __init__(self, num_blocks: int) -> None:
-        self.cache = PrefixCache(num_blocks, SIZE, make(self.policy, num_blocks, SIZE))
+        self.cache = PrefixCache(num_blocks, SIZE, make(self.policy, num_blocks))
         self.chain: Chain
         self.table = BlockTable()
         self.now = 0.0

@@ -2,8 +2,7 @@
 
 One block of a trace is one block of the cache, of one synthetic token each: the block's id. Time is the trace's, equal
 stamps spread over the time to the next one. A request's blocks are free again as soon as they are computed (time in
-use is not modelled, for no policy), and its answer is complete `ms_per_token` times its length later: only then does
-a policy learn that length. The first `num_blocks` blocks of a request that is larger than the cache take part.
+use is not modelled, for no policy). The first `num_blocks` blocks of a request that is larger than the cache take part.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from pathlib import Path
 
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.cache.policies import make
-from kvasir.cache.policy import Hint, Use
 from kvasir.cache.prefix_cache import PrefixCache
+from kvasir.protocol.messages import CacheHint
 from kvasir.protocol.prefix import derive_namespace, derive_root, extend_chain
 from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens
 
@@ -34,7 +33,6 @@ class Request:
 
     time_s: float
     num_tokens: int
-    num_answer_tokens: int
     block_ids: list[int]
 
 
@@ -96,7 +94,7 @@ def load_trace(path: Path, limit: int | None = None) -> Trace:
             try:
                 row = json.loads(line)
                 block_ids = [int(block_id) for block_id in row["hash_ids"]]
-                request = Request(float(row["t_ms"]) / 1000, int(row["in_len"]), int(row["out_len"]), block_ids)
+                request = Request(float(row["t_ms"]) / 1000, int(row["in_len"]), block_ids)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}, line {number}: {error!r}; expected an object with t_ms, in_len, out_len and hash_ids"
@@ -111,12 +109,9 @@ def load_trace(path: Path, limit: int | None = None) -> Trace:
     return Trace(path.name.split(".")[0], requests, _block_tokens(requests), len(parents))
 
 
-def replay(
-    trace: Trace, policy: str, num_blocks: int, *, ms_per_token: float = 30.0, hints: Sequence[Hint] | None = None
-) -> Result:
+def replay(trace: Trace, policy: str, num_blocks: int, *, hints: Sequence[CacheHint] | None = None) -> Result:
     """Replay `trace` through a `PrefixCache` of `num_blocks` blocks under `policy`. `hints`: one per request."""
-    cache = PrefixCache(num_blocks, 1, make(policy, num_blocks, 1))
-    answering: list[tuple[float, int, Use]] = []
+    cache = PrefixCache(num_blocks, 1, make(policy, num_blocks))
     num_hits = num_hit_tokens = 0
     cpu_s = 0.0
     for i, request in enumerate(trace.requests):
@@ -126,13 +121,7 @@ def replay(
             del chain.hashes[length:]
             chain.tokens = chain.tokens[: length * TOKEN_BYTES]
         start = time.process_time()
-        while answering and answering[0][0] <= request.time_s:
-            answered_at, j, use = heappop(answering)
-            use.answered_at = answered_at
-            use.num_answer_tokens = trace.requests[j].num_answer_tokens
-        use = Use(hint=hints[i] if hints is not None else None)
-        heappush(answering, (request.time_s + request.num_answer_tokens * ms_per_token / 1000, i, use))
-        table = BlockTable(use=use)
+        table = BlockTable(hint=hints[i] if hints is not None else None)
         cache.advance(request.time_s)
         num_found = cache.match(chain, table, length)
         allocated = cache.allocate(chain, table, length - num_found)
@@ -177,7 +166,7 @@ def replay_optimum(trace: Trace, num_blocks: int) -> Result:
     return Result(num_hits, num_hit_tokens, time.process_time() - start)
 
 
-def honest_hints(trace: Trace) -> list[Hint]:
+def honest_hints(trace: Trace) -> list[CacheHint]:
     """What a client that knows its own plans would say of every request: does the conversation go on after it?
 
     Taken from the trace's future, for a report of what such a hint is worth.
@@ -213,7 +202,7 @@ def _spread(requests: list[Request]) -> Iterator[Request]:
         for i in range(first, last):
             request = requests[i]
             time_s = stamp + step * (i - first) / (last - first)
-            yield Request(time_s, request.num_tokens, request.num_answer_tokens, request.block_ids)
+            yield Request(time_s, request.num_tokens, request.block_ids)
         first = last
 
 

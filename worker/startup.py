@@ -53,7 +53,7 @@ def build(options: Options) -> tuple[Engine, Hello]:
     """
     loaded = _load_oracle(options) if options.model.startswith(PREFIX) else _load_torch(options)
     limits = loaded.limits
-    make_policy = make(options.eviction_policy, loaded.num_blocks, options.block_size)
+    make_policy = make(options.eviction_policy, loaded.num_blocks)
     cache = PrefixCache(loaded.num_blocks, options.block_size, make_policy)
     engine = Engine(
         loaded.model,

@@ -1,4 +1,4 @@
-"""Leaves in the order in which they should go, and what policies have in common whose order is a number per leaf."""
+"""A priority queue of leaves, for policies that give every leaf a key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from kvasir.cache.run import Run
 _MIN_HEAP = 64
 
 Key = tuple[float, ...]
-"""What a policy orders by, then what tells equal ones apart."""
 
 
 class LeafQueue:
@@ -21,9 +20,6 @@ class LeafQueue:
         self._entries: dict[Run, tuple[Key, int, Run]] = {}
         self._heap: list[tuple[Key, int, Run]] = []  # the same entries, and some that are void
         self._num_added = 0
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def __iter__(self) -> Iterator[Run]:
         return iter(self._entries)
@@ -49,41 +45,3 @@ class LeafQueue:
                 return entry[2]
             heappop(heap)
         return None
-
-
-class LeafOrder:
-    """A policy that gives every leaf a `key` when it becomes one; the leaf of the lowest goes."""
-
-    def __init__(self) -> None:
-        self._leaves = LeafQueue()
-
-    def key(self, run: Run) -> Key:
-        """Return the key of `run`, a leaf from now on."""
-        raise NotImplementedError
-
-    def on_insert(self, run: Run, num_blocks: int) -> None:
-        pass
-
-    def on_split(self, head: Run, tail: Run) -> None:
-        pass
-
-    def on_hit(self, run: Run) -> None:
-        if not run.num_children:
-            self._leaves.discard(run)
-
-    def on_release(self, run: Run) -> None:
-        if not run.num_children:
-            self.on_leaf(run)
-
-    def on_leaf(self, run: Run) -> None:
-        self._leaves.add(run, self.key(run))
-
-    def on_evict(self, run: Run, num_blocks: int) -> None:
-        if num_blocks == len(run):
-            self._leaves.discard(run)
-
-    def victim(self) -> Run | None:
-        return self._leaves.first()
-
-    def leaves(self) -> Iterator[Run]:
-        return iter(self._leaves)

@@ -10,10 +10,11 @@ import torch
 from kvasir.cache.block_pool import PUBLIC
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.cache.kv_store import KvStore
-from kvasir.cache.ownership import OwnerStatistics, Quota
+from kvasir.cache.ownership import Quota
 from kvasir.cache.policies import POLICIES, make
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.errors import BadRequest
+from kvasir.protocol.messages import KvAccount
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import pack_tokens
 
@@ -51,8 +52,8 @@ def visit(cache: PrefixCache, chain: Chain) -> int | None:
     return found
 
 
-def account(cache: PrefixCache, owner: str) -> OwnerStatistics:
-    return next(s for s in cache.owner_statistics() if s.owner == owner)
+def account(cache: PrefixCache, owner: str) -> KvAccount:
+    return next(s for s in cache.accounts() if s.tenant == owner)
 
 
 def test_what_an_owner_holds_within_his_floor_stays_under_others_pressure() -> None:
@@ -136,7 +137,7 @@ def test_quotas_that_do_not_fit_are_refused_and_change_nothing(quotas: dict[str,
     with pytest.raises(BadRequest, match=match):
         cache.set_quotas(quotas)
     visit(cache, make_chain(1, "a"))
-    assert account(cache, "a").floor == 2
+    assert cache.quota_of("a").floor == 2
 
 
 def test_a_published_block_above_a_protected_private_one_is_not_evicted() -> None:
@@ -229,7 +230,7 @@ def test_eight_flooding_tenants_do_not_take_the_hits_of_a_victim_with_a_floor() 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_floors_and_caps_hold_under_every_policy(policy: str) -> None:
     rng = random.Random(2)
-    cache = PrefixCache(40, SIZE, make(policy, 40, SIZE))
+    cache = PrefixCache(40, SIZE, make(policy, 40))
     cache.set_quotas({"a": Quota(floor=12), "b": Quota(cap=9)})
     visit(cache, make_chain(6, "a", num_public=2))
     visit(cache, make_chain(8, "a", 1))

@@ -1,6 +1,6 @@
 """Random lives of four owners' sequences under changing floors, caps and pins, against a model that scans.
 
-The model knows no orders, heaps, shields or counters. A resident block is the path of contents that leads to it, with
+The model knows no orders, heaps or counters. A resident block is the path of contents that leads to it, with
 its owner and the moment of its last release; what may go is found by looking at all of them.
 """
 
@@ -69,7 +69,7 @@ class OwnershipMachine(RuleBasedStateMachine):
             counts[block.owner] += 1
         for live in self.live:
             for i in range(len(live.table.block_ids)):
-                if i >= live.table.num_published or i in live.table.twins:
+                if i >= live.table.num_published or i in live.table.duplicates:
                     counts[live.chain.owner_of(i)] += 1
         return counts
 
@@ -272,7 +272,7 @@ class OwnershipMachine(RuleBasedStateMachine):
     def nothing_contradicts(self) -> None:
         self.cache.check_integrity([live.table for live in self.live])
         assert self.cache.statistics().num_published == len(self.resident)
-        held, seen = self.held(), {s.owner: s for s in self.cache.owner_statistics()}
+        held, seen = self.held(), {s.tenant: s for s in self.cache.accounts()}
         for owner, account in seen.items():
             assert account.num_held == held[owner]
             assert account.block_s == self.block_s[owner]

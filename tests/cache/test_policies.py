@@ -8,16 +8,12 @@ import pytest
 
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.cache.ownership import Quota
-from kvasir.cache.policies import DEFAULT_POLICY, POLICIES, adaptive, make
-from kvasir.cache.policies.adaptive import Adaptive
-from kvasir.cache.policies.gdsf import Gdsf
-from kvasir.cache.policies.hazard import NUM_ZONES, HazardModel, Row
-from kvasir.cache.policies.sieve import Sieve
-from kvasir.cache.policies.ttl import Ttl
-from kvasir.cache.policies.visits import Visit
-from kvasir.cache.policy import Hint, Retention, Use
+from kvasir.cache.policies import DEFAULT_POLICY, POLICIES, make
+from kvasir.cache.policies.lru import Lru
+from kvasir.cache.policies.two_heaps import TwoHeaps, TwoHeapsOrder, Visit
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.errors import ConfigurationError
+from kvasir.protocol.messages import CacheHint, RetentionHint
 from kvasir.protocol.prefix import derive_namespace, derive_root
 from kvasir.worker.options import parse_options
 from kvasir.worker.startup import build
@@ -28,7 +24,7 @@ PUBLIC_SPACE = derive_namespace(b"deployment", "public")
 
 
 def make_cache(policy: str, num_blocks: int, block_size: int = SIZE) -> PrefixCache:
-    return PrefixCache(num_blocks, block_size, make(policy, num_blocks, block_size))
+    return PrefixCache(num_blocks, block_size, make(policy, num_blocks))
 
 
 def make_chain(tokens: list[int], owner: str = "a", num_public: int = 0) -> Chain:
@@ -48,11 +44,11 @@ def use(
     cache: PrefixCache,
     *tokens: int,
     owner: str = "a",
-    hint: Hint | None = None,
-    retention: tuple[Retention, ...] = (),
+    hint: CacheHint | None = None,
+    retention: tuple[RetentionHint, ...] = (),
 ) -> None:
     """Do what a request with the prompt `tokens` does, one block each."""
-    chain, table = make_chain(list(tokens), owner), BlockTable(use=Use(0, hint=hint, retention=retention))
+    chain, table = make_chain(list(tokens), owner), BlockTable(hint=hint, retention=retention)
     num_found = cache.match(chain, table, len(chain))
     assert cache.allocate(chain, table, len(chain) - num_found) is not None
     cache.insert(chain, table, len(chain))
@@ -99,8 +95,8 @@ def test_no_block_outlives_its_parent_and_the_books_agree_after_every_step(polic
             case _:
                 tokens = [rng.randrange(3) for _ in range(rng.randrange(1, 7))]
                 chain = make_chain(tokens, owner, rng.choice([0, 0, 2]))
-                retention = Retention(0, rng.choice([None, 2]), rng.randrange(101), rng.choice([None, 5.0]))
-                table = BlockTable(use=Use(retention=(retention,) if rng.random() < 0.3 else ()))
+                retention = RetentionHint(0, rng.choice([None, 2]), rng.randrange(101), rng.choice([None, 5.0]))
+                table = BlockTable(retention=(retention,) if rng.random() < 0.3 else ())
                 num_found = cache.match(chain, table, len(chain))
                 num_hits += num_found
                 if cache.allocate(chain, table, len(chain) - num_found) is None:
@@ -134,11 +130,11 @@ def test_asking_for_the_victim_changes_nothing(policy: str) -> None:
 
 
 def test_an_unknown_policy_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"no eviction policy 'clock'; choose one of lru, fifo"):
-        make("clock", 8, 16)
+    with pytest.raises(ValueError, match=r"no eviction policy 'clock'; choose one of lru, two_heaps"):
+        make("clock", 8)
     command = ["--model", "m", "--gateway", "ipc://g"]
     assert parse_options(command).eviction_policy == DEFAULT_POLICY
-    assert parse_options([*command, "--eviction-policy", "gdsf"]).eviction_policy == "gdsf"
+    assert parse_options([*command, "--eviction-policy", "lru"]).eviction_policy == "lru"
     with pytest.raises(ConfigurationError, match=r"--eviction-policy.*'clock'.*lru"):
         parse_options([*command, "--eviction-policy", "clock"])
 
@@ -146,127 +142,96 @@ def test_an_unknown_policy_is_refused_by_name() -> None:
 # ---- what tells them apart
 
 
-def test_lru_takes_what_was_used_longest_ago_and_fifo_what_came_first() -> None:
+def test_two_heaps_lets_go_of_the_longest_rest_where_lru_takes_the_oldest() -> None:
     gone = {}
-    for policy in ("lru", "fifo"):
+    for policy in POLICIES:
         cache = make_cache(policy, 8)
-        for token in (1, 2, 3, 1):
-            use(cache, token)
-        gone[policy] = victims(cache, 1, 2, 3)
-    assert gone == {"lru": [2], "fifo": [1]}
-
-
-def test_lfu_keeps_what_was_used_often_though_others_are_more_recent() -> None:
-    gone = {}
-    for policy in ("lru", "lfu"):
-        cache = make_cache(policy, 8)
-        for token in (1, 1, 1, 2, 2, 3, 4):
-            use(cache, token)
-        gone[policy] = victims(cache, 1, 2, 3, 4, count=3)
-    assert gone == {"lru": [1, 2, 3], "lfu": [3, 4, 2]}
-
-
-def test_the_counts_of_lfu_age() -> None:
-    cache = make_cache("lfu", 4)
-    for token in (1, 1, 1, 1):
-        use(cache, token)
-    for token in range(100, 110):
-        use(cache, token)
-    assert is_resident(cache, 1)  # four uses, a little faded, against one
-    for token in range(200, 230):
-        use(cache, token)
-    assert not is_resident(cache, 1)
-
-
-def test_the_counts_of_lfu_do_not_overflow() -> None:
-    cache = make_cache("lfu", 2)
-    use(cache, 0)
-    for token in range(1, 9000):  # 2**(9000 / half-life) is far beyond a float
-        use(cache, token)
-        use(cache, 0)
-    assert is_resident(cache, 0)
-
-
-def test_gdsf_keeps_the_deep_block_that_lfu_and_lru_let_go() -> None:
-    gone = {}
-    for policy in ("lru", "lfu", "gdsf"):
-        cache = make_cache(policy, 16)
-        use(cache, *range(10, 18))  # a chain of eight blocks, then a block of depth 0, used once each
         use(cache, 1)
-        assert cache.evict(1) == 1
-        gone[policy] = "deep" if not is_resident(cache, *range(10, 18)) else "shallow"
-    assert gone == {"lru": "deep", "lfu": "deep", "gdsf": "shallow"}
+        cache.advance(10.0)
+        use(cache, 1, 2)  # goes on after 10 s
+        cache.advance(15.0)
+        use(cache, 5)
+        cache.advance(17.0)
+        use(cache, 5, 6)  # goes on after 2 s
+        cache.advance(18.0)
+        use(cache, 7)  # never seen before: 30 s
+        cache.advance(19.0)
+        assert cache.evict(3) == 3
+        gone[policy] = [first for first in ((1, 2), (5, 6), (7,)) if not is_resident(cache, *first)]
+    assert gone == {
+        "lru": [(1, 2), (5, 6)],
+        "two_heaps": [(1, 2), (7,)],
+    }  # lru takes 1 as well, two_heaps one block each
 
 
-def test_gdsf_lets_go_in_time_of_what_was_popular_once() -> None:
-    cache = make_cache("gdsf", 4)
-    for token in (1, 1, 1):
-        use(cache, token)
-    for token in range(100, 105):
-        use(cache, token)
-    assert is_resident(cache, 1)
-    for token in range(200, 220):
-        use(cache, token)
-    assert not is_resident(cache, 1)  # the floor has risen above it
+@pytest.mark.parametrize(("now", "kept"), [(29.9, "oldest"), (30.1, "longest")])
+def test_two_heaps_is_lru_once_the_oldest_is_idle_for_longer_than_30_seconds(now: float, kept: str) -> None:
+    cache = make_cache("two_heaps", 8)
+    use(cache, 1)
+    use(cache, 1, 2)  # goes on at once
+    cache.advance(1.0)
+    use(cache, 3)  # never seen before: 30 s
+    cache.advance(now)
+    assert cache.evict(1) == 1
+    assert is_resident(cache, 1, 2) == (kept == "oldest")
+    assert is_resident(cache, 3) == (kept == "longest")
 
 
-def test_sieve_spares_what_was_used_since_the_hand_came_by_and_does_not_move_it() -> None:
-    gone = {}
-    for policy in ("fifo", "lru", "sieve"):
-        cache = make_cache(policy, 8)
-        for token in (1, 2, 3, 4, 3, 1):
-            use(cache, token)
-        gone[policy] = victims(cache, 1, 2, 3, 4, count=4)
-    # The hand: 1 is marked, 2 goes; on to 3, marked, 4 goes; round again, 1 and 3 are marked no more.
-    assert gone == {"fifo": [1, 2, 3, 4], "lru": [2, 4, 3, 1], "sieve": [2, 4, 1, 3]}
+def test_two_heaps_averages_the_rests_of_a_conversation_that_was_evicted_meanwhile() -> None:
+    policy = TwoHeaps(16)
+    cache = PrefixCache(16, SIZE, policy)
+    now = 0.0
+    for turn, rest_s in enumerate((0.0, 4.0, 16.0), 1):
+        now += rest_s
+        cache.advance(now)
+        use(cache, *range(turn))
+        cache.evict(16)
+    use(cache, 0, 1, 2, 3)
+    held = BlockTable()
+    cache.match(make_chain([0, 1, 2, 3]), held, 4, again=True)
+    assert held.last is not None
+    visit: Visit = held.last.note
+    expected = (4.0**0.6 * 16.0**0.4) ** 0.6 * 0.25**0.4  # the last rest was 0 s: counted as a quarter of a second
+    assert visit.mean_rest_s == pytest.approx(expected)
 
 
-def test_the_hand_of_sieve_goes_on_from_where_it_stood() -> None:
-    cache = make_cache("sieve", 8)
-    for token in (1, 2, 3, 4, 1):
-        use(cache, token)
-    assert victims(cache, 1, 2, 3, 4) == [2]  # the mark of 1 is gone now, yet the hand is past it
-    assert victims(cache, 1, 3, 4) == [3]
+def test_two_heaps_takes_what_a_conversation_went_on_without() -> None:
+    cache = make_cache("two_heaps", 8)
+    use(cache, 1)
+    use(cache, 4, 5)
+    cache.advance(1.0)
+    use(cache, 4, 6)  # the same but for its last block
+    assert cache.evict(1) == 1
+    assert not is_resident(cache, 4, 5) and is_resident(cache, 4, 6) and is_resident(cache, 1)
 
 
-def test_s3fifo_lets_new_blocks_go_before_those_that_were_used_twice() -> None:
-    cache = make_cache("s3fifo", 10)
-    for token in (1, 2, 1, 2, 1, 2):  # two uses after the first: they earn the main queue
-        use(cache, token)
-    use(cache, 3)
-    use(cache, 4)
-    use(cache, 3)  # only one: not enough
-    assert victims(cache, 1, 2, 3, 4, count=2) == [3, 4]
-
-
-def test_s3fifo_knows_a_block_again_that_it_let_go() -> None:
-    cache = make_cache("s3fifo", 4)
-    for token in (1, 2, 3, 4):
-        use(cache, token)
-    assert victims(cache, 1, 2, 3, 4) == [1]
-    use(cache, 1)  # its ghost is remembered: into the main queue at once, without a second use
-    assert victims(cache, 1, 2, 3, 4, count=3) == [2, 3, 4]
-    assert is_resident(cache, 1)
-
-
-@pytest.mark.parametrize("policy", ["s3fifo", "sieve"])
-def test_uses_of_a_prefix_do_not_count_for_what_followed_it(policy: str) -> None:
-    cache = make_cache(policy, 12)
+def test_two_heaps_does_not_take_a_shared_beginning_for_a_conversation() -> None:
+    cache = make_cache("two_heaps", 16)
+    use(cache, 1, 2)  # everybody's beginning
     use(cache, 1, 2, 3)
-    for _ in range(2):
-        use(cache, 1)
-    use(cache, 9)
-    assert cache.evict(2) == 2
-    assert is_resident(cache, 1) and is_resident(cache, 9) and not is_resident(cache, 1, 2)
-    assert victims(cache, 1, 9) == [9]
+    cache.advance(5.0)
+    for token in (4, 5):
+        use(cache, 1, 2, token)
+    cache.advance(6.0)
+    assert cache.evict(1) == 1
+    assert is_resident(cache, 1, 2, 4) and is_resident(cache, 1, 2, 5) and not is_resident(cache, 1, 2, 3)
 
 
-@pytest.mark.parametrize("policy", ["ttl", "adaptive"])
-def test_what_is_retained_goes_by_priority_until_the_time_is_over(policy: str) -> None:
-    cache = make_cache(policy, 8)
-    use(cache, 1, retention=(Retention(priority=90, duration_s=10.0),))
+def test_two_heaps_believes_a_hint_that_nothing_follows() -> None:
+    cache = make_cache("two_heaps", 8)
+    for token, hint in ((1, "open"), (2, None), (3, "one_shot"), (4, "closing"), (5, None)):
+        cache.advance(float(token))
+        use(cache, token, hint=hint)
+    cache.advance(100.0)
+    assert victims(cache, 1, 2, 3, 4, 5, count=3) == [3, 4, 1]
+
+
+def test_what_is_retained_goes_by_priority_until_the_time_is_over() -> None:
+    cache = make_cache("two_heaps", 8)
+    cache.set_quotas({"a": Quota(cap=8)})
+    use(cache, 1, retention=(RetentionHint(priority=90, duration_s=10.0),))
     use(cache, 2)
-    use(cache, 3, retention=(Retention(priority=10),))
+    use(cache, 3, retention=(RetentionHint(priority=10),))
     use(cache, 4)
     assert victims(cache, 1, 2, 3, 4, count=2) == [3, 2]
     cache.advance(9.0)
@@ -277,176 +242,57 @@ def test_what_is_retained_goes_by_priority_until_the_time_is_over(policy: str) -
     assert victims(cache, 1, 5, 6) == [1]
 
 
-def test_adaptive_keeps_what_an_earlier_turn_asked_to_retain_until_the_time_is_over() -> None:
-    cache = make_cache("adaptive", 8)
-    use(cache, 1, 2, retention=(Retention(priority=90, duration_s=10.0),))
+def test_what_an_earlier_turn_asked_to_retain_outlasts_the_next_turns_hint() -> None:
+    cache = make_cache("two_heaps", 8)
+    cache.set_quotas({"a": Quota(cap=8)})
+    use(cache, 1, 2, retention=(RetentionHint(priority=90, duration_s=10.0),))
     cache.advance(1.0)
-    use(cache, 1, 2, 3, hint="one_shot")  # the conversation goes on and asks for nothing more
+    use(cache, 1, 2, 3, hint="one_shot")
     cache.advance(9.9)
     use(cache, 5)
+    assert cache.evict(1) == 1
+    assert victims(cache, 5) == [5] and is_resident(cache, 1, 2)
     use(cache, 6)
-    assert victims(cache, 5, 6) == [5] and is_resident(cache, 1, 2, 3)
     cache.advance(10.1)
     assert cache.evict(1) == 1
-    assert is_resident(cache, 6) and not is_resident(cache, 1, 2, 3)
+    assert is_resident(cache, 6) and not is_resident(cache, 1, 2)
 
 
-def test_ttl_keeps_only_the_blocks_in_the_range_and_forgets_them_with_their_contents() -> None:
-    cache = make_cache("ttl", 8)
-    use(cache, 1, 2, 3, retention=(Retention(0, 2, 80),))
-    use(cache, 9)
-    assert cache.evict(1) == 1
-    assert is_resident(cache, 1, 2) and not is_resident(cache, 1, 2, 3)
-    assert victims(cache, 9) == [9]
-    assert cache.evict(2) == 2
-    for token in (11, 12, 13):  # the same blocks of the pool, other contents
-        use(cache, token)
-    assert victims(cache, 11, 12, 13) == [11]
+def test_only_the_blocks_in_the_range_are_retained_and_only_of_an_owner_with_a_quota() -> None:
+    cache = make_cache("two_heaps", 8)
+    cache.set_quotas({"a": Quota(cap=8)})
+    for owner in "ab":
+        use(cache, 1, 2, 3, owner=owner, retention=(RetentionHint(0, 2, 80),))
+        use(cache, 9, owner=owner)
+        assert cache.evict(1, owner) == 1
+        assert is_resident(cache, 1, 2, owner=owner) and not is_resident(cache, 1, 2, 3, owner=owner)
+        assert cache.evict(1, owner) == 1
+        assert is_resident(cache, 1, 2, owner=owner) == (owner == "a")
+        assert is_resident(cache, 9, owner=owner) == (owner == "b")
+        cache.clear(owner)
 
 
-def test_adaptive_keeps_those_who_come_back_and_learns_who_they_are() -> None:
-    gone = {}
-    for policy in ("lru", "adaptive"):
-        cache = make_cache(policy, 64)
-        now = 0.0
-        for i in range(100):  # the conversations of one tenant go on after a minute, those of the other never do
-            for turn in (1, 2):
-                now += 20.0
-                cache.advance(now)
-                use(cache, *(100 + i, 1, 2)[: turn + 1], owner="returns")
-            use(cache, 1000 + i, owner="leaves")
-        cache.evict(64)
-        use(cache, 1, owner="returns")
-        cache.advance(now + 10.0)
-        use(cache, 2, owner="leaves")
-        assert cache.evict(1) == 1
-        gone[policy] = "returns" if is_resident(cache, 2, owner="leaves") else "leaves"
-    assert gone == {"lru": "returns", "adaptive": "leaves"}
-
-
-def test_adaptive_keeps_what_is_due_before_what_was_used_just_now() -> None:
-    gone = {}
-    for policy in ("lru", "adaptive"):
-        cache = make_cache(policy, 64)
-        rng = random.Random(5)
-        for i in range(300):  # everybody comes back after 12 to 15 seconds, and only then
-            for turn in range(3):
-                cache.advance(60.0 * i + turn * rng.uniform(12.0, 15.0))
-                use(cache, *(10 * i, 10 * i + 1, 10 * i + 2)[: turn + 1])
-        cache.evict(64)
-        cache.advance(30_000.0)
-        use(cache, 5_001)
-        cache.advance(30_009.0)
-        use(cache, 5_002)
-        cache.advance(30_010.0)
-        use(cache, 5_003)
-        gone[policy] = victims(cache, 5_001, 5_002, 5_003)
-    assert gone == {"lru": [5_001], "adaptive": [5_003]}
-
-
-def test_adaptive_believes_a_hint_before_it_has_learned_anything() -> None:
-    cache = make_cache("adaptive", 8)
-    for token, hint in ((1, "open"), (2, None), (3, "one_shot"), (4, "closing"), (5, None)):
-        cache.advance(float(token))
-        use(cache, token, hint=hint)
-    assert set(victims(cache, 1, 2, 3, 4, 5, count=2)) == {3, 4}
-    assert victims(cache, 1, 2, 5, count=2) == [2, 5]
-
-
-def test_adaptive_lets_the_last_block_go_first_when_conversations_go_on_without_it() -> None:
-    gone = []
-    for is_kept in (False, True):
-        cache = make_cache("adaptive", 64)
-        for i in range(50):
-            cache.advance(20.0 * i)
-            use(cache, 100 + i, 1, 2, 3)
-            cache.advance(20.0 * i + 5.0)
-            use(cache, 100 + i, 1, 2, *([3, 4] if is_kept else [9]))
-        cache.evict(64)
-        use(cache, 1, 2, 3)
-        cache.advance(1_001.0)
-        use(cache, 5, 6, 7)
-        assert cache.evict(2) == 2
-        gone.append(is_resident(cache, 1, 2) != is_resident(cache, 5, 6))
-    assert gone == [False, True]  # one block of each, or two of the older
-
-
-def test_adaptive_knows_blocks_that_were_only_held_as_what_they_were() -> None:
-    policy = Adaptive(8, SIZE)
-    cache = PrefixCache(8, SIZE, policy)
-    use(cache, 1, 2, 3)
+def test_blocks_that_were_only_held_keep_their_visit() -> None:
+    cache = make_cache("two_heaps", 8)
+    use(cache, 1, 2, 3, hint="closing")
     table = BlockTable()
-    before = cache.match(make_chain([1, 2, 3]), table, 3, again=True) and [run.note for run in table.runs()]
-    cache.advance(5.0)
+    cache.match(make_chain([1, 2, 3]), table, 3, again=True)
+    use(cache, 4)
     cache.free(table)
-    held = BlockTable()
-    cache.match(make_chain([1, 2, 3]), held, 3, again=True)
-    assert [run.note for run in held.runs()] == before
-    cache.free(held)
     assert cache.evict(3) == 3
+    assert is_resident(cache, 4)
 
 
-def test_adaptive_takes_a_preempted_request_for_one_visit_with_one_answer() -> None:
-    cache, chain, table = make_cache("adaptive", 8), make_chain([1, 2, 3]), BlockTable(use=Use())
-    cache.match(chain, table, 3)
-    assert cache.allocate(chain, table, 3) is not None
-    cache.insert(chain, table, 3)
-    cache.advance(1.0)
-    cache.free(table)  # preempted: the answer is not complete
-    cache.advance(2.0)
-    assert cache.match(chain, table, 3, again=True) == 3
-    assert table.use is not None
-    table.use.num_answer_tokens = 9
-    cache.advance(3.0)
-    cache.free(table)
-    cache.advance(100.0)
-    use(cache, 5)
-    held = BlockTable()
-    cache.match(chain, held, 3, again=True)
-    visit = held.last.note if held.last is not None else None
-    assert isinstance(visit, Visit)
-    assert (visit.answered_at, visit.session.turn) == (3.0, 1)
-    assert visit.session.mean_answer == pytest.approx(10.0)
-    cache.free(held)
-
-
-def test_adaptive_learns_a_bounded_amount_when_time_advances_and_nothing_while_it_is_asked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    learned: list[int] = []
-    learn = HazardModel.learn
-
-    def count(model: HazardModel, row: Row, zone: int, end_s: float, reused: bool) -> None:
-        learned.append(zone)
-        learn(model, row, zone, end_s, reused)
-
-    monkeypatch.setattr(HazardModel, "learn", count)
-    monkeypatch.setattr(adaptive, "_MAX_AT_ONCE", 50)
-    monkeypatch.setattr(adaptive, "_MAX_DUE", 100)
-    cache = make_cache("adaptive", 256)
-    for token in range(200):
+def test_evicted_blocks_are_remembered_up_to_a_bound() -> None:
+    policy = TwoHeaps(2)
+    cache = PrefixCache(2, SIZE, policy)
+    for token in range(50):
         use(cache, token)
-    assert not learned
-    now, most = 10_000.0, 0
-    for _ in range(2_000):  # a long rest, then step by step
-        before = len(learned)
-        cache.advance(now)
-        most = max(most, len(learned) - before)
-        now += 0.01
-    assert 0 < most <= 50
-    assert sorted(learned) == sorted(100 * list(range(NUM_ZONES)))  # of the first hundred, in every zone; no others
-    assert cache.evict(200) == 200
-    cache.check_integrity([])
+    assert len(policy._ends) == 8
 
 
 def test_a_worker_evicts_by_the_policy_it_was_given() -> None:
     command = ["--model", "oracle:", "--gateway", "ipc://unused", "--kv-memory", "1M"]
-    for name, kind in (("sieve", Sieve), ("gdsf", Gdsf), ("ttl", Ttl)):
+    for name, kind in (("lru", Lru), ("two_heaps", TwoHeapsOrder)):
         engine, _ = build(parse_options([*command, "--eviction-policy", name]))
-        chain, table = make_chain([]), BlockTable()
-        chain.block_size = engine.cache.block_size
-        chain.extend(list(range(chain.block_size)))
-        assert engine.cache.allocate(chain, table, 1) is not None
-        engine.cache.insert(chain, table, 1)
-        assert table.last is not None
-        assert type(table.last.order.policy) is kind
+        assert type(engine.cache._owners.commons.policy) is kind

@@ -145,7 +145,7 @@ def test_a_block_computed_twice_at_the_same_time_is_published_once() -> None:
         cache.allocate(chain, table, 3)
     cache.insert(long, first, 3)
     cache.insert(short, second, 2)
-    assert second.twins == [0, 1]
+    assert second.duplicates == [0, 1]
     cache.check_integrity([first, second])
     cache.free(first)
     cache.evict(16)  # the first sequence is gone, yet what the second chains on must stay
@@ -154,7 +154,7 @@ def test_a_block_computed_twice_at_the_same_time_is_published_once() -> None:
     assert num_hits(cache, short) == 3
     cache.free(second)
     cache.check_integrity([])
-    assert cache.pool.num_free == 13  # both private twins were freed, the three published blocks stay
+    assert cache.pool.num_free == 13  # both private duplicates were freed, the three published blocks stay
 
 
 def test_eviction_is_leaf_first_and_least_recently_used() -> None:

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from kvasir.cache.block_pool import IntegrityError
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.cache.events import EventLog, Stored
-from kvasir.cache.ownership import Order
-from kvasir.cache.policies.lru import Lru
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.cache.run import BLOCK_IDS, Run
 from kvasir.protocol.prefix import HASH_BYTES, split_hashes
@@ -28,7 +26,6 @@ def make_run(num_blocks: int) -> Run:
         start=0,
         namespace=b"n" * 16,
         owner="a",
-        order=Order(Lru()),
         block_ids=array(BLOCK_IDS, range(100, 100 + num_blocks)),
         hashes=b"".join(bytes([i]) * HASH_BYTES for i in range(num_blocks)),
         tokens=b"".join(bytes([i]) * TOKEN_BYTES for i in range(num_blocks)),

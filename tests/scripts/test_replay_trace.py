@@ -133,7 +133,7 @@ def test_the_command_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pyte
         "--trace",
         *map(str, files),
         "--policy",
-        "lru,gdsf,lru+hints,optimum",
+        "lru,two_heaps,two_heaps+hints,optimum",
         "--capacity",
         "5%,25%,30",
     ]
@@ -161,15 +161,15 @@ def test_the_command_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pyte
 
 
 def test_the_share_of_the_gap_is_from_lru_to_the_optimum() -> None:
-    rates = {"lru": 0.2, "gdsf": 0.3, "optimum": 0.6}
+    rates = {"lru": 0.2, "two_heaps": 0.3, "optimum": 0.6}
     rows = [replay_trace.Row("t", name, 10, 0.1, rate, rate, 1.0) for name, rate in rates.items()]
-    assert replay_trace.render(rows).splitlines()[-1].split() == ["gdsf", "25"]
+    assert replay_trace.render(rows).splitlines()[-1].split() == ["two_heaps", "25"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--policy", "lru,clock"], "there is no policy 'clock'; choose of lru, fifo"),
+        (["--policy", "lru,clock"], "there is no policy 'clock'; choose of lru, two_heaps"),
         (["--capacity", "5%,0"], "'0' is no capacity"),
         (["--capacity", "120%"], "'120%' is no capacity"),
         (["--capacity", "much"], "'much' is no capacity"),

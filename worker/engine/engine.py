@@ -19,7 +19,6 @@ from kvasir.protocol.errors import BadRequest, Overloaded
 from kvasir.protocol.messages import (
     FinishReason,
     Generate,
-    KvAccount,
     KvAccounts,
     Load,
     Output,
@@ -142,8 +141,6 @@ class Engine:
             seq = max(0, num_tokens(command.token_ids) - command.num_prompt_tokens)
             self.refuse(command.req_id, command.attempt, seq, "error", error.message)
             return
-        if sequence.table.use is not None and self._cache.quota_of(command.tenant) == Quota():
-            sequence.table.use.retention = ()  # in the common order it would hold on to others' room
         self._by_id[command.req_id, command.attempt] = sequence
         self._waiting.append(sequence)
 
@@ -251,20 +248,7 @@ class Engine:
         for name, chain in self._wanted_pins.items():
             if self._cache.num_pinned(name) < len(chain):
                 self._cache.pin(name, chain)
-        accounts = [
-            KvAccount(
-                tenant=account.owner,
-                num_held=account.num_held,
-                block_s=account.block_s,
-                num_looked_up=account.num_looked_up,
-                num_hits=account.num_hits,
-                num_evicted_own=account.num_evicted_own,
-                num_suffered=account.num_suffered,
-                num_caused=account.num_caused,
-            )
-            for account in self._cache.owner_statistics()
-        ]
-        return KvAccounts(accounts, self._cache.statistics().num_pinned)
+        return KvAccounts(self._cache.accounts(), self._cache.statistics().num_pinned)
 
     def snapshot(self) -> Snapshot:
         """Return all resident hashes. Call it between steps; the next events count on from it."""
@@ -523,8 +507,6 @@ class Engine:
     def _forget(self, sequence: Sequence) -> None:
         del self._by_id[sequence.req_id, sequence.attempt]
         (self._running if sequence in self._running else self._waiting).remove(sequence)
-        if sequence.table.use is not None:
-            sequence.table.use.num_answer_tokens = len(sequence.output_ids)
         self._release(sequence)
         self._num_finished += 1
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvasir.cache.block_table import BlockTable, Chain
-from kvasir.cache.policy import Retention, Use
 from kvasir.protocol.errors import BadRequest, PromptTooLong
 from kvasir.protocol.messages import FinishReason, Generate, Sampling
 from kvasir.protocol.prefix import HASH_BYTES
@@ -126,15 +125,6 @@ def make_sequence(
     if max(token_ids) >= vocab_size:
         raise BadRequest(f"token id {max(token_ids)} is outside the model's vocabulary of {vocab_size}")
     stop = command.stop_token_ids if command.ignore_eos else [*command.stop_token_ids, *eos_token_ids]
-    retention = tuple(
-        Retention(
-            hint.start // block_size,
-            None if hint.end is None else -(-hint.end // block_size),
-            hint.priority,
-            hint.duration_s,
-        )
-        for hint in command.retention
-    )
     return Sequence(
         key=key,
         req_id=command.req_id,
@@ -158,5 +148,5 @@ def make_sequence(
         stop_token_ids=frozenset(stop),
         arrived=now,
         deadline=None if command.deadline_s is None else now + command.deadline_s,
-        table=BlockTable(use=Use(hint=command.cache_hint, retention=retention)),
+        table=BlockTable(hint=command.cache_hint, retention=tuple(command.retention)),
     )

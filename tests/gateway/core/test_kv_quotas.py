@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvasir.cache.ownership import Quota
-from kvasir.cache.policy import Retention
 from kvasir.gateway.admin.metrics import render_metrics
 from kvasir.gateway.core.savings import Saving
 from kvasir.gateway.edges.openai_requests import CompletionBody, completion_requests, parse_body
@@ -61,13 +60,15 @@ def test_a_cap_of_nothing_is_refused_rather_than_taken_for_no_cap(text: str) -> 
         check_kv_size(text, "kv_cap")
 
 
-@pytest.mark.parametrize("text", ["-1", "20", "20.5%", "100%", "1e3", "101%", "20 %", "ten", "%", "5%%", "1.5"])
-def test_sizes_are_blocks_or_shares(text: str) -> None:
-    if text in ("20", "20.5%", "100%", "20 %"):
-        assert 1 <= kv_blocks(check_kv_size(text, "kv_cap"), 1000) <= 1000
-    else:
-        with pytest.raises(BadRequest, match=r"kv_cap .* is no size"):
-            check_kv_size(text, "kv_cap")
+@pytest.mark.parametrize(("text", "num_blocks"), [("20", 20), ("20.5%", 205), ("100%", 1000), ("20 %", 200)])
+def test_sizes_are_blocks_or_shares(text: str, num_blocks: int) -> None:
+    assert kv_blocks(check_kv_size(text, "kv_cap"), 1000) == num_blocks
+
+
+@pytest.mark.parametrize("text", ["-1", "1e3", "101%", "ten", "%", "5%%", "1.5"])
+def test_what_is_no_size_is_refused_by_its_name(text: str) -> None:
+    with pytest.raises(BadRequest, match=r"kv_cap .* is no size"):
+        check_kv_size(text, "kv_cap")
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(10, 100_000))
@@ -404,14 +405,15 @@ def test_hints_travel_from_the_body_of_a_request_to_its_sequence() -> None:
     rig = Rig()
     rig.cache.set_quotas({"a": Quota(floor=4)})
     hints = {"cache_hint": request.cache_hint, "retention": request.retention}
-    for tenant, expected in (("a", (Retention(1, 3, 90, 60.0),)), ("b", ())):
-        rig.submit(make_generate(make_prompt(9), 2, tenant=tenant, req_id=tenant.encode(), **hints))
-        use = rig.engine._by_id[tenant.encode(), 1].table.use
-        assert use is not None
-        assert (use.hint, use.retention) == ("one_shot", expected), "only within a quota of one's own"
+    for tenant in ("a", "b"):
+        prompt = make_prompt(9, salt=ord(tenant))
+        rig.submit(make_generate(prompt, 2, tenant=tenant, req_id=tenant.encode(), **hints))
+        table = rig.engine._by_id[tenant.encode(), 1].table
+        assert (table.hint, table.retention) == ("one_shot", (RetentionHint(5, 9, 90, 60.0),))
         while rig.engine.has_work:
             rig.step()
-        assert use.num_answer_tokens == 2
+    priorities = {(run.owner, run.start, run.end): run.priority for run in rig.cache._tree}
+    assert priorities == {("a", 0, 1): 35, ("a", 1, 2): 90, ("b", 0, 2): 35}, "only within a quota of one's own"
 
 
 @pytest.mark.parametrize("field", [{"cache_hint": "for ever"}, {"retention": [{"priority": 101}]}])

@@ -21,7 +21,7 @@ def test_requests_that_come_together_with_the_same_new_prefix_compute_it_once() 
     assert [s.token_ids for s in streams] == [expected_tokens(p, 4) for p in prompts]
     assert sorted(s.num_cached or 0 for s in streams) == [0] + [80] * 7
     assert num_computed(rig) < 80 + 8 * (6 + 4 + SIZE)
-    assert rig.cache.statistics().num_twins == 0
+    assert rig.cache.statistics().num_duplicates == 0
 
 
 def test_who_waits_for_a_shared_prefix_does_so_for_a_bounded_time() -> None:
@@ -65,7 +65,7 @@ def test_a_tenant_at_its_cap_does_not_hold_up_others() -> None:
     other = rig.submit(make_generate(make_prompt(20, salt=9), 2, tenant="b", req_id=b"other"))
     for _ in range(3):
         rig.step()
-        assert next(s for s in rig.cache.owner_statistics() if s.owner == "a").num_held <= 8
+        assert next(s for s in rig.cache.accounts() if s.tenant == "a").num_held <= 8
     assert other.finish_reason == "length"
     rig.run()
     assert [s.token_ids for s in long] == [expected_tokens(make_prompt(20, salt=i), 8) for i in range(5)]

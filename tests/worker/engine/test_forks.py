@@ -209,7 +209,7 @@ def test_forks_fit_under_the_cap_of_their_owner_or_wait() -> None:
     streams = [rig.submit(choice) for choice in choices]
     while rig.engine.has_work:
         rig.step()
-        assert rig.cache.owner_statistics()[0].num_held <= 9
+        assert rig.cache.accounts()[0].num_held <= 9
     assert 0 < rig.num_forked < N - 1
     assert_as_alone(choices, streams, prompt)
 

@@ -222,7 +222,7 @@ def test_hits_of_who_held_are_counted_once() -> None:
         rig.submit(make_generate(make_prompt(33), 5, req_id=b"waiting"))
         rig.run()
         assert rig.num_held == holds
-        [account] = rig.cache.owner_statistics()
+        [account] = rig.cache.accounts()
         looked_up.append(account.num_looked_up)
         hits.append(account.num_hits)
     assert looked_up[0] == looked_up[1] > hits[0] == hits[1] == 8
