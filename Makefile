@@ -53,7 +53,8 @@ $(VENV)/bin/python:
 
 # One command takes a pinned torch as it comes: with a CPU build at hand that is 200 MB, else the CUDA build.
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	@echo "Installing Kvasir and some 30 packages into $(VENV), once; the large one is PyTorch (200 MB and more)."
+	@echo "Installing Kvasir and some 40 packages into $(VENV), once. PyTorch is the large one:"
+	@echo "200 MB and more to fetch, then a minute or so to unpack, of which pip says nothing."
 	@$(PIP) -e '.[all]'
 	@touch $@
 

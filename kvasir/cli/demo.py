@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import click
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text
 
 from kvasir._session import Completion
@@ -63,7 +62,7 @@ class Row:
 
 
 def run_demo(console: Console, *, model: str | None = None, quiet: bool = False) -> list[Row]:
-    """Run the demonstration against this user's gateway; print a table as it goes and what it shows. Return the rows.
+    """Run the demonstration against this user's gateway; print a table and what it shows. Return the rows.
 
     Makes the tenants `demo` and `demo-b` and publishes the prefix `kvasir-demo`, once more if they are there already.
 
@@ -91,10 +90,15 @@ def run_demo(console: Console, *, model: str | None = None, quiet: bool = False)
             ("demo", "private, again", "warm", lambda: _complete(demo, name, private)),
         )
         rows: list[Row] = []
-        with contextlib.nullcontext(lambda rows: None) if quiet else _shown(console, run) as show:
+        with contextlib.nullcontext() if quiet else console.status("six requests, one after the other"):
             for tenant, what, expects, request in plan:
-                rows.append(_row(tenant, what, expects, request()))
-                show(rows)
+                done = request()
+                tokens = (done.usage.prompt_tokens, done.usage.cached_tokens)
+                ttft_ms = 1000 * done.ttft_s
+                rows.append(Row(tenant, what, expects, done.worker, *tokens, ttft_ms, done.request_id, done.text))
+    if not quiet:
+        console.print(f"\n[bold]Demonstration {run}[/bold]: cold against warm, shared against private\n")
+        console.print(_table(rows))
     wrong = [row for row in rows if not row.is_as_expected]
     if wrong:
         row = wrong[0]
@@ -149,36 +153,6 @@ def _chat(client: Client, model: str, system: str, question: str, max_tokens: in
 
 def _complete(client: Client, model: str, text: str, max_tokens: int = MAX_TOKENS) -> Completion:
     return client.generate(text, model=model, max_tokens=max_tokens, temperature=0)
-
-
-def _row(tenant: str, what: str, expects: str, done: Completion) -> Row:
-    usage = done.usage
-    return Row(
-        tenant=tenant,
-        what=what,
-        expects=expects,
-        worker=done.worker,
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=usage.cached_tokens,
-        ttft_ms=1000 * done.ttft_s,
-        request_id=done.request_id,
-        text=done.text,
-    )
-
-
-@contextlib.contextmanager
-def _shown(console: Console, run: str) -> Iterator[Callable[[list[Row]], None]]:
-    """Show the rows: as they come on a terminal, else once at the end."""
-    console.print(f"\n[bold]Demonstration {run}[/bold]: cold against warm, shared against private\n")
-    latest: list[Row] = []
-    if not console.is_terminal:
-        try:
-            yield lambda rows: latest.__setitem__(slice(None), rows)
-        finally:
-            console.print(_table(latest))
-        return
-    with Live(_table([]), console=console, auto_refresh=False) as live:
-        yield lambda rows: live.update(_table(rows), refresh=True)
 
 
 def _table(rows: list[Row]) -> Rows:
