@@ -7,6 +7,7 @@ copy; a layer sees strided views. Knows nothing of who owns a block: that is `ca
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,11 @@ class KvStore:
         device: torch.device | str,
     ) -> None:
         shape = (num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        if torch.device(device).type == "cpu":  # pages of a fresh mapping are zero, and taken when first written to
+            pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.data = torch.frombuffer(pages, dtype=dtype).view(shape)
+        else:
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._layers = [(self.data[:, i, 0], self.data[:, i, 1]) for i in range(num_layers)]

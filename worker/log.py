@@ -1,14 +1,17 @@
-"""Log lines on stderr: `event key=value key="value with spaces"`."""
+"""Log lines on stderr: `2026-01-31 12:34:56 event key=value key="value with spaces"`."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 
 
 def log(event: str, **fields: object) -> None:
-    """Print one line. A closed stderr is passed over: a worker must not die of it."""
-    line = " ".join([event, *(f"{key}={_value(value)}" for key, value in fields.items())])
+    """Print one line. Ignores a closed stderr, which must not end the worker."""
+    line = " ".join(
+        [time.strftime("%Y-%m-%d %H:%M:%S"), event, *(f"{key}={_value(value)}" for key, value in fields.items())]
+    )
     try:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):

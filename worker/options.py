@@ -72,14 +72,19 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         "--gateway",
         required=True,
         metavar="ENDPOINT",
-        help="the gateway's worker socket, ipc://PATH or tcp://HOST:PORT",
+        help="the gateway's worker socket, ipc://PATH",
     )
     add("--name", default="", help="name under which the gateway serves the model (default: the folder's name)")
     add("--worker-id", default="", help="unique among the gateway's workers (default: host name and process id)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16", "float64"), default="auto")
     add("--deterministic", action="store_true", help="float64 on the CPU: the same tokens in any batch, slower")
-    add("--kv-memory", type=_memory_size, metavar="SIZE", help="of the KV cache: 512M, 4G, or 60%% of free memory")
+    add(
+        "--kv-memory",
+        type=_memory_size,
+        metavar="SIZE",
+        help="of the KV cache: 512M, 4G, or 60%% of free memory at most",
+    )
     add("--block-size", type=_positive, default=16, metavar="TOKENS", help="must be the gateway's (default 16)")
     add(
         "--eviction-policy",
@@ -97,8 +102,10 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     _add_event_options(parser)
     args = parser.parse_args(argv)
     worker_id = args.worker_id or f"{socket.gethostname()}-{os.getpid()}"
-    if not re.match(r"(ipc|tcp)://.", args.gateway):
-        raise ConfigurationError(f"--gateway {args.gateway!r} is no endpoint; give ipc://PATH or tcp://HOST:PORT.")
+    if not re.match(r"ipc://.", args.gateway):
+        raise ConfigurationError(
+            f"--gateway {args.gateway!r} cannot be dialled: a gateway takes workers of its own machine only; give ipc://PATH."
+        )
     if args.deterministic and (args.device == "cuda" or args.dtype not in ("auto", "float64")):
         raise ConfigurationError("--deterministic computes in float64 on the CPU; leave out --device and --dtype.")
     is_oracle = args.model.startswith(PREFIX)

@@ -358,7 +358,7 @@ def open_socket(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.S
         socket.connect(endpoint)
     except zmq.ZMQError as error:
         socket.close()
-        raise ConfigurationError(f"--gateway {endpoint}: {error}; give ipc://PATH or tcp://HOST:PORT.") from None
+        raise ConfigurationError(f"--gateway {endpoint}: {error}; give ipc://PATH.") from None
     return socket
 
 

@@ -89,7 +89,7 @@ def choose_limits(options: Options, *, window: int, num_blocks: int, on_gpu: boo
         ConfigurationError: what was asked for does not fit.
     """
     num_slots = num_blocks * options.block_size
-    max_requests = options.max_requests or (128 if on_gpu else 32)
+    max_requests = num_requests(options, on_gpu)
     max_step_tokens = options.max_step_tokens or max(8192 if on_gpu else 512, max_requests)
     if max_step_tokens < max_requests:
         raise ConfigurationError(
@@ -107,20 +107,23 @@ def choose_limits(options: Options, *, window: int, num_blocks: int, on_gpu: boo
     return EngineLimits(max_requests, max_step_tokens, options.max_context or min(window, num_slots))
 
 
-def choose_num_blocks(kv_memory: MemorySize | None, *, free_bytes: int, block_bytes: int, on_gpu: bool) -> int:
+def choose_num_blocks(
+    kv_memory: MemorySize | None, *, free_bytes: int, block_bytes: int, on_gpu: bool, num_useful: int = MAX_BLOCKS
+) -> int:
     """Return how many blocks of `block_bytes` the pool gets.
 
-    Without `kv_memory`: 85 % of what is free on a GPU; on a CPU, where others live too, a quarter, at most 1 GiB.
+    A number of bytes is taken as it is. A share is taken whole on a GPU; on a CPU, where others live too, no more than
+    `num_useful` blocks. Without `kv_memory` the share is 85 % on a GPU, on a CPU a quarter and at most 1 GiB.
 
     Raises:
         ConfigurationError: more than is free, or less than a few blocks.
     """
     if kv_memory is None:
         size_bytes = int(0.85 * free_bytes) if on_gpu else min(GIB, free_bytes // 4)
-    elif kv_memory.share is not None:
-        size_bytes = int(kv_memory.share * free_bytes)
     else:
-        size_bytes = kv_memory.size_bytes or 0
+        size_bytes = kv_memory.size_bytes or int((kv_memory.share or 0) * free_bytes)
+    if not on_gpu and (kv_memory is None or kv_memory.share):
+        size_bytes = min(size_bytes, max(MIN_BLOCKS, num_useful) * block_bytes)
     if size_bytes > free_bytes:
         raise ConfigurationError(
             f"--kv-memory asks for {_gib(size_bytes)}, but only {_gib(free_bytes)} are free for it; give less."
@@ -132,6 +135,11 @@ def choose_num_blocks(kv_memory: MemorySize | None, *, free_bytes: int, block_by
             "are needed; give more --kv-memory, or a smaller model if there is none."
         )
     return num_blocks
+
+
+def num_requests(options: Options, on_gpu: bool) -> int:
+    """Return how many requests are taken at a time."""
+    return options.max_requests or (128 if on_gpu else 32)
 
 
 def free_memory() -> int:
@@ -201,7 +209,12 @@ def _load_torch(options: Options) -> Loaded:
         )
     block_bytes = bytes_per_block(config.num_layers, options.block_size, config.num_kv_heads, config.head_dim, dtype)
     num_blocks = choose_num_blocks(
-        options.kv_memory, free_bytes=free_bytes() - needed, block_bytes=block_bytes, on_gpu=on_gpu
+        options.kv_memory,
+        free_bytes=free_bytes() - needed,
+        block_bytes=block_bytes,
+        on_gpu=on_gpu,
+        num_useful=num_requests(options, on_gpu)
+        * -(-(options.max_context or config.max_position) // options.block_size),
     )
     limits = choose_limits(options, window=config.max_position, num_blocks=num_blocks, on_gpu=on_gpu)
     log("loading", model=options.model, device=device.type, dtype=_name(dtype), weight_bytes=needed)

@@ -1,0 +1,53 @@
+"""Sizes chosen at a start, and lines in the log."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from kvasir.cache.kv_store import KvStore
+from kvasir.worker.log import log
+from kvasir.worker.options import MemorySize
+from kvasir.worker.startup import choose_num_blocks
+
+SHARE = MemorySize(share=0.6)
+
+
+@pytest.mark.parametrize(
+    ("kv_memory", "on_gpu", "num_blocks"),
+    [
+        (None, False, 100),  # as many as the window and the slots can use
+        (SHARE, False, 100),
+        (MemorySize(size_bytes=500_000), False, 500),  # as asked for
+        (SHARE, True, 600),
+        (None, True, 850),
+    ],
+)
+def test_on_a_cpu_a_share_of_memory_is_bounded_by_what_the_model_can_use(
+    kv_memory: MemorySize | None, on_gpu: bool, num_blocks: int
+) -> None:
+    sizes = {"free_bytes": 1_000_000, "block_bytes": 1000, "num_useful": 100}
+    assert choose_num_blocks(kv_memory, on_gpu=on_gpu, **sizes) == num_blocks
+
+
+def test_on_a_cpu_with_little_memory_the_share_is_the_bound() -> None:
+    assert choose_num_blocks(None, free_bytes=80_000, block_bytes=1000, on_gpu=False, num_useful=100) == 20
+
+
+def test_a_store_on_the_cpu_takes_memory_when_it_is_written_to() -> None:
+    before = resident_bytes()
+    store = KvStore(1024, 4, 16, 8, 64, torch.float32, "cpu")  # 256 MiB
+    assert resident_bytes() - before < 1 << 24
+    assert not store.data[512].any()
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_lines_of_the_log_begin_with_date_and_time(capsys: pytest.CaptureFixture[str]) -> None:
+    log("ready", worker="w 1", share=0.25)
+    assert re.fullmatch(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ready worker="w 1" share=0.25\n', capsys.readouterr().err)
