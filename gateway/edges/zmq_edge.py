@@ -18,7 +18,7 @@ import trio
 
 from kvasir.gateway.core.api import Cancel, CoreApi, Event, Submit
 from kvasir.gateway.edges.answer import Answer
-from kvasir.gateway.edges.outbox import Courier, OutboxLimits, Peer
+from kvasir.gateway.edges.outbox import Outbox, OutboxLimits, Peer
 from kvasir.gateway.log import log
 from kvasir.protocol.client_messages import (
     CLIENT_MESSAGES,
@@ -104,7 +104,7 @@ class ZmqEdge:
         self._intake = intake
         self._directory = directory
         self._limits = limits or EdgeLimits()
-        self._courier: Courier[_Call] = Courier(link, self._limits.outbox, self._abandon)
+        self._outbox: Outbox[_Call] = Outbox(link, self._limits.outbox)
         self._dirty: list[_Call] = []
         self._flusher = trio.lowlevel.ParkingLot()
         self._draining = False
@@ -122,13 +122,13 @@ class ZmqEdge:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._link.run)
-                nursery.start_soon(self._courier.run)
+                nursery.start_soon(self._retry_for_ever)
                 nursery.start_soon(self._flush_for_ever)
                 task_status.started()
                 while True:
                     for frames in await self._link.receive(64):
                         self._handle(frames)
-                    self._courier.flush()
+                    self._send_posted()
         except* LinkClosed:  # whichever task has noticed it first
             pass
 
@@ -141,7 +141,7 @@ class ZmqEdge:
         dirty, self._dirty = self._dirty, []
         for call in dirty:
             self._flush_call(call)
-        self._courier.flush()
+        self._send_posted()
 
     def statistics(self) -> EdgeStatistics:
         """Return the counters."""
@@ -150,17 +150,17 @@ class ZmqEdge:
             self._num_refused,
             self._num_malformed,
             self._num_dropped,
-            self._courier.num_gone,
-            self._courier.num_cut,
+            self._outbox.num_gone,
+            self._outbox.num_cut,
             self._num_open,
-            self._courier.num_peers(),
-            self._courier.num_waiting(),
+            self._outbox.num_peers(),
+            self._outbox.num_waiting(),
         )
 
     # ---- client -> core ------------------------------------------------------------------------------------------
 
     def _handle(self, frames: list[bytes]) -> None:
-        peer = self._courier.peer(frames[0])
+        peer = self._outbox.peer(frames[0])
         if peer.cut:
             self._num_dropped += 1
             return
@@ -172,7 +172,7 @@ class ZmqEdge:
             self._num_malformed += 1
             call_id = _recover_id(frames[-1])
             if call_id is not None:  # else nobody would know what is answered
-                self._courier.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
+                self._outbox.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
             return
         match message:
             case CompletionRequest():
@@ -182,7 +182,7 @@ class ZmqEdge:
                 if call is not None:
                     self._cancel(call)
             case ModelsRequest():
-                self._courier.post(peer, message.id, encode(self._list_models(message)))
+                self._outbox.post(peer, message.id, encode(self._list_models(message)))
 
     def _begin(self, peer: Peer[_Call], request: CompletionRequest) -> None:
         self._num_requests += 1
@@ -229,7 +229,7 @@ class ZmqEdge:
                 self._close(call)
                 error = problem if isinstance(problem, KvasirError) else _internal_error(problem)
                 self._refuse(call.peer, call.request.id, error)
-                self._courier.flush()
+                self._send_posted()
         finally:
             self._num_preparing -= 1
 
@@ -241,13 +241,13 @@ class ZmqEdge:
     def _open(self, call: _Call) -> None:
         self._num_open += 1
         call.peer.calls[call.request.id] = call
-        self._courier.remember(call.peer)
+        self._outbox.remember(call.peer)
 
     def _close(self, call: _Call) -> None:
         self._num_open -= 1
         call.closed = True
         call.peer.calls.pop(call.request.id, None)
-        self._courier.release(call.peer)
+        self._outbox.release(call.peer)
 
     def _cancel(self, call: _Call) -> None:
         if call.answer.submit is not None:
@@ -256,12 +256,22 @@ class ZmqEdge:
             self._close(call)
             self._send(call, CompletionDone(call.request.id, "abort"))
 
-    def _abandon(self, peer: Peer[_Call]) -> None:
-        for call in list(peer.calls.values()):
-            self._num_open -= 1
-            call.closed = True
-            call.answer.cancel()
-        peer.calls.clear()
+    def _abandon(self, peers: list[Peer[_Call]]) -> None:
+        """Cancel the calls of clients that are gone, or were cut. Those that were cut get one error per lost call
+        instead: few, since calls per client are bounded; new requests are dropped until it has read them."""
+        for peer in peers:
+            unfinished = dict.fromkeys([*peer.lost, *peer.calls])
+            for call in peer.calls.values():
+                self._num_open -= 1
+                call.closed = True
+                call.answer.cancel()
+            peer.calls.clear()
+            if peer.cut:
+                error = Overloaded(
+                    "the answers were not read in time and have been dropped; read faster or ask for less"
+                )
+                for call_id in unfinished:
+                    self._outbox.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
 
     def _list_models(self, request: ModelsRequest) -> ModelList:
         try:
@@ -281,7 +291,7 @@ class ZmqEdge:
 
     def _refuse(self, peer: Peer[_Call], call_id: int, error: KvasirError) -> None:
         self._num_refused += 1
-        self._courier.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
+        self._outbox.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
 
     # ---- core -> client ------------------------------------------------------------------------------------------
 
@@ -290,6 +300,15 @@ class ZmqEdge:
         if not self._dirty:
             self._flusher.unpark()
         self._dirty.append(call)
+
+    def _send_posted(self) -> None:
+        while lost := self._outbox.flush():
+            self._abandon(lost)
+
+    async def _retry_for_ever(self) -> None:
+        while True:
+            self._abandon(await self._outbox.retry())
+            self._send_posted()
 
     async def _flush_for_ever(self) -> None:
         while True:
@@ -316,7 +335,7 @@ class ZmqEdge:
             self._send(call, done)
 
     def _send(self, call: _Call, message: GatewayMessage) -> None:
-        self._courier.post(call.peer, call.request.id, encode(message))
+        self._outbox.post(call.peer, call.request.id, encode(message))
 
 
 def _internal_error(bug: Exception) -> KvasirError:
