@@ -1,7 +1,7 @@
 """The blocks of one worker's KV memory: counted, handed out and taken back.
 
-A block is a number (`block_id`, its place in `kv_store`). The pool knows which blocks are free and who had each of
-them last; who uses the others and what they hold is `cache.prefix_cache`'s business.
+A block is a number (`block_id`, its place in `kv_store`). The pool knows which blocks are free, and the last
+owner of each; `cache.prefix_cache` knows what the others hold and which tables use them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class IntegrityError(KvasirError):
 
 
 class BlockPool:
-    """`num_blocks` blocks, handed out and taken back many at a time. `owners`: by block id who had it last, or None.
+    """`num_blocks` blocks, handed out and taken back many at a time. `owners`: by block id the last owner, or None.
 
     The free list is a stack: what was freed last is warm in the processor's cache and goes first.
     """
@@ -65,7 +65,7 @@ class BlockPool:
         return block_ids, to_zero
 
     def free(self, block_ids: array[int] | list[int]) -> None:
-        """Take back blocks that nobody uses, the first ones to go first. Their contents stay until they are zeroed."""
+        """Take back blocks that no table uses; the first ones are handed out first. Contents stay until zeroed."""
         self._free.extend(block_ids[::-1])
 
     def check_integrity(self, used_ids: Iterable[int]) -> None:
@@ -88,4 +88,4 @@ class BlockPool:
             if not is_used and block_id not in free:
                 raise IntegrityError(f"block {block_id} is lost: neither free nor in use")
             if is_used and self.owners[block_id] is None:
-                raise IntegrityError(f"block {block_id} is in use but nobody's")
+                raise IntegrityError(f"block {block_id} is in use but has no owner")

@@ -1,4 +1,4 @@
-"""What a prefix cache tells those who follow it: which blocks it has stored and removed."""
+"""The events of a prefix cache: which blocks it has stored and removed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The memory behind the block ids: one tensor that holds every block's keys and values of every layer.
 
 Block-major, so that a block is one contiguous run of memory and moving it (to host memory, disk or a peer) is one
-copy; a layer sees strided views. Knows nothing of who owns a block: that is `cache.block_pool`.
+copy; a layer sees strided views. Knows nothing of owners: those are in `cache.block_pool`.
 """
 
 from __future__ import annotations

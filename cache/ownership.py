@@ -1,12 +1,12 @@
-"""Who holds a worker's blocks: accounts per owner, and the eviction orders that floors and caps give them.
+"""Owners of a worker's blocks: their accounts, and the eviction orders that floors and caps give them.
 
 An owner without a quota shares one order with all the others without (the commons), and there the policy alone
 decides. An owner with a floor or a cap has an order of its own. When room is needed, the rules in this order:
 
-1. Whoever is at his cap makes room among his own blocks.
+1. An owner at its cap makes room among its own blocks.
 2. Blocks of owners above their cap go first.
-3. What an owner holds within his floor goes only for himself, and as long as he holds less than his floor, only when
-   nothing else can go: else a flood would make him eat his own.
+3. What an owner holds within its floor goes only for itself. While it holds less than its floor, it gives its own
+   blocks only when nothing else can go: else a flood by others would make it evict its own.
 4. Of what is left, the order whose next victim was released longest ago gives it.
 
 A floor protects what is held, it does not keep free blocks in reserve; blocks in use count as held.
@@ -37,10 +37,10 @@ class Quota:
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """What one owner holds and what it came to. `block_s`: blocks held times seconds, up to `settled_at`.
+    """Current holdings and lifetime counters of one owner. `block_s`: blocks held times seconds, up to `settled_at`.
 
-    `num_looked_up` and `num_hits` are blocks of prompts and those of them that were found. Evictions: of own blocks
-    for oneself, of own blocks for others (`suffered`) and of others' for oneself (`caused`).
+    `num_looked_up` and `num_hits` are blocks of prompts and those of them that were found. Evictions: of its
+    own blocks for itself, of its own blocks for others (`suffered`) and of others' blocks for it (`caused`).
     """
 
     owner: str
@@ -121,7 +121,7 @@ class Order:
 
 
 class Owners:
-    """All accounts and orders of one cache. The cache tells it what happens to blocks and asks it whose go."""
+    """All accounts and orders of one cache. The cache tells it what happens to blocks and asks which ones go."""
 
     def __init__(self, make_policy: PolicyFactory) -> None:
         self._make_policy = make_policy
@@ -158,9 +158,11 @@ class Owners:
         return self._own.get(owner, self.commons)
 
     def choose(self, owner: str | None) -> tuple[Run, int] | None:
-        """Return whose blocks go when `owner` (None: nobody in particular) needs room, by rules 2 to 4: a leaf, and how
-        many of its blocks may go before this has to be asked again. A run was released in one piece: nobody's block was
-        released between two of its."""
+        """Choose what goes when `owner` (None: no owner in particular) needs room, by rules 2 to 4.
+
+        Returns a leaf and how many of its blocks may go before this has to be asked again; None if nothing may go. A
+        run was released at once: no other block was released between two of its own.
+        """
         if len(self.orders) == 1:
             run = self.commons.policy.victim()
             return None if run is None else (run, len(run))
@@ -207,9 +209,9 @@ class Owners:
             run = None if run.parent is None or self.are_apart(run.parent, run) else run.parent
 
     def set_quotas(self, quotas: Mapping[str, Quota], runs: Sequence[Run], now: float) -> list[Order]:
-        """Put `quotas`, which fit, in the place of all there are; return the orders that have one now.
+        """Put `quotas`, which fit, in the place of all before; return the orders that have one now.
 
-        `runs`: all there are. O(len(runs)) when somebody gets a quota or loses it.
+        `runs`: all there are. O(len(runs)) when an owner gets its first quota or loses it.
         """
         wanted = {owner: quota for owner, quota in quotas.items() if quota != Quota()}
         before = dict(self._own)
@@ -225,7 +227,7 @@ class Owners:
         return self.orders[1:]
 
     def _move(self, runs: Sequence[Run], before: Mapping[str, Order]) -> None:
-        """Put all runs into the orders that are their owners' now, and count anew what blocks them.
+        """Put all runs into the orders that are their owners' now, and count again what blocks them.
 
         `before`: the owners that had an order of their own, with it.
         """
@@ -294,7 +296,7 @@ def _check_order(order: Order, idle: Sequence[Run]) -> None:
 
 
 def check_quotas(quotas: Mapping[str, Quota], num_blocks: int, num_pinned: int = 0) -> None:
-    """Check that all floors can be kept at once beside the pinned blocks, and that nobody has one for published ones.
+    """Check that all floors can be kept at once beside the pinned blocks, and that published ones have none.
 
     Raises:
         BadRequest: they cannot, or a quota makes no sense.

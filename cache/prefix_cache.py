@@ -4,11 +4,11 @@ A published block's identity is (hash, namespace, parent, token ids). The hash f
 digest with other contents is a miss. Published blocks are immutable, and none outlives its parent. A block whose last
 reference goes stays resident, *idle*, until its room is needed.
 
-Blocks that have always been used together are one piece of bookkeeping, a run (`cache.run`): what is done, is done to
-runs or slices of them, so that its cost hardly depends on the number of blocks.
+Consecutive blocks that have always been used together are kept as one run (`cache.run`). Every operation works on runs
+or slices of them, so its cost hardly depends on the number of blocks.
 
-Every block that is not free has an owner; floors and caps of owners (`cache.ownership`) say whose blocks go. Pinned
-blocks are referenced by the cache itself.
+Every block that is not free has an owner; floors and caps (`cache.ownership`) decide which owner gives blocks up.
+Pinned blocks are referenced by the cache itself.
 
 Knows nothing of tensors or scheduling; what time it is, `advance` says. Not thread-safe.
 """
@@ -78,18 +78,18 @@ class PrefixCache:
 
     @property
     def num_unused(self) -> int:
-        """How many blocks are free or idle, whoever may take them."""
+        """How many blocks are free or idle, whichever owner may take them."""
         return self.pool.num_free + self._owners.num_idle
 
     def reserve_of(self, owner: str) -> int:
-        """Return how many blocks `allocate` can hand to `owner` beyond `num_available`: idle ones within his floor."""
+        """Return how many blocks `allocate` can hand to `owner` beyond `num_available`: idle ones within its floor."""
         order = self._owners.order_of(owner)
         return order.num_evictable - order.num_takable
 
     def room_of(self, owner: str) -> int | None:
-        """Return how many blocks the cap of `owner` lets him have anew, those counted that he can evict of his own.
+        """Return how many blocks `owner` may still allocate under its cap, counting its own evictable ones.
 
-        None: he has no cap.
+        None: it has no cap.
         """
         order = self._owners.order_of(owner)
         if order.quota.cap is None or order.account is None:
@@ -100,7 +100,7 @@ class PrefixCache:
         return self._owners.order_of(owner).quota
 
     def num_above_floor(self, owner: str) -> int:
-        """Return how many of the blocks that `owner` holds are not within his floor."""
+        """Return how many of the blocks that `owner` holds are above its floor."""
         return max(0, self._account(owner).num_held - self._owners.order_of(owner).quota.floor)
 
     def is_below_floor(self, owner: str) -> bool:
@@ -211,7 +211,7 @@ class PrefixCache:
     def evict(self, num_blocks: int, owner: str | None = None) -> int:
         """Evict up to `num_blocks` idle blocks to make room for `owner`, and return how many went.
 
-        `owner` None: for nobody; all floors hold.
+        `owner` None: for no owner in particular; all floors hold.
         """
         num_evicted = 0
         while num_evicted < num_blocks and (choice := self._owners.choose(owner)) is not None:
@@ -231,9 +231,9 @@ class PrefixCache:
         return num_evicted
 
     def set_quotas(self, quotas: Mapping[str, Quota]) -> None:
-        """Put these quotas in the place of all there are, at once: whoever holds more than his cap loses idle blocks.
+        """Replace all quotas by these, at once: an owner above its new cap loses idle blocks.
 
-        O(number of runs) when somebody gets a quota or loses it.
+        O(number of runs) when an owner gets its first quota or loses it.
 
         Raises:
             BadRequest: the floors do not fit together, or published blocks were given a quota; nothing has changed.
@@ -246,7 +246,7 @@ class PrefixCache:
     def pin(self, name: str, chain: Chain) -> int:
         """Keep what is resident of `chain` until `unpin(name)`; return how many blocks that are now.
 
-        Call it again when more is resident. What was pinned under that name is pinned no more.
+        Call it again when more is resident. What was pinned under that name before is unpinned.
         """
         table = BlockTable()
         num_blocks = self.match(chain, table, len(chain), again=True)
@@ -263,7 +263,7 @@ class PrefixCache:
         return len(table.block_ids) if table else 0
 
     def unpin(self, name: str) -> None:
-        """Let go of what is pinned under `name`: unless somebody uses it, it can be evicted from now on."""
+        """Unpin what is pinned under `name`: unless it is in use, it can be evicted from now on."""
         table = self._pins.pop(name, None)
         if table is not None:
             self.free(table)
@@ -317,7 +317,7 @@ class PrefixCache:
         self._owners.check_integrity(list(self._tree), [owners[block_id] or "" for block_id in private_ids])
         for run in self._tree:
             if any(owners[block_id] != run.owner for block_id in run.block_ids):
-                raise IntegrityError(f"the run of block {run.block_ids[0]} of {run.owner} has somebody else's block")
+                raise IntegrityError(f"the run of block {run.block_ids[0]} of {run.owner} has another owner's block")
         for table in tables:
             if table.num_published != (table.last.end if table.last is not None else 0):
                 raise IntegrityError(f"a table counts {table.num_published} blocks as published, its last run does not")
@@ -444,7 +444,7 @@ class PrefixCache:
         return num_missing <= 0 or self.evict(num_missing, owner) == num_missing
 
     def _evict_own(self, owner: str, num_blocks: int) -> int:
-        """Evict up to `num_blocks` blocks of the order of `owner` for himself; return how many went."""
+        """Evict up to `num_blocks` blocks of the order of `owner` for itself; return how many went."""
         order = self._owners.order_of(owner)
         num_evicted = 0
         while num_evicted < num_blocks and (run := order.policy.victim()) is not None:

@@ -13,7 +13,7 @@ from kvasir.protocol.prefix import HASH_BYTES
 class RunTree:
     """All runs that are resident. Every operation but `by_depth` and the check is O(1), and a slice of what it cuts.
 
-    Only the first block of a run can be found: who comes from above needs no other, and an index of all blocks would
+    Only the first block of a run can be found. A walk from the root needs no other, and an index of all blocks would
     cost more than all the rest together.
     """
 

@@ -1,4 +1,4 @@
-"""Two heaps: least recently used, but first what nobody comes back for, then what is likely to rest longest.
+"""Two heaps: least recently used, but first what no request comes back for, then what is likely to rest longest.
 
 What one request used and no other has used since is one *visit*. A visit is final if its request's hint says that
 nothing follows, or if the conversation has already gone on without what is left of it. Any other is expected back after
@@ -129,7 +129,7 @@ class TwoHeapsOrder(Lru):
         self._by_rest.add(run, (run.priority, -visit.rest_s, run.released_at))
 
     def reorder(self, run: Run) -> None:
-        """Order `run` anew if it is a leaf: what is known of it has changed."""
+        """Give `run` its new place if it is a leaf: what is known of it has changed."""
         if self._by_age.discard(run):
             self._by_rest.discard(run)
             self._retained.discard(run)

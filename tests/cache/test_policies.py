@@ -296,3 +296,15 @@ def test_a_worker_evicts_by_the_policy_it_was_given() -> None:
     for name, kind in (("lru", Lru), ("two_heaps", TwoHeapsOrder)):
         engine, _ = build(parse_options([*command, "--eviction-policy", name]))
         assert type(engine.cache._owners.commons.policy) is kind
+
+
+def test_two_heaps_does_not_count_a_request_that_has_not_ended_as_left() -> None:
+    cache = make_cache("two_heaps", 8)
+    chain, running = make_chain([1, 2]), BlockTable()
+    cache.match(chain, running, 2)
+    assert cache.allocate(chain, running, 2) is not None
+    cache.insert(chain, running, 2)
+    use(cache, 1, 2, 3)  # meanwhile: another choice of the same prompt
+    cache.free(running)
+    assert isinstance(running.visit, Visit)
+    assert not running.visit.is_final and running.visit.mean_rest_s is None
