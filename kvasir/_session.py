@@ -23,7 +23,7 @@ from kvasir.protocol.client_messages import (
 )
 from kvasir.protocol.codec import Message, encode
 from kvasir.protocol.errors import AuthenticationFailed, BadRequest, TooLarge, from_info
-from kvasir.protocol.messages import CacheHint, RetentionHint, Sampling, TokenLogprobs
+from kvasir.protocol.messages import CacheHint, RetentionHint, SamplingOptions, TokenLogprobs
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 
 DEFAULT_TIMEOUT_S = 60.0
@@ -32,12 +32,13 @@ DEFAULT_TIMEOUT_S = 60.0
 class Options(TypedDict, total=False):
     """How to generate; every key is optional.
 
-    `model`: needed only where several are served. `max_tokens`: default up to the model's window. `temperature` 0 is
-    greedy, default 1. `top_k` 0, `top_p` 1, `min_p` 0 are off. `seed`: equal seeds draw equal tokens, default a new one
-    per request. `logprobs` n: the drawn token's and the n best. `stop`: strings that end the answer and are not part
-    of it. `want_text`/`want_tokens` (both True): what comes back; without text the gateway does not detokenise.
-    `deadline_s`: the gateway ends the request with `DeadlineExceeded` after this long. `timeout_s`: how long to wait
-    for the next sign of life of this request, default the client's.
+    `model`: needed only where several are served. `max_tokens`: default up to the model's window. `temperature` 0
+    is greedy; sampling that is left out is the model's own default. `top_k` 0, `top_p` 1, `min_p` 0 are off.
+    `seed`: equal seeds draw equal tokens, default a new one per request. `logprobs` n: the drawn token's and the n
+    best. `stop`: strings that end the answer and are not part of it. `want_text`/`want_tokens` (both True): what
+    comes back; without text the gateway does not detokenise. `deadline_s`: the gateway ends the request with
+    `DeadlineExceeded` after this long. `timeout_s`: how long to wait for the next sign of life of this request,
+    default the client's.
     """
 
     model: str | None
@@ -63,7 +64,7 @@ class Options(TypedDict, total=False):
     timeout_s: float
 
 
-_SAMPLING = tuple(name for name in Sampling.__struct_fields__ if name not in ("seed", "logit_bias"))
+_SAMPLING = tuple(name for name in SamplingOptions.__struct_fields__ if name not in ("seed", "logit_bias"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,7 @@ def make_request(
         messages=None if messages is None else [_chat_message(message) for message in messages],
         token_ids=None if prompt is None or isinstance(prompt, str) else _pack(prompt),
         max_tokens=options.get("max_tokens"),
-        sampling=Sampling(
+        sampling=SamplingOptions(
             seed=secrets.randbits(63) if seed is None else seed,
             logit_bias=dict(options.get("logit_bias") or {}),
             **sampling,

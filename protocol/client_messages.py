@@ -16,7 +16,15 @@ from msgspec import Meta, Struct
 
 from kvasir.protocol.codec import Decoder, Message
 from kvasir.protocol.errors import ErrorInfo
-from kvasir.protocol.messages import CacheHint, Name, PackedTokens, RetentionHint, Sampling, Seconds, TokenLogprobs
+from kvasir.protocol.messages import (
+    CacheHint,
+    Name,
+    PackedTokens,
+    RetentionHint,
+    SamplingOptions,
+    Seconds,
+    TokenLogprobs,
+)
 
 MAX_CLIENT_FRAME_BYTES = 8 << 20
 CallId = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
@@ -58,7 +66,7 @@ class CompletionRequest(ClientMessage, tag="request"):
     messages: Annotated[list[ChatMessage], Meta(max_length=4096)] | None = None
     token_ids: PackedTokens | None = None
     max_tokens: int | None = None
-    sampling: Sampling = Sampling()
+    sampling: SamplingOptions = SamplingOptions()
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=16)] = []
     stop_token_ids: Annotated[list[int], Meta(max_length=256)] = []
     ignore_eos: bool = False

@@ -29,23 +29,40 @@ Seconds = Annotated[float, Meta(ge=0)]
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
 
-class Sampling(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class _Drawing(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What `Sampling` and `SamplingOptions` share. `logprobs`: None = none, n = the chosen token's and the n best.
+
+    Presence and frequency penalties look at generated tokens, the repetition penalty at prompt and generated ones.
+    """
+
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] = {}
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+class Sampling(_Drawing, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How tokens are drawn. Temperature 0 is greedy; `seed` and the token's position decide every draw.
 
-    `top_k` 0, `top_p` 1 and `min_p` 0 are off. `logprobs`: None = none, n = the chosen token's and the n best.
-    Presence and frequency penalties look at generated tokens, the repetition penalty at prompt and generated ones.
+    `top_k` 0, `top_p` 1 and `min_p` 0 are off.
     """
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
     top_k: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
-    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] = {}
-    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
-    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+class SamplingOptions(_Drawing, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`Sampling` as a client asks for it: None is the model's own default (its `generation_config.json`)."""
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
 
 
 class RetentionHint(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

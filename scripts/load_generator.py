@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kvasir.protocol.client_messages import GATEWAY_MESSAGES, CompletionDone, CompletionRequest
 from kvasir.protocol.codec import encode
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.messages import SamplingOptions
 from kvasir.protocol.tokens import pack_tokens
 
 MODEL_NAME = "demo"
@@ -35,7 +35,7 @@ def generate_zmq(
 ) -> dict[str, Any]:
     """Four connections, each with a quarter of the requests in flight; a new one for each that is done."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    greedy = Sampling(temperature=0.0)
+    greedy = SamplingOptions(temperature=0.0)
     prompts = json.loads(Path(prompts_path).read_text())
     as_text = isinstance(prompts[0], str)
     packed = [b"" if as_text else pack_tokens(prompt[:-8]) for prompt in prompts]

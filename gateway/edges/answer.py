@@ -79,12 +79,11 @@ class Answer:
         if self.detokenizer is None:
             return
         ids = delta.token_ids
-        submit = self.submit
-        if submit is not None and submit.stop_token_ids and ids[-1:] and ids[-1] in submit.stop_token_ids:
+        if ids and ids[-1] in self.detokenizer.end_token_ids:
             ids = ids[:-1]  # the token that ends an answer is counted, not shown
         piece.text += self.detokenizer.push(ids)
-        if self.detokenizer.stopped and submit is not None:
-            self.core.cancel(Cancel(submit.req_id, "stop"))
+        if self.detokenizer.stopped and self.submit is not None:
+            self.core.cancel(Cancel(self.submit.req_id, "stop"))
 
     def _stopped(self, finished: Finished) -> Finished:
         return Finished(

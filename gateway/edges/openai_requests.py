@@ -17,7 +17,7 @@ from msgspec import Meta, Raw, Struct
 from kvasir.gateway.edges.openai_fields import MAX_VALUE_BYTES, FieldCheck
 from kvasir.protocol.client_messages import ChatMessage, CompletionRequest
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import CacheHint, RetentionHint, Sampling
+from kvasir.protocol.messages import CacheHint, RetentionHint, SamplingOptions
 from kvasir.protocol.tokens import pack_tokens
 
 MAX_CHOICES = 8
@@ -190,7 +190,7 @@ def _asked(body: Body, num_logprobs: int | None, prompts: list[dict[str, Any]], 
     return Asked(requests, num_choices, bool(body.stream), wants_usage)
 
 
-def _sampling(body: Body, num_logprobs: int | None) -> Sampling:
+def _sampling(body: Body, num_logprobs: int | None) -> SamplingOptions:
     given: dict[str, Any] = {
         name: value
         for name in (
@@ -212,7 +212,7 @@ def _sampling(body: Body, num_logprobs: int | None) -> Sampling:
     if num_logprobs is not None:
         given["logprobs"] = num_logprobs
     try:
-        return msgspec.convert(given, Sampling, strict=False)
+        return msgspec.convert(given, SamplingOptions, strict=False)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `")
         param = path.rstrip("`").removeprefix("$.").removeprefix("key in $.").split("[")[0] or None

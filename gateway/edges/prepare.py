@@ -20,11 +20,12 @@ from kvasir.gateway.text.model_text import QUICK_CHARS, Detokenizer, ModelText
 from kvasir.gateway.text.word_cache import Words
 from kvasir.protocol.client_messages import ChatMessage, CompletionRequest
 from kvasir.protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
-from kvasir.protocol.messages import Pin
+from kvasir.protocol.messages import Pin, Sampling, SamplingOptions
 from kvasir.protocol.prefix import HASH_BYTES, derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens
 
 MAX_THREADS = 4
+_SAMPLING = Sampling.__struct_fields__
 MAX_MEMORIES = 256  # of words, one per model and sharing scope; some megabytes each when full
 
 
@@ -101,7 +102,10 @@ class Intake:
     def detokenizer(self, request: CompletionRequest, submit: Submit) -> Detokenizer | None:
         """Return what turns the answer into text, None if only token ids are wanted."""
         text = self._texts.get(submit.model)
-        return text.detokenizer(request.stop) if request.want_text and text is not None else None
+        if text is None or not request.want_text:
+            return None
+        ends = (*submit.stop_token_ids, *(() if submit.ignore_eos else text.eos_token_ids))
+        return text.detokenizer(request.stop, ends)
 
     def text(self, model: str) -> ModelText | None:
         """Return the tokenizer of a model, if it has one."""
@@ -218,7 +222,7 @@ class Intake:
             num_public_tokens=num_public,
             namespace=namespace,
             max_tokens=max_tokens,
-            sampling=request.sampling,
+            sampling=self._sampling(request.sampling, info.name),
             sink=sink,
             arrived=now,
             deadline=None if request.deadline_s is None else now + request.deadline_s,
@@ -261,6 +265,12 @@ class Intake:
             raise BadRequest("stop strings need text; ask for text or use stop_token_ids", param="stop")
         if request.deadline_s is not None and not 0 < request.deadline_s < inf:
             raise BadRequest("deadline_s must be a positive number of seconds", param="deadline_s")
+
+    def _sampling(self, options: SamplingOptions, model: str) -> Sampling:
+        """Return how to draw: what `options` leave out is the model's default, else that of `Sampling`."""
+        text = self._texts.get(model)
+        fields = {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
+        return Sampling(**fields if text is None else {**text.sampling, **fields})
 
     def _root(self, info: ModelInfo) -> bytes:
         key = (info.fingerprint, info.dtype)

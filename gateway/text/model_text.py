@@ -21,12 +21,14 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
+import msgspec
 from tokenizers import Tokenizer
 
 from kvasir.gateway.text.token_bytes import token_pieces
 from kvasir.gateway.text.word_cache import Words, make_word_encoder
 from kvasir.protocol.client_messages import ChatMessage
 from kvasir.protocol.errors import BadRequest, ModelError
+from kvasir.protocol.messages import Sampling
 
 QUICK_CHARS = 8_192  # longer texts belong into a thread: the library takes about 3 ms for so many
 
@@ -34,8 +36,17 @@ QUICK_CHARS = 8_192  # longer texts belong into a thread: the library takes abou
 class ModelText:
     """Tokenizer and chat template of one model. Immutable; `encode*` may be called from any thread."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None, tokens: dict[str, str], vocab_size: int) -> None:
-        """`tokens`: special tokens that the template may name (`bos_token`, ...). `vocab_size`: ids the model knows."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | None,
+        tokens: dict[str, str],
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...] = (),
+        sampling: dict[str, Any] | None = None,
+    ) -> None:
+        """`tokens`: special tokens that the template may name (`bos_token`, ...). `vocab_size`: ids the model knows.
+        `sampling`: the model's own defaults, of the fields of `Sampling`."""
         self._tokenizer = tokenizer
         self._pieces = token_pieces(tokenizer, vocab_size)
         self._longest = max(1, *map(len, self._pieces))
@@ -44,6 +55,8 @@ class ModelText:
         self._tokens = tokens
         self._template = None if template is None else _compile(template)
         self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+        self.sampling = sampling or {}
 
     def max_chars(self, num_tokens: int) -> int:
         """Return a length in characters that no text of `num_tokens` tokens reaches.
@@ -112,9 +125,9 @@ class ModelText:
         """Return the bytes of one token, which need not be whole characters; none for special tokens."""
         return self._pieces[token_id]
 
-    def detokenizer(self, stop: Sequence[str] = ()) -> Detokenizer:
+    def detokenizer(self, stop: Sequence[str] = (), end_token_ids: Sequence[int] = ()) -> Detokenizer:
         """Return a fresh incremental detokeniser that ends at any of the `stop` strings."""
-        return Detokenizer(self._pieces, tuple(stop))
+        return Detokenizer(self._pieces, tuple(stop), tuple(end_token_ids))
 
 
 class Detokenizer:
@@ -122,13 +135,14 @@ class Detokenizer:
 
     Holds back incomplete characters, and whatever could be the beginning of a stop string. `stopped` is set once a
     stop string was found; the text then ends before it and later tokens are ignored. The pushes together give exactly
-    `ModelText.decode` of all ids, cut at the first stop string.
+    `ModelText.decode` of all ids, cut at the first stop string. `end_token_ids`: for its user, who does not push them.
     """
 
-    __slots__ = ("_held", "_pieces", "_rest", "_stop", "stopped")
+    __slots__ = ("_held", "_pieces", "_rest", "_stop", "end_token_ids", "stopped")
 
-    def __init__(self, pieces: list[bytes], stop: tuple[str, ...]) -> None:
+    def __init__(self, pieces: list[bytes], stop: tuple[str, ...], end_token_ids: tuple[int, ...]) -> None:
         self._pieces = pieces
+        self.end_token_ids = end_token_ids
         self._rest = b""  # the beginning of a character
         self._stop = stop
         self._held = ""
@@ -187,14 +201,54 @@ def load_text(path: Path) -> ModelText:
     tokenizer.no_truncation()
     settings = _read_json(path / "tokenizer_config.json")
     config = _read_json(path / "config.json")
-    tokens = {name: token for name in settings if name.endswith("_token") and (token := _token(settings[name]))}
+    tokens = _special_tokens(path, settings, tokenizer)
+    generation = _read_json(path / "generation_config.json")
     vocab_size = config.get("vocab_size") or tokenizer.get_vocab_size(with_added_tokens=True)
     try:
-        return ModelText(tokenizer, _find_template(path, settings), tokens, int(vocab_size))
+        eos = _eos_token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
+        template, sampling = _find_template(path, settings), _sampling_defaults(path, generation)
+        return ModelText(tokenizer, template, tokens, int(vocab_size), eos, sampling)
     except jinja2.TemplateError as error:
         raise ModelError(f"the chat template of {path} cannot be read: {error}; mend or remove it") from None
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from None
+
+
+def _special_tokens(path: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the special tokens by name, and make the tokenizer treat them as such, as `transformers` does.
+
+    `special_tokens_map.json` is older than `added_tokens_decoder`, and counts only without it.
+    """
+    if "added_tokens_decoder" not in settings:
+        settings = {**settings, **_read_json(path / "special_tokens_map.json")}
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    named = {name: value for name, value in settings.items() if name.endswith("_token")}
+    if isinstance(extra, dict):
+        named, extra = {**named, **extra}, []
+    tokens = {name: token for name, value in named.items() if (token := _token(value))}
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for token in [*tokens.values(), *map(_token, extra)]:
+        if token and token not in known and tokenizer.token_to_id(token) is not None:
+            tokenizer.add_special_tokens([token])
+    return tokens
+
+
+def _eos_token_ids(value: Any) -> tuple[int, ...]:
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token_id) is not int for token_id in found):
+        raise ModelError(f"eos_token_id must be a token id or a list of them, not {value!r}")
+    return tuple(found)
+
+
+def _sampling_defaults(path: Path, generation: dict[str, Any]) -> dict[str, Any]:
+    """Return what `generation_config.json` says of sampling (what it calls `do_sample` is left to the temperature)."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    found = {name: value for name in names if (value := generation.get(name)) is not None}
+    try:
+        msgspec.convert(found, Sampling)
+    except msgspec.ValidationError as error:
+        raise ModelError(f"{path / 'generation_config.json'}: {error}; mend or remove it") from None
+    return found
 
 
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:

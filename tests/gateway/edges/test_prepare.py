@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 import pytest
 import trio
 
-from kvasir.gateway.core.api import Submit
+from kvasir.gateway.core.api import Delta, Finished, Submit
+from kvasir.gateway.edges.answer import Answer
 from kvasir.gateway.tenants.directory import PublishedPrefix, RemovePrefix, Tenant
 from kvasir.gateway.text.model_text import ModelText
 from kvasir.protocol.client_messages import ChatMessage, CompletionRequest
 from kvasir.protocol.errors import BadRequest, KvasirError, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.messages import SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt, split_hashes
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from tests.edge_helpers import ALPHA, BETA, SECRET, TEXT, FakeCore, make_directory, make_intake
@@ -153,7 +155,7 @@ def test_a_worker_pins_what_is_pinned_on_all_or_on_it() -> None:
         ({"messages": []}, BadRequest, "empty", "messages"),
         ({"text": "x", "stop": ["a"], "want_text": False}, BadRequest, "stop strings need text", "stop"),
         ({"text": "x", "stop_token_ids": [99999]}, BadRequest, "99999", "stop_token_ids"),
-        ({"text": "x", "sampling": Sampling(logit_bias={-1: 1.0})}, BadRequest, "-1", "logit_bias"),
+        ({"text": "x", "sampling": SamplingOptions(logit_bias={-1: 1.0})}, BadRequest, "-1", "logit_bias"),
         ({"text": "x", "deadline_s": 0.0}, BadRequest, "positive", "deadline_s"),
         ({"text": "\ud800"}, BadRequest, "surrogate", None),
     ],
@@ -199,3 +201,30 @@ def test_the_words_of_a_tenant_are_remembered_for_its_sharing_scope_alone() -> N
     assert intake._memory("demo", ALPHA) is not intake._memory("demo", left)
     assert intake._memory("other", ALPHA) is not intake._memory("demo", ALPHA)
     assert intake._memory("demo", ALPHA) is intake._memory("demo", ALPHA)
+
+
+def test_what_a_request_leaves_out_of_sampling_is_the_models_own() -> None:
+    left_out = prepare(ask(text="x", sampling=SamplingOptions(seed=3))).sampling
+    assert (left_out.temperature, left_out.top_p, left_out.top_k, left_out.seed) == (0.7, 0.95, 0, 3)
+    given = prepare(ask(text="x", sampling=SamplingOptions(temperature=1.0, top_p=1.0))).sampling
+    assert (given.temperature, given.top_p) == (1.0, 1.0)
+
+
+def test_the_token_that_ended_an_answer_is_not_shown_whether_it_is_special_or_not() -> None:
+    """Here `end_token_ids` holds the ids of plain words."""
+    ids = TEXT.encode("import os")
+    for ignore_eos, shown in ((False, "import"), (True, "import os")):
+        core = FakeCore(lambda submit: [])
+        intake = make_intake(core)
+        text = copy.copy(TEXT)
+        text.eos_token_ids = (ids[-1],)
+        intake._texts = {"demo": text}
+        intake._clock = lambda: 0.0
+        request = ask(text="x", ignore_eos=ignore_eos)
+        answer = Answer(core, lambda event: None)
+        answer.submit = intake.prepare(request, ALPHA, answer)
+        answer.detokenizer = intake.detokenizer(request, answer.submit)
+        answer.put(Delta(answer.submit.req_id, ids))
+        answer.put(Finished(answer.submit.req_id, "stop", 1, len(ids)))
+        piece = answer.take()
+        assert (piece.text, piece.token_ids) == (shown, ids)

@@ -223,3 +223,66 @@ def test_special_tokens_are_not_shown() -> None:
     end = TEXT._tokenizer.token_to_id("<|endoftext|>")
     assert end is not None
     assert push_in_pieces(TEXT, [*TEXT.encode("x = 1"), end], []) == ("x = 1", False)
+
+
+SHOW = "{{ bos_token }}|{{ eos_token }}|{{ image_token }}|{{ more }}"
+BOS = {"content": "<|endoftext|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "special_map"),
+    [
+        ({}, {"bos_token": "<|endoftext|>", "eos_token": BOS}),
+        ({"bos_token": "def"}, {"bos_token": "<|endoftext|>"}),
+        ({"added_tokens_decoder": {}, "bos_token": "def"}, {"bos_token": "<|endoftext|>"}),
+        ({"extra_special_tokens": {"image_token": "return", "more": "self"}}, {}),
+        ({"image_token": "return", "extra_special_tokens": ["self"]}, {"additional_special_tokens": ["import"]}),
+        ({"additional_special_tokens": ["self"], "bos_token": None, "eos_token": "return"}, {}),
+    ],
+)
+def test_special_tokens_are_read_as_transformers_reads_them(
+    tmp_path: Path, config: dict[str, object], special_map: dict[str, object]
+) -> None:
+    folder = folder_with_template(tmp_path, SHOW)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": SHOW, **config})
+    )
+    (folder / "special_tokens_map.json").write_text(json.dumps(special_map))
+    theirs, ours = AutoTokenizer.from_pretrained(str(folder)), load_text(folder)
+    turns = [{"role": message.role, "content": message.content} for message in CONVERSATION]
+    assert ours.render_chat(CONVERSATION) == theirs.apply_chat_template(turns, tokenize=False)
+    text = "def f(self): return<|endoftext|>import x"
+    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours._tokenizer.encode(text, add_special_tokens=False).ids == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_generation_config_gives_the_end_and_the_sampling(tmp_path: Path) -> None:
+    assert TEXT.eos_token_ids == (0, 4)
+    assert TEXT.sampling == {"temperature": 0.7, "top_p": 0.95}
+    folder = folder_with_template(tmp_path, None)
+    (folder / "generation_config.json").write_text('{"top_k": 20, "min_p": null, "max_new_tokens": 5}')
+    text = load_text(folder)
+    assert text.sampling == {"top_k": 20}
+    assert text.eos_token_ids == (0, 4), "the model's own"
+    for wrong in ('{"temperature": -1}', '{"eos_token_id": "</s>"}'):
+        (folder / "generation_config.json").write_text(wrong)
+        with pytest.raises(ModelError, match=r"temperature|eos_token_id"):
+            load_text(folder)
+
+
+def test_a_beginning_of_a_stop_string_is_held_back_and_let_go_when_it_is_none() -> None:
+    detokenizer = TEXT.detokenizer(["abcd", "bx"])
+    seen = [detokenizer.push(TEXT.encode(text)) for text in ("1", "a", "b", "c", "2", "ab")]
+    assert seen == ["1", "", "", "", "abc2", ""]
+    assert (detokenizer.push(TEXT.encode("x")), detokenizer.stopped) == ("a", True)
+    assert (detokenizer.push(TEXT.encode("y")), detokenizer.finish()) == ("", "")
+    detokenizer = TEXT.detokenizer(["abcd"])
+    assert (detokenizer.push(TEXT.encode("abc")), detokenizer.finish()) == ("", "abc")
+
+
+def test_an_incomplete_character_is_held_back_to_its_last_byte() -> None:
+    ids = [SENTENCE_PIECE._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "é😀".encode()]
+    detokenizer = SENTENCE_PIECE.detokenizer()
+    assert [detokenizer.push([token_id]) for token_id in ids] == ["", "é", "", "", "", "😀"]
+    assert (detokenizer.push(ids[:1]), detokenizer.finish(), detokenizer.finish()) == ("", "�", "")
