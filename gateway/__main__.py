@@ -16,6 +16,7 @@ import trio
 
 from kvasir.gateway.app import serve
 from kvasir.gateway.config import GatewayConfig, ModelConfig
+from kvasir.protocol.address import is_private
 from kvasir.protocol.errors import ConfigurationError
 
 
@@ -34,6 +35,9 @@ def parse(argv: list[str] | None = None) -> GatewayConfig:
     parser.add_argument("--worker-args", default="", metavar="ARGS", help="passed to every local worker")
     parser.add_argument("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="HTTP edge, or `off`")
     parser.add_argument("--zmq", action="append", default=[], metavar="ENDPOINT", help="further SDK endpoints")
+    parser.add_argument("--insecure", action="store_true", help="allow --zmq beyond this machine: keys in the clear")
+    parser.add_argument("--metrics-token-file", type=Path, metavar="FILE", help="serve /metrics to who sends its text")
+    parser.add_argument("--no-access-log", action="store_true", help="no line per request")
     parser.add_argument("--block-size", type=int, default=16, help="tokens per KV block (default: 16)")
     parser.add_argument("--stall-s", type=float, default=15.0, help="a worker that makes no step for so long is lost")
     parser.add_argument("--restart-delays", default="1,2,5,10,30", metavar="S,S,...", help="back-off of local workers")
@@ -42,11 +46,18 @@ def parse(argv: list[str] | None = None) -> GatewayConfig:
     try:
         delays = tuple(float(part) for part in args.restart_delays.split(","))
         http = None if args.http == "off" else _address(args.http)
+        metrics_token = "" if args.metrics_token_file is None else _token(args.metrics_token_file)
         models = tuple(_model(text, args.workers, tuple(shlex.split(args.worker_args))) for text in args.model)
     except ValueError as error:
         parser.error(str(error))
     if len({model.name for model in models}) != len(models):
         parser.error("two models have the same name; every --model needs a name of its own")
+    for endpoint in args.zmq:
+        if not (args.insecure or is_private(endpoint)):
+            parser.error(
+                f"--zmq {endpoint!r} would carry keys and prompts in the clear to whoever listens; "
+                "give ipc://PATH, an address on 127.0.0.1, or --insecure if the network is safe"
+            )
     if args.block_size < 1 or args.workers < 0:
         parser.error("--block-size must be at least 1 and --workers at least 0")
     return GatewayConfig(
@@ -54,6 +65,8 @@ def parse(argv: list[str] | None = None) -> GatewayConfig:
         run_dir=(args.run_dir or args.state_dir / "run").resolve(),
         models=models,
         http=http,
+        metrics_token=metrics_token,
+        access_log=not args.no_access_log,
         zmq_endpoints=tuple(args.zmq),
         block_size=args.block_size,
         stall_s=args.stall_s,
@@ -88,6 +101,16 @@ def _address(text: str) -> tuple[str, int]:
     if not host or not port.isdigit() or int(port) > 65535:
         raise ValueError(f"--http {text!r} is no HOST:PORT")
     return host.strip("[]"), int(port)
+
+
+def _token(path: Path) -> str:
+    try:
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--metrics-token-file {path}: {error}") from None
+    if not token:
+        raise ValueError(f"--metrics-token-file {path} is empty")
+    return token
 
 
 def _model(text: str, num_workers: int, worker_args: tuple[str, ...]) -> ModelConfig:

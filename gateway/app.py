@@ -31,12 +31,13 @@ from kvasir.gateway.edges.zmq_edge import ZmqEdge
 from kvasir.gateway.http.connection import HttpLimits
 from kvasir.gateway.http.server import HttpServer, open_listeners
 from kvasir.gateway.lock import hold_lock
-from kvasir.gateway.log import log
+from kvasir.gateway.log import log, no_log
 from kvasir.gateway.tenants.directory import TenantDirectory, kv_quotas
 from kvasir.gateway.tenants.store import open_store
 from kvasir.gateway.text.model_text import ModelText, load_text
 from kvasir.gateway.workers.port import WorkerPort
 from kvasir.gateway.workers.supervisor import Supervisor
+from kvasir.protocol.address import is_loopback
 from kvasir.protocol.client_messages import MAX_CLIENT_FRAME_BYTES
 from kvasir.protocol.link import open_router
 from kvasir.protocol.prefix import derive_namespace
@@ -81,10 +82,17 @@ async def serve(config: GatewayConfig) -> None:
         core.set_pins(intake.pins)
         client_link = open_router(context, config.client_endpoints, LinkProfile(max_frame_bytes=MAX_CLIENT_FRAME_BYTES))
         stack.callback(client_link.close, linger_ms=LAST_WORDS_MS)  # runs before the context ends, and is waited for
-        edge = ZmqEdge(client_link, core, intake, directory)
-        server = HttpServer(
-            HttpApi(core, intake, directory, lambda: render_metrics(core.statistics(), server.statistics)), http_limits
+        access = log if config.access_log else no_log
+        edge = ZmqEdge(client_link, core, intake, directory, access=access)
+        api = HttpApi(
+            core,
+            intake,
+            directory,
+            lambda: render_metrics(core.statistics(), server.statistics),
+            metrics_token=config.metrics_token,
+            access=access,
         )
+        server = HttpServer(api, http_limits)
         listeners = [] if config.http is None else await open_listeners(*config.http)
         stopping = trio.Event()
         house = GatewayHouse(config, core, intake, supervisor, directory, stopping.set)
@@ -101,6 +109,8 @@ async def serve(config: GatewayConfig) -> None:
                         await edges.start(server.run, listeners)
                     gc.collect()
                     gc.freeze()  # what lives as long as the process need not be looked at again
+                    if config.http is not None and not is_loopback(config.http[0]):
+                        log("http_is_not_encrypted", advice="put a TLS proxy before it, see docs/tls.md")
                     log("gateway_ready", pid=os.getpid(), **house.endpoints())
                     await stopping.wait()
                     log("draining", unfinished=core.num_unfinished, deadline_s=config.drain_s)

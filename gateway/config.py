@@ -24,6 +24,8 @@ class GatewayConfig:
     run_dir: Path  # sockets, made anew at every start; laid out as kvasir/paths.py says
     models: tuple[ModelConfig, ...]
     http: tuple[str, int] | None = ("127.0.0.1", 8000)
+    metrics_token: str = ""  # what a scraper of /metrics sends; empty: metrics are off
+    access_log: bool = True  # one line per request
     zmq_endpoints: tuple[str, ...] = ()
     block_size: int = 16
     stall_s: float = 15.0  # a worker that makes no step for so long, with work, is lost

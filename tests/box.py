@@ -65,14 +65,15 @@ class Box:
     def workers(self) -> list[dict[str, Any]]:
         return list(self.json("status")["workers"])
 
-    def wait_for_workers(self, count: int, timeout_s: float = START_TIMEOUT_S) -> None:
+    def wait_for_workers(self, count: int, timeout_s: float = START_TIMEOUT_S, *, but: int | None = None) -> None:
+        """Wait until `count` workers are ready, none of them the process `but`."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise AssertionError(f"the gateway exited with {self.process.returncode}:\n{self.log()}")
             done = self.kvasir("status", "--json", check=False)
             if done.returncode == 0:
-                ready = [w for w in json.loads(done.stdout)["workers"] if w["state"] == "ready"]
+                ready = [w for w in json.loads(done.stdout)["workers"] if w["state"] == "ready" and w["pid"] != but]
                 if len(ready) >= count:
                     return
             time.sleep(0.2)

@@ -18,8 +18,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")
-def box() -> Iterator[Box]:
-    with open_box() as box:
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    token = tmp_path_factory.mktemp("secrets") / "token"
+    token.write_text("scraper\n")
+    with open_box(extra=("--metrics-token-file", str(token))) as box:
         yield box
 
 
@@ -177,6 +179,7 @@ def test_health_and_metrics_answer(box: Box) -> None:
 
     with urllib.request.urlopen(box.http_url + "/health", timeout=10) as answer:
         assert answer.status == 200
-    with urllib.request.urlopen(box.http_url + "/metrics", timeout=10) as answer:
+    scrape = urllib.request.Request(box.http_url + "/metrics", headers={"authorization": "Bearer scraper"})
+    with urllib.request.urlopen(scrape, timeout=10) as answer:
         text = answer.read().decode()
     assert "# TYPE kvasir_" in text

@@ -7,6 +7,7 @@ came meanwhile in one go. A client that goes away cancels the task that serves i
 
 from __future__ import annotations
 
+import hmac
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,8 +23,17 @@ from kvasir.gateway.edges.openai_responses import CHAT, COMPLETION, Form, error_
 from kvasir.gateway.edges.prepare import Intake
 from kvasir.gateway.http.connection import Exchange, HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
+from kvasir.gateway.log import no_log
 from kvasir.gateway.tenants.directory import Tenant, TenantDirectory
-from kvasir.protocol.errors import BY_CODE, AuthenticationFailed, ErrorInfo, KvasirError, MethodNotAllowed, NotFound
+from kvasir.protocol.errors import (
+    BY_CODE,
+    AuthenticationFailed,
+    ErrorInfo,
+    KvasirError,
+    MethodNotAllowed,
+    NotFound,
+    PermissionDenied,
+)
 
 _encode = msgspec.json.Encoder().encode
 _ROUTES: dict[str, tuple[Callable[[bytes], Asked], Form]] = {
@@ -36,7 +46,11 @@ MAX_WAITING_EVENTS = 16_384  # about 3 MB of them
 
 
 class HttpApi:
-    """Handler of an `HttpServer`. `metrics` renders the text of `/metrics`; `started_at` is wall-clock seconds."""
+    """Handler of an `HttpServer`.
+
+    `metrics` renders the text of `/metrics`, for those who send `metrics_token`; without a token nobody may see it.
+    `access` is called once per request with what is known of it. `started_at` is wall-clock seconds.
+    """
 
     def __init__(
         self,
@@ -44,6 +58,9 @@ class HttpApi:
         intake: Intake,
         directory: TenantDirectory,
         metrics: Callable[[], bytes],
+        *,
+        metrics_token: str = "",
+        access: Callable[..., None] = no_log,
         started_at: float | None = None,
     ) -> None:
         self._core = core
@@ -51,46 +68,67 @@ class HttpApi:
         self._directory = directory
         self._metrics = metrics
         self._readers = trio.CapacityLimiter(MAX_READERS)
+        self._metrics_token = metrics_token
+        self._access = access
         self._created = int(time.time() if started_at is None else started_at)
 
     async def __call__(self, request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
         """Answer one request; every `KvasirError` becomes an OpenAI-style error object with its status."""
+        began = trio.current_time()
+        facts: dict[str, object] = {}
+        response = None
         try:
-            return await self._route(request, exchange)
+            response = await self._route(request, exchange, facts)
         except _WrongMethod as error:
-            return error_response(error.info(), [("allow", ", ".join(error.methods))])
+            response = error_response(error.info(), [("allow", ", ".join(error.methods))])
         except KvasirError as error:
-            return error_response(error.info())
+            response = error_response(error.info())
+        except trio.Cancelled:
+            facts["cut"] = True
+            raise
+        finally:
+            status = response.status if response else 200 if exchange.has_begun else None
+            ms = round((trio.current_time() - began) * 1000)
+            method, path = request.method, request.path[:120]
+            self._access("request", edge="http", method=method, path=path, status=status, **facts, ms=ms)
+        return response
 
-    async def _route(self, request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
+    async def _route(self, request: HttpRequest, exchange: Exchange, facts: dict[str, object]) -> HttpResponse | None:
+        """Answer one request; `facts` gains what the access log says of it."""
         path = request.path
         if path in _ROUTES:
             _only(request, "POST")
-            tenant = self._authenticate(request)
+            tenant = self._authenticate(request, facts)
             read, form = _ROUTES[path]
             if len(request.body) <= QUICK_BODY_BYTES:
                 asked = read(request.body)
             else:
                 asked = await trio.to_thread.run_sync(read, request.body, limiter=self._readers, abandon_on_cancel=True)
-            return await self._complete(asked, tenant, form, exchange)
+            return await self._complete(asked, tenant, form, exchange, facts)
         if path == "/v1/models" or path.startswith("/v1/models/"):
             _only(request, "GET", "HEAD")
-            return self._models(self._authenticate(request), unquote(path.removeprefix("/v1/models").removeprefix("/")))
+            return self._models(
+                self._authenticate(request, facts), unquote(path.removeprefix("/v1/models").removeprefix("/"))
+            )
         if path == "/health":
             _only(request, "GET", "HEAD")
             return self._health()
         if path == "/metrics":
             _only(request, "GET", "HEAD")
-            if not request.is_local:  # on this machine for a scraper without a key; they name tenants by id only
-                self._authenticate(request)
+            self._check_scraper(request)
             return HttpResponse(200, self._metrics(), "text/plain; version=0.0.4; charset=utf-8")
         raise NotFound(f"there is nothing at {path[:120]!r}; see /v1/models, /v1/chat/completions, /v1/completions")
 
-    def _authenticate(self, request: HttpRequest) -> Tenant:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if key and scheme.lower() != "bearer":
-            raise AuthenticationFailed(f"authorization scheme {scheme[:20]!r} is not known; send `Bearer KEY`")
-        return self._directory.authenticate(key.strip())
+    def _check_scraper(self, request: HttpRequest) -> None:
+        if not self._metrics_token:
+            raise PermissionDenied("metrics are off; start the gateway with --metrics-token-file")
+        if not hmac.compare_digest(_bearer(request).encode(), self._metrics_token.encode()):
+            raise AuthenticationFailed("metrics need the token of --metrics-token-file; send `Bearer TOKEN`")
+
+    def _authenticate(self, request: HttpRequest, facts: dict[str, object]) -> Tenant:
+        tenant = self._directory.authenticate(_bearer(request))
+        facts["tenant"] = tenant.id
+        return tenant
 
     def _models(self, tenant: Tenant, name: str) -> HttpResponse:
         mine = [info for info in self._core.models().values() if tenant.may_use(info.name)]
@@ -119,6 +157,7 @@ class HttpApi:
         tenant: Tenant,
         form: Form,
         exchange: Exchange,
+        facts: dict[str, object],
     ) -> HttpResponse | None:
         requests = asked.requests
         waiter = _Waiter(len(requests), exchange.cut, every_event=asked.stream or bool(requests[0].stop))
@@ -140,6 +179,9 @@ class HttpApi:
                 )
             return await self._whole(answers, waiter, form, asked.num_choices)
         finally:
+            first = answers[0].submit
+            facts["request"] = None if first is None else first.req_id.hex()
+            facts["tokens"] = sum(answer.num_tokens for answer in answers)
             for answer in answers:
                 answer.cancel()
 
@@ -262,6 +304,13 @@ class _Waiter:
     def _abort(self, _: object) -> trio.lowlevel.Abort:
         self._task = None
         return trio.lowlevel.Abort.SUCCEEDED
+
+
+def _bearer(request: HttpRequest) -> str:
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if key and scheme.lower() != "bearer":
+        raise AuthenticationFailed(f"authorization scheme {scheme[:20]!r} is not known; send `Bearer KEY`")
+    return key.strip()
 
 
 def error_response(info: ErrorInfo, more_headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:

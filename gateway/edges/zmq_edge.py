@@ -19,7 +19,7 @@ import trio
 from kvasir.gateway.core.api import Cancel, CoreApi, Event, Submit
 from kvasir.gateway.edges.answer import Answer
 from kvasir.gateway.edges.outbox import Outbox, OutboxLimits, Peer
-from kvasir.gateway.log import log
+from kvasir.gateway.log import log, no_log
 from kvasir.protocol.client_messages import (
     CLIENT_MESSAGES,
     CallId,
@@ -98,12 +98,16 @@ class ZmqEdge:
         intake: Intake,
         directory: TenantDirectory,
         limits: EdgeLimits | None = None,
+        *,
+        access: Callable[..., None] = no_log,
     ) -> None:
+        """`access` is called once per request with what is known of it."""
         self._link = link
         self._core = core
         self._intake = intake
         self._directory = directory
         self._limits = limits or EdgeLimits()
+        self._access = access
         self._outbox: Outbox[_Call] = Outbox(link, self._limits.outbox)
         self._dirty: list[_Call] = []
         self._flusher = trio.lowlevel.ParkingLot()
@@ -265,6 +269,7 @@ class ZmqEdge:
                 self._num_open -= 1
                 call.closed = True
                 call.answer.cancel()
+                self._log_end(call, "cut")
             peer.calls.clear()
             if peer.cut:
                 error = Overloaded(
@@ -289,8 +294,16 @@ class ZmqEdge:
             ],
         )
 
+    def _log_end(self, call: _Call, status: str) -> None:
+        submit = call.answer.submit
+        if submit is not None:
+            ms = round((trio.current_time() - submit.arrived) * 1000)
+            facts = {"status": status, "tenant": submit.tenant_id, "request": submit.req_id.hex()}
+            self._access("request", edge="zmq", **facts, tokens=call.answer.num_tokens, ms=ms)
+
     def _refuse(self, peer: Peer[_Call], call_id: int, error: KvasirError) -> None:
         self._num_refused += 1
+        self._access("request", edge="zmq", status=error.code)
         self._outbox.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
 
     # ---- core -> client ------------------------------------------------------------------------------------------
@@ -330,6 +343,7 @@ class ZmqEdge:
         end = piece.finished
         if end is not None:
             self._close(call)
+            self._log_end(call, end.reason)
             usage = Usage(end.num_prompt_tokens, end.num_output_tokens, end.num_cached_tokens)
             done = CompletionDone(request.id, end.reason, usage, end.worker_id, end.ttft_s, end.error, end.req_id.hex())
             self._send(call, done)

@@ -6,7 +6,6 @@ of input, and cancels it when the client has gone while its request is being ans
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -141,7 +140,6 @@ class Connection:
         self._server = server
         self._limits = server.limits
         self._socket = plain
-        self._is_local = _is_loopback(plain)
         self._parser = RequestParser(server.limits)
         self._reader: trio.lowlevel.Task | None = None  # set while it waits for input
         self._has_input = False
@@ -232,7 +230,6 @@ class Connection:
         while True:
             while parser.requests:
                 request = parser.requests.popleft()
-                request.is_local = self._is_local
                 await self._answer(request)
                 if not request.keep_alive or self._server.draining:
                     return
@@ -337,13 +334,6 @@ class Connection:
     def _hold(self, num_bytes: int) -> None:
         self._server.statistics.num_body_bytes += num_bytes - self._num_held
         self._num_held = num_bytes
-
-
-def _is_loopback(plain: socket.socket) -> bool:
-    try:
-        return ipaddress.ip_address(plain.getpeername()[0]).is_loopback
-    except (OSError, ValueError):  # gone already, or no IP address
-        return False
 
 
 def _error(status: int, kind: str, code: str, reason: str) -> HttpResponse:

@@ -30,7 +30,7 @@ class MessageLimits:
 class HttpRequest:
     """One request, complete. `headers` by lower-case name; a repeated header's values are joined with commas.
 
-    `path` as it was sent, percent-encoding and all. `is_local`: from this machine, as far as the server can see.
+    `path` as it was sent, percent-encoding and all.
     """
 
     method: str
@@ -39,7 +39,6 @@ class HttpRequest:
     body: bytes
     keep_alive: bool
     is_http_10: bool = False
-    is_local: bool = False
 
 
 @dataclass(frozen=True, slots=True)

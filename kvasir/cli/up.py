@@ -23,6 +23,7 @@ from kvasir.cli.demo import run_demo
 from kvasir.cli.demo_keys import key_path, obtain_key
 from kvasir.cli.output import example, harmless, json_option, make_console, plain, print_json
 from kvasir.paths import home_dir, local_admin_socket, local_client_endpoint, run_dir, state_dir
+from kvasir.protocol.address import is_loopback
 from kvasir.protocol.admin_messages import Done, DrainGateway, StatusQuery, StatusReply
 from kvasir.protocol.errors import BadRequest, ConfigurationError, ConnectionLost, KvasirError, Unavailable
 
@@ -259,6 +260,8 @@ def print_welcome(plan: UpPlan, key: str, log: Path, console: Console) -> None:
     model = plan.models[0].partition("=")[0]
     console.print()
     if plan.http != "off":
+        if not is_loopback(plan.http.rpartition(":")[0]):
+            console.print("  [bold]warning[/bold]  HTTP beyond this machine is not encrypted: see docs/tls.md")
         console.print(f"  [bold]HTTP[/bold]     http://{plain(plan.http)}/v1")
     for endpoint in (local_client_endpoint(), *plan.zmq):
         console.print(f"  [bold]ZeroMQ[/bold]   {plain(endpoint)}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 import trio
 
 from kvasir import paths
+from kvasir.gateway import app
+from kvasir.gateway.__main__ import parse
 from kvasir.gateway.app import serve
 from kvasir.gateway.config import GatewayConfig
+from kvasir.gateway.log import log
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -22,20 +26,27 @@ def home() -> Iterator[Path]:
         yield Path(name)
 
 
-def modes_of_a_running_gateway(home: Path) -> dict[str, int]:
-    """Run a gateway until its last socket is there; return the mode of each socket's folder."""
+def modes_of_a_running_gateway(home: Path, http: tuple[str, int] | None = None) -> dict[str, int]:
+    """Run a gateway until it says that it is ready; return the mode of each socket's folder."""
     modes: dict[str, int] = {}
+    ready = trio.Event()
+
+    def heed(event: str, **fields: object) -> None:
+        log(event, **fields)
+        if event == "gateway_ready":
+            ready.set()
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, GatewayConfig(home / "state", home / "run", (), http=None))
-            while not (home / "run" / "admin" / "admin.sock").exists():  # noqa: ASYNC110 no event tells
-                await trio.sleep(0.01)
+            nursery.start_soon(serve, GatewayConfig(home / "state", home / "run", (), http=http))
+            await ready.wait()
             for socket in (home / "run").glob("*/*.sock"):
                 modes[socket.parent.name] = socket.parent.stat().st_mode & 0o7777
             nursery.cancel_scope.cancel()
 
-    trio.run(main)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "log", heed)
+        trio.run(main)
     return modes
 
 
@@ -59,3 +70,28 @@ def test_the_gateway_listens_where_the_sdk_and_the_command_line_look(
     assert config.client_endpoints == (paths.client_endpoint(),)
     assert config.worker_endpoint == paths.worker_endpoint()
     assert config.admin_endpoint == f"ipc://{paths.admin_socket()}"
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["tcp://0.0.0.0:5555", "tcp://*:5555", "tcp://eth0:5555", "tcp://10.0.0.7:5555", "ws://x:1"]
+)
+def test_zeromq_in_the_clear_beyond_this_machine_is_refused_unless_asked_for_by_name(
+    endpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--state-dir", "/x", "--zmq", endpoint])
+    assert "--insecure" in capsys.readouterr().err
+    assert parse(["--state-dir", "/x", "--zmq", endpoint, "--insecure"]).zmq_endpoints == (endpoint,)
+    assert parse(["--state-dir", "/x", "--zmq", "tcp://127.0.0.1:5"]).zmq_endpoints == ("tcp://127.0.0.1:5",)
+
+
+def test_http_beyond_this_machine_is_warned_of(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for host, warned in (("127.0.0.1", False), ("0.0.0.0", True)):
+        modes_of_a_running_gateway(home, http=(host, 0))
+        assert ("http_is_not_encrypted" in capsys.readouterr().err) == warned
+
+
+def test_a_log_line_carries_the_date_and_stays_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    log("request", path="/a\nb\x1b[2J", status=200)
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d request path='/a\\nb\\x1b\[2J' status=200\n", line)

@@ -13,6 +13,7 @@ from pathlib import Path
 import zmq
 from zmq.utils import z85
 
+from kvasir.protocol.address import is_private
 from kvasir.protocol.errors import ConfigurationError
 
 ZAP_DOMAIN = b"kv-events"
@@ -34,9 +35,7 @@ def check_endpoint(option: str, endpoint: str, *, has_key: bool, insecure: bool)
         raise ConfigurationError(
             f"{option} {endpoint!r}: a key protects a bound socket; leave out connect: or the key."
         )
-    host = rest.rpartition(":")[0].strip("[]")
-    is_local = kind == "ipc" or host in ("localhost", "::1") or _is_loopback(host)
-    if not (is_local or has_key or insecure):
+    if not (is_private(address) or has_key or insecure):
         raise ConfigurationError(
             f"{option} {endpoint!r} can be read by whoever reaches it, and block events tell what tenants ask. Give "
             "--kv-events-key and --kv-events-clients, an address on 127.0.0.1, or --insecure-events if the network is."
@@ -108,11 +107,6 @@ class Gatekeeper:
         status = [b"200", b"OK", b"follower"] if is_allowed else [b"400", b"this key is not known here", b""]
         with contextlib.suppress(zmq.Again):
             self.socket.send_multipart([peer, b"", b"1.0", request_id, *status, b""], zmq.NOBLOCK)
-
-
-def _is_loopback(host: str) -> bool:
-    parts = host.split(".")
-    return len(parts) == 4 and parts[0] == "127" and all(part.isdecimal() for part in parts)
 
 
 def _read(option: str, path: Path) -> str:

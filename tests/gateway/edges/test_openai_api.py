@@ -26,12 +26,14 @@ class FakeExchange:
 
     def __init__(self) -> None:
         self.status: int | None = None
+        self.has_begun = False
         self.headers: dict[str, str] = {}
         self.pieces: list[bytes] = []
         self.ended = False
         self.was_cut = False
 
     def begin(self, status: int, content_type: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+        self.has_begun = True
         self.status, self.headers = status, {"content-type": content_type, **dict(headers)}
 
     async def write(self, data: bytes) -> None:
@@ -55,18 +57,30 @@ class FakeExchange:
 class House:
     """The routes over a scripted core; `script` gives the token ids of an answer."""
 
-    def __init__(self, script: Callable[[Submit], Sequence[int]] = lambda submit: TEXT.encode(ANSWER)) -> None:
+    def __init__(
+        self,
+        script: Callable[[Submit], Sequence[int]] = lambda submit: TEXT.encode(ANSWER),
+        metrics_token: str = "",
+    ) -> None:
         self.core = FakeCore(script)
         directory = make_directory()
-        self.api = HttpApi(self.core, make_intake(self.core, directory), directory, lambda: b"metrics\n")
+        self.lines: list[dict[str, Any]] = []
+        self.api = HttpApi(
+            self.core,
+            make_intake(self.core, directory),
+            directory,
+            lambda: b"metrics\n",
+            metrics_token=metrics_token,
+            access=lambda event, **fields: self.lines.append(fields),
+        )
 
     async def ask(
-        self, path: str, body: Any = None, *, method: str = "POST", key: str | None = KEYS["alpha"], local: bool = True
+        self, path: str, body: Any = None, *, method: str = "POST", key: str | None = KEYS["alpha"]
     ) -> tuple[HttpResponse | None, FakeExchange]:
         headers = {"host": "x"} if key is None else {"host": "x", "authorization": f"Bearer {key}"}
         content = b"" if body is None else json.dumps(body).encode()
         exchange = FakeExchange()
-        request = HttpRequest(method, path, headers, content, keep_alive=True, is_local=local)
+        request = HttpRequest(method, path, headers, content, keep_alive=True)
         return await self.api(request, exchange), exchange  # type: ignore[arg-type]
 
 
@@ -86,13 +100,43 @@ def decoded(response: HttpResponse | None) -> Any:
     return json.loads(response.body)
 
 
-def test_metrics_are_open_to_this_machine_and_need_a_key_elsewhere() -> None:
+@pytest.mark.parametrize(
+    ("token", "key", "status"),
+    [
+        ("", None, 403),
+        ("", "", 403),
+        ("", KEYS["alpha"], 403),
+        ("secret", None, 401),
+        ("secret", KEYS["alpha"], 401),
+        ("secret", "sécret", 401),
+        ("secret", "secret", 200),
+    ],
+)
+def test_metrics_are_for_the_scraper_s_token_alone_and_off_without_one(token, key, status) -> None:
     async def main(house: House) -> None:
-        for key, local, status in ((None, True, 200), (None, False, 401), (KEYS["alpha"], False, 200)):
-            response, _ = await house.ask("/metrics", method="GET", key=key, local=local)
-            assert response is not None and response.status == status
+        response, _ = await house.ask("/metrics", method="GET", key=key)
+        assert response is not None and response.status == status
+        assert (response.body == b"metrics\n") == (status == 200)
 
-    run(main)
+    run(main, House(metrics_token=token))
+
+
+def test_each_request_is_one_line_in_the_access_log() -> None:
+    house = House()
+
+    async def main(house: House) -> None:
+        await house.ask("/v1/completions", {"model": "demo", "prompt": "x", "max_tokens": 99})
+        await house.ask("/v1/completions", {"prompt": {}})
+        await house.ask("/v1/models", method="GET", key="wrong")
+        await house.ask("/v1/completions", {"model": "demo", "prompt": "x", "max_tokens": 99, "stream": True})
+
+    run(main, house)
+    whole, wrong, stranger, streamed = house.lines
+    assert (streamed["status"], streamed["tokens"]) == (200, whole["tokens"])
+    assert (whole["status"], whole["path"], whole["tokens"]) == (200, "/v1/completions", len(TEXT.encode(ANSWER)))
+    assert whole["request"] == house.core.submits[0].req_id.hex() and whole["tenant"] == house.core.submits[0].tenant_id
+    assert (wrong["status"], wrong["path"], wrong["tenant"]) == (400, "/v1/completions", whole["tenant"])
+    assert (stranger["status"], stranger["method"], "tenant" in stranger) == (401, "GET", False)
 
 
 def test_every_other_route_needs_a_key_but_health() -> None:

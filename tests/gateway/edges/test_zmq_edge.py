@@ -115,7 +115,12 @@ class House:
         intake = Intake(self.core, self.directory, {"demo": TEXT, "other": None}, SECRET, 16)
         self.context: zmq.Context = zmq.Context()
         self.link = open_router(self.context, [self.endpoint], LinkProfile(high_water=high_water))
-        self.edge = ZmqEdge(self.link, self.core, intake, self.directory, limits)
+        self.lines: list[dict[str, object]] = []
+
+        def access(event: str, **fields: object) -> None:
+            self.lines.append(fields)
+
+        self.edge = ZmqEdge(self.link, self.core, intake, self.directory, limits, access=access)
 
     def dealer(self, **options: int) -> RawClient:
         client = RawClient(self.context, self.endpoint, **options)
@@ -215,6 +220,9 @@ def test_tokens_in_and_tokens_out(run) -> None:
         assert (submit.tenant_id, submit.model, submit.max_tokens) == (ALPHA.id, "demo", 40)
         assert len(submit.prefix_hashes) == 2 * 16
         await house.settled()
+        (line,) = house.lines
+        assert (line["edge"], line["status"], line["tenant"], line["tokens"]) == ("zmq", "length", ALPHA.id, 40)
+        assert line["request"] == submit.req_id.hex()
 
     run(main)
 
