@@ -248,7 +248,7 @@ class Connection:
             parser.feed(data)
             if parser.phase != phase:
                 self._since = trio.current_time()
-            if self._num_held or len(data) == READ_BYTES or parser.phase == "body":
+            if self._num_held or parser.phase == "body" or len(parser.requests) > 1:
                 self._hold(parser.num_held_bytes)
                 if self._server.statistics.num_body_bytes > self._limits.max_total_body_bytes:
                     await self._refuse(503, "too many large requests are being read; try again in a moment")

@@ -477,6 +477,22 @@ def test_held_bodies_are_counted_while_they_are_answered_and_with_those_behind_t
     run(main)
 
 
+def test_pipelined_requests_that_wait_are_counted_with_or_without_bodies() -> None:
+    async def wait(request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
+        await trio.sleep_forever()
+
+    async def main() -> None:
+        async with (
+            open_server(wait) as (server, port),
+            await trio.open_tcp_stream("127.0.0.1", port) as stream,
+        ):
+            await stream.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 30)
+            await until(lambda: server.statistics.num_requests == 1)
+            assert server.statistics.num_body_bytes == 30 * REQUEST_BYTES
+
+    run(main)
+
+
 def test_a_refused_client_holds_nothing_while_it_lingers() -> None:
     async def main() -> None:
         async with open_server(say_path, HttpLimits(max_body_bytes=500_000)) as (server, port):
@@ -512,7 +528,7 @@ def test_one_that_sends_without_a_pause_lets_others_go_first() -> None:
                     nursery.start_soon(count)
                     await until(lambda: server.statistics.num_body_bytes == 50_000)
                     nursery.cancel_scope.cancel()
-            assert turns >= 50_000 // READ_BYTES
+            assert turns >= 50_000 // READ_BYTES - 1  # tasks of one turn run in any order
 
     run(main)
 
