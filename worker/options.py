@@ -141,7 +141,7 @@ def _add_event_options(parser: argparse.ArgumentParser) -> None:
     add("--kv-events-topic", default="", metavar="TEXT", help="first frame of every message (default: empty)")
     add("--kv-events-form", choices=("map", "array"), default="map", help="array: as before June 2026 (default map)")
     add("--kv-events-hashes", choices=("bytes", "int"), default="bytes", help="int: the low 64 bits (default bytes)")
-    add("--publish-token-ids", action="store_true", help="whoever can read the events can then read the prompts")
+    add("--publish-token-ids", action="store_true", help="every reader of the events can then read the prompts")
     add("--kv-events-key", type=Path, metavar="FILE", help="CURVE secret key of both sockets, Z85")
     add("--kv-events-clients", type=Path, metavar="FILE", help="CURVE public keys that may connect, one per line")
     add("--insecure-events", action="store_true", help="allow tcp beyond this machine without CURVE")

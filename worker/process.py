@@ -250,7 +250,7 @@ class Worker:
     # ---- joining and leaving
 
     def _keep_joined(self) -> None:
-        """While not joined: say Hello, and complain when nobody answers."""
+        """While not joined: say Hello, and log when no gateway answers."""
         if self._is_joined or self._exit_code is not None:
             return
         now = self._clock()

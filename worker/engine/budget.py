@@ -1,4 +1,4 @@
-"""The blocks that can be had while a plan is made, and who has to go for want of them."""
+"""The blocks that a plan may still use, and which sequences give theirs up when those do not suffice."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _Reference = tuple[int, int, str | None]
 """One reference to a block: its id, how many there are to it, and whose the block is."""
 
 
-class Room:
-    """The blocks that can be had, who is left running and who still holds blocks, as the plan goes on.
+class BlockBudget:
+    """The blocks still available, the sequences left running and those holding blocks, while a plan is made.
 
-    `num_shared` blocks are for everybody, `reserve` ones for one owner only; of both together he gets no more than
-    `cap_room`. `holders` wait with blocks in hold, in their order. `kept` are those who will run, each with how many
-    resident blocks it will find: those stay in use, whoever else lets go of them.
+    Any owner may use the `num_shared` blocks, one owner its `reserve`; both together at most its `cap_room`. `holders`
+    wait with blocks in hold, in their order. `kept` are the sequences that will run, each with the number of resident
+    blocks that it will find: those stay in use when another sequence lets them go.
     """
 
     def __init__(self, cache: PrefixCache, running: list[Sequence], holders: list[Sequence]) -> None:
@@ -40,8 +40,8 @@ class Room:
 
     def cap_room(self, owner: str) -> int:
         if owner not in self._cap_rooms:
-            room = self.cache.room_of(owner)
-            self._cap_rooms[owner] = self.cache.pool.num_blocks if room is None else room
+            num_blocks = self.cache.room_of(owner)
+            self._cap_rooms[owner] = self.cache.pool.num_blocks if num_blocks is None else num_blocks
         return self._cap_rooms[owner]
 
     def take(self, owner: str, num_blocks: int, num_own: int, num_reserved: int = 0) -> None:
@@ -52,8 +52,10 @@ class Room:
         self._cap_rooms[owner] = self.cap_room(owner) - num_own
 
     def shortage(self, needy: Seq[Sequence]) -> tuple[Sequence, bool] | None:
-        """Return who of `needy`, each of which needs a block to go on, cannot be served, and whether that is for his
-        owner's cap; None if all can."""
+        """Return the first of `needy` that cannot get its next block, and whether its owner's cap is the reason.
+
+        None if each of them can.
+        """
         num_left, cap_left, reserve_left = self.num_shared, dict[str, int](), dict[str, int]()
         for s in sorted(needy, key=age):
             owner = s.chain.owner
@@ -69,10 +71,10 @@ class Room:
             self.take(s.chain.owner, 1, 1, num_reserved=1)
 
     def let_go(self, owner: str, num_more: int, num_own_more: int, among: Seq[Sequence]) -> list[Sequence]:
-        """Have holders `among` these let go, the last first, until `owner` can have `num_more` blocks more than now and
-        `num_own_more` more under his cap. Return who they are; none, if all of them together hold fewer.
+        """Return the holders `among` these that let go, the last first, until `owner` can have `num_more` more blocks.
 
-        Under his cap only his own help him, and nowhere others who hold no more than their owners' floors.
+        Its cap must allow `num_own_more` more. None let go if all of them together hold too few. Only the owner's own
+        sequences help under its cap; those of an owner at or below its floor are not taken for others.
         """
         goal, own_goal = self.num_shared + self.reserve(owner) + num_more, self.cap_room(owner) + num_own_more
         let_go: list[Sequence] = []
@@ -91,16 +93,16 @@ class Room:
             let_go.append(holder)
 
     def _to_give(self, holder: Sequence) -> list[_Reference]:
-        """Return the blocks that `holder` holds and that nobody keeps."""
+        """Return the blocks that `holder` holds and no kept sequence will use."""
         num_held = len(holder.hold.block_ids)
         num_kept = max((_num_common(holder, s, min(count, num_held)) for s, count in self.kept), default=0)
         return self._references(holder.hold, num_kept)
 
     def preempt(self, short: Sequence | None) -> Sequence:
-        """Take one out of `running` for `short` (None: somebody, since nobody gets on) and count what becomes free.
+        """Take one sequence out of `running` for `short` (None: no sequence can go on) and count what becomes free.
 
-        That is the youngest of the same owner, if he has several; else the youngest of all whose owner holds more than
-        his floor, or `short` itself. Who has not even his floor is served by the others, if any holds more than his.
+        It is the youngest of the same owner, if that has several; else `short` itself or the youngest whose owner is
+        above its floor. For an owner below its floor it is a sequence of an owner above its own, if there is one.
         """
         victims = self.running
         if short is not None:
@@ -147,7 +149,7 @@ class Room:
 
 
 def _num_common(a: Sequence, b: Sequence, max_blocks: int) -> int:
-    """Return how many of their first `max_blocks` blocks are the same; a chained hash stands for all before it, too."""
+    """Return how many of their first `max_blocks` blocks are the same; a chained hash stands for all before it."""
     ours, theirs = a.chain.hashes, b.chain.hashes
     return bisect_left(range(max_blocks), True, key=lambda i: ours[i] != theirs[i])
 

@@ -161,7 +161,7 @@ class Engine:
             self._end(sequence, "abort", text)
 
     def drop_all(self) -> None:
-        """Forget everything unfinished and unreported, pins and quotas without a word: whoever asked for it is gone."""
+        """Forget unfinished requests, unsent outputs, pins and quotas: the gateway that asked for them is gone."""
         for sequence in [*self._running, *self._waiting]:
             self._release(sequence)
         self._by_id.clear()
@@ -222,7 +222,7 @@ class Engine:
         return num_pinned
 
     def _prewarm(self, command: Pin, num_tokens: int) -> None:
-        """Compute a published prefix on the operator's account, as a request that nobody hears of."""
+        """Compute a published prefix as a request of the owner `PUBLIC` without outputs."""
         request = Generate(
             req_id=_PREWARM_ID + command.prefix_hashes[-HASH_BYTES:],
             attempt=0,
@@ -244,7 +244,7 @@ class Engine:
         self._cache.unpin(name)
 
     def kv_accounts(self) -> KvAccounts:
-        """Return what every owner holds and came to. Also pins what has become resident of pinned prefixes."""
+        """Return every owner's holdings and counters. Also pins what has become resident of pinned prefixes."""
         for name, chain in self._wanted_pins.items():
             if self._cache.num_pinned(name) < len(chain):
                 self._cache.pin(name, chain)
@@ -442,8 +442,8 @@ class Engine:
         """Let `fork` run from the blocks of `original`, which has just computed the tokens that both have.
 
         The full ones are published and shared. The last one, partly filled, is copied now: both write their next token
-        into it in the next step, so that a copy made then would only be saved for who ends with his first token. False:
-        a hash collision has hidden a block, and `fork` has to compute the rest by itself.
+        into it in the next step, so that a later copy would hardly ever be saved. False: a hash collision has hidden a
+        block, and `fork` has to compute the rest by itself.
         """
         num_full = fork.num_tokens // self._cache.block_size
         self._admit(fork, num_full)

@@ -6,20 +6,20 @@ the smallest key first:
     key = uncached seconds of work left - ageing * seconds waited
 
 so that a cold long prompt does not stop a short one, nor waits for ever. A waiting sequence is admitted when all its
-prompt's blocks can be had beside what the running prefills still need; if the first in the order does not fit, nobody
+prompt's blocks can be had beside what the running prefills still need; if the first in the order does not fit, no other
 overtakes it. When decoding needs a block and none can be had, the youngest sequence is preempted: it goes back to
 waiting and recomputes what is not in the cache any more. The oldest is never preempted while it runs beside others,
-so somebody always gets through.
+so one sequence always gets through.
 
-Floors and caps (`cache.ownership`) hold here, too. Whoever finds his owner's cap full waits for his owner alone, and
-others overtake him. A shortage is first met by preempting one of the same owner, unless he holds less than his floor;
-nobody is preempted for others who holds no more than his. What is above its owner's cap is failed with the reason. If
-nothing else can be done, the first in the order is tried as a last resort: it gets its blocks, or is failed.
+Floors and caps (`cache.ownership`) hold here, too. A sequence whose owner's cap is full waits for its owner alone, and
+others overtake it. A shortage is first met by preempting a sequence of the same owner, unless that owner is below its
+floor; an owner at or below its floor is not preempted for others. A request above its owner's cap fails with the
+reason. If nothing else can be done, the first in the order is tried as a last resort: it gets its blocks, or fails.
 
-A waiting sequence *holds* what is cached of it, from the first step in which it is not admitted and nobody else needs
-the room: what it will find is no victim then. It lets go, the last in the order first and for good, when nothing else
-is idle and a running one or one before it in the order needs blocks. So nobody is preempted and nobody before it waits
-for what is held, and a hold costs its sequence one more `match`, or a few where more of it becomes resident.
+A waiting sequence *holds* its cached blocks, from the first step in which it is not admitted and no other needs them:
+they are not evicted then. It lets go, the last in the order first and for good, when no other block is idle and a
+running sequence or one before it in the order needs blocks. So no sequence is preempted and none before it waits for
+what is held, and a hold costs its sequence one more `match`, or a few where more of it becomes resident.
 
 Requests that come together with the same uncached prefix compute it once: one leads, the others wait for the blocks
 that it publishes, at most `share_wait_s`. Where all tokens are the same (the choices of one request, `n` > 1), the
@@ -39,7 +39,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from kvasir.cache.prefix_cache import PrefixCache
-from kvasir.worker.engine.budget import Room
+from kvasir.worker.engine.budget import BlockBudget
 from kvasir.worker.engine.sequence import Sequence
 
 MIN_CHUNK = 64
@@ -91,31 +91,31 @@ def schedule(
     """
     plan = Plan(now)
     queue = _Queue(running, waiting, cache, limits, now, rate)
-    room = Room(cache, list(running), [s for s in queue.order if s.hold.block_ids])
+    blocks = BlockBudget(cache, list(running), [s for s in queue.order if s.hold.block_ids])
     while True:
-        plan.work = [(s, 1) for s in room.running if s.num_remaining == 1]
+        plan.work = [(s, 1) for s in blocks.running if s.num_remaining == 1]
         plan.num_decodes = len(plan.work)
         needy = [s for s, _ in plan.work if s.num_computed == len(s.table.block_ids) * cache.block_size]
-        shortage = room.shortage(needy)
+        shortage = blocks.shortage(needy)
         if shortage is None:
-            room.take_for_decoding(needy)
+            blocks.take_for_decoding(needy)
             if queue.order:
-                _Prefills(plan, room, queue, limits, rate).add_all()
-            if plan.work or not room.running:
+                _Prefills(plan, blocks, queue, limits, rate).add_all()
+            if plan.work or not blocks.running:
                 return plan
-            plan.preempted.append(room.preempt(None))
+            plan.preempted.append(blocks.preempt(None))
             continue
         short, is_capped = shortage
-        let_go = room.let_go(short.chain.owner, not is_capped, is_capped, queue.order)
+        let_go = blocks.let_go(short.chain.owner, not is_capped, is_capped, queue.order)
         plan.let_go += let_go
         if not let_go:
-            plan.preempted.append(room.preempt(short))
+            plan.preempted.append(blocks.preempt(short))
 
 
 class _Queue:
     """Prefills under way and waiting sequences in their order, and how much of each has to be computed.
 
-    `cached` tells of the waiting ones how many of their blocks are resident and how many of those idle.
+    `cached` holds, for each waiting sequence, how many of its blocks are resident and how many of those are idle.
     """
 
     def __init__(
@@ -138,18 +138,17 @@ class _Queue:
 
 
 class _Prefills:
-    """Gives what the decodes leave of the budget to prefills: extends `plan.work`, sets the rest of the plan."""
+    """Gives prefills what decoding leaves of the token budget; extends `plan`."""
 
-    def __init__(self, plan: Plan, room: Room, queue: _Queue, limits: EngineLimits, rate: float) -> None:
-        self._plan, self._room, self._queue, self._limits = plan, room, queue, limits
+    def __init__(self, plan: Plan, blocks: BlockBudget, queue: _Queue, limits: EngineLimits, rate: float) -> None:
+        self._plan, self._blocks, self._queue, self._limits = plan, blocks, queue, limits
         self._order = [s for s in queue.order if s not in plan.preempted]
-        self._cache = room.cache
-        self._size = room.cache.block_size
+        self._size = blocks.cache.block_size
         self._budget = min(limits.max_step_tokens - plan.num_decodes, max(MIN_CHUNK, int(rate * limits.max_step_s)))
-        self._leaders = [s for s in room.running if s.num_remaining > 1]
-        self._originals = {s.given: s for s in room.running if s.num_computed < s.num_given and s.is_fresh}
+        self._leaders = [s for s in blocks.running if s.num_remaining > 1]
+        self._originals = {s.given: s for s in blocks.running if s.num_computed < s.num_given and s.is_fresh}
         self._finishing = {s.key for s, _ in plan.work}  # they compute the last of their tokens in this step
-        self._num_running_of = Counter(s.chain.owner for s in room.running)
+        self._num_running_of = Counter(s.chain.owner for s in blocks.running)
         self._num_reserved = 0  # what running prefills still need: of all blocks, and of their owners' own
         self._num_own_reserved: Counter[str] = Counter()
         for s in self._leaders:
@@ -171,9 +170,9 @@ class _Prefills:
                 self._compute(s, len(s.table.block_ids), s.num_computed)
         if plan.work:
             self._hold(staying)
-        elif staying and not (self._room.running or plan.preempted or plan.failed):
+        elif staying and not (self._blocks.running or plan.preempted or plan.failed):
             s = plan.last_resort = self._order[0]
-            plan.let_go += [holder for holder in self._room.holders if holder is not s]
+            plan.let_go += [holder for holder in self._blocks.holders if holder is not s]
             plan.admitted.append(s)
             plan.work.append((s, min(queue.uncached[s.key], self._budget)))
             plan.num_pending -= plan.work[0][1]
@@ -182,7 +181,7 @@ class _Prefills:
         """Admit or fork the waiting `s`, which is at `place` in the order, or fail it; False: leave it where it is."""
         plan, owner = self._plan, s.chain.owner
         num_blocks = -(-s.num_tokens // self._size)
-        cap = self._cache.quota_of(owner).cap
+        cap = self._blocks.cache.quota_of(owner).cap
         if cap is not None and s.num_own_blocks(0, num_blocks) > cap:
             plan.failed.append((s, _over_cap(s.num_own_blocks(0, num_blocks), cap)))
             plan.num_pending -= self._queue.uncached[s.key]
@@ -199,19 +198,19 @@ class _Prefills:
         if not self._fits(s, place, num_matched, num_idle, num_blocks):
             return False
         self._num_running_of[owner] += 1
-        self._room.kept.append((s, num_matched))
-        if s in self._room.holders:
-            self._room.holders.remove(s)
+        self._blocks.kept.append((s, num_matched))
+        if s in self._blocks.holders:
+            self._blocks.holders.remove(s)
         if original is not None:
             plan.forks.setdefault(original.key, []).append(s)
-            self._room.take(owner, num_blocks - num_matched, s.num_own_blocks(num_matched, num_blocks))
+            self._blocks.take(owner, num_blocks - num_matched, s.num_own_blocks(num_matched, num_blocks))
             return True
         plan.admitted.append(s)
         self._leaders.append(s)
         if s.is_fresh:
             self._originals[s.given] = s
         num_own_idle = s.num_own_blocks(num_matched - num_idle, num_matched)
-        self._room.take(owner, num_idle, num_own_idle, num_reserved=num_own_idle)
+        self._blocks.take(owner, num_idle, num_own_idle, num_reserved=num_own_idle)
         self._compute(s, num_matched, num_matched * self._size)
         return True
 
@@ -221,42 +220,50 @@ class _Prefills:
         return num_matched, num_matched if self._plan.preempted or self._plan.let_go else num_idle
 
     def _fits(self, s: Sequence, place: int, num_matched: int, num_idle: int, num_blocks: int) -> bool:
-        """Whether all blocks of `s` can be had, those too that others hold who come after it. If not, nobody overtakes
-        it, or nobody of the same owner."""
-        room, owner = self._room, s.chain.owner
+        """Return whether all blocks of `s` are available, counting those that later sequences hold.
+
+        If not, no other sequence overtakes it, or none of the same owner.
+        """
+        blocks, owner = self._blocks, s.chain.owner
         num_own = s.num_own_blocks(num_matched - num_idle, num_blocks)
         num_own += self._num_own_reserved[owner] + self._num_running_of[owner]
         num_running = self._num_running_of.total()
         num_wanted = num_blocks - num_matched + num_idle + self._num_reserved
         num_wanted += num_running  # each running one may soon want a block
         is_full = num_running >= self._limits.max_requests
-        num_more, num_own_more = num_wanted - room.num_shared - room.reserve(owner), num_own - room.cap_room(owner)
-        may_take = room.holders and self._is_open and not is_full and owner not in self._closed
+        num_more, num_own_more = (
+            num_wanted - blocks.num_shared - blocks.reserve(owner),
+            num_own - blocks.cap_room(owner),
+        )
+        may_take = blocks.holders and self._is_open and not is_full and owner not in self._closed
         if may_take and (num_more > 0 or num_own_more > 0):
-            room.kept.append((s, num_matched))
-            self._plan.let_go += room.let_go(owner, num_more, num_own_more, self._order[place + 1 :])
-            room.kept.pop()
-        if owner in self._closed or num_own > room.cap_room(owner):
+            blocks.kept.append((s, num_matched))
+            self._plan.let_go += blocks.let_go(owner, num_more, num_own_more, self._order[place + 1 :])
+            blocks.kept.pop()
+        if owner in self._closed or num_own > blocks.cap_room(owner):
             self._closed.add(owner)
             return False
-        if is_full or num_wanted > room.reserve(owner) + (room.num_shared if self._is_open else 0):
+        if is_full or num_wanted > blocks.reserve(owner) + (blocks.num_shared if self._is_open else 0):
             self._is_open = False
             return False
         return True
 
     def _compute(self, s: Sequence, num_held: int, start: int) -> None:
         """Give `s`, which has `num_held` blocks and `start` tokens computed, a chunk of what is left of the budget."""
-        plan, room, owner, size = self._plan, self._room, s.chain.owner, self._size
+        plan, blocks, owner, size = self._plan, self._blocks, s.chain.owner, self._size
         num_public = max(0, s.chain.num_public_blocks - num_held)
         if num_held * size == start:  # it needs a block to get on at all
-            num_more, num_own_more = 1 - room.num_shared - room.reserve(owner), 1 - num_public - room.cap_room(owner)
-            plan.let_go += room.let_go(owner, num_more, num_own_more, self._order)
-        num_available = min(room.num_shared + room.reserve(owner), room.cap_room(owner) + num_public)
+            num_more, num_own_more = (
+                1 - blocks.num_shared - blocks.reserve(owner),
+                1 - num_public - blocks.cap_room(owner),
+            )
+            plan.let_go += blocks.let_go(owner, num_more, num_own_more, self._order)
+        num_available = min(blocks.num_shared + blocks.reserve(owner), blocks.cap_room(owner) + num_public)
         count = min(self._queue.uncached[s.key], self._budget, (num_held + num_available) * size - start)
         if count <= 0:
             return
         num_end = max(num_held, -(-(start + count) // size))
-        room.take(owner, num_end - num_held, s.num_own_blocks(num_held, num_end))
+        blocks.take(owner, num_end - num_held, s.num_own_blocks(num_held, num_end))
         self._budget -= count
         plan.work.append((s, count))
         plan.num_pending -= count
@@ -264,15 +271,17 @@ class _Prefills:
             self._finishing.add(s.key)
 
     def _hold(self, staying: Seq[Sequence]) -> None:
-        """Let who stays waiting hold what is cached of him, as far as nobody else needs the room in this step."""
-        plan, room = self._plan, self._room
+        """Let `staying` sequences hold their cached blocks, as far as no other needs them in this step."""
+        plan, blocks = self._plan, self._blocks
         for s in staying:
             if not self._queue.cached[s.key][1] or not s.may_hold or s in plan.let_go:
                 continue
             num_matched, num_idle = self._cached(s)
             owner, num_own = s.chain.owner, s.num_own_blocks(num_matched - num_idle, num_matched)
-            if num_own <= room.cap_room(owner) and num_idle <= room.num_shared + min(num_own, room.reserve(owner)):
-                room.take(owner, num_idle, num_own, num_reserved=num_own)
+            if num_own <= blocks.cap_room(owner) and num_idle <= blocks.num_shared + min(
+                num_own, blocks.reserve(owner)
+            ):
+                blocks.take(owner, num_idle, num_own, num_reserved=num_own)
                 plan.held.append(s)
 
     def _reserve(self, s: Sequence, sign: int) -> None:
@@ -282,7 +291,7 @@ class _Prefills:
         self._num_own_reserved[s.chain.owner] += sign * s.num_own_blocks(num_held, num_blocks)
 
     def _is_led(self, s: Sequence, num_matched: int) -> bool:
-        """Whether one that is computed already will publish the first block that `s` misses, and `s` waits for it."""
+        """Return whether `s` waits for a running sequence that will publish the first block it misses."""
         size = self._size
         if num_matched >= (s.num_tokens - 1) // size or self._plan.now - s.arrived >= self._limits.share_wait_s:
             return False
@@ -304,7 +313,7 @@ def _over_cap(num_blocks: int, cap: int) -> str:
 
 
 def no_room(num_blocks: int) -> str:
-    """What a request is told that was tried as a last resort, in vain."""
+    """Return the error of a request that did not get its blocks as a last resort."""
     return (
         f"the request needs {num_blocks} KV blocks; beside other tenants' floors and pinned prefixes this worker has "
         "fewer for it, even when nothing else runs; shorten it, or ask the operator to lower a floor or unpin a prefix"

@@ -7,8 +7,8 @@
 Some facts, and what follows:
 
 - PUB never waits: what a slow subscriber cannot take is dropped for it alone. It sees the gap and asks for a replay.
-- Whoever loses the *last* batch sees no gap. So an idle publisher sends empty batches: first after 0.25 s, then ever
-  more rarely, down to one in 5 s.
+- A reader that loses the *last* batch sees no gap. So an idle publisher sends empty batches: first after 0.25 s, then
+  ever more rarely, down to one in 5 s.
 - A publisher that starts again must not look like the old one. Numbers begin at the wall clock's nanoseconds, so that a
   restart is a gap, which ends in the replay of the new stream from its first `AllBlocksCleared`.
 - A replay buffer is no snapshot. Who asks for batches that are gone while no whole announcement is in the buffer gets

@@ -105,12 +105,6 @@ class ModelConfig:
     dtype: str = "float32"  # of the checkpoint, as its config names it
 
     @property
-    def sliding_window(self) -> int | None:
-        """The window that *every* layer has, None when at least one layer sees everything."""
-        windows = [window for window in self.sliding_windows if window is not None]
-        return max(windows) if windows and len(windows) == self.num_layers else None
-
-    @property
     def scale(self) -> float:
         """Factor on query·key before the softmax."""
         return float(self.head_dim**-0.5)

@@ -220,7 +220,7 @@ def model_fingerprint(path: str | Path) -> str:
 
     BLAKE2b of the configuration and of every shard's size, header and samples. Reads the first and last MiB of each
     shard's data and 64 pages between, not the whole: fast for big models, and two fine-tunes of one base differ in some
-    of them. Says nothing against somebody who forges weights.
+    of them. No protection against forged weights.
 
     Raises: ModelError.
     """

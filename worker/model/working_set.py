@@ -6,8 +6,8 @@ sequence once when it begins to decode, append one token per step, and let the f
 
 What we chose: sequences stand in rows of *shelves*, one shelf per power of two of length, so that a short sequence is
 not padded to a long one and rows are at most twice as long as what they hold. A sequence that outgrows its shelf is
-copied anew. The set holds exactly the sequences that decode in this step: whoever is absent, or comes back with another
-length, has lost its row, so nothing stale can be read. Beyond `limit_bytes` sequences are gathered every step instead.
+copied anew. The set holds exactly the sequences that decode in this step: one that is absent, or has another length
+now, has lost its row, so nothing stale can be read. Beyond `limit_bytes` sequences are gathered every step instead.
 """
 
 from __future__ import annotations
@@ -26,13 +26,6 @@ from kvasir.worker.model.batch import Batch
 from kvasir.worker.model.config import ModelConfig
 
 _MIN_CAPACITY = 128  # tokens
-
-
-def working_set_bytes(
-    config: ModelConfig, dtype: torch.dtype, num_sequences: int, num_tokens: int, block_size: int = 16
-) -> int:
-    """Return an upper bound of the memory for `num_sequences` sequences of `num_tokens` tokens each."""
-    return 2 * num_sequences * _row_bytes(config, dtype, _capacity(num_tokens, block_size))
 
 
 class WorkingSetAttention(GatherAttention):
@@ -96,7 +89,7 @@ class WorkingSetAttention(GatherAttention):
     def _admit(self, piece: SequenceSlice, kv: KvStore, coming: Counter[int]) -> bool:
         """Copy a sequence into a row, or return False when that would go beyond the limit.
 
-        `coming` counts who is still to be admitted, by capacity, so that a shelf grows once for all of them.
+        `coming` counts the sequences still to be admitted, by capacity, so that a shelf grows once for all of them.
         """
         capacity = _capacity(piece.end, kv.block_size)
         shelf = self._shelves.get(capacity) or _Shelf(capacity, self._config, kv.data.dtype, kv.data.device)

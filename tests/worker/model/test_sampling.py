@@ -1,4 +1,4 @@
-"""Draws: the batched path against its readable twin, independence of the batch, and what each parameter means."""
+"""Draws: the batched path against its readable duplicate, independence of the batch, and what each parameter means."""
 
 from __future__ import annotations
 
