@@ -67,6 +67,9 @@ class House(Protocol):
     def kv_changed(self) -> None:
         """Put the tenants' KV floors and caps, as they are now, in force on all workers."""
 
+    async def tokenise(self, text: str) -> None:
+        """Tokenise a text that is to be published, in a thread, so that nothing waits for it afterwards."""
+
     def prefixes_changed(self, prewarm: str | None = None) -> None:
         """Have all workers pin what is to be pinned now, and compute the prefix `prewarm` if they do not have it."""
 
@@ -173,6 +176,8 @@ class Admin:
             KvasirError: refused or not committed; nothing has changed.
         """
         name = str(command.__struct_config__.tag)
+        if isinstance(command, am.PrefixPublish):
+            await self._house.tokenise(command.text)
         match command:
             case am.StatusQuery():
                 return self._status()

@@ -144,6 +144,9 @@ class GatewayHouse:
             for worker in self._core.statistics().workers
         }
 
+    async def tokenise(self, text: str) -> None:
+        await self._intake.tokenise(text)
+
     def prefixes_changed(self, prewarm: str | None = None) -> None:
         workers = self._core.statistics().workers
         names = {pin.name for worker in workers for pin in self._intake.pins(worker.model, worker.worker_id)}

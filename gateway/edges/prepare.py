@@ -154,6 +154,15 @@ class Intake:
         for model in self._texts:
             self._published_for(model)
 
+    async def tokenise(self, published: str) -> None:
+        """Tokenise a text that is about to be published, in a thread: neither publishing it nor the next request waits
+        for that in the loop. Cancelled, it returns at once."""
+        for model, text in self._texts.items():
+            if text is not None and (model, published) not in self._forms:
+                self._forms[model, published] = await trio.to_thread.run_sync(
+                    self._whole_forms, text, published, limiter=self._threads, abandon_on_cancel=True
+                )
+
     def _find_model(self, name: str, tenant: Tenant) -> ModelInfo:
         models = self._core.models()
         if not name:
@@ -325,11 +334,14 @@ class Intake:
         found = self._forms.get((model, prefix.text))
         if found is None:
             text = self._texts.get(model)
-            block_bytes = self._block_size * TOKEN_BYTES
-            packed = [] if text is None else [pack_tokens(ids) for ids in published_forms(text, prefix.text)]
-            whole = [form[: len(form) // block_bytes * block_bytes] for form in packed]
-            found = self._forms[model, prefix.text] = [form for form in whole if form]
+            found = [] if text is None else self._whole_forms(text, prefix.text)
+            self._forms[model, prefix.text] = found
         return found
+
+    def _whole_forms(self, text: ModelText, published: str) -> list[bytes]:
+        block_bytes = self._block_size * TOKEN_BYTES
+        packed = [pack_tokens(ids) for ids in published_forms(text, published)]
+        return [form[: len(form) // block_bytes * block_bytes] for form in packed if len(form) >= block_bytes]
 
 
 def published_forms(text: ModelText, published: str) -> list[list[int]]:

@@ -26,6 +26,7 @@ from kvasir.protocol.errors import StoreError
 DATABASE_NAME = "kvasir.db"
 SECRET_NAME = "secret"
 DEPLOYMENT_SECRET_BYTES = 32
+_NEEDS_ACCESS = "the gateway's user needs read and write access to it and its directory"
 
 # Schema version n is what the first n entries make. Released entries are never edited, only followed by new ones.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -275,19 +276,21 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError, ValueError) as error:
         said = str(error)
-        if "not a database" in said:
-            text = "is not a SQLite database; move it away or choose another state directory"
-        elif "malformed" in said or isinstance(error, ValueError):
-            text = f"is damaged ({said}); restore a backup"
-        elif "readonly" in said or isinstance(error, OSError):
-            reason = error.strerror if isinstance(error, OSError) else said
-            text = (
-                f"cannot be written ({reason}); the gateway's user needs read and write access to it and its directory"
-            )
-        elif "locked" in said:
-            text = "is locked by another process; stop whatever has it open"
-        else:
-            text = f"cannot be used: {said}; check the disk and the file"
+        match getattr(error, "sqlite_errorcode", 0) & 0xFF:  # the primary code
+            case sqlite3.SQLITE_NOTADB:
+                text = "is not a SQLite database; move it away or choose another state directory"
+            case sqlite3.SQLITE_CORRUPT:
+                text = f"is damaged ({said}); restore a backup"
+            case sqlite3.SQLITE_READONLY:
+                text = f"cannot be written ({said}); {_NEEDS_ACCESS}"
+            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+                text = "is locked by another process; stop whatever has it open"
+            case _ if isinstance(error, OSError):
+                text = f"cannot be written ({error.strerror}); {_NEEDS_ACCESS}"
+            case _ if isinstance(error, ValueError):
+                text = f"is damaged ({said}); restore a backup"
+            case _:
+                text = f"cannot be used: {said}; check the disk and the file"
         raise StoreError(f"{path} {text}") from None
 
 

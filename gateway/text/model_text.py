@@ -118,12 +118,11 @@ class ModelText:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text that `token_ids` add to a text before them, special tokens left out."""
-        pieces = self._pieces
-        return b"".join([pieces[token_id] for token_id in token_ids]).decode("utf-8", "replace")
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token, which need not be whole characters; none for special tokens."""
-        return self._pieces[token_id]
+        return self._pieces[token_id] if token_id < len(self._pieces) else b""
 
     def detokenizer(self, stop: Sequence[str] = (), end_token_ids: Sequence[int] = ()) -> Detokenizer:
         """Return a fresh incremental detokeniser that ends at any of the `stop` strings."""
@@ -153,7 +152,7 @@ class Detokenizer:
         if self.stopped:
             return ""
         pieces = self._pieces
-        data = self._rest + b"".join([pieces[token_id] for token_id in token_ids])
+        data = self._rest + b"".join([pieces[token_id] for token_id in token_ids if token_id < len(pieces)])
         text, num_used = codecs.utf_8_decode(data, "replace", False)
         self._rest = data[num_used:]
         return self._until_stop(text) if self._stop else text

@@ -51,6 +51,7 @@ class FakeHouse:
     def __init__(self) -> None:
         self.cleared: list[str] = []
         self.prewarmed: list[str | None] = []
+        self.tokenised: list[str] = []
         self.names = ["demo-0"]
         self.num_blocks = 100
 
@@ -77,6 +78,9 @@ class FakeHouse:
         return {
             name: sum(len(prefix.text) // 16 for prefix in prefixes if prefix.is_pinned_on(name)) for name in self.names
         }
+
+    async def tokenise(self, text: str) -> None:
+        self.tokenised.append(text)
 
     def prefixes_changed(self, prewarm: str | None = None) -> None:
         self.prewarmed.append(prewarm)
@@ -213,6 +217,7 @@ def test_prefixes_are_published_listed_replaced_and_removed(home: Path) -> None:
         with pytest.raises(Conflict, match="--replace"):
             office.ask(am.PrefixPublish(name="sys", text="other"), am.PrefixReply)
         assert office.ask(am.PrefixPublish(name="sys", text="other", replace=True), am.PrefixReply).changed
+        assert office.house.tokenised[-1] == "other"
         assert office.directory.prefixes[0].text == "other"
     with open_office(home) as office:
         [shown] = office.ask(am.PrefixList(), am.PrefixesReply).prefixes

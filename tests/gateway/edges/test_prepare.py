@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 from typing import Any
 
 import pytest
@@ -191,6 +192,26 @@ def test_a_long_text_is_tokenised_in_a_thread_with_the_same_result() -> None:
         assert threaded.req_id != inline.req_id
 
     trio.run(main)
+
+
+def test_a_text_that_is_to_be_published_is_tokenised_in_a_thread_and_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = make_directory()
+    intake = make_intake(FakeCore(lambda submit: []), directory)
+    threads: list[bool] = []
+
+    def spy(text: ModelText, published: str) -> list[list[int]]:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return [text.encode(published)]
+
+    monkeypatch.setattr("kvasir.gateway.edges.prepare.published_forms", spy)
+
+    async def main() -> None:
+        await intake.tokenise(SYSTEM)
+        directory.apply(PublishedPrefix("support", SYSTEM))
+        assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
+
+    trio.run(main)
+    assert threads == [False]
 
 
 def test_the_words_of_a_tenant_are_remembered_for_its_sharing_scope_alone() -> None:

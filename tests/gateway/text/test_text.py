@@ -286,3 +286,8 @@ def test_an_incomplete_character_is_held_back_to_its_last_byte() -> None:
     detokenizer = SENTENCE_PIECE.detokenizer()
     assert [detokenizer.push([token_id]) for token_id in ids] == ["", "é", "", "", "", "😀"]
     assert (detokenizer.push(ids[:1]), detokenizer.finish(), detokenizer.finish()) == ("", "�", "")
+
+
+def test_an_id_beyond_the_vocabulary_adds_nothing() -> None:
+    assert TEXT.detokenizer().push([1 << 20, *TEXT.encode("x")]) == "x"
+    assert (TEXT.decode([1 << 20]), TEXT.token_bytes(1 << 20)) == ("", b"")
