@@ -15,6 +15,7 @@ from kvasir.cli.output import Rows, bar, count, duration, example, facts, json_o
 from kvasir.cli.output import print_json as print_as_json
 from kvasir.cli.tenants import tenant_table
 from kvasir.protocol import admin_messages as am
+from kvasir.protocol.errors import BadRequest
 
 _TERMS = {  # of the router's decisions: (column, what it is)
     "cost_s": (
@@ -75,6 +76,8 @@ def explain(request: str, as_json: bool) -> None:
     REQUEST is the id of an HTTP answer or its x-request-id, `request_id` in the SDK, or what chat and demo print: the
     beginning of an id is enough.
     """
+    if not request:
+        raise BadRequest("say which request: the id of an answer, or the beginning of one")
     reply = ask(am.ExplainQuery(request=request), am.ExplainReply)
     if as_json:
         print_as_json(reply)

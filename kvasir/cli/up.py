@@ -272,10 +272,12 @@ def print_welcome(plan: UpPlan, key: str, log: Path, console: Console) -> None:
     console.print(f"  [bold]log[/bold]      {plain(log)}", soft_wrap=True)
     console.print("\n  In another terminal:  kvasir chat    kvasir demo    kvasir status", style="dim")
     if plan.http != "off":
-        body = f'{{"model": "{model}", "max_tokens": 48, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
         curl = (
-            f"  curl -s http://{plan.http}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-            f"    -H 'Authorization: Bearer {key}' \\\n    -d '{body}'\n"
+            f"  curl -s http://{plan.http}/v1/chat/completions \\\n"
+            f'    -H "Authorization: Bearer $(cat {key_path("demo")})" \\\n'
+            '    -H "Content-Type: application/json" \\\n'
+            f'    -d \'{{"model": "{model}", "max_tokens": 48, "messages":\n'
+            '         [{"role": "user", "content": "Hello!"}]}\'\n'
         )
         console.print(escape(curl), style="dim", soft_wrap=True)
 

@@ -219,6 +219,7 @@ def test_json_of_status_keeps_its_fields(office: Office, capsys: Any) -> None:
         (["prefix", "pin", "p"], ["'p'", "kvasir prefix list"]),
         (["prefix", "unpin", "p"], ["'p'", "kvasir prefix list"]),
         (["explain", "unknown"], ["unknown"]),
+        (["explain", ""], ["which request"]),
         (["tenant", "creat", "x"], ["create", "--help"]),
         (["tenant", "create"], ["NAME", "--help"]),
         (["status", "--no-such-option"], ["--no-such-option"]),
@@ -579,6 +580,15 @@ def test_up_says_in_one_line_why_the_gateway_did_not_start(home: Path, code: str
     _, err = process.communicate(timeout=30)
     assert process.returncode == 2
     assert_one_line(err, words, "gateway.log")
+
+
+def test_the_welcome_prints_a_request_that_can_be_pasted(home: Path) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    up.print_welcome(up.UpPlan(("demo=/x",), 2), "kv_key", home / "gateway.log", console)
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, out.splitlines())) <= 80
+    assert json.loads(out.partition("-d '")[2].partition("'")[0])["model"] == "demo"
+    assert f"$(cat {demo_keys.key_path('demo')})" in out
 
 
 def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
