@@ -60,8 +60,10 @@ def test_a_cap_of_nothing_is_refused_rather_than_taken_for_no_cap(text: str) -> 
         check_kv_size(text, "kv_cap")
 
 
-@pytest.mark.parametrize(("text", "num_blocks"), [("20", 20), ("20.5%", 205), ("100%", 1000), ("20 %", 200)])
-def test_sizes_are_blocks_or_shares(text: str, num_blocks: int) -> None:
+@pytest.mark.parametrize(
+    ("text", "num_blocks"), [("20", 20), ("20.5%", 205), ("99.99%", 999), ("100%", 1000), ("20 %", 200)]
+)
+def test_sizes_are_blocks_or_shares_rounded_down(text: str, num_blocks: int) -> None:
     assert kv_blocks(check_kv_size(text, "kv_cap"), 1000) == num_blocks
 
 

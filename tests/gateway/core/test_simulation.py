@@ -39,8 +39,10 @@ def test_the_same_seed_is_the_same_story() -> None:
 def test_without_faults_every_request_gets_its_whole_answer() -> None:
     simulation = Simulation(1, num_faults=0)
     simulation.run()
-    for client in simulation.clients.values():
-        assert client.may_be_cut or client.sink.tokens == client.expected
+    whole = [client for client in simulation.clients.values() if not client.may_be_cut]
+    assert len(whole) > len(simulation.clients) // 4
+    for client in whole:
+        assert client.sink.tokens == client.expected
     assert simulation.core.statistics().num_lost == {}
 
 
