@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvasir.cache.ownership import Quota
 from kvasir.gateway.admin.metrics import render_metrics
 from kvasir.gateway.core.savings import Saving
-from kvasir.gateway.edges.openai_requests import CompletionBody, completion_requests, parse_body
+from kvasir.gateway.edges.openai_requests import read_completion
 from kvasir.gateway.tenants.directory import (
     PublishedPrefix,
     Tenant,
@@ -45,8 +45,6 @@ from tests.core_helpers import BLOCK_SIZE, Bench, make_submit, output
 from tests.engine_helpers import PUBLIC_SPACE, ROOT, SIZE, Rig, make_generate, make_prompt
 from tests.gateway.admin.test_admin import Office, home, open_office  # noqa: F401 a fixture
 from tests.worker.test_worker_process import open_gateway
-
-COMPLETION = msgspec.json.Decoder(CompletionBody)
 
 
 @pytest.mark.parametrize("text", ["", "none", "0", "0%", " none "])
@@ -402,7 +400,7 @@ def test_hints_travel_from_the_body_of_a_request_to_its_sequence() -> None:
         "cache_hint": "one_shot",
         "retention": [{"start": 5, "end": 9, "priority": 90, "duration_s": 60}],
     }
-    [request] = completion_requests(parse_body(COMPLETION, msgspec.json.encode(body)))
+    [request] = read_completion(msgspec.json.encode(body)).requests
     assert (request.cache_hint, request.retention) == ("one_shot", [RetentionHint(5, 9, 90, 60.0)])
     rig = Rig()
     rig.cache.set_quotas({"a": Quota(floor=4)})
@@ -421,4 +419,4 @@ def test_hints_travel_from_the_body_of_a_request_to_its_sequence() -> None:
 @pytest.mark.parametrize("field", [{"cache_hint": "for ever"}, {"retention": [{"priority": 101}]}])
 def test_hints_that_make_no_sense_are_refused(field: dict[str, object]) -> None:
     with pytest.raises(BadRequest):
-        completion_requests(parse_body(COMPLETION, msgspec.json.encode({"model": "demo", "prompt": "x", **field})))
+        read_completion(msgspec.json.encode({"model": "demo", "prompt": "x", **field}))
