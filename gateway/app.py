@@ -32,7 +32,8 @@ from kvasir.gateway.http.connection import HttpLimits
 from kvasir.gateway.http.server import HttpServer, open_listeners
 from kvasir.gateway.lock import hold_lock
 from kvasir.gateway.log import log, no_log
-from kvasir.gateway.tenants.directory import TenantDirectory, kv_quotas
+from kvasir.gateway.tenants.directory import TenantDirectory
+from kvasir.gateway.tenants.quotas import kv_quotas
 from kvasir.gateway.tenants.store import open_store
 from kvasir.gateway.text.model_text import ModelText, load_text
 from kvasir.gateway.workers.port import WorkerPort

@@ -28,12 +28,11 @@ from kvasir.gateway.tenants.directory import (
     RemovePrefix,
     Tenant,
     TenantDirectory,
-    check_kv_quotas,
-    check_kv_size,
     check_name,
     issue_key,
     new_tenant_id,
 )
+from kvasir.gateway.tenants.quotas import check_kv_quotas, check_kv_size
 from kvasir.gateway.tenants.store import AuditEntry, Store
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol.codec import encode

@@ -11,7 +11,8 @@ from kvasir.gateway.config import GatewayConfig
 from kvasir.gateway.core.core import Core
 from kvasir.gateway.core.savings import Saving
 from kvasir.gateway.edges.prepare import Intake
-from kvasir.gateway.tenants.directory import PublishedPrefix, TenantDirectory, kv_quotas
+from kvasir.gateway.tenants.directory import PublishedPrefix, TenantDirectory
+from kvasir.gateway.tenants.quotas import kv_quotas
 from kvasir.gateway.workers.supervisor import Supervisor
 from kvasir.protocol.admin_messages import CacheTenant, CacheWorker, ModelStatus, PrivatePrefix, UsageInfo, WorkerInfo
 from kvasir.protocol.prefix import HASH_BYTES

@@ -17,14 +17,8 @@ from kvasir.cache.ownership import Quota
 from kvasir.gateway.admin.metrics import render_metrics
 from kvasir.gateway.core.savings import Saving
 from kvasir.gateway.edges.openai_requests import read_completion
-from kvasir.gateway.tenants.directory import (
-    PublishedPrefix,
-    Tenant,
-    check_kv_quotas,
-    check_kv_size,
-    kv_blocks,
-    kv_quotas,
-)
+from kvasir.gateway.tenants.directory import PublishedPrefix, Tenant
+from kvasir.gateway.tenants.quotas import check_kv_quotas, check_kv_size, kv_blocks, kv_quotas
 from kvasir.gateway.tenants.store import DATABASE_NAME, MIGRATIONS, open_store
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol.errors import BadRequest, NotFound

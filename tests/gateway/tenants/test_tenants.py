@@ -116,16 +116,15 @@ def test_two_tenants_never_share_a_name() -> None:
         directory.tenant("acme")
 
 
-def test_prefixes_are_seen_by_those_they_are_published_for_and_every_change_is_another_tuple() -> None:
+def test_prefixes_come_and_go_oldest_first_and_every_change_is_another_tuple() -> None:
     directory, _, _ = make_directory()
     before = directory.prefixes
     directory.apply(PublishedPrefix("all", "text"))
     directory.apply(PublishedPrefix("some", "text", frozenset({"t1"})))
     assert directory.prefixes is not before
-    assert [prefix.name for prefix in directory.prefixes_for(ACME)] == ["all", "some"]
-    assert [prefix.name for prefix in directory.prefixes_for(OTHER)] == ["all"]
+    assert [prefix.name for prefix in directory.prefixes] == ["all", "some"]
     directory.apply(RemovePrefix("all"))
-    assert directory.prefixes_for(OTHER) == []
+    assert [prefix.name for prefix in directory.prefixes] == ["some"]
 
 
 def test_a_key_is_found_by_its_id_or_by_the_whole_key() -> None:
