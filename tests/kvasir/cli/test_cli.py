@@ -591,6 +591,13 @@ def test_the_welcome_prints_a_request_that_can_be_pasted(home: Path) -> None:
     assert f"$(cat {demo_keys.key_path('demo')})" in out
 
 
+@pytest.mark.parametrize(("http", "warned"), [("127.0.0.1:8000", False), ("[::1]:8000", False), ("0.0.0.0:8000", True)])
+def test_up_warns_of_http_in_the_clear_beyond_this_machine(home: Path, http: str, *, warned: bool) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    up.print_welcome(up.UpPlan(("demo=/x",), 2, http=http), "kv_key", home / "gateway.log", console)
+    assert ("not encrypted" in console.file.getvalue()) == warned  # type: ignore[attr-defined]
+
+
 def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = [Path("/dev/nvidia0"), Path("/dev/nvidia1"), Path("/dev/nvidia2"), Path("/dev/nvidiactl")]
     glob: Callable[..., Any] = lambda self, pattern: iter(devices)  # noqa: E731
