@@ -21,7 +21,7 @@ import zmq
 
 from kvasir.gateway.admin.admin import Admin, open_admin_link
 from kvasir.gateway.admin.metrics import render_metrics
-from kvasir.gateway.admin.views import GatewayHouse
+from kvasir.gateway.admin.views import GatewayViews
 from kvasir.gateway.config import GatewayConfig, ModelConfig
 from kvasir.gateway.core.core import Core, CoreConfig
 from kvasir.gateway.core.worker_checks import LivenessConfig
@@ -96,8 +96,8 @@ async def serve(config: GatewayConfig) -> None:
         server = HttpServer(api, http_limits)
         listeners = [] if config.http is None else await open_listeners(*config.http)
         stopping = trio.Event()
-        house = GatewayHouse(config, core, intake, supervisor, directory, stopping.set)
-        admin = Admin(open_admin_link(context, config.admin_endpoint), directory, store, house, version=_version())
+        views = GatewayViews(config, core, intake, supervisor, directory, stopping.set)
+        admin = Admin(open_admin_link(context, config.admin_endpoint), directory, store, views, version=_version())
 
         async with trio.open_nursery() as outer:
             outer.start_soon(_watch_signals, stopping, outer.cancel_scope)
@@ -112,7 +112,7 @@ async def serve(config: GatewayConfig) -> None:
                     gc.freeze()  # what lives as long as the process need not be looked at again
                     if config.http is not None and not is_loopback(config.http[0]):
                         log("http_is_not_encrypted", advice="put a TLS proxy before it, see docs/tls.md")
-                    log("gateway_ready", pid=os.getpid(), **house.endpoints())
+                    log("gateway_ready", pid=os.getpid(), **views.endpoints())
                     await stopping.wait()
                     log("draining", unfinished=core.num_unfinished, deadline_s=config.drain_s)
                     core.drain()

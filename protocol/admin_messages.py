@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from kvasir.protocol.client_messages import Text
 from kvasir.protocol.codec import Decoder, Message
@@ -144,15 +144,20 @@ class DrainGateway(AdminCommand, tag="drain"):
 # ---- what replies are made of ------------------------------------------------------------------------------------
 
 
-class UsageInfo(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a tenant has asked for and got since the gateway started."""
+class UsageInfo(Struct, forbid_unknown_fields=True):
+    """What a tenant has asked for and got since the gateway started: tokens of finished requests, and these by reason.
+
+    A prompt counts as soon as a worker has begun to compute it; output tokens are those that the client was told.
+    """
 
     num_requests: int = 0
+    num_refused: int = 0
     num_running: int = 0
     num_waiting: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    num_finished: dict[str, int] = {}
 
 
 class TenantInfo(Struct, frozen=True, forbid_unknown_fields=True):
@@ -165,7 +170,7 @@ class TenantInfo(Struct, frozen=True, forbid_unknown_fields=True):
     allowed_models: list[str] | None
     created_at: float
     num_keys: int = 0
-    usage: UsageInfo = UsageInfo()
+    usage: UsageInfo = field(default_factory=UsageInfo)
     kv_floor: str = ""
     kv_cap: str = ""
     cache_hint: CacheHint | None = None
@@ -199,8 +204,11 @@ class PrefixInfo(Struct, frozen=True, forbid_unknown_fields=True):
 class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """One worker. `state`: starting, ready, draining or lost. Token counters since its incarnation joined.
 
-    `prefill_rate`: tokens/s, `decode_rate`: tokens/s of what runs now, as the router has learned them.
-    `num_free_blocks` counts those whose content can be evicted; `num_cached_blocks` hold something findable.
+    `num_in_flight` requests were sent and not answered; `num_running` and `num_waiting` as the worker last said.
+    `prefill_rate`: tokens/s, `decode_rate`: tokens/s of what runs now, as the router has learned them, from
+    `decode_round_s` per step. `num_free_blocks` counts those whose content can be evicted; `num_cached_blocks` hold
+    something findable, as the gateway's index follows it; `num_reserved_blocks` are about to be computed. Predicted:
+    what the router expected to be cached; mispredicted: the sum of |predicted - cached|.
     """
 
     id: str
@@ -208,17 +216,26 @@ class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     state: str
     pid: int = 0
     device: str = ""
+    num_in_flight: int = 0
     num_running: int = 0
     num_waiting: int = 0
     max_requests: int = 0
     num_blocks: int = 0
     num_free_blocks: int = 0
     num_cached_blocks: int = 0
+    num_reserved_blocks: int = 0
+    num_index_gaps: int = 0
+    index_in_sync: bool = True
+    num_requests: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    predicted_cached_tokens: int = 0
+    mispredicted_tokens: int = 0
+    num_stale_outputs: int = 0
     prefill_rate: float = 0.0
     decode_rate: float = 0.0
+    decode_round_s: float = 0.0
     num_restarts: int = 0
 
 

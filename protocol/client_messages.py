@@ -23,6 +23,7 @@ from kvasir.protocol.messages import (
     RetentionHint,
     SamplingOptions,
     Seconds,
+    TokenId,
     TokenLogprobs,
 )
 
@@ -68,7 +69,7 @@ class CompletionRequest(ClientMessage, tag="request"):
     max_tokens: int | None = None
     sampling: SamplingOptions = SamplingOptions()
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=16)] = []
-    stop_token_ids: Annotated[list[int], Meta(max_length=256)] = []
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = []
     ignore_eos: bool = False
     want_text: bool = True
     want_tokens: bool = False

@@ -48,12 +48,6 @@ class InvalidMessage(BadRequest):
     code = "invalid_message"
 
 
-class VersionMismatch(BadRequest):
-    """The peer speaks another protocol version."""
-
-    code = "version_mismatch"
-
-
 class PromptTooLong(BadRequest):
     """Prompt plus answer do not fit the model's window or the workers' KV pool."""
 

@@ -16,9 +16,11 @@ from msgspec import Meta, Struct
 from kvasir.protocol.codec import Decoder, Message
 
 MAX_TOKENS = 1 << 20
+MAX_TOKEN_ID = (1 << 32) - 1
 MAX_FRAME_BYTES = 64 << 20
 
 Id = Annotated[bytes, Meta(min_length=1, max_length=32)]
+TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
 Key16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
 PackedTokens = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
 PackedHashes = Annotated[bytes, Meta(max_length=16 * MAX_TOKENS)]
@@ -37,7 +39,7 @@ class _Drawing(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tr
 
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] = {}
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] = {}
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
@@ -128,7 +130,7 @@ class Generate(Command, tag="generate"):
     namespace: Key16
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     sampling: Sampling
-    stop_token_ids: Annotated[list[int], Meta(max_length=256)] = []
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=256)] = []
     ignore_eos: bool = False
     deadline_s: Seconds | None = None
     cache_hint: CacheHint | None = None
@@ -176,7 +178,7 @@ class Pin(Command, tag="pin"):
     """Keep the blocks of a published prefix from now on, as far as they are resident or become so.
 
     `token_ids` are whole blocks, `prefix_hashes` in the public namespace. A name that is pinned already is replaced.
-    `prewarm`: compute now what is not resident.
+    `prewarm`: compute now what is not resident. The gateway's names are "PREFIX/NUMBER", one per form of the prefix.
     """
 
     name: Name
@@ -184,6 +186,11 @@ class Pin(Command, tag="pin"):
     root: Key16
     prefix_hashes: PackedHashes
     prewarm: bool = False
+
+    @property
+    def prefix(self) -> str:
+        """The published prefix that this is a form of."""
+        return self.name.rpartition("/")[0]
 
 
 class Unpin(Command, tag="unpin"):

@@ -43,9 +43,8 @@ def run(num_workers: int, num_requests: int, num_tokens: int) -> tuple[float, fl
     """
     outbox: list[tuple[bytes, Command]] = []
 
-    def send(peer: bytes, command: Command) -> bool:
+    def send(peer: bytes, command: Command) -> None:
         outbox.append((peer, command))
-        return True
 
     core = Core(CoreConfig(b"p" * 16), send, time.monotonic, epoch=b"bench")
     for i in range(num_workers):

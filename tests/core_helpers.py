@@ -7,8 +7,9 @@ from typing import Any
 
 from kvasir.gateway.core.api import Delta, Event, Finished, Submit
 from kvasir.gateway.core.core import Core, CoreConfig
-from kvasir.gateway.core.worker_checks import Notice
+from kvasir.gateway.core.notices import Notice
 from kvasir.protocol import PROTOCOL_VERSION
+from kvasir.protocol.codec import encode
 from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, Sampling, StepReport
 from kvasir.protocol.prefix import hash_prompt
 from kvasir.protocol.tokens import pack_tokens
@@ -88,33 +89,43 @@ def make_hello(worker_id: str = "w1", incarnation: bytes = b"i1", **extra: Any) 
 
 
 class Bench:
-    """A core with nothing real around it. `sent` holds what was sent; peers in `dead` cannot be reached."""
+    """A core with nothing real around it. `sent` holds what was sent; peers in `dead` cannot be reached, which the core
+    is told when a call of it has returned (`settle`)."""
 
     def __init__(self, **config: Any) -> None:
         self.now = 100.0
         self.sent: list[tuple[bytes, Command]] = []
         self.dead: set[bytes] = set()
+        self.lost: list[bytes] = []
         self.notices: list[Notice] = []
         self.steps: dict[bytes, int] = {}
         self.sinks: dict[bytes, RecordingSink] = {}
         values: dict[str, Any] = {"public_namespace": PUBLIC, "block_size": BLOCK_SIZE, **config}
         self.core = Core(CoreConfig(**values), self._send, lambda: self.now, epoch=b"epoch", notify=self.notices.append)
 
-    def _send(self, peer: bytes, command: Command) -> bool:
+    def _send(self, peer: bytes, command: Command) -> None:
+        encode(command)
         if peer in self.dead:
-            return False
-        self.sent.append((peer, command))
-        return True
+            self.lost.append(peer)
+        else:
+            self.sent.append((peer, command))
+
+    def settle(self) -> None:
+        """Tell the core of the peers that could not be sent something, as the port does."""
+        while self.lost:
+            self.core.worker_unreachable(self.lost.pop(0))
 
     def join(self, worker_id: str = "w1", *, peer: bytes | None = None, **extra: Any) -> bytes:
         peer = worker_id.encode() if peer is None else peer
         self.core.worker_hello(peer, make_hello(worker_id, **extra))
+        self.settle()
         return peer
 
     def submit(self, req_id: bytes = b"r1", tokens: Sequence[int] = tuple(range(10)), **extra: Any) -> RecordingSink:
         submit, sink = make_submit(req_id, tokens, arrived=self.now, **extra)
         self.sinks[req_id] = sink
         self.core.submit(submit)
+        self.settle()
         return sink
 
     def report(self, peer: bytes, *outputs: Output, step: int | None = None, **extra: Any) -> None:
@@ -125,9 +136,11 @@ class Bench:
         self.core.worker_report(
             peer, StepReport(step=self.steps[peer] if step is None else step, outputs=list(outputs), **extra)
         )
+        self.settle()
 
     def take(self, kind: type = Generate) -> list[tuple[bytes, Any]]:
         """Return and forget what was sent of one kind of command."""
+        self.settle()
         taken = [(peer, command) for peer, command in self.sent if isinstance(command, kind)]
         self.sent = [(peer, command) for peer, command in self.sent if not isinstance(command, kind)]
         return taken
@@ -137,6 +150,7 @@ class Bench:
         while self.now < end:
             self.now = min(end, self.now + tick_s)
             self.core.tick()
+            self.settle()
 
 
 def output(

@@ -43,8 +43,8 @@ class FakeCore:
         self.cancels: list[Cancel] = []
         self.cancelled = trio.Event()
         self.nursery: trio.Nursery | None = None
-        info = ModelInfo("demo", "f" * 32, "float32", 16, max_context, max_context - 1, 2)
-        self.infos = {"demo": info, "other": ModelInfo("other", "e" * 32, "float32", 16, 64, 63, 0)}
+        info = ModelInfo("demo", "f" * 32, "float32", 16, max_context, 2)
+        self.infos = {"demo": info, "other": ModelInfo("other", "e" * 32, "float32", 16, 64, 0)}
         self._open: dict[bytes, Submit] = {}
 
     def submit(self, submit: Submit) -> None:
@@ -58,7 +58,9 @@ class FakeCore:
         self.cancelled.set()
         submit = self._open.pop(cancel.req_id, None)
         if submit is not None:
-            submit.sink.put(Finished(cancel.req_id, cancel.reason, submit.num_prompt_tokens, 0))
+            submit.sink.put(
+                Finished(cancel.req_id, cancel.reason, submit.num_prompt_tokens, cancel.num_output_tokens or 0)
+            )
 
     def models(self) -> dict[str, ModelInfo]:
         return self.infos

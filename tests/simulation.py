@@ -19,7 +19,8 @@ from xxhash import xxh3_64_intdigest
 
 from kvasir.gateway.core.api import Cancel
 from kvasir.gateway.core.core import Core, CoreConfig
-from kvasir.gateway.core.worker_checks import LivenessConfig, Lost, Notice
+from kvasir.gateway.core.notices import Broken, Lost, Notice
+from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.protocol.messages import (
     Abort,
     Bye,
@@ -284,12 +285,12 @@ class Simulation:
 
     # ---- links -------------------------------------------------------------------------------------------------------
 
-    def _send(self, peer: bytes, command: Command) -> bool:
+    def _send(self, peer: bytes, command: Command) -> None:
         worker = self.workers.get(peer)
         if worker is None or worker.state == "dead":
-            return False
-        self._in_order(peer, "command", lambda: self._run_command(worker, command))
-        return True
+            self.at(0.0, lambda: self.core.worker_unreachable(peer))
+        else:
+            self._in_order(peer, "command", lambda: self._run_command(worker, command))
 
     def _run_command(self, worker: SimulatedWorker, command: Command) -> None:
         if worker.state == "dead":
@@ -357,6 +358,7 @@ class Simulation:
 
     def _notice(self, notice: Notice) -> None:
         self._note("notice", repr(type(notice)).encode(), getattr(notice, "cause", ""))
+        assert not isinstance(notice, Broken), notice
         if isinstance(notice, Lost):
             self.num_losses += 1
             if notice.cause in ("stalled", "silent") and self.rng.random() < 0.5:
@@ -378,7 +380,7 @@ class Simulation:
         elif kind == "skip":
             worker.event_seq += 1  # as if a report with events had been lost
         elif kind == "drain":
-            self.core.drain_worker(worker.worker_id, 1.0)
+            worker.state = "draining"  # as on SIGTERM
         else:
             self.num_garbage += 1
             self.core.worker_violation(worker.peer, "sent garbage")
@@ -442,6 +444,8 @@ class Simulation:
             else:
                 assert client.may_be_cut, finished
             self._note("client", req_id, f"{finished.reason} {tokens}")
-        assert self.core.statistics().num_lost.get("protocol", 0) <= self.num_garbage, "workers were asked for nonsense"
+        assert self.core.statistics().totals.num_lost.get("protocol", 0) <= self.num_garbage, (
+            "workers were asked for nonsense"
+        )
         for worker in self.core.statistics().workers:
-            assert (worker.num_in_flight, worker.num_index_reserved) == (0, 0)
+            assert (worker.num_in_flight, worker.num_reserved_blocks) == (0, 0)

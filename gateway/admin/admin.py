@@ -44,7 +44,7 @@ from kvasir.protocol.profile import LinkProfile
 PREVIEW_CHARS = 40
 
 
-class House(Protocol):
+class Gateway(Protocol):
     """What the operator may ask of the rest of the gateway. All calls are synchronous and cheap."""
 
     def workers(self) -> list[am.WorkerInfo]: ...
@@ -95,13 +95,17 @@ class House(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a command comes to: `changes` to commit (none: nothing to do), what the audit row says, the answer."""
+    """What a command comes to: `changes` to commit (none: nothing to do), what the audit row says, the answer.
+
+    `effect`: what else is to be done once the changes are in force.
+    """
 
     reply: am.AnyReply
     changes: tuple[Change, ...] = ()
     subject: str = ""
     before: Any = None
     after: Any = None
+    effect: Callable[[], None] | None = None
 
 
 def open_admin_link(context: zmq.Context[Any], endpoint: str) -> Link:
@@ -131,7 +135,7 @@ class Admin:
         link: Link,
         directory: TenantDirectory,
         store: Store,
-        house: House,
+        gateway: Gateway,
         *,
         version: str = "",
         clock: Callable[[], float] = time.time,
@@ -139,7 +143,7 @@ class Admin:
         self._link = link
         self._directory = directory
         self._store = store
-        self._house = house
+        self._gateway = gateway
         self._version = version
         self._clock = clock
         self._started = clock()
@@ -176,12 +180,12 @@ class Admin:
         """
         name = str(command.__struct_config__.tag)
         if isinstance(command, am.PrefixPublish):
-            await self._house.tokenise(command.text)
+            await self._gateway.tokenise(command.text)
         match command:
             case am.StatusQuery():
                 return self._status()
             case am.ExplainQuery():
-                decisions = self._house.explain(command.request)
+                decisions = self._gateway.explain(command.request)
                 if decisions is None:
                     raise NotFound(f"no request {command.request!r} is known; only the last ones are remembered")
                 return am.ExplainReply(command.request, decisions)
@@ -189,15 +193,15 @@ class Admin:
                 return self._cache()
             case am.CacheClear():
                 tenant = self._directory.tenant(command.tenant)
-                self._house.clear_kv(tenant.id)
+                self._gateway.clear_kv(tenant.id)
                 log("admin", command=name, subject=tenant.name, actor=command.actor)
                 return am.Done()
             case am.DrainGateway():
                 log("admin", command=name, actor=command.actor)
-                self._house.drain()
+                self._gateway.drain()
                 return am.Done()
             case _:
-                verdict = decide(self._directory, command, self._clock(), self._house)
+                verdict = decide(self._directory, command, self._clock(), self._gateway)
         if verdict.changes:
             before, after = json.dumps(verdict.before), json.dumps(verdict.after)
             entry = AuditEntry(self._clock(), command.actor, name, verdict.subject, before, after)
@@ -205,12 +209,8 @@ class Admin:
             for change in verdict.changes:
                 self._directory.apply(change)
             log("admin", command=name, subject=verdict.subject, actor=command.actor)
-            if isinstance(command, am.TenantSet):
-                self._house.kv_changed()
-            if isinstance(command, (am.PrefixPublish, am.PrefixRemove)):
-                self._house.prefixes_changed()
-        if isinstance(command, am.PrefixPin):
-            self._house.prefixes_changed(command.name if command.prewarm else None)
+        if verdict.effect is not None:
+            verdict.effect()
         return self._complete(verdict.reply)
 
     def _complete(self, reply: am.AnyReply) -> am.AnyReply:
@@ -228,36 +228,36 @@ class Admin:
                 return reply
 
     def _with_usage(self, tenants: Iterable[am.TenantInfo]) -> list[am.TenantInfo]:
-        usage = self._house.usage()
+        usage = self._gateway.usage()
         return [structs.replace(tenant, usage=usage.get(tenant.id, am.UsageInfo())) for tenant in tenants]
 
     def _with_tokens(self, info: am.PrefixInfo) -> am.PrefixInfo:
         prefix = self._directory.prefix(info.name)
-        return structs.replace(info, public_tokens=self._house.public_tokens(prefix)) if prefix else info
+        return structs.replace(info, public_tokens=self._gateway.public_tokens(prefix)) if prefix else info
 
     def _cache(self) -> am.CacheReply:
-        savings = self._house.saved_by_prefix()
+        savings = self._gateway.saved_by_prefix()
         prefixes = [_cache_prefix(prefix, savings.get(prefix.name, Saving())) for prefix in self._directory.prefixes]
         most_first = sorted(prefixes, key=lambda prefix: -prefix.saved_tokens)
-        return am.CacheReply(self._house.cache(), most_first, self._house.private_prefixes())
+        return am.CacheReply(self._gateway.cache(), most_first, self._gateway.private_prefixes())
 
     def _status(self) -> am.StatusReply:
         return am.StatusReply(
-            workers=self._house.workers(),
-            models=self._house.models(),
+            workers=self._gateway.workers(),
+            models=self._gateway.models(),
             tenants=self._with_usage(_tenant_infos(self._directory)),
             pid=os.getpid(),
             version=self._version,
             uptime_s=self._clock() - self._started,
-            draining=self._house.is_draining(),
-            endpoints=self._house.endpoints(),
+            draining=self._gateway.is_draining(),
+            endpoints=self._gateway.endpoints(),
         )
 
 
-def decide(directory: TenantDirectory, command: am.AnyCommand, now: float, house: House) -> Verdict:
+def decide(directory: TenantDirectory, command: am.AnyCommand, now: float, gateway: Gateway) -> Verdict:
     """Return what `command` about tenants, keys or prefixes comes to. Changes nothing; draws keys and ids.
 
-    `house` is asked for the workers in which floors and pins must fit.
+    `gateway` is asked for the workers in which floors and pins must fit.
 
     Raises:
         BadRequest, NotFound, Conflict: refused; says what now.
@@ -277,7 +277,7 @@ def decide(directory: TenantDirectory, command: am.AnyCommand, now: float, house
                 return Verdict(am.Done(changed=False))
             return Verdict(am.Done(), (after,), after.name, _tenant_record(before), _tenant_record(after))
         case am.TenantSet():
-            return _set_tenant(directory, command, house)
+            return _set_tenant(directory, command, gateway)
         case am.KeyCreate():
             tenant = directory.tenant(command.tenant)
             key, text = issue_key(directory.deployment_secret, tenant.id, command.label, now)
@@ -293,14 +293,21 @@ def decide(directory: TenantDirectory, command: am.AnyCommand, now: float, house
             revoked = replace(key, revoked_at=now)
             return Verdict(am.Done(), (revoked,), _owner(directory, key), _key_record(key), _key_record(revoked))
         case am.PrefixPublish():
-            return _publish_prefix(directory, command, now, house)
+            return _publish_prefix(directory, command, now, gateway)
         case am.PrefixPin():
-            return _pin_prefix(directory, command, house)
+            return _pin_prefix(directory, command, gateway)
         case am.PrefixList():
             return Verdict(am.PrefixesReply([_prefix_info(directory, prefix) for prefix in directory.prefixes]))
         case am.PrefixRemove():
             prefix = _prefix(directory, command.name)
-            return Verdict(am.Done(), (RemovePrefix(prefix.name),), prefix.name, _prefix_record(prefix), None)
+            return Verdict(
+                am.Done(),
+                (RemovePrefix(prefix.name),),
+                prefix.name,
+                _prefix_record(prefix),
+                None,
+                gateway.prefixes_changed,
+            )
     raise BadRequest(f"{type(command).__name__} is no command about tenants, keys or prefixes")
 
 
@@ -316,7 +323,7 @@ def _create_tenant(directory: TenantDirectory, command: am.TenantCreate, now: fl
     )
 
 
-def _set_tenant(directory: TenantDirectory, command: am.TenantSet, house: House) -> Verdict:
+def _set_tenant(directory: TenantDirectory, command: am.TenantSet, gateway: Gateway) -> Verdict:
     before = directory.tenant(command.name)
     after = replace(
         before,
@@ -328,15 +335,16 @@ def _set_tenant(directory: TenantDirectory, command: am.TenantSet, house: House)
         return Verdict(am.Done(changed=False))
     if (before.kv_floor, before.kv_cap) != (after.kv_floor, after.kv_cap):
         others = [tenant for tenant in directory.tenants() if tenant.id != before.id]
-        _check_room([*others, after], directory.prefixes, house)
-    return Verdict(am.Done(), (after,), after.name, _tenant_record(before), _tenant_record(after))
+        _check_room([*others, after], directory.prefixes, gateway)
+    records = _tenant_record(before), _tenant_record(after)
+    return Verdict(am.Done(), (after,), after.name, *records, gateway.kv_changed)
 
 
 def _hint(given: CacheHint | Literal["none"]) -> CacheHint | None:
     return None if given == "none" else given
 
 
-def _publish_prefix(directory: TenantDirectory, command: am.PrefixPublish, now: float, house: House) -> Verdict:
+def _publish_prefix(directory: TenantDirectory, command: am.PrefixPublish, now: float, gateway: Gateway) -> Verdict:
     check_name(command.name, "prefix")
     if not command.text.strip():
         raise BadRequest("the text to publish is empty; name a file with some text in it", param="text")
@@ -352,16 +360,16 @@ def _publish_prefix(directory: TenantDirectory, command: am.PrefixPublish, now: 
             f"the prefix {command.name!r} is published with another text or for other tenants; "
             "add --replace, remove it first or choose another name"
         )
-    _check_pins(directory, prefix, house)
+    _check_pins(directory, prefix, gateway)
     reply = am.PrefixReply(_prefix_info(directory, prefix), changed=True)
     record = None if before is None else _prefix_record(before)
-    return Verdict(reply, (prefix,), prefix.name, record, _prefix_record(prefix))
+    return Verdict(reply, (prefix,), prefix.name, record, _prefix_record(prefix), gateway.prefixes_changed)
 
 
-def _pin_prefix(directory: TenantDirectory, command: am.PrefixPin, house: House) -> Verdict:
+def _pin_prefix(directory: TenantDirectory, command: am.PrefixPin, gateway: Gateway) -> Verdict:
     before = _prefix(directory, command.name)
     pinned_on = None if command.workers is None or not command.pinned else frozenset(command.workers)
-    known = {worker.id for worker in house.workers()}
+    known = {worker.id for worker in gateway.workers()}
     unknown = (pinned_on or frozenset()) - known - (before.pinned_on or frozenset())
     if unknown:
         raise NotFound(
@@ -369,10 +377,14 @@ def _pin_prefix(directory: TenantDirectory, command: am.PrefixPin, house: House)
             "Start it first, or pin on all workers, which includes those to come"
         )
     after = replace(before, pinned=command.pinned, pinned_on=pinned_on)
+
+    def effect() -> None:
+        gateway.prefixes_changed(command.name if command.prewarm else None)
+
     if after == before:
-        return Verdict(am.Done(changed=False))
-    _check_pins(directory, after, house)
-    return Verdict(am.Done(), (after,), after.name, _prefix_record(before), _prefix_record(after))
+        return Verdict(am.Done(changed=False), effect=effect)
+    _check_pins(directory, after, gateway)
+    return Verdict(am.Done(), (after,), after.name, _prefix_record(before), _prefix_record(after), effect)
 
 
 def _prefix(directory: TenantDirectory, name: str) -> PublishedPrefix:
@@ -382,15 +394,15 @@ def _prefix(directory: TenantDirectory, name: str) -> PublishedPrefix:
     return prefix
 
 
-def _check_pins(directory: TenantDirectory, after: PublishedPrefix, house: House) -> None:
+def _check_pins(directory: TenantDirectory, after: PublishedPrefix, gateway: Gateway) -> None:
     if after.pinned:  # to let a prefix go is never refused
         others = [prefix for prefix in directory.prefixes if prefix.name != after.name]
-        _check_room(directory.tenants(), [*others, after], house)
+        _check_room(directory.tenants(), [*others, after], gateway)
 
 
-def _check_room(tenants: Sequence[Tenant], prefixes: Sequence[PublishedPrefix], house: House) -> None:
-    pools = {worker.id: worker.num_blocks for worker in house.workers() if worker.num_blocks}
-    check_kv_quotas(tenants, pools or {"any": 1_000_000}, house.pinned_blocks(prefixes))
+def _check_room(tenants: Sequence[Tenant], prefixes: Sequence[PublishedPrefix], gateway: Gateway) -> None:
+    pools = {worker.id: worker.num_blocks for worker in gateway.workers() if worker.num_blocks}
+    check_kv_quotas(tenants, pools or {"any": 1_000_000}, gateway.pinned_blocks(prefixes))
 
 
 def _owner(directory: TenantDirectory, key: ApiKey) -> str:

@@ -6,83 +6,80 @@ keep a second copy of each.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from kvasir.gateway.core.statistics import (
-    CoreStatistics,
-    HistogramStatistics,
-    KvStatistics,
-    TenantStatistics,
-    WorkerStatistics,
-)
+from kvasir.gateway.core.counters import HistogramStatistics
+from kvasir.gateway.core.statistics import CoreStatistics
 from kvasir.gateway.http.connection import HttpStatistics
 
-Sample = tuple[Mapping[str, str], float]
+Labels = Mapping[str, str]
+Sample = tuple[Labels, float]
 
+# Metric -> the field that it shows, and what it means.
+_TOTALS = {
+    "dispatches": ("num_dispatches", "Requests sent to workers, repeated ones included."),
+    "redispatches": ("num_redispatches", "Requests that went on elsewhere after a worker was lost."),
+    "poisoned": ("num_poisoned", "Requests given up because workers died under them."),
+    "resyncs": ("num_resyncs", "Snapshots asked for after a gap in block events."),
+    "refused_workers": ("num_refused_workers", "Workers that were not let in."),
+}
 _WORKER_GAUGES = {
     "in_flight": ("num_in_flight", "Requests sent to the worker and not finished."),
-    "running": ("running", "Sequences running, as the worker last said."),
-    "waiting": ("waiting", "Sequences waiting inside the worker."),
+    "running": ("num_running", "Sequences running, as the worker last said."),
+    "waiting": ("num_waiting", "Sequences waiting inside the worker."),
     "blocks": ("num_blocks", "KV blocks."),
     "free_blocks": (
         "num_free_blocks",
         "KV blocks that no request uses: free ones, and idle ones with cached contents.",
     ),
-    "pinned_blocks": ("num_pinned_blocks", "KV blocks of pinned prefixes."),
-    "index_blocks": ("num_index_blocks", "Blocks that the gateway's prefix index knows of."),
-    "prefill_tokens_per_second": ("prefill_tokens_per_s", "Learned prefill rate."),
+    "index_blocks": ("num_cached_blocks", "Blocks that the gateway's prefix index knows of."),
+    "prefill_tokens_per_second": ("prefill_rate", "Learned prefill rate."),
     "decode_round_seconds": ("decode_round_s", "Learned time of one decode step."),
 }
 _WORKER_COUNTERS = {
     "requests": ("num_requests", "Requests sent."),
-    "prompt_tokens": ("num_prompt_tokens", "Prompt tokens sent."),
-    "output_tokens": ("num_output_tokens", "Tokens generated and delivered."),
-    "predicted_cached_tokens": ("num_predicted_cached_tokens", "Cached tokens that the router expected."),
-    "actual_cached_tokens": ("num_actual_cached_tokens", "Cached tokens that the worker found."),
-    "mispredicted_tokens": ("num_mispredicted_tokens", "Sum of |predicted - actual| cached tokens."),
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens sent."),
+    "output_tokens": ("output_tokens", "Tokens generated and delivered."),
+    "predicted_cached_tokens": ("predicted_cached_tokens", "Cached tokens that the router expected."),
+    "actual_cached_tokens": ("cached_tokens", "Cached tokens that the worker found."),
+    "mispredicted_tokens": ("mispredicted_tokens", "Sum of |predicted - actual| cached tokens."),
     "stale_outputs": ("num_stale_outputs", "Outputs dropped because their attempt was over."),
     "index_gaps": ("num_index_gaps", "Gaps in the block events, each mended by a snapshot."),
 }
-_KV_GAUGES = {"blocks": ("num_held", "KV blocks held: allocated, or cached and idle.")}
+_CACHE_GAUGES = {"pinned_blocks": ("num_pinned", "KV blocks of pinned prefixes.")}
+_KV_GAUGES = {"blocks": ("num_blocks", "KV blocks held: allocated, or cached and idle.")}
 _KV_COUNTERS = {
     "block_seconds": ("block_s", "KV blocks held times seconds."),
     "byte_seconds": ("byte_s", "KV memory held times seconds."),
-    "looked_up_blocks": ("num_looked_up", "Whole blocks of prompts that the worker began to serve."),
-    "hit_blocks": ("num_hits", "Of them found in its cache."),
-    "evicted_own_blocks": ("num_evicted_own", "Own blocks evicted for oneself."),
-    "suffered_blocks": ("num_suffered", "Own blocks evicted for others."),
-    "caused_blocks": ("num_caused", "Others' blocks evicted for oneself."),
+    "looked_up_tokens": ("looked_up_tokens", "Tokens in whole blocks of prompts that the worker began to serve."),
+    "saved_tokens": ("saved_tokens", "Of them found in its cache."),
+    "evicted_own_blocks": ("evicted_own", "Own blocks evicted for oneself."),
+    "suffered_blocks": ("suffered", "Own blocks evicted for others."),
+    "caused_blocks": ("caused", "Others' blocks evicted for oneself."),
 }
 _TENANT_GAUGES = {
-    "queued": ("queued", "Requests waiting for a worker."),
-    "running": ("running", "Requests on workers."),
+    "queued": ("num_waiting", "Requests waiting for a worker."),
+    "running": ("num_running", "Requests on workers."),
 }
 _TENANT_COUNTERS = {
     "requests": ("num_requests", "Requests received."),
     "refused": ("num_refused", "Requests refused by the queue."),
-    "prompt_tokens": ("num_prompt_tokens", "Prompt tokens of finished requests."),
-    "cached_tokens": ("num_cached_tokens", "Of them found in a KV cache."),
-    "output_tokens": ("num_output_tokens", "Tokens generated for finished requests."),
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens of finished requests that a worker had begun to compute."),
+    "cached_tokens": ("cached_tokens", "Of them found in a KV cache."),
+    "output_tokens": ("output_tokens", "Tokens of finished requests that clients were told."),
 }
 
 
 def render_metrics(core: CoreStatistics, http: HttpStatistics | None) -> bytes:
     """Return all metrics. Tenants appear by id: names are for people and may change."""
     lines: list[str] = []
-    for name, count, text in (
-        ("dispatches", core.num_dispatches, "Requests sent to workers, repeated ones included."),
-        ("redispatches", core.num_redispatches, "Requests that went on elsewhere after a worker was lost."),
-        ("poisoned", core.num_poisoned, "Requests given up because workers died under them."),
-        ("resyncs", core.num_resyncs, "Snapshots asked for after a gap in block events."),
-        ("refused_workers", core.num_refused_workers, "Workers that were not let in."),
-    ):
-        _add(lines, f"kvasir_{name}_total", "counter", text, [({}, count)])
+    _table(lines, "kvasir_", "counter", _TOTALS, [({}, core.totals)])
     _add(
         lines,
         "kvasir_workers_lost_total",
         "counter",
         "Workers lost, by cause.",
-        [({"cause": cause}, count) for cause, count in sorted(core.num_lost.items())],
+        [({"cause": cause}, count) for cause, count in sorted(core.totals.num_lost.items())],
     )
     _add(lines, "kvasir_draining", "gauge", "1 while the gateway shuts down.", [({}, int(core.is_draining))])
     models = [({"model": model.model}, model) for model in core.models]
@@ -90,12 +87,17 @@ def render_metrics(core: CoreStatistics, http: HttpStatistics | None) -> bytes:
     _add(lines, "kvasir_workers", "gauge", "Live workers.", [(labels, model.num_workers) for labels, model in models])
     _histogram(lines, "kvasir_ttft_seconds", "Arrival to first token.", [(lb, model.ttft_s) for lb, model in models])
     _histogram(lines, "kvasir_queue_seconds", "Time in the queue.", [(lb, model.queue_s) for lb, model in models])
-    _table(lines, "kvasir_worker_", "gauge", _WORKER_GAUGES, core.workers, _worker_labels)
-    _table(lines, "kvasir_worker_", "counter", _WORKER_COUNTERS, core.workers, _worker_labels)
-    _table(lines, "kvasir_tenant_", "gauge", _TENANT_GAUGES, core.tenants, _tenant_labels)
-    _table(lines, "kvasir_tenant_", "counter", _TENANT_COUNTERS, core.tenants, _tenant_labels)
-    _table(lines, "kvasir_kv_", "gauge", _KV_GAUGES, core.kv, _kv_labels)
-    _table(lines, "kvasir_kv_", "counter", _KV_COUNTERS, core.kv, _kv_labels)
+    workers = [({"worker": worker.id, "model": worker.model}, worker) for worker in core.workers]
+    caches = [({"worker": cache.id, "model": cache.model}, cache) for cache in core.caches]
+    owners = [({"worker": cache.id, "tenant": kv.tenant}, kv) for cache in core.caches for kv in cache.tenants]
+    tenants = [({"tenant": tenant_id}, usage) for tenant_id, usage in core.tenants.items()]
+    _table(lines, "kvasir_worker_", "gauge", _WORKER_GAUGES, workers)
+    _table(lines, "kvasir_worker_", "gauge", _CACHE_GAUGES, caches)
+    _table(lines, "kvasir_worker_", "counter", _WORKER_COUNTERS, workers)
+    _table(lines, "kvasir_tenant_", "gauge", _TENANT_GAUGES, tenants)
+    _table(lines, "kvasir_tenant_", "counter", _TENANT_COUNTERS, tenants)
+    _table(lines, "kvasir_kv_", "gauge", _KV_GAUGES, owners)
+    _table(lines, "kvasir_kv_", "counter", _KV_COUNTERS, owners)
     if http is not None:
         by_status = [({"status": str(status)}, count) for status, count in sorted(http.by_status.items())]
         _add(lines, "kvasir_http_responses_total", "counter", "HTTP answers by status.", by_status)
@@ -104,23 +106,12 @@ def render_metrics(core: CoreStatistics, http: HttpStatistics | None) -> bytes:
     return "".join(lines).encode()
 
 
-def _worker_labels(worker: WorkerStatistics) -> Mapping[str, str]:
-    return {"worker": worker.worker_id, "model": worker.model}
-
-
-def _tenant_labels(tenant: TenantStatistics) -> Mapping[str, str]:
-    return {"tenant": tenant.tenant_id}
-
-
-def _kv_labels(account: KvStatistics) -> Mapping[str, str]:
-    return {"worker": account.worker_id, "tenant": account.tenant_id}
-
-
-def _table(lines: list[str], prefix: str, kind: str, rows: dict[str, tuple[str, str]], items: Iterable, labels) -> None:  # type: ignore[no-untyped-def,type-arg]
-    items = list(items)
+def _table(
+    lines: list[str], prefix: str, kind: str, rows: dict[str, tuple[str, str]], items: Sequence[tuple[Labels, object]]
+) -> None:
     suffix = "_total" if kind == "counter" else ""
     for name, (attribute, text) in rows.items():
-        samples = [(labels(item), getattr(item, attribute)) for item in items]
+        samples = [(labels, getattr(item, attribute)) for labels, item in items]
         _add(lines, f"{prefix}{name}{suffix}", kind, text, samples)
 
 

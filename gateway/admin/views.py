@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from kvasir.gateway.config import GatewayConfig
 from kvasir.gateway.core.core import Core
@@ -15,13 +16,14 @@ from kvasir.gateway.tenants.directory import PublishedPrefix, TenantDirectory
 from kvasir.gateway.tenants.quotas import kv_quotas
 from kvasir.gateway.workers.supervisor import Supervisor
 from kvasir.protocol.admin_messages import CacheTenant, CacheWorker, ModelStatus, PrivatePrefix, UsageInfo, WorkerInfo
+from kvasir.protocol.messages import KvQuota
 from kvasir.protocol.prefix import HASH_BYTES
 
 MAX_PRIVATE_PREFIXES = 100  # shown
 
 
-class GatewayHouse:
-    """Answers the admin actor (`House`) from the core, the supervisor and the intake. Mutates nothing."""
+class GatewayViews:
+    """Answers the admin actor (`Gateway`) from the core, the supervisor and the intake. Mutates nothing."""
 
     def __init__(
         self,
@@ -43,26 +45,7 @@ class GatewayHouse:
         """Return the workers that are in, then the local ones that are still starting or waiting for a restart."""
         restarts = self._supervisor.num_restarts()
         infos = [
-            WorkerInfo(
-                id=worker.worker_id,
-                model=worker.model,
-                state=worker.state,
-                pid=worker.pid,
-                device=worker.device,
-                num_running=worker.running,
-                num_waiting=worker.waiting,
-                max_requests=worker.max_requests,
-                num_blocks=worker.num_blocks,
-                num_free_blocks=worker.num_free_blocks,
-                num_cached_blocks=worker.num_index_blocks,
-                prompt_tokens=worker.num_prompt_tokens,
-                cached_tokens=worker.num_actual_cached_tokens,
-                output_tokens=worker.num_output_tokens,
-                prefill_rate=worker.prefill_tokens_per_s,
-                decode_rate=worker.running / worker.decode_round_s if worker.decode_round_s else 0.0,
-                num_restarts=restarts.get(worker.worker_id, 0),
-            )
-            for worker in self._core.statistics().workers
+            structs.replace(info, num_restarts=restarts.get(info.id, 0)) for info in self._core.statistics().workers
         ]
         present = {info.id for info in infos}
         for worker_id, model in self._supervisor.local_workers().items():
@@ -85,52 +68,21 @@ class GatewayHouse:
         ]
 
     def usage(self) -> dict[str, UsageInfo]:
-        return {
-            tenant.tenant_id: UsageInfo(
-                num_requests=tenant.num_requests,
-                num_running=tenant.running,
-                num_waiting=tenant.queued,
-                prompt_tokens=tenant.num_prompt_tokens,
-                cached_tokens=tenant.num_cached_tokens,
-                output_tokens=tenant.num_output_tokens,
-            )
-            for tenant in self._core.statistics().tenants
-        }
+        return self._core.statistics().tenants
 
     def cache(self) -> list[CacheWorker]:
-        names, size = {tenant.id: tenant for tenant in self._directory.tenants()}, self._config.block_size
-        statistics = self._core.statistics()
+        tenants = {tenant.id: tenant for tenant in self._directory.tenants()}
+
+        def shown(owner: CacheTenant, quotas: Mapping[str, KvQuota]) -> CacheTenant:
+            quota = quotas.get(owner.tenant, KvQuota(owner.tenant))
+            name = tenants[owner.tenant].name if owner.tenant in tenants else owner.tenant
+            return structs.replace(owner, tenant=name, floor=quota.floor, cap=quota.cap)
+
         found = []
-        for worker in statistics.workers:
-            quotas = {quota.tenant: quota for quota in kv_quotas(names.values(), worker.num_blocks)}
-            tenants = [
-                CacheTenant(
-                    tenant=names[account.tenant_id].name if account.tenant_id in names else account.tenant_id,
-                    floor=quotas[account.tenant_id].floor if account.tenant_id in quotas else 0,
-                    cap=quotas[account.tenant_id].cap if account.tenant_id in quotas else None,
-                    num_blocks=account.num_held,
-                    block_s=account.block_s,
-                    byte_s=account.byte_s,
-                    looked_up_tokens=account.num_looked_up * size,
-                    saved_tokens=account.num_hits * size,
-                    evicted_own=account.num_evicted_own,
-                    suffered=account.num_suffered,
-                    caused=account.num_caused,
-                )
-                for account in statistics.kv
-                if account.worker_id == worker.worker_id
-            ]
-            found.append(
-                CacheWorker(
-                    id=worker.worker_id,
-                    model=worker.model,
-                    block_size=size,
-                    num_blocks=worker.num_blocks,
-                    num_free_blocks=worker.num_free_blocks,
-                    num_pinned=worker.num_pinned_blocks,
-                    tenants=sorted(tenants, key=lambda tenant: -tenant.num_blocks),
-                )
-            )
+        for cache in self._core.statistics().caches:
+            quotas = {quota.tenant: quota for quota in kv_quotas(tenants.values(), cache.num_blocks)}
+            owners = sorted(cache.tenants, key=lambda owner: -owner.num_blocks)
+            found.append(structs.replace(cache, tenants=[shown(owner, quotas) for owner in owners]))
         return found
 
     def kv_changed(self) -> None:
@@ -138,9 +90,8 @@ class GatewayHouse:
 
     def pinned_blocks(self, prefixes: Sequence[PublishedPrefix]) -> dict[str, int]:
         return {
-            worker.worker_id: sum(
-                len(pin.prefix_hashes) // HASH_BYTES
-                for pin in self._intake.pins(worker.model, worker.worker_id, prefixes)
+            worker.id: sum(
+                len(pin.prefix_hashes) // HASH_BYTES for pin in self._intake.pins(worker.model, worker.id, prefixes)
             )
             for worker in self._core.statistics().workers
         }
@@ -149,9 +100,7 @@ class GatewayHouse:
         await self._intake.tokenise(text)
 
     def prefixes_changed(self, prewarm: str | None = None) -> None:
-        workers = self._core.statistics().workers
-        names = {pin.name for worker in workers for pin in self._intake.pins(worker.model, worker.worker_id)}
-        self._core.set_pins(self._intake.pins, prewarm={name for name in names if name.rpartition("/")[0] == prewarm})
+        self._core.set_pins(self._intake.pins, prewarm=prewarm)
 
     def saved_by_prefix(self) -> dict[str, Saving]:
         found: dict[str, Saving] = {}

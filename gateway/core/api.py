@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvasir.protocol.errors import ErrorInfo
-from kvasir.protocol.messages import CacheHint, RetentionHint, Sampling, TokenLogprobs
+from kvasir.protocol.messages import MAX_TOKEN_ID, CacheHint, RetentionHint, Sampling, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Submit:
 
     `token_ids` packed; `prefix_hashes` packed, one per full block, hashed with `root`, the public zone of
     `num_public_tokens` and then `namespace`. `tenant_id` owns its blocks and its place in the queue. `deadline`:
-    absolute time or None. `sink` gets every event of this request.
+    absolute time or None. `sink` gets every event of this request. `vocab_size`: its answer's token ids must be below.
     """
 
     req_id: bytes
@@ -40,14 +40,19 @@ class Submit:
     ignore_eos: bool = False
     cache_hint: CacheHint | None = None
     retention: tuple[RetentionHint, ...] = ()
+    vocab_size: int = MAX_TOKEN_ID + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Stop a request. The sink still gets its `Finished`, with `reason` ("abort", or "stop" after a stop string)."""
+    """Stop a request. The sink still gets its `Finished`, with `reason` ("abort", or "stop" after a stop string).
+
+    `num_output_tokens`: how many of the delivered tokens the client gets; None: all of them.
+    """
 
     req_id: bytes
     reason: str = "abort"
+    num_output_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,9 @@ class Delta:
 class Finished:
     """The one terminal event. `reason` in stop | length | abort | deadline | error; `error` is set with the last two.
 
-    `num_cached_tokens`: prompt tokens found in the cache by the first attempt. `ttft_s`: from arrival to first token.
+    The numbers are those that the tenant's usage counts: `num_prompt_tokens` is 0 if, as far as reports show, no worker
+    has begun to compute the prompt. `num_cached_tokens` of them the first attempt found in the cache. `ttft_s`: from
+    arrival to first token.
     """
 
     req_id: bytes
@@ -88,14 +95,16 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What edges need to know of a served model. None of its workers being alive leaves it known, with 0 workers."""
+    """What edges need to know of a served model. None of its workers being alive leaves it known, with 0 workers.
+
+    `max_context`: what the largest of its workers takes.
+    """
 
     name: str
     fingerprint: str
     dtype: str
     block_size: int
     max_context: int
-    max_prompt_tokens: int
     num_workers: int
 
 

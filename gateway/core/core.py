@@ -1,42 +1,42 @@
 """The core: a state machine from requests and reports to commands and events. No I/O, no tasks, no waiting.
 
 It is called from the tasks of one Trio thread and never awaits, so that every call sees and leaves a consistent
-state. Commands leave through `send`, events through each request's sink, news about workers through `notify`.
+state. Commands leave through `send`, events through each request's sink, news about workers and bugs through `notify`.
 
     submit -> queued -> dispatched -> closed          one queue per model, by tenant
                  ^---------'  worker lost: attempt + 1, from prompt + delivered tokens
 
 Compute is at-least-once; an event reaches a sink exactly once and in order, and every request ends in one `Finished`.
+An exception out of the handling of one request is a bug that fails this request, not the process.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
 
 from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Finished, ModelInfo, Submit
+from kvasir.gateway.core.counters import Totals
 from kvasir.gateway.core.endings import deadline_exceeded, end_without_worker, last_word, misfit
-from kvasir.gateway.core.fleet import Members
+from kvasir.gateway.core.fleet import Fleet
+from kvasir.gateway.core.notices import Broken, Cause, Joined, Lost, Notice, Rejected
 from kvasir.gateway.core.request import Request
-from kvasir.gateway.core.requests import Model, QueueConfig, RequestBook
+from kvasir.gateway.core.requests import Model, QueueConfig, Requests
 from kvasir.gateway.core.savings import Savings
-from kvasir.gateway.core.statistics import CoreStatistics, Totals, core_statistics
-from kvasir.gateway.core.worker import Worker
-from kvasir.gateway.core.worker_checks import Cause, Joined, LivenessConfig, Lost, Notice, Rejected, failure, refusal
+from kvasir.gateway.core.statistics import CoreStatistics, core_statistics
+from kvasir.gateway.core.worker import Attempt, Worker
+from kvasir.gateway.core.worker_checks import LivenessConfig, failure, refusal
 from kvasir.gateway.routing.router import Decision, RouterConfig, choose
-from kvasir.protocol.errors import (
-    KvasirError,
-    Unavailable,
-)
+from kvasir.protocol.errors import KvasirError, Unavailable
 from kvasir.protocol.messages import (
     Abort,
     Bye,
     ClearTenant,
     Command,
-    Drain,
     Hello,
     Identify,
     KvAccounts,
@@ -52,7 +52,7 @@ from kvasir.protocol.messages import (
     Welcome,
 )
 from kvasir.protocol.prefix import HASH_BYTES
-from kvasir.protocol.tokens import TOKEN_BYTES, unpack_tokens
+from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens, unpack_tokens
 
 _DRAINING = Unavailable("the gateway is shutting down; send the request to another one, or again in a minute")
 _PROBE = Abort(b"\0", 0)  # nobody's request: workers ignore it, but a dead link cannot take it
@@ -61,7 +61,7 @@ _PROBE = Abort(b"\0", 0)  # nobody's request: workers ignore it, but a dead link
 @dataclass(frozen=True, slots=True)
 class CoreConfig:
     """Times in seconds. `models` empty: whatever workers bring is served. A request is dispatched at most
-    1 + `max_redispatches` times, and given up as poison when `max_deaths` workers died with it aboard."""
+    1 + `max_redispatches` times; after `max_deaths` deaths of workers it is suspected of poison, see `endings`."""
 
     public_namespace: bytes
     block_size: int = 16
@@ -80,7 +80,8 @@ def _ignore(notice: Notice) -> None:
 
 
 class Core(CoreApi):
-    """See the module. `send(peer, command)` returns False when the peer cannot take it: its worker is lost then.
+    """See the module. `send(peer, command)` never fails and calls nothing here; whoever carries commands says later, by
+    `worker_unreachable`, which peers could not take them.
 
     `clock` returns monotonic seconds, the same that `Submit.arrived` and `.deadline` are in. `epoch`: random bytes per
     boot of the gateway, at most 24.
@@ -89,7 +90,7 @@ class Core(CoreApi):
     def __init__(
         self,
         config: CoreConfig,
-        send: Callable[[bytes, Command], bool],
+        send: Callable[[bytes, Command], None],
         clock: Callable[[], float],
         *,
         epoch: bytes,
@@ -99,8 +100,8 @@ class Core(CoreApi):
         self._send = send
         self._clock = clock
         self.notify = notify
-        self._members = Members(epoch, config.models)
-        self._book = RequestBook(config.queue, config.models, clock())
+        self._fleet = Fleet(epoch, config.models)
+        self._requests = Requests(config.queue, config.models, clock())
         self._totals = Totals()
         self._explained: OrderedDict[bytes, list[Decision]] = OrderedDict()
         self._kv_quotas: Callable[[int], list[KvQuota]] | None = None
@@ -114,61 +115,70 @@ class Core(CoreApi):
     def submit(self, submit: Submit) -> None:
         """Queue a request and dispatch it if a worker has a credit. A refusal is a `Finished` with an error."""
         now = self._clock()
-        entered = _DRAINING if self._draining else self._book.enter(submit, now)
+        entered = _DRAINING if self._draining else self._requests.enter(submit, now)
         if isinstance(entered, KvasirError):
-            submit.sink.put(Finished(submit.req_id, "error", submit.num_prompt_tokens, 0, error=entered.info()))
+            submit.sink.put(Finished(submit.req_id, "error", 0, 0, error=entered.info()))
         else:
-            self._dispatch(self._book.models[submit.model], now)
+            self._dispatch(self._requests.models[submit.model], now)
 
     def cancel(self, cancel: Cancel) -> None:
         """Finish a request with `cancel.reason`; its worker is told. Unknown and finished ids are ignored."""
-        request = self._book.get(cancel.req_id)
+        request = self._requests.get(cancel.req_id)
         if request is not None:
+            request.num_told = cancel.num_output_tokens
             self._stop(request, cancel.reason)
 
     def models(self) -> dict[str, ModelInfo]:
         """Return what is served or configured, by name. A model that never had a worker has no fingerprint yet."""
-        return self._members.infos
+        return self._fleet.infos
 
     # ---- workers -------------------------------------------------------------------------------------------------
 
-    def worker_hello(self, peer: bytes, hello: Hello) -> Welcome | Refused:
-        """Let a worker in or refuse it; send the answer and return it.
+    def worker_hello(self, peer: bytes, hello: Hello) -> None:
+        """Let a worker in or refuse it.
 
         The same incarnation on another link has lost its old one: a new session begins, whose new epoch makes the
-        worker drop its sequences. Another incarnation may take over a worker id only from a dead one.
+        worker drop its sequences. Another incarnation may take over a worker id only from a dead one: its first
+        `Hello` is not answered but has the other's link probed, and it is refused when it says `Hello` again.
         """
         now = self._clock()
-        known = self._members.by_peer.get(peer)
+        known = self._fleet.by_peer.get(peer)
         if known is not None and known.hello == hello:
-            return self._welcome(known)
-        holder = self._members.by_id.get(hello.worker_id)
-        reason = refusal(hello, self._config.block_size, self._config.models, self._members.served)
-        if reason is None and holder is not None and holder.hello.incarnation != hello.incarnation:
-            reason = self._held(holder, peer, now)
+            self._welcome(known)
+            return
+        holder = self._fleet.by_id.get(hello.worker_id)
+        reason = refusal(hello, self._config.block_size, self._config.models, self._fleet.served)
+        if reason is None and holder is not None and self._is_alive(holder, peer, hello, now):
+            if holder.challenger != peer:
+                holder.challenger = peer
+                self._send(holder.peer, _PROBE)
+                return
+            reason = (
+                f"worker id {holder.worker_id!r} is in use by process {holder.hello.pid}, which is alive; "
+                "give this worker another --worker-id or stop that process"
+            )
         if reason is not None:
             self._totals.num_refused_workers += 1
-            refused = Refused(reason)
-            self._send(peer, refused)
+            self._send(peer, Refused(reason))
             self.notify(Rejected(hello, reason))
-            return refused
+            return
         for old in (known, holder):
             if old is not None and old.is_member:
                 self._lose(old, "replaced", "was replaced by a new session", now)
-        worker = self._members.admit(peer, hello, now)
-        model = self._book.model(hello.model, now)
+        worker = self._fleet.admit(peer, hello, now)
+        model = self._requests.model(hello.model, now)
         model.workers.append(worker)
+        model.max_context = max(model.max_context, worker.max_context)
         self.notify(Joined(hello))
-        welcome = self._welcome(worker)
+        self._welcome(worker)
         self._dispatch(model, now)
-        return welcome
 
     def worker_report(self, peer: bytes, report: StepReport | Snapshot | KvAccounts | Bye) -> None:
         """Take in a report. A peer that is no worker of ours is asked to say `Hello`, and its report dropped."""
         now = self._clock()
-        worker = self._members.by_peer.get(peer)
+        worker = self._fleet.by_peer.get(peer)
         if worker is None:
-            if self._members.is_to_identify(peer, now, self._config.liveness.heartbeat_s):
+            if self._fleet.is_to_identify(peer, now, self._config.liveness.heartbeat_s):
                 self._send(peer, Identify())
             return
         worker.last_report_at = now
@@ -180,25 +190,23 @@ class Core(CoreApi):
             worker.kv = report
         else:
             self._lose(worker, "bye", report.reason or "said goodbye", now)
-        model = self._book.models[worker.hello.model]
-        if model.queue:
-            self._dispatch(model, now)
+        self._dispatch(self._requests.models[worker.hello.model], now)
 
     def worker_violation(self, peer: bytes, reason: str) -> None:
         """Note that `peer` sent something that is no report of ours: if it is a worker, it is lost."""
-        worker = self._members.by_peer.get(peer)
+        worker = self._fleet.by_peer.get(peer)
         if worker is not None:
             self._lose_and_dispatch(worker, "protocol", reason)
 
     def worker_unreachable(self, peer: bytes) -> None:
-        """Note that a command that `send` had taken for `peer` could not be sent: if it is a worker, it is lost."""
-        worker = self._members.by_peer.get(peer)
+        """Note that a command for `peer` could not be sent: if it is a worker, it is lost."""
+        worker = self._fleet.by_peer.get(peer)
         if worker is not None:
             self._lose_and_dispatch(worker, "link", "cannot be reached")
 
     def worker_lost(self, worker_id: str, reason: str, *, pid: int | None = None, cause: Cause = "exited") -> None:
         """Hand back everything `worker_id` has, since somebody saw it die. With `pid`, only if that is its process."""
-        worker = self._members.by_id.get(worker_id)
+        worker = self._fleet.by_id.get(worker_id)
         if worker is not None and pid in (None, worker.hello.pid):
             self._lose_and_dispatch(worker, cause, reason)
 
@@ -210,19 +218,18 @@ class Core(CoreApi):
         heartbeat_s = self._config.liveness.heartbeat_s
         was_deaf = now - self._ticked_at > max(heartbeat_s, 1.0)  # suspended, or a long block: not the workers' fault
         self._ticked_at = now
-        for worker in list(self._members.by_id.values()):
+        for worker in list(self._fleet.by_id.values()):
             if was_deaf:
                 worker.forgive(now)
             else:
                 self._check(worker, now)
-        for request in self._book.take_late(now):
+        for request in self._requests.take_late(now):
             where = "while it waited for a worker" if request.state == "queued" else "while it was running"
             self._stop(request, "deadline", deadline_exceeded(request, where))
-        for model in self._book.models.values():
-            if model.queue and not model.workers:
-                self._give_up_waiting(model, now)
+        for model in self._requests.models.values():
+            self._give_up_waiting(model, now)
             self._dispatch(model, now)
-        self._book.measure_rate(now)
+        self._requests.measure_rate(now)
 
     # ---- KV ownership --------------------------------------------------------------------------------------------
 
@@ -232,26 +239,26 @@ class Core(CoreApi):
         `quotas(num_blocks)` returns them for a pool of that size.
         """
         self._kv_quotas = quotas
-        for worker in list(self._members.by_id.values()):
-            self._tell(worker, Quotas(quotas(worker.hello.num_blocks)))
+        for worker in self._fleet.by_id.values():
+            self._send(worker.peer, Quotas(quotas(worker.hello.num_blocks)))
 
-    def set_pins(self, pins: Callable[[str, str], list[Pin]], *, prewarm: Container[str] = ()) -> None:
+    def set_pins(self, pins: Callable[[str, str], list[Pin]], *, prewarm: str | None = None) -> None:
         """Have every worker keep what `pins(model, worker_id)` returns for it, those that join later too.
 
-        `prewarm`: names among them that are computed at once by whoever does not have them.
+        `prewarm`: the prefix among them that is computed at once by whoever does not have it.
         """
         self._pins = pins
-        for worker in list(self._members.by_id.values()):
-            self._tell_pins(worker, prewarm)
+        for worker in self._fleet.by_id.values():
+            self._send_pins(worker, prewarm)
 
-    def _tell_pins(self, worker: Worker, prewarm: Container[str] = ()) -> None:
+    def _send_pins(self, worker: Worker, prewarm: str | None = None) -> None:
         assert self._pins is not None
         pins = self._pins(worker.hello.model, worker.worker_id)
         for name in worker.pins.keys() - {pin.name for pin in pins}:
-            self._tell(worker, Unpin(name))
+            self._send(worker.peer, Unpin(name))
         for pin in pins:
-            if worker.pins.get(pin.name) != pin.prefix_hashes[-HASH_BYTES:] or pin.name in prewarm:
-                self._tell(worker, msgspec.structs.replace(pin, prewarm=pin.name in prewarm))
+            if worker.pins.get(pin.name) != pin.prefix_hashes[-HASH_BYTES:] or pin.prefix == prewarm:
+                self._send(worker.peer, msgspec.structs.replace(pin, prewarm=pin.prefix == prewarm))
         worker.pins = {pin.name: pin.prefix_hashes[-HASH_BYTES:] for pin in pins}
 
     @property
@@ -261,31 +268,17 @@ class Core(CoreApi):
 
     def clear_kv(self, tenant_id: str) -> None:
         """Have all workers drop what is cached of a tenant and not in use."""
-        for worker in list(self._members.by_id.values()):
-            self._tell(worker, ClearTenant(tenant_id))
-
-    def _tell(self, worker: Worker, command: Command) -> None:
-        if worker.is_member and not self._send(worker.peer, command):
-            self._lose_and_dispatch(worker, "link", "cannot be reached")
+        for peer in self._fleet.by_peer:
+            self._send(peer, ClearTenant(tenant_id))
 
     def drain(self) -> None:
         """Refuse new requests from now on; what is queued or running is finished."""
         self._draining = True
 
-    def drain_worker(self, worker_id: str, deadline_s: float) -> bool:
-        """Ask one worker to finish what it has and leave; it gets nothing new. False: no such worker."""
-        worker = self._members.by_id.get(worker_id)
-        if worker is None:
-            return False
-        worker.state = "draining"
-        if not self._send(worker.peer, Drain(deadline_s)):
-            self._lose_and_dispatch(worker, "link", "cannot be reached")
-        return True
-
     @property
     def num_unfinished(self) -> int:
         """Requests that have not got their `Finished`: queued and running."""
-        return self._book.num_queued + self._book.num_running
+        return self._requests.num_queued + self._requests.num_running
 
     # ---- looking in ----------------------------------------------------------------------------------------------
 
@@ -301,17 +294,15 @@ class Core(CoreApi):
 
     def statistics(self) -> CoreStatistics:
         """Return every counter and gauge. O(workers + tenants)."""
-        members, book = self._members, self._book
-        return core_statistics(
-            self._clock(), self._draining, book.models.values(), members.by_id.values(), book.tenants, self._totals
-        )
+        requests, workers = self._requests, self._fleet.by_id.values()
+        return core_statistics(self._draining, self._totals, requests.models.values(), workers, requests.tenants)
 
     def check_integrity(self) -> None:
         """Assert that queues, credits, reservations and counts agree. For tests."""
-        workers = set(self._members.by_id.values())
-        assert set(self._members.by_peer.values()) == workers
-        assert {worker for model in self._book.models.values() for worker in model.workers} == workers
-        self._book.check_integrity()
+        workers = set(self._fleet.by_id.values())
+        assert set(self._fleet.by_peer.values()) == workers
+        assert {worker for model in self._requests.models.values() for worker in model.workers} == workers
+        self._requests.check_integrity()
         for worker in workers:
             worker.check_integrity()
 
@@ -319,32 +310,38 @@ class Core(CoreApi):
 
     def _dispatch(self, model: Model, now: float) -> None:
         """Send what waits to workers that have credits, tenant by tenant."""
-        queue = model.queue
-        while queue:
-            able = [worker for worker in model.workers if worker.num_credits > 0]
-            if not able:
+        while model.num_waiting:
+            emptied = _emptied_for_suspect(model)
+            able = [worker for worker in model.workers if worker.num_credits > 0 and worker is not emptied]
+            if emptied is not None and not emptied.in_flight:
+                request, able = model.suspects.pop(0), [emptied]
+            elif able:
+                largest = max([worker.max_context for worker in able])
+                found = model.queue.pop(model.num_running, largest)
+                if found is None:
+                    return
+                request = found
+            else:
                 return
-            request = queue.pop()
-            assert request is not None
             deadline = request.submit.deadline
             if deadline is not None and deadline <= now:
-                self._book.finish(request, "deadline", deadline_exceeded(request, "while it waited for a worker"))
-            else:
+                late = deadline_exceeded(request, "while it waited for a worker")
+                self._requests.finish(request, "deadline", late)
+                continue
+            try:
                 self._route(request, model, able, now)
+            except Exception as bug:
+                self._fail(request, bug)
 
     def _route(self, request: Request, model: Model, able: list[Worker], now: float) -> None:
-        """Choose one of `able` for `request`, just popped, and send it there; back to the front if that fails."""
+        """Choose one of `able` for `request`, just taken from its queue, and send it there."""
         config = self._config.router
-        candidates = [worker.candidate(request, now, config) for worker in able]
+        candidates = [w.candidate(request, now, config) for w in able if request.num_needed <= w.max_context]
         decision = choose(request.num_tokens, candidates, now, config)
-        worker = self._members.by_id[decision.worker_id]
+        worker = self._fleet.by_id[decision.worker_id]
         request.attempt += 1
-        if not self._send(worker.peer, request.generate(now)):
-            request.attempt -= 1
-            model.queue.push_front(request)
-            self._lose(worker, "link", "cannot be reached", now)
-            return
-        self._book.dispatched(request)
+        self._send(worker.peer, request.generate(now))
+        self._requests.dispatched(request)
         worker.take(request, decision, now, config.heat_decay_s)
         self._totals.num_dispatches += 1
         if request.attempt == 1:
@@ -355,16 +352,19 @@ class Core(CoreApi):
         """Finish a request before its time. Its worker, if it has one, is told; the credit is free when it answers."""
         if request.state == "closed":
             return
-        if request.state == "queued":
-            self._book.models[request.submit.model].queue.remove(request)
-            self._book.finish(request, reason, error)
-            return
-        worker = request.worker
-        assert worker is not None
-        worker.prefilled(request)  # nobody waits for it any more
-        self._book.finish(request, reason, error)
-        if not self._send(worker.peer, Abort(request.submit.req_id, request.attempt)):
-            self._lose_and_dispatch(worker, "link", "cannot be reached")
+        req_id = request.submit.req_id
+        if request.is_held:
+            worker = self._fleet.by_id[request.worker_id]
+            worker.prefilled(worker.in_flight[req_id])  # nobody waits for it any more
+            self._send(worker.peer, Abort(req_id, request.attempt))
+        else:
+            self._requests.models[request.submit.model].discard(request)
+        self._requests.finish(request, reason, error)
+
+    def _fail(self, request: Request, bug: Exception) -> None:
+        """Fail the one request whose handling has raised."""
+        self.notify(Broken(request.submit.req_id, "".join(traceback.format_exception(bug))))
+        self._stop(request, "error", KvasirError("the gateway failed on this request; its log says how"))
 
     # ---- workers' reports ----------------------------------------------------------------------------------------
 
@@ -374,67 +374,68 @@ class Core(CoreApi):
         worker.stepped(report.step, report.load, now)
         if not worker.index.apply(report.event_seq, report.stored, report.removed):
             self._totals.num_resyncs += 1
-            if not self._send(worker.peer, Resync()):
-                self._lose(worker, "link", "cannot be reached", now)
-                return
+            self._send(worker.peer, Resync())
         for output in report.outputs:
-            violation = self._output(worker, output, now)
+            attempt = worker.in_flight.get(output.req_id)
+            if attempt is None or attempt.request.attempt != output.attempt:
+                self._count_stale(worker)
+                continue
+            try:
+                violation = self._output(worker, attempt, output, now)
+            except Exception as bug:
+                self._fail(attempt.request, bug)
+                continue
             if violation is not None:
                 self._lose(worker, "protocol", f"broke the protocol: {violation}", now)
                 return
-            if not worker.is_member:  # a sink's answer to a delta has found the link dead
-                return
 
-    def _output(self, worker: Worker, output: Output, now: float) -> str | None:
+    def _output(self, worker: Worker, attempt: Attempt, output: Output, now: float) -> str | None:
         """Deliver one output; return what is wrong with it, if anything."""
-        request = worker.in_flight.get(output.req_id)
-        if request is None or request.attempt != output.attempt:
-            self._count_stale(worker)
-            return None
+        request = attempt.request
         if request.state == "dispatched":
-            violation = misfit(request, output)
+            token_ids = unpack_tokens(output.token_ids[: num_tokens(output.token_ids) * TOKEN_BYTES])
+            violation = misfit(request, output, token_ids)
             if violation is not None:
                 return violation
-            self._deliver(worker, request, output, now)
-        if output.finish_reason is None or worker.in_flight.get(output.req_id) is not request:
+            self._deliver(worker, attempt, output, token_ids, now)
+        if output.finish_reason is None:
             return None
-        worker.give_back(request)
+        worker.give_back(output.req_id)
         if request.state == "closed":  # cancelled: its end has been told, perhaps in answer to the last delta
-            self._book.release(request)
+            self._requests.release(request)
         else:
             self._end_attempt(worker, request, output, now)
         return None
 
-    def _deliver(self, worker: Worker, request: Request, output: Output, now: float) -> None:
+    def _deliver(self, worker: Worker, attempt: Attempt, output: Output, token_ids: list[int], now: float) -> None:
         """Put the tokens of an output that fits; what has been delivered already is not delivered again."""
-        num_delivered = len(request.delivered) // TOKEN_BYTES
-        if output.seq < num_delivered:
+        request = attempt.request
+        if output.seq < request.num_delivered:
             self._count_stale(worker)
             return
         if output.num_cached_tokens is not None:
-            worker.matched(request, output.num_cached_tokens)
+            request.is_begun = True
+            worker.matched(attempt, output.num_cached_tokens)
             self._savings.add(request.submit, output.num_cached_tokens)
-        packed = output.token_ids
-        if not packed:
+        if not token_ids:
             return
-        if request.pending is not None:
-            worker.prefilled(request)
+        request.is_begun = True
+        worker.prefilled(attempt)
         if request.first_token_at is None:
             request.first_token_at = now
-            self._book.models[request.submit.model].counters.ttft_s.add(now - request.submit.arrived)
-        request.delivered += packed
-        worker.counters.num_output_tokens += len(packed) // TOKEN_BYTES
-        request.submit.sink.put(Delta(output.req_id, unpack_tokens(packed), output.logprobs))
+            self._requests.models[request.submit.model].counters.ttft_s.add(now - request.submit.arrived)
+        request.delivered += output.token_ids
+        worker.counters.output_tokens += len(token_ids)
+        request.submit.sink.put(Delta(output.req_id, token_ids, output.logprobs))
 
     def _end_attempt(self, worker: Worker, request: Request, output: Output, now: float) -> None:
         """Finish a request with its worker's last word, or queue it again if the worker hands it back."""
-        worker.counters.num_finished += 1
         if output.finish_reason == "abort":  # not asked for: the worker is about to leave, and wants no more
             worker.state = "draining"
             self._go_on(request, now)
         else:
             end = last_word(request, output, worker.worker_id)
-            self._book.finish(request, end.reason, end.error)
+            self._requests.finish(request, end.reason, end.error)
 
     def _count_stale(self, worker: Worker) -> None:
         worker.counters.num_stale_outputs += 1
@@ -442,25 +443,19 @@ class Core(CoreApi):
 
     # ---- workers come and go -------------------------------------------------------------------------------------
 
-    def _welcome(self, worker: Worker) -> Welcome:
+    def _welcome(self, worker: Worker) -> None:
         config = self._config
-        welcome = Welcome(worker.epoch, config.public_namespace, config.liveness.heartbeat_s)
-        if not self._send(worker.peer, welcome):
-            self._lose_and_dispatch(worker, "link", "cannot be reached")
-        elif self._kv_quotas is not None and (quotas := self._kv_quotas(worker.hello.num_blocks)):
-            self._tell(worker, Quotas(quotas))
-        if self._pins is not None and worker.is_member:
-            self._tell_pins(worker)
-        return welcome
+        self._send(worker.peer, Welcome(worker.epoch, config.public_namespace, config.liveness.heartbeat_s))
+        if self._kv_quotas is not None and (quotas := self._kv_quotas(worker.hello.num_blocks)):
+            self._send(worker.peer, Quotas(quotas))
+        if self._pins is not None:
+            self._send_pins(worker)
 
-    def _held(self, holder: Worker, peer: bytes, now: float) -> str | None:
-        """Return why `peer` may not take over the worker id of `holder`: it is alive and its link is up."""
-        if holder.peer == peer or failure(holder, now, self._config.liveness) or not self._send(holder.peer, _PROBE):
-            return None
-        return (
-            f"worker id {holder.worker_id!r} is in use by process {holder.hello.pid}, which is alive; "
-            "give this worker another --worker-id or stop that process"
-        )
+    def _is_alive(self, holder: Worker, peer: bytes, hello: Hello, now: float) -> bool:
+        """Return whether another incarnation than that of `hello` has its worker id and seems to be alive."""
+        if holder.hello.incarnation == hello.incarnation or holder.peer == peer:
+            return False
+        return failure(holder, now, self._config.liveness) is None
 
     def _check(self, worker: Worker, now: float) -> None:
         """Lose `worker` if it is silent or stalled; probe its link when it has been quiet for a heartbeat."""
@@ -470,56 +465,63 @@ class Core(CoreApi):
             self._lose(worker, *failed, now)
         elif now - max(worker.last_report_at, worker.last_probe_at) > liveness.heartbeat_s:
             worker.last_probe_at = now
-            if not self._send(worker.peer, _PROBE):
-                self._lose(worker, "link", "cannot be reached", now)
+            self._send(worker.peer, _PROBE)
 
     def _lose_and_dispatch(self, worker: Worker, cause: Cause, reason: str) -> None:
         now = self._clock()
         self._lose(worker, cause, reason, now)
-        self._dispatch(self._book.models[worker.hello.model], now)
+        self._dispatch(self._requests.models[worker.hello.model], now)
 
     def _lose(self, worker: Worker, cause: Cause, reason: str, now: float) -> None:
         """Forget `worker` and hand back what it had, in the order in which it was sent. Does not dispatch."""
         if not worker.is_member:
             return
-        self._members.remove(worker)
-        model = self._book.models[worker.hello.model]
+        self._fleet.remove(worker)
+        model = self._requests.models[worker.hello.model]
         model.workers.remove(worker)
-        if not model.workers:
-            model.empty_since = now
+        model.lost_at = now
         self._totals.num_lost[cause] = self._totals.num_lost.get(cause, 0) + 1
-        unfinished = [request for request in worker.in_flight.values() if request.state == "dispatched"]
-        for request in reversed(list(worker.in_flight.values())):
-            worker.give_back(request)
+        died_with = [] if cause == "bye" else worker.computing()
+        unfinished = []
+        for req_id in reversed(list(worker.in_flight)):
+            request = worker.give_back(req_id)
             if request.state == "closed":
-                self._book.release(request)
+                self._requests.release(request)
             else:
-                request.num_deaths += cause != "bye"
-                self._go_on(request, now)
+                unfinished.append(request)
+        for request in unfinished:
+            try:
+                self._go_on(request, now, is_death=request in died_with)
+            except Exception as bug:
+                self._fail(request, bug)
         self.notify(Lost(worker.worker_id, worker.hello.pid, cause, reason, len(unfinished)))
 
-    def _go_on(self, request: Request, now: float) -> None:
+    def _go_on(self, request: Request, now: float, *, is_death: bool = False) -> None:
         """Queue `request`, whose attempt is over without an end, first of its tenant; or finish it for good."""
         config = self._config
-        end = end_without_worker(request, now, config.max_redispatches, config.max_deaths)
+        end = end_without_worker(request, now, config.max_redispatches, config.max_deaths, is_death=is_death)
         if end is None:
             request.go_on_elsewhere(config.block_size)
-            self._book.requeue(request, now)
+            self._requests.requeue(request, now)
             self._totals.num_redispatches += 1
         else:
             self._totals.num_poisoned += end.is_poison
-            self._book.finish(request, end.reason, end.error)
+            self._requests.finish(request, end.reason, end.error)
 
     # ---- time ----------------------------------------------------------------------------------------------------
 
     def _give_up_waiting(self, model: Model, now: float) -> None:
-        """Finish what has waited too long for a model that has no worker at all."""
+        """Finish what has waited too long for a model without any worker, or without one that is large enough."""
         timeout_s = self._config.no_worker_timeout_s
-        if now - model.empty_since < timeout_s:
+        largest = max((worker.max_context for worker in model.workers), default=0)
+        waited_s = now - model.lost_at
+        if largest >= model.max_context or waited_s < timeout_s:
             return
-        for request in [request for request in model.queue if now - request.queued_at >= timeout_s]:
-            text = f"model {model.name!r} has had no worker for {now - model.empty_since:.0f} s; try again later"
-            self._stop(request, "error", Unavailable(text, retry_after_s=timeout_s))
+        for request in [*model.suspects, *model.queue]:
+            if request.num_needed > largest and now - request.queued_at >= timeout_s:
+                size = f" for {request.num_needed} tokens" if largest else ""
+                text = f"model {model.name!r} has had no worker{size} for {waited_s:.0f} s; try again later"
+                self._stop(request, "error", Unavailable(text, retry_after_s=timeout_s))
 
     def _explain(self, req_id: bytes, decision: Decision) -> None:
         decisions = self._explained.get(req_id)
@@ -533,3 +535,12 @@ class Core(CoreApi):
 
 def _begins(req_id: bytes, start: str) -> bool:
     return bool(start) and req_id.hex().startswith(start)
+
+
+def _emptied_for_suspect(model: Model) -> Worker | None:
+    """Return the worker that gets nothing new until it is empty, because a suspect waits to run alone there."""
+    if not model.suspects:
+        return None
+    needed = model.suspects[0].num_needed
+    able = [w for w in model.workers if w.state == "ready" and not w.runs_suspect and w.max_context >= needed]
+    return min(able, key=lambda worker: (len(worker.in_flight), worker.worker_id), default=None)

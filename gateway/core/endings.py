@@ -1,4 +1,10 @@
-"""How requests end, and what does not belong to them: pure decisions about outputs and lost attempts."""
+"""How requests end, and what does not belong to them: pure decisions about outputs and lost attempts.
+
+Poison is a request that kills its workers. A worker's death counts against every request that it may have been
+computing: those with tokens in this attempt, and the prompts of its next step. Requests that only waited there are not
+blamed. Who has seen `max_deaths` such deaths is a suspect: it runs once more, alone on a worker. If that one dies
+too, the request is poison; else it was in bad company, or had bad luck.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +25,20 @@ class End:
     is_poison: bool = False
 
 
-def misfit(request: Request, output: Output) -> str | None:
-    """Return what is wrong with an output of the current attempt, or None.
+def misfit(request: Request, output: Output, token_ids: list[int]) -> str | None:
+    """Return what is wrong with an output of the current attempt, whose `token_ids` are given unpacked, or None.
 
     Links keep the order and lose nothing while they live, so that anything but the next token (or a repetition, which
     does no harm) means that the worker is out of step and cannot be believed.
     """
-    num_bytes = len(output.token_ids)
-    num_delivered = len(request.delivered) // TOKEN_BYTES
+    num_delivered = request.num_delivered
     is_repetition = output.seq < num_delivered and output.finish_reason is None
-    if num_bytes % TOKEN_BYTES or (output.seq != num_delivered and not is_repetition):
-        return f"output of {num_bytes} bytes at {output.seq}, expected whole tokens at {num_delivered}"
-    if output.seq + num_bytes // TOKEN_BYTES > request.submit.max_tokens:
+    if len(output.token_ids) != len(token_ids) * TOKEN_BYTES or (output.seq != num_delivered and not is_repetition):
+        return f"output of {len(output.token_ids)} bytes at {output.seq}, expected whole tokens at {num_delivered}"
+    if output.seq + len(token_ids) > request.submit.max_tokens:
         return f"more than the {request.submit.max_tokens} tokens asked for"
+    if token_ids and max(token_ids) >= request.submit.vocab_size:
+        return f"token id {max(token_ids)} of a vocabulary of {request.submit.vocab_size}"
     return None
 
 
@@ -47,17 +54,24 @@ def last_word(request: Request, output: Output, worker_id: str) -> End:
     return End(reason)
 
 
-def end_without_worker(request: Request, now: float, max_redispatches: int, max_deaths: int) -> End | None:
-    """Return how a request ends whose worker is lost or handed it back, None if it goes on elsewhere."""
+def end_without_worker(
+    request: Request, now: float, max_redispatches: int, max_deaths: int, *, is_death: bool
+) -> End | None:
+    """Return how a request ends whose worker is lost or handed it back, None if it goes on elsewhere.
+
+    `is_death`: the worker died while it may have been computing this request. Marks it as a suspect if due.
+    """
     reason = request.end_of_delivered()
     if reason is not None:
         return End(reason)
     deadline = request.submit.deadline
     if deadline is not None and deadline <= now:
         return End("deadline", deadline_exceeded(request, "when its worker was lost"))
-    if request.num_deaths >= max_deaths:
-        text = f"{request.num_deaths} workers died while they had this request; it is not tried again"
+    request.num_deaths += is_death
+    if is_death and request.is_suspect:
+        text = f"{request.num_deaths} workers died while they had this request, the last with no other; not tried again"
         return End("error", RequestFailed(text), is_poison=True)
+    request.is_suspect = request.num_deaths >= max_deaths
     if request.attempt > max_redispatches:
         text = f"given up after {request.attempt} attempts: every worker was lost or handed the request back"
         return End("error", RequestFailed(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from kvasir.gateway.core.api import ModelInfo
 from kvasir.gateway.core.worker import DEFAULT_PREFILL_TOKENS_PER_S, Rates, Worker
@@ -12,7 +13,7 @@ from kvasir.protocol.messages import Hello
 MAX_STRANGERS = 1_024
 
 
-class Members:
+class Fleet:
     """Who is in. `epoch` is the gateway's; each session's own epoch begins with it.
 
     A worker drops its sequences when it is welcomed with another epoch than before. A session that was lost and
@@ -23,7 +24,7 @@ class Members:
         self.by_id: dict[str, Worker] = {}
         self.by_peer: dict[bytes, Worker] = {}
         self.served: dict[str, Served] = {}
-        self.infos = {name: ModelInfo(name, "", "", 0, 0, 0, 0) for name in sorted(configured)}
+        self.infos = {name: ModelInfo(name, "", "", 0, 0, 0) for name in sorted(configured)}
         self._epoch = epoch
         self._num_sessions = 0
         self._strangers: dict[bytes, float] = {}  # when unknown peers were last asked who they are
@@ -60,15 +61,9 @@ class Members:
     def _refresh(self, model: str) -> None:
         workers = [worker for worker in self.by_id.values() if worker.hello.model == model]
         if workers:
-            # The least of all: a request may have to go on at any of them.
-            max_context = min(worker.max_context for worker in workers)
+            max_context = max(worker.max_context for worker in workers)
             hello = workers[0].hello
-            fresh = ModelInfo(
-                model, hello.fingerprint, hello.dtype, hello.block_size, max_context, max_context - 1, len(workers)
-            )
+            fresh = ModelInfo(model, hello.fingerprint, hello.dtype, hello.block_size, max_context, len(workers))
         else:
-            known = self.infos[model]
-            fresh = ModelInfo(
-                model, known.fingerprint, known.dtype, known.block_size, known.max_context, known.max_prompt_tokens, 0
-            )
+            fresh = replace(self.infos[model], num_workers=0)
         self.infos = {**self.infos, model: fresh}  # a new one: edges may hold on to the old

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from kvasir.gateway.core.api import Finished, Submit
 from kvasir.protocol.errors import ErrorInfo
 from kvasir.protocol.messages import Generate
 from kvasir.protocol.prefix import HASH_BYTES, extend_chain
 from kvasir.protocol.tokens import TOKEN_BYTES, unpack_tokens
-
-if TYPE_CHECKING:
-    from kvasir.gateway.core.worker import Worker
-    from kvasir.gateway.routing.router import Pending
 
 State = Literal["queued", "dispatched", "closed"]
 
@@ -33,29 +29,29 @@ class Request:
     queued_at: float
     state: State = "queued"
     attempt: int = 0
-    num_deaths: int = 0
-    worker: Worker | None = None
-    dispatched_at: float = 0.0
-    num_predicted_tokens: int = 0
+    num_deaths: int = 0  # of workers that were computing it
+    is_suspect: bool = False  # it has seen so many deaths that it must be alone on its worker, see `endings`
+    worker_id: str = ""  # where it is, or was last
+    is_held: bool = False  # that worker still has to answer for it
+    is_begun: bool = False  # some worker has begun to compute its prompt, as far as reports show
     delivered: bytearray = field(default_factory=bytearray)  # packed, over all attempts
     first_token_at: float | None = None
     num_cached_tokens: int | None = None  # of the first attempt that said so
-    pending: Pending | None = None  # its uncached prompt tokens, while its worker has not computed them
-    reserved: bytes = b""  # packed hashes that count as cached on `worker` because this request is there
+    num_told: int | None = None  # how many of the delivered tokens the client gets, if not all
 
     @property
     def num_delivered(self) -> int:
         return len(self.delivered) // TOKEN_BYTES
 
     @property
-    def is_held(self) -> bool:
-        """Whether its worker still has to answer for it."""
-        return self.worker is not None and self.worker.in_flight.get(self.submit.req_id) is self
-
-    @property
     def num_tokens(self) -> int:
         """Tokens that the next attempt starts from: the prompt and what lost attempts delivered."""
         return len(self.token_ids) // TOKEN_BYTES
+
+    @property
+    def num_needed(self) -> int:
+        """Tokens of context that it may come to: the prompt and the longest answer."""
+        return self.submit.num_prompt_tokens + self.submit.max_tokens
 
     def generate(self, now: float) -> Generate:
         """Return the command that starts the current attempt."""
@@ -70,7 +66,7 @@ class Request:
             self.prefix_hashes,
             submit.num_public_tokens,
             submit.namespace,
-            submit.max_tokens - len(self.delivered) // TOKEN_BYTES,
+            submit.max_tokens - self.num_delivered,
             submit.sampling,
             list(submit.stop_token_ids),
             submit.ignore_eos,
@@ -105,10 +101,10 @@ class Request:
         return Finished(
             submit.req_id,
             reason,
-            submit.num_prompt_tokens,
-            len(self.delivered) // TOKEN_BYTES,
+            submit.num_prompt_tokens if self.is_begun else 0,
+            self.num_delivered if self.num_told is None else self.num_told,
             self.num_cached_tokens or 0,
-            self.worker.worker_id if self.worker is not None else "",
+            self.worker_id,
             self.attempt,
             0.0 if self.first_token_at is None else self.first_token_at - submit.arrived,
             error,

@@ -5,15 +5,17 @@ The only place where a request changes its state; the core decides when. No I/O.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
 
 from kvasir.gateway.core.api import Submit
+from kvasir.gateway.core.counters import ModelCounters
 from kvasir.gateway.core.request import Request
-from kvasir.gateway.core.statistics import ModelCounters, TenantCounters
 from kvasir.gateway.core.tenant_queue import TenantQueue
 from kvasir.gateway.core.worker import Worker
+from kvasir.protocol.admin_messages import UsageInfo
 from kvasir.protocol.errors import Conflict, KvasirError, Overloaded, UnknownModel
 
 _RATE_WINDOW_S = 1.0
@@ -29,21 +31,39 @@ class QueueConfig:
 
 @dataclass(slots=True, eq=False)
 class Model:
-    """One model: its queue and its workers. `empty_since`: since when it has none."""
+    """One model: its queue, its workers, and how many requests of each tenant run.
+
+    Suspects wait apart, since they need a worker of their own. `lost_at`: when it last lost a worker, or was made.
+    `max_context`: the largest that it ever had.
+    """
 
     name: str
-    empty_since: float
+    lost_at: float
     queue: TenantQueue = field(default_factory=TenantQueue)
+    suspects: list[Request] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
+    num_running: Counter[str] = field(default_factory=Counter)
     counters: ModelCounters = field(default_factory=ModelCounters)
+    max_context: int = 1
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.suspects) + len(self.queue)
+
+    def discard(self, request: Request) -> None:
+        """Take out `request` if it waits here."""
+        if request in self.suspects:
+            self.suspects.remove(request)
+        elif request in self.queue:
+            self.queue.remove(request)
 
 
-class RequestBook:
+class Requests:
     """Requests from `enter` to `finish`; a finished one stays until `release` while a worker still holds it."""
 
     def __init__(self, config: QueueConfig, models: Iterable[str], now: float) -> None:
         self.models: dict[str, Model] = {name: Model(name, now) for name in sorted(models)}
-        self.tenants: dict[str, TenantCounters] = {}
+        self.tenants: dict[str, UsageInfo] = {}
         self.num_queued = 0
         self.num_running = 0
         self._config = config
@@ -69,7 +89,7 @@ class RequestBook:
         """Queue a new request, or return why it is refused."""
         tenant = self.tenants.get(submit.tenant_id)
         if tenant is None:
-            tenant = self.tenants[submit.tenant_id] = TenantCounters()
+            tenant = self.tenants[submit.tenant_id] = UsageInfo()
         tenant.num_requests += 1
         error = self._refusal(submit, tenant)
         if error is not None:
@@ -80,47 +100,49 @@ class RequestBook:
         if submit.deadline is not None and submit.deadline < self._next_deadline:
             self._next_deadline = submit.deadline
         self.models[submit.model].queue.push(request)
-        tenant.num_queued += 1
+        tenant.num_waiting += 1
         self.num_queued += 1
         return request
 
     def dispatched(self, request: Request) -> None:
         """Count `request`, popped from its queue and sent, as running."""
         tenant = self.tenants[request.submit.tenant_id]
-        tenant.num_queued -= 1
+        self.models[request.submit.model].num_running[request.submit.tenant_id] += 1
+        tenant.num_waiting -= 1
         tenant.num_running += 1
         self.num_queued -= 1
         self.num_running += 1
         request.state = "dispatched"
 
     def requeue(self, request: Request, now: float) -> None:
-        """Put a running request, which no worker has any more, before everything of its tenant."""
-        tenant = self.tenants[request.submit.tenant_id]
-        tenant.num_running -= 1
-        tenant.num_queued += 1
-        self.num_running -= 1
+        """Put a running request, which no worker has any more, before everything of its tenant or with the suspects."""
+        model, tenant = self.models[request.submit.model], self.tenants[request.submit.tenant_id]
+        self._stopped_running(request)
+        tenant.num_waiting += 1
         self.num_queued += 1
         request.state = "queued"
         request.queued_at = now
-        self.models[request.submit.model].queue.push_front(request)
+        if request.is_suspect:
+            model.suspects.insert(0, request)
+        else:
+            model.queue.push_front(request)
 
     def finish(self, request: Request, reason: str, error: KvasirError | None = None) -> None:
         """Close `request`, out of its queue, and put its one `Finished`."""
         submit = request.submit
         tenant = self.tenants[submit.tenant_id]
         if request.state == "queued":
-            tenant.num_queued -= 1
+            tenant.num_waiting -= 1
             self.num_queued -= 1
         else:
-            tenant.num_running -= 1
-            self.num_running -= 1
+            self._stopped_running(request)
         request.state = "closed"
         if not request.is_held:
             del self._requests[submit.req_id]
         finished = request.finished(reason, None if error is None else error.info())
-        tenant.num_prompt_tokens += submit.num_prompt_tokens
-        tenant.num_cached_tokens += finished.num_cached_tokens
-        tenant.num_output_tokens += finished.num_output_tokens
+        tenant.prompt_tokens += finished.num_prompt_tokens
+        tenant.cached_tokens += finished.num_cached_tokens
+        tenant.output_tokens += finished.num_output_tokens
         tenant.num_finished[reason] = tenant.num_finished.get(reason, 0) + 1
         self.models[submit.model].counters.num_finished += 1
         self._num_finished += 1
@@ -160,17 +182,32 @@ class RequestBook:
         for request in self._requests.values():
             states[request.state] += 1
             assert request.is_held == (request.state != "queued"), "a request is in two places, or in none"
+            if request.state == "queued":
+                model = self.models[request.submit.model]
+                assert (request in model.suspects, request in model.queue) == (
+                    request.is_suspect,
+                    not request.is_suspect,
+                )
         tenants, models = self.tenants.values(), self.models.values()
-        assert states["queued"] == self.num_queued == sum(len(model.queue) for model in models)
+        assert states["queued"] == self.num_queued == sum(model.num_waiting for model in models)
         assert states["dispatched"] == self.num_running
-        assert self.num_queued == sum(tenant.num_queued for tenant in tenants)
+        assert self.num_queued == sum(tenant.num_waiting for tenant in tenants)
         assert self.num_running == sum(tenant.num_running for tenant in tenants)
         num_held = sum(len(worker.in_flight) for model in models for worker in model.workers)
         assert states["dispatched"] + states["closed"] == num_held, "a worker holds a request that nobody knows"
         for model in models:
             model.queue.check_integrity()
 
-    def _refusal(self, submit: Submit, tenant: TenantCounters) -> KvasirError | None:
+    def _stopped_running(self, request: Request) -> None:
+        tenant_id = request.submit.tenant_id
+        running = self.models[request.submit.model].num_running
+        running[tenant_id] -= 1
+        if not running[tenant_id]:
+            del running[tenant_id]
+        self.tenants[tenant_id].num_running -= 1
+        self.num_running -= 1
+
+    def _refusal(self, submit: Submit, tenant: UsageInfo) -> KvasirError | None:
         if submit.model not in self.models:
             names = ", ".join(sorted(self.models)) or "none"
             return UnknownModel(f"model {submit.model!r} is not served here; served: {names}", param="model")
@@ -178,8 +215,8 @@ class RequestBook:
             return Conflict(f"request id {submit.req_id.hex()} is in use by a running request; choose another")
         if self.num_queued >= self._config.max_queued:
             return self._overloaded("the queue is full", self.num_queued)
-        if tenant.num_queued >= self._config.max_queued_per_tenant:
-            return self._overloaded("this tenant has too many requests waiting", tenant.num_queued)
+        if tenant.num_waiting >= self._config.max_queued_per_tenant:
+            return self._overloaded("this tenant has too many requests waiting", tenant.num_waiting)
         return None
 
     def _overloaded(self, what: str, num_waiting: int) -> Overloaded:

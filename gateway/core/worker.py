@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kvasir.gateway.core.counters import WorkerCounters
 from kvasir.gateway.core.request import Request
+from kvasir.gateway.routing.backlog import Backlog, Pending
 from kvasir.gateway.routing.prefix_index import PrefixIndex
-from kvasir.gateway.routing.router import Backlog, Candidate, Decision, RouterConfig
+from kvasir.gateway.routing.router import Candidate, Decision, RouterConfig
 from kvasir.protocol.messages import Hello, KvAccounts, Load
 from kvasir.protocol.prefix import HASH_BYTES, split_hashes
 
@@ -49,20 +51,16 @@ class Rates:
             self.round_s = load.step_s if not self.round_s else self.round_s * 0.8 + load.step_s * 0.2
 
 
-@dataclass(slots=True)
-class WorkerCounters:
-    """Since the worker joined. Prompt, predicted and actual tokens are summed over the attempts that said how much of
-    their prompt was cached."""
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One request in flight on a worker. `pending`: its uncached prompt tokens, until they are computed or not wanted
+    any more. `reserved`: packed hashes that count as cached there because of it."""
 
-    num_requests: int = 0
-    num_finished: int = 0
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    num_predicted_cached_tokens: int = 0
-    num_actual_cached_tokens: int = 0
-    num_mispredicted_tokens: int = 0  # sum of |predicted - actual|
-    num_stale_outputs: int = 0
-    num_reports: int = 0
+    request: Request
+    dispatched_at: float
+    num_predicted_tokens: int
+    pending: Pending | None
+    reserved: bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -81,13 +79,14 @@ class Worker:
     last_probe_at: float = 0.0
     load: Load = field(default_factory=Load)
     loaded_at: float = 0.0  # when `load` was reported
-    in_flight: dict[bytes, Request] = field(default_factory=dict)
+    in_flight: dict[bytes, Attempt] = field(default_factory=dict)
     index: PrefixIndex = field(default_factory=PrefixIndex)
     backlog: Backlog = field(default_factory=Backlog)
     kv: KvAccounts = field(default_factory=lambda: KvAccounts([]))  # as last reported
     pins: dict[str, bytes] = field(default_factory=dict)  # what it was told to pin: name -> hash of the last block
     counters: WorkerCounters = field(default_factory=WorkerCounters)
     is_member: bool = True  # False once it is lost: nothing may be booked on it any more
+    challenger: bytes = b""  # a peer that wants this worker's id; a probe was sent to see which of them is alive
     _heat_s: float = 0.0
     _heat_at: float = 0.0
 
@@ -97,10 +96,15 @@ class Worker:
 
     @property
     def num_credits(self) -> int:
-        """How many requests it may be sent now."""
-        if self.state != "ready":
+        """How many requests it may be sent now: none beside a suspect."""
+        if self.state != "ready" or self.runs_suspect:
             return 0
         return self.hello.limits.max_requests - len(self.in_flight)
+
+    @property
+    def runs_suspect(self) -> bool:
+        """Whether it has a suspect, which is alone there."""
+        return len(self.in_flight) == 1 and next(iter(self.in_flight.values())).request.is_suspect
 
     @property
     def max_context(self) -> int:
@@ -134,25 +138,28 @@ class Worker:
     def take(self, request: Request, decision: Decision, now: float, heat_decay_s: float) -> None:
         """Book `request`, just sent here: a credit, a place in the backlog, its blocks to come, heat."""
         chosen = decision.chosen
-        request.worker = self
-        request.dispatched_at = now
-        request.num_predicted_tokens = chosen.num_cached_tokens
+        request.worker_id, request.is_held = self.worker_id, True
         if not self.in_flight:
             self.last_step_at = now  # an idle engine owes no steps: the stall timer starts with the work
-        self.in_flight[request.submit.req_id] = request
         num_uncached = max(1, decision.num_tokens - chosen.num_cached_tokens)
-        request.pending = self.backlog.add(decision.key, num_uncached, request.prefix_hashes)
+        pending = self.backlog.add(decision.key, num_uncached, request.prefix_hashes)
         # Everything that is not resident, also what others have reserved: they may be gone before this one.
-        request.reserved = request.prefix_hashes[decision.num_resident_blocks * HASH_BYTES :]
-        if request.reserved:
-            self.index.reserve(request.reserved)
+        reserved = request.prefix_hashes[decision.num_resident_blocks * HASH_BYTES :]
+        if reserved:
+            self.index.reserve(reserved)
+        attempt = Attempt(request, now, chosen.num_cached_tokens, pending, reserved)
+        self.in_flight[request.submit.req_id] = attempt
         self._heat_s = self.heat_s(now, heat_decay_s) + chosen.miss_s
         self._heat_at = now
         self.counters.num_requests += 1
 
+    def computing(self) -> list[Request]:
+        """Return what the engine may be working on: requests whose prompt is computed, and the prompts of a step."""
+        front = self.backlog.next_step(self.hello.limits.max_step_tokens)
+        return [a.request for a in self.in_flight.values() if a.pending is None or a.pending in front]
+
     def stepped(self, step: int, load: Load, now: float) -> None:
         """Take in what a step report says of the engine."""
-        self.counters.num_reports += 1
         self.load = load
         self.loaded_at = now
         if step > self.step:
@@ -166,38 +173,46 @@ class Worker:
         """Start all timers anew: nobody was listening."""
         self.last_report_at = self.last_step_at = now
 
-    def matched(self, request: Request, num_cached_tokens: int) -> None:
-        """Take in how many tokens the worker has found in its cache for `request`, beside what was predicted."""
+    def matched(self, attempt: Attempt, num_cached_tokens: int) -> None:
+        """Take in how many tokens the worker has found in its cache for a request, beside what was predicted."""
+        request = attempt.request
         if request.num_cached_tokens is None:
             request.num_cached_tokens = min(num_cached_tokens, request.submit.num_prompt_tokens)
         counters = self.counters
-        counters.num_prompt_tokens += request.num_tokens
-        counters.num_actual_cached_tokens += num_cached_tokens
-        counters.num_predicted_cached_tokens += request.num_predicted_tokens
-        counters.num_mispredicted_tokens += abs(num_cached_tokens - request.num_predicted_tokens)
+        counters.prompt_tokens += request.num_tokens
+        counters.cached_tokens += num_cached_tokens
+        counters.predicted_cached_tokens += attempt.num_predicted_tokens
+        counters.mispredicted_tokens += abs(num_cached_tokens - attempt.num_predicted_tokens)
 
-    def prefilled(self, request: Request) -> None:
-        """Note that the prompt of `request` is computed (its first token is there) or not wanted any more."""
-        if request.pending is not None:
-            self.backlog.remove(request.pending)
-            request.pending = None
+    def prefilled(self, attempt: Attempt) -> None:
+        """Note that a prompt is computed (its first token is there) or not wanted any more."""
+        if attempt.pending is not None:
+            attempt.request.is_begun |= attempt.pending.is_begun
+            self.backlog.remove(attempt.pending)
+            attempt.pending = None
 
-    def give_back(self, request: Request) -> None:
-        """Undo `take`: the credit is free again, nothing is expected of `request` here."""
-        del self.in_flight[request.submit.req_id]
-        self.prefilled(request)
-        if request.reserved:
-            self.index.release(request.reserved)
-            request.reserved = b""
+    def give_back(self, req_id: bytes) -> Request:
+        """Undo `take`: the credit is free again, nothing is expected of the request here. Return it."""
+        attempt = self.in_flight.pop(req_id)
+        self.prefilled(attempt)
+        if attempt.reserved:
+            self.index.release(attempt.reserved)
+        attempt.request.is_held = False
+        return attempt.request
 
     def check_integrity(self) -> None:
         """Assert that credits, backlog and reservations follow from what is in flight."""
-        assert len(self.in_flight) <= self.hello.limits.max_requests, "more requests in flight than credits"
-        pending = [request for request in self.in_flight.values() if request.pending is not None]
+        attempts = list(self.in_flight.values())
+        assert len(attempts) <= self.hello.limits.max_requests, "more requests in flight than credits"
+        assert len(attempts) <= 1 or not any(a.request.is_suspect for a in attempts), "a suspect is not alone"
+        pending = [attempt.pending for attempt in attempts if attempt.pending is not None]
         assert len(pending) == len(self.backlog), "the backlog holds other requests than those in flight"
-        assert self.backlog.num_tokens == sum(request.pending.num_tokens for request in pending if request.pending)
-        expected = {digest for request in self.in_flight.values() for digest in split_hashes(request.reserved)}
+        assert self.backlog.num_tokens == sum(entry.num_tokens for entry in pending)
+        expected = {digest for attempt in attempts for digest in split_hashes(attempt.reserved)}
         assert self.index.statistics().num_reserved == len(expected), "reservations leak"
-        for request in self.in_flight.values():
-            assert request.worker is self, "a request in flight believes itself elsewhere"
+        for attempt in attempts:
+            request = attempt.request
+            assert request.is_held and request.worker_id == self.worker_id, (
+                "a request in flight believes itself elsewhere"
+            )
             assert request.state in ("dispatched", "closed")

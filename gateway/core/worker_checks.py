@@ -4,43 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
+from kvasir.gateway.core.notices import Cause
 from kvasir.gateway.core.worker import Worker
 from kvasir.protocol import PROTOCOL_VERSION
 from kvasir.protocol.messages import Hello
-
-Cause = Literal["link", "silent", "stalled", "forgot", "protocol", "exited", "replaced", "bye"]
-"""Why a worker is gone. All but "bye" count as a death of everything it had in flight."""
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """A worker was welcomed."""
-
-    hello: Hello
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A worker was refused; it was told `reason`."""
-
-    hello: Hello
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """A worker is gone; its `num_requests` unfinished requests go on elsewhere."""
-
-    worker_id: str
-    pid: int
-    cause: Cause
-    reason: str
-    num_requests: int
-
-
-Notice = Joined | Rejected | Lost
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Event, Finished, Submit
-from kvasir.gateway.text.detokenizer import Detokenizer
+from kvasir.gateway.text.model_text import Detokenizer
 from kvasir.protocol.messages import TokenLogprobs
 
 
@@ -28,8 +28,8 @@ class Piece:
 class Answer:
     """Sink of one request. `wake` is called at an event when the answer had none yet; `take` empties it.
 
-    After a stop string the core is told to stop, what it still sends is dropped, and the `Finished` that comes says
-    "stop" with the tokens counted up to there.
+    After a stop string the core is told to stop and how many tokens the client gets. What it still sends is dropped,
+    and the `Finished` that comes says "stop". Its numbers are always the core's.
     """
 
     core: CoreApi
@@ -57,12 +57,9 @@ class Answer:
             elif detokenizer is None or not detokenizer.stopped:
                 self._add(piece, event)
         if piece.finished is not None and detokenizer is not None:
+            piece.text += detokenizer.finish()
             if detokenizer.stopped:
-                piece.finished = self._stopped(piece.finished)
-            else:
-                piece.text += detokenizer.finish()
-                if detokenizer.stopped:
-                    piece.finished = self._stopped(piece.finished)
+                piece.finished = replace(piece.finished, reason="stop", error=None)
         self.num_chars += len(piece.text)
         return piece
 
@@ -83,16 +80,4 @@ class Answer:
             ids = ids[:-1]  # the token that ends an answer is counted, not shown
         piece.text += self.detokenizer.push(ids)
         if self.detokenizer.stopped and self.submit is not None:
-            self.core.cancel(Cancel(self.submit.req_id, "stop"))
-
-    def _stopped(self, finished: Finished) -> Finished:
-        return Finished(
-            finished.req_id,
-            "stop",
-            finished.num_prompt_tokens,
-            self.num_tokens,
-            finished.num_cached_tokens,
-            finished.worker_id,
-            finished.num_attempts,
-            finished.ttft_s,
-        )
+            self.core.cancel(Cancel(self.submit.req_id, "stop", self.num_tokens))

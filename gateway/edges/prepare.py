@@ -16,12 +16,11 @@ import trio
 
 from kvasir.gateway.core.api import CoreApi, ModelInfo, Sink, Submit
 from kvasir.gateway.tenants.directory import PublishedPrefix, Tenant, TenantDirectory
-from kvasir.gateway.text.detokenizer import Detokenizer
-from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText
+from kvasir.gateway.text.model_text import QUICK_CHARS, Detokenizer, ModelText
 from kvasir.gateway.text.word_cache import Words
 from kvasir.protocol.client_messages import ChatMessage, CompletionRequest
 from kvasir.protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
-from kvasir.protocol.messages import Pin, Sampling, SamplingOptions
+from kvasir.protocol.messages import MAX_TOKEN_ID, Pin, Sampling, SamplingOptions
 from kvasir.protocol.prefix import HASH_BYTES, derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens
 
@@ -71,13 +70,13 @@ class Intake:
         self._threads = trio.CapacityLimiter(MAX_THREADS)
 
     def is_quick(self, request: CompletionRequest) -> bool:
-        """Return whether `prepare_nowait` takes well under a millisecond of tokenising."""
+        """Return whether `prepare` takes well under a millisecond of tokenising."""
         size = len(request.text or "")
         if request.messages is not None:
             size += sum(len(message.content) for message in request.messages)
         return size <= QUICK_CHARS
 
-    def prepare_nowait(self, request: CompletionRequest, tenant: Tenant, sink: Sink) -> Submit:
+    def prepare(self, request: CompletionRequest, tenant: Tenant, sink: Sink) -> Submit:
         """Return `request` of `tenant` as a checked `Submit` with a fresh id, whose events will go to `sink`.
 
         Raises:
@@ -89,11 +88,8 @@ class Intake:
         packed = request.token_ids if request.token_ids is not None else self._encode(info, request, tenant)
         return self._submit(request, tenant, sink, info, packed)
 
-    async def prepare(self, request: CompletionRequest, tenant: Tenant, sink: Sink) -> Submit:
-        """As `prepare_nowait`, tokenising a long text in a thread. A checkpoint only then. Cancelled, it returns at
-        once; the thread ends by itself, unheard."""
-        if self.is_quick(request):
-            return self.prepare_nowait(request, tenant, sink)
+    async def prepare_in_thread(self, request: CompletionRequest, tenant: Tenant, sink: Sink) -> Submit:
+        """As `prepare`, tokenising in a thread. Cancelled, it returns at once; the thread ends by itself, unheard."""
         info = self._find_model(request.model, tenant)
         _check_form(request)
         packed = request.token_ids
@@ -206,7 +202,7 @@ class Intake:
             raise BadRequest("the prompt is no valid Unicode text (a lone surrogate); send valid UTF-8") from None
 
     def _memory(self, model: str, tenant: Tenant) -> Words:
-        """Return the words that the tenant's sharing scope has used with a model; nobody else's, see `word_cache`."""
+        """Return the words that the tenant's sharing scope has used with a model; nobody else's, see `word_encoder`."""
         key = (model, tenant.scope)
         memory = self._memories.pop(key, None)
         if memory is None:
@@ -220,6 +216,7 @@ class Intake:
         num_tokens = self._check_prompt(request, info, packed)
         max_tokens = _check_max_tokens(request, info, num_tokens)
         self._check_sampling(request, info)
+        text = self._texts.get(info.name)
         now = self._clock()
         root, namespace = self._root(info), self._namespace(tenant)
         num_public = self._num_public_tokens(info.name, tenant, packed)
@@ -243,6 +240,7 @@ class Intake:
             ignore_eos=request.ignore_eos,
             cache_hint=request.cache_hint or tenant.cache_hint,
             retention=tuple(request.retention),
+            vocab_size=MAX_TOKEN_ID + 1 if text is None else text.vocab_size,
         )
 
     def _check_prompt(self, request: CompletionRequest, info: ModelInfo, packed: bytes) -> int:
@@ -264,12 +262,10 @@ class Intake:
 
     def _check_ids(self, model: str, ids: memoryview | list[int], param: str) -> None:
         text = self._texts.get(model)
-        if text is None or not ids:
-            return
-        largest, smallest = max(ids), min(ids)
-        if largest >= text.vocab_size or smallest < 0:
-            wrong = largest if largest >= text.vocab_size else smallest
-            raise BadRequest(f"token id {wrong} is not in the vocabulary of {text.vocab_size} tokens", param=param)
+        vocab_size = MAX_TOKEN_ID + 1 if text is None else text.vocab_size
+        wrong = max(ids, default=0) if max(ids, default=0) >= vocab_size else min(ids, default=0)
+        if not 0 <= wrong < vocab_size:
+            raise BadRequest(f"token id {wrong} is not in the vocabulary of {vocab_size} tokens", param=param)
 
     def _check_sampling(self, request: CompletionRequest, info: ModelInfo) -> None:
         self._check_ids(info.name, list(request.sampling.logit_bias), "logit_bias")

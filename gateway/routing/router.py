@@ -10,19 +10,18 @@ overtakes the `behind` pending requests that are larger. heat is the prefill tim
 whose prefix another request is still computing on w waits for that one. Costs within `tie_s` of the least are equal:
 then the fewest running requests decide, then the cost, then the worker's id.
 
-`choose` is a pure function; `Backlog` is the book-keeping it reads. The form of the rule and its constants come from
+`choose` is a pure function. The form of the rule and its constants come from
 event-driven simulation of public traces (c = 2, x = 1, a = 0.2, beta = 0.3, tau = 30 s).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
-from kvasir.protocol.prefix import HASH_BYTES
+from kvasir.gateway.routing.backlog import Backlog, Pending
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,80 +34,6 @@ class RouterConfig:
     heat_price: float = 0.3  # beta
     heat_decay_s: float = 30.0  # tau
     tie_s: float = 0.001
-
-
-class Pending(msgspec.Struct, eq=False):
-    """Uncached prompt tokens of one request on their way to a worker, or waiting there.
-
-    `key` orders a backlog: m - a * waited compares like m + a * dispatched, which does not change with time.
-    """
-
-    key: float
-    serial: int
-    num_tokens: int
-    prefix_hashes: bytes
-
-
-class Backlog:
-    """The pending prefills of one worker, in the order in which it will compute them."""
-
-    def __init__(self) -> None:
-        self._order: list[tuple[float, int]] = []  # (key, serial), ascending
-        self._pending: list[Pending] = []  # parallel to _order
-        self._serial = 0
-        self.num_tokens = 0
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def add(self, key: float, num_tokens: int, prefix_hashes: bytes) -> Pending:
-        """Insert a prefill of `num_tokens` and return its entry, which `remove` takes."""
-        self._serial += 1
-        pending = Pending(key, self._serial, num_tokens, prefix_hashes)
-        index = bisect_left(self._order, (key, self._serial))
-        self._order.insert(index, (key, self._serial))
-        self._pending.insert(index, pending)
-        self.num_tokens += num_tokens
-        return pending
-
-    def remove(self, pending: Pending) -> None:
-        """Take out an entry: its prompt is computed, or nobody wants it any more."""
-        index = bisect_left(self._order, (pending.key, pending.serial))
-        del self._order[index], self._pending[index]
-        self.num_tokens -= pending.num_tokens
-
-    def advance(self, num_tokens: int) -> None:
-        """Note that the worker has computed `num_tokens`: they are taken from the front, one token stays of each."""
-        for pending in self._pending:
-            if num_tokens <= 0:
-                return
-            done = min(num_tokens, pending.num_tokens - 1)
-            pending.num_tokens -= done
-            self.num_tokens -= done
-            num_tokens -= done
-
-    def ahead(self, key: float) -> tuple[int, int]:
-        """Return (tokens, behind): what is computed before a request of `key`, and how many requests come after it."""
-        if not self._order:
-            return 0, 0
-        index = bisect_left(self._order, (key, self._serial + 1))
-        if index == len(self._order):
-            return self.num_tokens, 0
-        return sum([pending.num_tokens for pending in self._pending[:index]]), len(self._order) - index
-
-    @property
-    def front_tokens(self) -> int:
-        """Tokens of the entry that is computed first; the backlog must not be empty."""
-        return self._pending[0].num_tokens
-
-    def leader(self, prefix_hashes: bytes, num_blocks: int) -> Pending | None:
-        """Return the first entry that computes the first `num_blocks` of `prefix_hashes`, None if there is none.
-
-        A chained hash stands for the whole prefix, so comparing the last one is enough.
-        """
-        start, end = (num_blocks - 1) * HASH_BYTES, num_blocks * HASH_BYTES
-        wanted = prefix_hashes[start:end]
-        return next((pending for pending in self._pending if pending.prefix_hashes[start:end] == wanted), None)
 
 
 class Candidate(msgspec.Struct, eq=False):

@@ -33,40 +33,38 @@ class WorkerPort:
     at once, behind what waits for the same worker.
 
     A worker's outbox is libzmq's queue for its link, bounded by the link profile's high water. Credits keep it nearly
-    empty, so that a full one means a dead worker: the core is told, and hands its requests to others.
+    empty, so that a full one means a dead worker: the core is told, and hands its requests to others. It is told by
+    a task of its own, never out of `send`.
     """
 
     def __init__(self, link: Link, *, tick_s: float = TICK_S) -> None:
         self._link = link
         self._tick_s = tick_s
         self._waiting: dict[bytes, list[bytes]] = {}  # peer -> routing frame and encoded Generates
+        self._lost: set[bytes] = set()  # peers that could not be sent something, to be told to the core
         self._flusher = trio.lowlevel.ParkingLot()
 
-    def send(self, peer: bytes, command: Command) -> bool:
-        """Take `command` for `peer`; return False if it is known by now that the peer is gone or does not keep up.
+    def send(self, peer: bytes, command: Command) -> None:
+        """Send `command` to `peer`, or note that it cannot be reached or does not keep up.
 
-        False: nothing of what waited for the peer was sent either. A `Generate` is always taken; if it cannot be sent
-        a moment later, the core gets `worker_unreachable`.
+        The core gets `worker_unreachable` a moment later then; nothing of what waited for the peer was sent either.
         """
-        frames = self._waiting.get(peer)
-        if isinstance(command, Generate):
-            if frames is None:
-                if not self._waiting:
-                    self._flusher.unpark()
-                frames = self._waiting[peer] = [peer]
-            frames.append(encode(command))
-            return True
-        if frames is None:
-            return self._send([peer, encode(command)])
-        del self._waiting[peer]
-        return self._send([*frames, encode(command)])
+        if not isinstance(command, Generate):
+            self._send([*self._waiting.pop(peer, [peer]), encode(command)])
+            return
+        frame = encode(command)
+        if not self._waiting:
+            self._flusher.unpark()
+        self._waiting.setdefault(peer, [peer]).append(frame)
 
     def flush(self, core: WorkersCore) -> None:
-        """Send the `Generate`s that wait."""
-        while self._waiting:
-            peer, frames = self._waiting.popitem()
-            if not self._send(frames):
-                core.worker_unreachable(peer)  # which may give its requests to others, hence the loop
+        """Send the `Generate`s that wait, and tell the core of the peers that are lost."""
+        while self._waiting or self._lost:
+            while self._waiting:
+                _, frames = self._waiting.popitem()
+                self._send(frames)
+            if self._lost:
+                core.worker_unreachable(self._lost.pop())  # which may give its requests to others, hence the loop
 
     async def run(self, core: WorkersCore, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Bring what workers say to `core` and tick it, until the link is closed or the task is cancelled.
@@ -88,17 +86,17 @@ class WorkerPort:
 
     async def _flush_for_ever(self, core: WorkersCore) -> None:
         while True:
-            if not self._waiting:
+            if not (self._waiting or self._lost):
                 await self._flusher.park()
             self.flush(core)
             await trio.lowlevel.checkpoint()
 
-    def _send(self, frames: list[bytes]) -> bool:
+    def _send(self, frames: list[bytes]) -> None:
         try:
             self._link.send_nowait(frames)
         except (PeerGone, LinkBusy, LinkClosed):
-            return False
-        return True
+            self._lost.add(frames[0])
+            self._flusher.unpark()
 
     async def _tick(self, core: WorkersCore) -> None:
         while True:

@@ -23,7 +23,7 @@ import trio
 
 import kvasir
 from kvasir.gateway.config import GatewayConfig, ModelConfig
-from kvasir.gateway.core.worker_checks import Joined, Lost, Notice, Rejected
+from kvasir.gateway.core.notices import Broken, Joined, Lost, Notice, Rejected
 from kvasir.gateway.log import log
 from kvasir.protocol.errors import ConfigurationError
 
@@ -130,6 +130,8 @@ class Supervisor:
                     worker.has_joined |= worker.worker_id == hello.worker_id
             case Rejected(hello, reason):
                 log("worker_refused", worker=hello.worker_id, reason=reason)
+            case Broken(req_id, trace):
+                log("bug", where="core", request=req_id.hex(), trace=trace)
             case Lost(worker_id, pid, cause, reason, num_requests):
                 log("worker_lost", worker=worker_id, cause=cause, reason=reason, handed_back=num_requests)
                 for worker in self._workers:
@@ -144,10 +146,6 @@ class Supervisor:
     def local_workers(self) -> dict[str, str]:
         """Return the local workers' ids and models, but for those that are given up."""
         return {worker.worker_id: worker.model for worker in self._workers if not worker.failure}
-
-    def failures(self) -> dict[str, str]:
-        """Return why workers were given up, by id."""
-        return {worker.worker_id: worker.failure for worker in self._workers if worker.failure}
 
     async def _keep(self, worker: LocalWorker) -> None:
         """Run one worker, again and again, until the supervisor stops or it cannot be mended."""

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvasir.gateway.admin.metrics import render_metrics
-from kvasir.gateway.core.statistics import CoreStatistics, Histogram, ModelStatistics, TenantStatistics
+from kvasir.gateway.core.counters import Histogram, Totals
+from kvasir.gateway.core.statistics import CoreStatistics, ModelStatistics
 from kvasir.gateway.http.connection import HttpStatistics
+from kvasir.protocol.admin_messages import UsageInfo
 
 _NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 _SAMPLE = re.compile(rf'({_NAME})(?:\{{((?:{_NAME}="(?:[^"\\\n]|\\[\\"n])*",?)*)\}})? (\S+)')
@@ -64,18 +66,10 @@ def make_statistics(model: str = "demo", tenant: str = "t1", latencies: tuple[fl
     shown = histogram.statistics()
     return CoreStatistics(
         is_draining=False,
-        num_queued=1,
-        num_running=2,
-        num_dispatches=10**12 + 1,
-        num_redispatches=4,
-        num_poisoned=0,
-        num_stale_outputs=0,
-        num_resyncs=0,
-        num_refused_workers=0,
-        num_lost={"stalled": 3},
+        totals=Totals(num_dispatches=10**12 + 1, num_redispatches=4, num_lost={"stalled": 3}),
         models=[ModelStatistics(model, 1, 2, 3, len(latencies), shown, shown)],
         workers=[],
-        tenants=[TenantStatistics(tenant, 1, 2, 3, 4, 500, 60, 7, 0.12, {"stop": 1})],
+        tenants={tenant: UsageInfo(1, 2, 3, 4, 500, 60, 7, {"stop": 1})},
     )
 
 

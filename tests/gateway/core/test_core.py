@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from kvasir.gateway.core.api import Cancel, Delta
+from kvasir.gateway.core.notices import Broken, Joined, Lost, Rejected
 from kvasir.gateway.core.requests import QueueConfig
-from kvasir.gateway.core.worker_checks import Joined, LivenessConfig, Lost, Rejected
+from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.protocol.errors import from_info
-from kvasir.protocol.messages import Abort, Bye, Drain, Generate, Identify, Load, Refused, Resync, Snapshot, Welcome
+from kvasir.protocol.messages import Abort, Bye, Generate, Identify, Load, Refused, Resync, Snapshot, Welcome
 from kvasir.protocol.tokens import unpack_tokens
-from tests.core_helpers import Bench, RecordingSink, make_hashes, make_hello, make_submit, output
+from tests.core_helpers import Bench, RecordingSink, make_hashes, make_submit, output
 
 
 def error_code(sink: RecordingSink) -> str:
@@ -275,22 +276,189 @@ def test_death_after_the_last_token_and_before_the_end_is_an_end() -> None:
     assert [(command.req_id, command.max_tokens) for _, command in bench.take()] == [(b"r3", 1)]
 
 
-def test_a_request_whose_worker_dies_twice_is_poison_and_the_others_are_not() -> None:
+def test_poison_is_given_up_when_a_worker_dies_that_had_nothing_else_and_the_others_are_not() -> None:
     bench = Bench()
     bench.join("w1")
-    poison = bench.submit(b"r1")
-    bench.join("w2")
-    bench.core.worker_lost("w1", "gone")
-    healthy = bench.submit(b"r2")
-    bench.core.worker_lost("w2", "gone")
+    healthy, poison = bench.submit(b"r2"), bench.submit(b"r1")
+    for death in (1, 2):
+        bench.core.worker_lost(f"w{death}", "gone")
+        assert bench.core.num_unfinished == 2
+        bench.join(f"w{death + 1}")
+    assert [command.req_id for peer, command in bench.take() if peer == b"w3"] == [b"r2"]  # alone
+    bench.report(b"w3", output(b"r2", 0, [1], "stop", attempt=3))
+    assert healthy.finished is not None and healthy.finished.reason == "stop"
+    fresh = bench.submit(b"r3")
+    assert [command.req_id for _, command in bench.take()] == [b"r1"]  # alone: r3 waits
+    bench.core.worker_lost("w3", "gone")
     assert error_code(poison) == "request_failed"
     assert poison.finished is not None and poison.finished.error is not None
-    assert "2 workers died" in poison.finished.error.message
-    assert healthy.finished is None
-    bench.join("w3")
-    bench.report(b"w3", output(b"r2", 0, [1], "stop", attempt=2))
-    assert healthy.finished is not None and healthy.finished.reason == "stop"
-    assert bench.core.statistics().num_poisoned == 1
+    assert "3 workers died" in poison.finished.error.message
+    bench.join("w4")
+    assert [command.req_id for _, command in bench.take()] == [b"r3"]
+    assert fresh.finished is None
+    assert bench.core.statistics().totals.num_poisoned == 1
+    bench.core.check_integrity()
+
+
+def test_thirty_requests_survive_two_unrelated_deaths() -> None:
+    bench = Bench()
+    for worker_id in ("w1", "w2", "w3"):
+        bench.join(worker_id, max_requests=16)
+    sinks = [bench.submit(b"r%d" % i, [i, *range(9)]) for i in range(30)]
+    for worker_id in ("w1", "w2"):
+        bench.core.worker_lost(worker_id, "gone")
+        bench.join(worker_id + "again", max_requests=16)
+        bench.pass_time(1.0)
+    answered: set[bytes] = set()
+    while todo := [(peer, g) for peer, g in bench.take() if g.req_id not in answered]:
+        for peer, generate in todo:
+            request = output(generate.req_id, 0, [1], "stop", attempt=generate.attempt)
+            bench.report(peer, request)  # what a dead worker says counts for nothing
+        answered = {sink_id for sink_id, sink in bench.sinks.items() if sink.finished}
+        bench.core.check_integrity()
+    assert [sink.finished.reason for sink in sinks if sink.finished] == ["stop"] * 30
+
+
+def test_a_suspect_empties_one_worker_and_the_others_go_on() -> None:
+    bench = Bench(max_deaths=1)
+    bench.join("w0")
+    bench.submit(b"suspect")
+    bench.take()
+    bench.core.worker_lost("w0", "gone")
+    for worker_id in ("w1", "w2"):
+        bench.join(worker_id, max_requests=2)
+    [(home, generate)] = bench.take()
+    assert generate.req_id == b"suspect"
+    for i in range(5):
+        bench.submit(b"r%d" % i)
+    sent = bench.take()
+    assert len(sent) == 2 and home not in {peer for peer, _ in sent}
+    bench.core.worker_lost(home.decode(), "left", cause="bye")  # no death: a suspect still, and both are busy
+    assert bench.take() == []
+    [other, _] = sent
+    bench.report(other[0], output(other[1].req_id, 0, [1], "stop"))
+    assert bench.take() == []  # half empty: nothing is added
+    bench.report(other[0], output(sent[1][1].req_id, 0, [1], "stop"))
+    assert [command.req_id for _, command in bench.take()] == [b"suspect"]
+    bench.report(other[0], output(b"suspect", 0, [1], "stop", attempt=3))
+    assert len(bench.take()) == 2
+    bench.core.check_integrity()
+
+
+def test_a_death_is_not_counted_against_a_prompt_that_was_not_being_computed() -> None:
+    bench = Bench(max_deaths=1)
+    bench.join("w1", max_step_tokens=64)
+    bench.submit(b"short", range(60))
+    bench.submit(b"long", range(100, 300))
+    bench.submit(b"longer", range(300, 600))
+    bench.core.worker_lost("w1", "gone")
+    bench.take()
+    bench.join("w2")
+    assert [command.req_id for _, command in bench.take()] == [b"short"]  # and "long", of which the step had a slice
+    bench.report(b"w2", output(b"short", 0, [1], "stop", attempt=2))
+    assert [command.req_id for _, command in bench.take()] == [b"long"]
+    bench.report(b"w2", output(b"long", 0, [1], "stop", attempt=2))
+    assert [command.req_id for _, command in bench.take()] == [b"longer"]
+
+
+# ---- one request or one worker must not end it for all ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [{"stop_token_ids": (1 << 70,)}, {"prefix_hashes": None}], ids=["huge id", "a bug"])
+def test_an_exception_while_one_request_is_handled_fails_that_request(wrong) -> None:
+    bench = Bench()
+    bench.join("w1")
+    submit, bad = make_submit(b"bad", arrived=bench.now)
+    bench.core.submit(type(submit)(**{**_fields(submit), **wrong}))
+    assert error_code(bad) == "internal_error"
+    assert [notice.req_id for notice in bench.notices if isinstance(notice, Broken)] == [b"bad"]
+    good = bench.submit(b"good")
+    bench.report(b"w1", output(b"good", 0, [1], "stop"))
+    assert good.finished is not None and good.finished.reason == "stop"
+    assert bench.core.num_unfinished == 0
+    bench.core.check_integrity()
+
+
+def test_an_exception_while_a_report_is_taken_in_fails_the_request_that_it_is_about() -> None:
+    bench = Bench()
+    bench.join("w1")
+    bad, good = bench.submit(b"bad"), bench.submit(b"good")
+    bench.core.savings.add = lambda submit, num_cached: 1 / (submit.req_id != b"bad")  # type: ignore[method-assign]
+    bench.report(b"w1", output(b"bad", 0, [1], num_cached_tokens=0), output(b"good", 0, [1], "stop"))
+    assert error_code(bad) == "internal_error"
+    assert good.finished is not None and good.finished.reason == "stop"
+    bench.report(b"w1", output(b"bad", 1, [], "abort"))
+    bench.core.check_integrity()
+
+
+def test_a_request_goes_to_workers_that_hold_it_and_waits_without_holding_up_others() -> None:
+    bench = Bench(no_worker_timeout_s=5.0)
+    bench.join("small", max_context=8)
+    assert bench.core.models()["demo"].max_context == 8
+    bench.join("large", max_context=1_000, max_requests=1)
+    assert bench.core.models()["demo"].max_context == 1_000
+    first, second = bench.submit(b"long1"), bench.submit(b"long2")
+    bench.submit(b"short", [1, 2], max_tokens=6, tenant="beta")
+    assert [(peer, g.req_id) for peer, g in bench.take()] == [(b"large", b"long1"), (b"small", b"short")]
+    bench.report(b"large", output(b"long1", 0, [1], "stop"))
+    assert [(peer, g.req_id) for peer, g in bench.take()] == [(b"large", b"long2")]
+    bench.core.worker_lost("large", "gone")
+    assert first.finished is not None and second.finished is None
+    bench.report(b"small")
+    bench.pass_time(4.0)
+    bench.report(b"small")
+    assert second.finished is None
+    bench.pass_time(2.0)
+    assert error_code(second) == "unavailable"
+    bench.core.check_integrity()
+
+
+def test_a_tenant_that_has_less_running_goes_first() -> None:
+    bench = Bench()
+    peer = bench.join(max_requests=4)
+    for i in range(20):
+        bench.submit(b"a%d" % i, tenant="alpha")
+    for i in range(3):
+        bench.submit(b"b%d" % i, tenant="beta")
+    for i in range(3):
+        bench.report(peer, output(b"a%d" % i, 0, [1], "stop"))
+    assert [command.req_id for _, command in bench.take()][4:] == [b"b0", b"b1", b"a4"]
+
+
+# ---- what is counted -------------------------------------------------------------------------------------------------
+
+
+def test_the_output_that_counts_is_what_the_client_was_told() -> None:
+    bench = Bench()
+    bench.join("w1")
+    sink = bench.submit()
+    bench.report(b"w1", output(b"r1", 0, [1, 2, 3, 4]))
+    bench.core.cancel(Cancel(b"r1", "stop", 3))
+    assert sink.finished is not None and sink.finished.num_output_tokens == 3
+    assert bench.core.statistics().tenants["alpha"].output_tokens == 3
+
+
+def test_a_prompt_counts_from_its_first_computed_chunk() -> None:
+    bench = Bench()
+    bench.join("w1", max_requests=3)
+    bench.submit(b"waiting", range(400))
+    bench.submit(b"begun", range(1_000, 1_200))
+    bench.submit(b"running", [7, 8, 9])
+    bench.submit(b"queued", range(3_000, 3_400))
+    bench.report(b"w1", output(b"running", 0, [1], "length"))
+    assert bench.core.statistics().tenants["alpha"].prompt_tokens == 3
+    bench.submit(b"queued2", range(2_000, 2_400))
+    bench.report(b"w1", load=Load(num_running=1, num_prefill_tokens=64))
+    for name in (b"waiting", b"queued", b"queued2"):
+        bench.core.cancel(Cancel(name))
+    assert bench.core.statistics().tenants["alpha"].prompt_tokens == 3
+    bench.core.cancel(Cancel(b"begun"))
+    assert bench.core.statistics().tenants["alpha"].prompt_tokens == 203
+    sink = bench.sinks[b"waiting"]
+    assert sink.finished is not None and sink.finished.num_prompt_tokens == 0
+
+
+# ---- hand-backs ------------------------------------------------------------------------------------------------------
 
 
 def test_requests_handed_back_are_not_tried_for_ever() -> None:
@@ -340,7 +508,7 @@ def test_stale_outputs_are_dropped_and_counted() -> None:
     bench.report(b"w1", output(b"r1", 1, [9], attempt=7))  # another attempt
     bench.report(b"w1", output(b"zz", 0, [9], "stop"))  # nobody's
     assert sink.tokens == [1]
-    assert bench.core.statistics().num_stale_outputs == 3
+    assert bench.core.statistics().totals.num_stale_outputs == 3
     bench.report(b"w1", output(b"r1", 1, [2], "stop"))
     assert sink.tokens == [1, 2]
 
@@ -352,14 +520,15 @@ def test_stale_outputs_are_dropped_and_counted() -> None:
         output(b"r1", 1, range(9)),
         output(b"r1", 0, [], "stop"),
         type(output(b"r1", 1))(b"r1", 1, 1, b"123"),
+        output(b"r1", 1, [100]),
     ],
-    ids=["a gap", "more than asked for", "an end before the delivered", "half a token"],
+    ids=["a gap", "more than asked for", "an end before the delivered", "half a token", "no token of the vocabulary"],
 )
 def test_a_worker_that_breaks_the_protocol_is_lost_and_its_requests_go_on(bad) -> None:
     bench = Bench()
     bench.join("w1")
     bench.join("w2")
-    sink = bench.submit(max_tokens=8)
+    sink = bench.submit(max_tokens=8, vocab_size=100)
     [(first, _)] = bench.take()
     second = b"w2" if first == b"w1" else b"w1"
     bench.report(first, output(b"r1", 0, [1]))
@@ -368,11 +537,11 @@ def test_a_worker_that_breaks_the_protocol_is_lost_and_its_requests_go_on(bad) -
     assert (peer, generate.attempt) == (second, 2)
     bench.report(second, output(b"r1", 1, [2], "stop", attempt=2))
     assert sink.tokens == [1, 2]
-    assert bench.core.statistics().num_lost == {"protocol": 1}
+    assert bench.core.statistics().totals.num_lost == {"protocol": 1}
     bench.core.check_integrity()
 
 
-def test_an_unreachable_worker_is_lost_and_the_request_costs_no_attempt() -> None:
+def test_an_unreachable_worker_is_lost_and_the_request_goes_on_elsewhere() -> None:
     bench = Bench()
     bench.join("w1")
     bench.join("w2")
@@ -382,7 +551,7 @@ def test_an_unreachable_worker_is_lost_and_the_request_costs_no_attempt() -> Non
     assert bench.core.statistics().workers == []
     bench.join("w3")
     [(peer, generate)] = bench.take()
-    assert (peer, generate.attempt) == (b"w3", 1)
+    assert (peer, generate.attempt) == (b"w3", 3)
     bench.core.check_integrity()
 
 
@@ -413,7 +582,7 @@ def test_a_worker_whose_step_counter_stands_still_is_stalled_although_it_reports
     for _ in range(11):
         bench.pass_time(0.5)
         bench.report(b"w1", step=4)
-    assert bench.core.statistics().num_lost == {"stalled": 1}
+    assert bench.core.statistics().totals.num_lost == {"stalled": 1}
     [lost] = [notice for notice in bench.notices if isinstance(notice, Lost)]
     assert (lost.worker_id, lost.cause, lost.num_requests) == ("w1", "stalled", 1)
     assert bench.core.num_unfinished == 1
@@ -426,7 +595,7 @@ def test_steps_keep_a_busy_worker_alive() -> None:
     for i in range(20):
         bench.pass_time(1.0)
         bench.report(b"w1", output(b"r1", i, [1]))
-    assert bench.core.statistics().num_lost == {}
+    assert bench.core.statistics().totals.num_lost == {}
 
 
 def test_an_idle_worker_is_lost_when_it_is_silent_and_work_starts_the_stall_timer() -> None:
@@ -435,10 +604,10 @@ def test_an_idle_worker_is_lost_when_it_is_silent_and_work_starts_the_stall_time
     bench.pass_time(2.5)
     bench.submit()
     bench.pass_time(4.5)
-    assert bench.core.statistics().num_lost == {}
+    assert bench.core.statistics().totals.num_lost == {}
     bench.report(b"w1", output(b"r1", 0, [1], "stop"))
     bench.pass_time(3.2)
-    assert bench.core.statistics().num_lost == {"silent": 1}
+    assert bench.core.statistics().totals.num_lost == {"silent": 1}
 
 
 def test_a_worker_that_forgot_its_requests_is_lost() -> None:
@@ -448,7 +617,7 @@ def test_a_worker_that_forgot_its_requests_is_lost() -> None:
     for _ in range(12):
         bench.pass_time(0.5)
         bench.report(b"w1", load=Load())
-    assert bench.core.statistics().num_lost == {"forgot": 1}
+    assert bench.core.statistics().totals.num_lost == {"forgot": 1}
 
 
 def test_a_gateway_that_was_suspended_does_not_blame_its_workers() -> None:
@@ -459,9 +628,9 @@ def test_a_gateway_that_was_suspended_does_not_blame_its_workers() -> None:
     bench.now += 3_600.0
     bench.core.tick()
     bench.pass_time(4.0)
-    assert bench.core.statistics().num_lost == {}
+    assert bench.core.statistics().totals.num_lost == {}
     bench.pass_time(2.0)
-    assert bench.core.statistics().num_lost == {"stalled": 1}
+    assert bench.core.statistics().totals.num_lost == {"stalled": 1}
 
 
 def test_a_quiet_workers_link_is_probed_so_that_its_death_is_seen_within_a_heartbeat() -> None:
@@ -471,7 +640,7 @@ def test_a_quiet_workers_link_is_probed_so_that_its_death_is_seen_within_a_heart
     bench.report(b"w1", output(b"r1", 0, [1]))
     bench.dead.add(b"w1")
     bench.pass_time(1.2)
-    assert bench.core.statistics().num_lost == {"link": 1}
+    assert bench.core.statistics().totals.num_lost == {"link": 1}
 
 
 def test_a_worker_back_from_the_dead_is_asked_who_it_is_and_starts_clean() -> None:
@@ -511,11 +680,10 @@ def test_a_worker_back_from_the_dead_is_asked_who_it_is_and_starts_clean() -> No
 def test_a_worker_that_does_not_fit_is_refused_with_the_reason(wrong, words) -> None:
     bench = Bench(models=frozenset({"demo"}))
     bench.join("w1")
-    answer = bench.core.worker_hello(b"w2", make_hello("w2", **wrong))
-    assert isinstance(answer, Refused)
-    assert words in answer.reason and "'w2'" in answer.reason
+    bench.join("w2", **wrong)
+    [(peer, answer)] = bench.take(Refused)
+    assert peer == b"w2" and words in answer.reason and "'w2'" in answer.reason
     assert "f1" not in answer.reason  # whoever asks is not told how to pass
-    assert bench.take(Refused) == [(b"w2", answer)]
     assert isinstance(bench.notices[-1], Rejected)
     assert len(bench.core.statistics().workers) == 1
 
@@ -523,14 +691,18 @@ def test_a_worker_that_does_not_fit_is_refused_with_the_reason(wrong, words) -> 
 def test_a_worker_id_is_taken_while_its_worker_lives_and_free_when_its_link_is_dead() -> None:
     bench = Bench()
     bench.join("w1", peer=b"p1", incarnation=b"i1")
-    answer = bench.core.worker_hello(b"p2", make_hello("w1", b"i2"))
-    assert isinstance(answer, Refused) and "'w1' is in use" in answer.reason
+    bench.join("w1", peer=b"p2", incarnation=b"i2")
+    assert bench.take(Refused) == []  # the other's link is probed first
+    bench.join("w1", peer=b"p2", incarnation=b"i2")
+    [(_, answer)] = bench.take(Refused)
+    assert "'w1' is in use" in answer.reason
     bench.submit()
     bench.take()
     bench.dead.add(b"p1")
-    assert isinstance(bench.core.worker_hello(b"p2", make_hello("w1", b"i2")), Welcome)
+    for _ in range(2):
+        bench.join("w1", peer=b"p3", incarnation=b"i3")
     [(peer, generate)] = bench.take()
-    assert (peer, generate.attempt) == (b"p2", 2)
+    assert (peer, generate.attempt) == (b"p3", 2)
     bench.core.check_integrity()
 
 
@@ -553,37 +725,34 @@ def test_a_repeated_hello_changes_nothing() -> None:
     bench.join("w1")
     assert len({command.gateway_epoch for _, command in bench.take(Welcome)}) == 1
     assert len(bench.take()) == 1
-    assert bench.core.statistics().num_lost == {}
+    assert bench.core.statistics().totals.num_lost == {}
 
 
-def test_models_are_known_without_workers_and_bounded_by_the_smallest_one() -> None:
+def test_models_are_known_without_workers_and_bounded_by_the_largest_one() -> None:
     bench = Bench(models=frozenset({"demo"}))
     assert bench.core.models()["demo"].num_workers == 0
     bench.join("w1", max_context=1000, num_blocks=500)
     assert bench.core.models()["demo"].max_context == 1000
     bench.join("w2", max_context=1000, num_blocks=100)
     info = bench.core.models()["demo"]
-    assert (info.max_context, info.max_prompt_tokens, info.num_workers) == (400, 399, 2)
-    bench.core.worker_lost("w2", "gone")
+    assert (info.max_context, info.num_workers) == (1000, 2)
     bench.core.worker_lost("w1", "gone")
+    bench.core.worker_lost("w2", "gone")
     info = bench.core.models()["demo"]
-    assert (info.max_context, info.num_workers, info.fingerprint) == (1000, 0, "f1")
+    assert (info.max_context, info.num_workers, info.fingerprint) == (400, 0, "f1")
 
 
 def test_a_draining_worker_gets_nothing_new_and_its_goodbye_is_no_death() -> None:
     bench = Bench()
-    bench.join("w1", max_requests=2)
-    sink = bench.submit(b"r1")
+    bench.join("w1", max_requests=3)
+    sink, handed_back = bench.submit(b"r1"), bench.submit(b"r2")
     bench.take()
-    assert bench.core.drain_worker("w1", 5.0)
-    assert not bench.core.drain_worker("nobody", 5.0)
-    assert bench.take(Drain) == [(b"w1", Drain(5.0))]
-    bench.submit(b"r2")
-    assert bench.take() == []
+    bench.report(b"w1", output(b"r2", 0, [], "abort"))
+    assert bench.take() == [] and handed_back.finished is None
     bench.report(b"w1", output(b"r1", 0, [1], "stop"))
     bench.core.worker_report(b"w1", Bye())
     assert sink.finished is not None and sink.finished.reason == "stop"
-    assert bench.core.statistics().num_lost == {"bye": 1}
+    assert bench.core.statistics().totals.num_lost == {"bye": 1}
     bench.join("w2")
     assert [command.req_id for _, command in bench.take()] == [b"r2"]
 
@@ -600,11 +769,11 @@ def test_a_gap_in_block_events_asks_for_a_snapshot_once() -> None:
     bench.report(b"w1", event_seq=4, stored=hashes[48:])
     assert bench.take(Resync) == [(b"w1", Resync())]
     [worker] = bench.core.statistics().workers
-    assert (worker.index_in_sync, worker.num_index_blocks, worker.num_index_gaps) == (False, 0, 1)
+    assert (worker.index_in_sync, worker.num_cached_blocks, worker.num_index_gaps) == (False, 0, 1)
     bench.core.worker_report(b"w1", Snapshot(4, hashes))
     bench.report(b"w1", event_seq=5, removed=hashes[48:])
     [worker] = bench.core.statistics().workers
-    assert (worker.index_in_sync, worker.num_index_blocks) == (True, 3)
+    assert (worker.index_in_sync, worker.num_cached_blocks) == (True, 3)
 
 
 def test_a_reports_block_events_count_for_what_is_dispatched_because_of_it() -> None:
@@ -657,12 +826,12 @@ def test_statistics_count_tokens_per_worker_and_tenant() -> None:
     )
     statistics = bench.core.statistics()
     [worker] = statistics.workers
-    assert (worker.num_predicted_cached_tokens, worker.num_actual_cached_tokens) == (12, 8)
-    assert (worker.num_mispredicted_tokens, worker.num_free_blocks) == (4, 7)
-    assert worker.hit_rate == pytest.approx(8 / 25)
-    alpha, beta = statistics.tenants
-    assert (alpha.num_requests, alpha.num_prompt_tokens, alpha.num_output_tokens) == (1, 12, 2)
-    assert (alpha.num_finished, alpha.running, beta.running) == ({"stop": 1}, 0, 1)
+    assert (worker.predicted_cached_tokens, worker.cached_tokens) == (12, 8)
+    assert (worker.mispredicted_tokens, worker.num_free_blocks) == (4, 7)
+    assert (worker.prompt_tokens, worker.output_tokens, worker.num_requests) == (25, 3, 2)
+    alpha, beta = statistics.tenants["alpha"], statistics.tenants["beta"]
+    assert (alpha.num_requests, alpha.prompt_tokens, alpha.output_tokens) == (1, 12, 2)
+    assert (alpha.num_finished, alpha.num_running, beta.num_running) == ({"stop": 1}, 0, 1)
     [model] = statistics.models
     assert (model.ttft_s.count, model.queue_s.count, model.running) == (2, 2, 1)
 

@@ -258,7 +258,7 @@ def test_pins_are_told_once_again_when_they_change_and_taken_back() -> None:
     pins[0] = Pin("sys/0", b"", b"r" * 16, b"2" * 16)
     bench.core.set_pins(lambda *_: pins)
     assert len(bench.take(Pin)) == 1
-    bench.core.set_pins(lambda *_: pins, prewarm={"sys/0"})
+    bench.core.set_pins(lambda *_: pins, prewarm="sys")
     assert bench.take(Pin)[0][1].prewarm
     pins.clear()
     bench.core.set_pins(lambda *_: pins)
@@ -282,8 +282,9 @@ def test_accounts_and_what_published_prefixes_save_can_be_seen() -> None:
     bench = Bench()
     peer = bench.join("w1", bytes_per_block=1 << 14)
     bench.core.worker_report(peer, KvAccounts([KvAccount("t1", num_held=7, block_s=2.5, num_caused=3)], num_pinned=2))
-    [account] = bench.core.statistics().kv
-    assert (account.worker_id, account.tenant_id, account.num_held, account.num_caused) == ("w1", "t1", 7, 3)
+    [cache] = bench.core.statistics().caches
+    [owner] = cache.tenants
+    assert (cache.id, cache.num_pinned, owner.tenant, owner.num_blocks, owner.caused) == ("w1", 2, "t1", 7, 3)
     text = render_metrics(bench.core.statistics(), None).decode()
     assert 'kvasir_kv_blocks{worker="w1",tenant="t1"} 7\n' in text
     assert 'kvasir_kv_block_seconds_total{worker="w1",tenant="t1"} 2.5\n' in text

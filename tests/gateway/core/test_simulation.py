@@ -23,11 +23,11 @@ def test_streams_equal_the_oracle_whatever_happens_to_workers() -> None:
             reasons[client.sink.finished.reason] = reasons.get(client.sink.finished.reason, 0) + 1
         statistics = simulation.core.statistics()
         num_losses += simulation.num_losses
-        num_redispatches += statistics.num_redispatches
-        num_gaps += statistics.num_resyncs
+        num_redispatches += statistics.totals.num_redispatches
+        num_gaps += statistics.totals.num_resyncs
     # The stories are worth telling: every kind of end and of trouble has happened.
-    assert set(reasons) == {"stop", "length", "abort", "deadline", "error"}
-    assert reasons["error"] < 0.1 * sum(reasons.values())
+    assert set(reasons) - {"error"} == {"stop", "length", "abort", "deadline"}
+    assert reasons.get("error", 0) < 0.001 * sum(reasons.values()), "unrelated deaths are no reason to give up"
     assert min(num_losses, num_redispatches, num_gaps) > NUM_SEEDS // 2
 
 
@@ -43,7 +43,7 @@ def test_without_faults_every_request_gets_its_whole_answer() -> None:
     assert len(whole) > len(simulation.clients) // 4
     for client in whole:
         assert client.sink.tokens == client.expected
-    assert simulation.core.statistics().num_lost == {}
+    assert simulation.core.statistics().totals.num_lost == {}
 
 
 @pytest.mark.slow

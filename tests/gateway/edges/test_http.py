@@ -347,7 +347,7 @@ def test_a_client_that_stops_reading_is_cut_and_its_request_cancelled() -> None:
             open_edge(HttpLimits(write_s=0.8), lambda submit: [300] * 400_000) as edge,
             await edge.connect() as slow,
         ):
-            edge.core.infos["demo"] = type(edge.core.infos["demo"])("demo", "f", "float32", 16, 1 << 20, 1, 1)
+            edge.core.infos["demo"] = type(edge.core.infos["demo"])("demo", "f", "float32", 16, 1 << 20, 1)
             await slow.send_all(post_bytes("/v1/chat/completions", json.dumps(chat(stream=True)).encode()))
             await edge.core.cancelled.wait()
             assert edge.server.statistics.num_cut == 1

@@ -175,7 +175,7 @@ def test_a_wrong_method_is_told_the_right_one() -> None:
 
 def test_a_model_is_found_by_its_quoted_name_and_only_by_whom_may_use_it() -> None:
     async def main(house: House) -> None:
-        house.core.infos["org/model é"] = house.core.infos["demo"].__class__("org/model é", "f", "f", 16, 64, 63, 1)
+        house.core.infos["org/model é"] = house.core.infos["demo"].__class__("org/model é", "f", "f", 16, 64, 1)
         for path in ("/v1/models/org%2Fmodel%20%C3%A9", "/v1/models/org/model%20%C3%A9"):
             response, _ = await house.ask(path, method="GET")
             assert decoded(response)["id"] == "org/model é"

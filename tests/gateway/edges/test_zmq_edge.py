@@ -68,10 +68,10 @@ class FakeCore:
         self.cancels.append(cancel)
         submit = self.open.get(cancel.req_id)
         if submit is not None:
-            self.finish(submit, cancel.reason)
+            self.finish(submit, cancel.reason, cancel.num_output_tokens or 0)
 
     def models(self) -> dict[str, ModelInfo]:
-        return {name: ModelInfo(name, "f", "float32", 16, 2048, 2047, 2) for name in ("demo", "other")}
+        return {name: ModelInfo(name, "f", "float32", 16, 2048, 2) for name in ("demo", "other")}
 
     async def next_submit(self) -> Submit:
         return await self._submits.receive()
@@ -287,7 +287,7 @@ def test_a_stop_string_ends_the_answer_before_it_and_the_request_in_the_core(run
         assert text == "some text and the "
         assert token_ids == tokens[:needed]
         assert (done.finish_reason, done.usage.completion_tokens, done.error) == ("stop", needed, None)
-        assert house.core.cancels == [Cancel(submit.req_id, "stop")]
+        assert house.core.cancels == [Cancel(submit.req_id, "stop", needed)]
         await client.assert_silent()
         await house.settled()
 

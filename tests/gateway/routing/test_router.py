@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvasir.gateway.core.api import Cancel
-from kvasir.gateway.routing.router import Backlog, Candidate, Pending, RouterConfig, choose
+from kvasir.gateway.routing.backlog import Backlog, Pending
+from kvasir.gateway.routing.router import Candidate, RouterConfig, choose
 from tests.core_helpers import Bench, make_hashes, output
 
 CONFIG = RouterConfig()
@@ -196,11 +197,10 @@ def test_workers_without_credit_of_other_models_or_draining_are_no_candidates() 
             bench.submit(b"r0", [1, 2, 3])
         if worker_id != "free":
             bench.report(worker_id.encode(), event_seq=1, stored=make_hashes(tokens))
-    bench.core.drain_worker("leaving", 1.0)
-    bench.take()
     bench.submit(b"r1", tokens)
-    assert [peer for peer, _ in bench.take()] == [b"free"]
-    [decision] = bench.core.explain(b"r1") or []
+    bench.report(b"leaving", output(b"r1", 0, [], "abort"), event_seq=1)  # hands it back: it is about to leave
+    assert [peer for peer, _ in bench.take()] == [b"full", b"leaving", b"free"]
+    *_, decision = bench.core.explain(b"r1") or []
     assert [terms.worker_id for terms in decision.terms] == ["free"]
 
 

@@ -17,7 +17,7 @@ from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.workers.port import WorkerPort
 from kvasir.protocol.codec import encode
 from kvasir.protocol.link import Link, open_dealer, open_router
-from kvasir.protocol.messages import COMMANDS, Abort, Command, Generate, Identify, Load, StepReport, Welcome
+from kvasir.protocol.messages import COMMANDS, Abort, Command, Drain, Generate, Identify, Load, StepReport, Welcome
 from kvasir.protocol.profile import LinkProfile
 from tests.core_helpers import PUBLIC, RecordingSink, make_hello, make_submit, output
 
@@ -132,7 +132,7 @@ async def body_strangers_and_garbage(net: Net) -> None:
         await receive(dealer, Generate)
         await dealer.send([b"\x80\x04garbage"])
         await receive_identify_after(dealer)
-        assert core.statistics().num_lost == {"protocol": 1}
+        assert core.statistics().totals.num_lost == {"protocol": 1}
         assert sink.finished is None  # it waits for another worker
         nursery.cancel_scope.cancel()
 
@@ -159,12 +159,21 @@ async def body_dead_link(net: Net) -> None:
         assert isinstance(generate, Generate) and generate.attempt == 2
         await second.send([encode(StepReport(1, 0, Load(), [output(b"r1", 0, [9], "length", attempt=2)]))])
         await sink.ended.wait()
-        assert core.statistics().num_lost == {"link": 1}
+        assert core.statistics().totals.num_lost == {"link": 1}
         nursery.cancel_scope.cancel()
 
 
 async def body_full_outbox(net: Net) -> None:
-    """A peer that never reads: its queue fills, `send` says so, and nothing blocks."""
+    """A peer that never reads: its queue fills, the core hears of it outside of `send`, and nothing blocks."""
+    unreachable: list[bytes] = []
+
+    class Listener(Core):
+        def __init__(self) -> None:
+            pass
+
+        def worker_unreachable(self, peer: bytes) -> None:
+            unreachable.append(peer)
+
     link = net.router(high_water=4)
     port = WorkerPort(link)
     dealer = net.context.socket(zmq.DEALER)
@@ -177,14 +186,21 @@ async def body_full_outbox(net: Net) -> None:
         await link.receive()
         big = Abort(b"x" * 32, 0)
         num_sent = 0
-        while port.send(b"peer", big):
+        while not unreachable:
+            port.send(b"peer", big)
+            port.flush(Listener())
             num_sent += 1
             assert num_sent < 100_000, "nothing bounds the queue"
-        assert num_sent > 0
-        assert not port.send(b"nobody", big)
+        assert num_sent > 1
+        port.send(b"nobody", big)
+        assert unreachable == [b"peer"]
+        port.flush(Listener())
+        assert unreachable == [b"peer", b"nobody"]
         nursery.cancel_scope.cancel()
     link.close()
-    assert not port.send(b"peer", big)
+    port.send(b"peer", big)
+    port.flush(Listener())
+    assert unreachable == [b"peer", b"nobody", b"peer"]
     dealer.close(linger=0)
 
 
@@ -212,13 +228,14 @@ async def body_echo(net: Net) -> None:
             for sink in sinks:
                 await sink.ended.wait()
             assert all(sink.tokens == [0, 1, 2] for sink in sinks)
+            [peer] = core._fleet.by_peer
             again = submit_to(core, b"again", tokens=[*range(8), 199, 199], max_tokens=12)
             await again.ended.wait()
             assert again.tokens == [*range(8), 199, 199, 0, 1]
             assert again.finished is not None and again.finished.num_cached_tokens == 8
             [worker] = core.statistics().workers
-            assert (worker.num_index_blocks, worker.index_in_sync) == (2, True)
-            assert core.drain_worker("echo-0", 1.0)
+            assert (worker.num_cached_blocks, worker.index_in_sync) == (2, True)
+            port.send(peer, Drain(1.0))
             assert await process.wait() == 0
         finally:
             process.kill()
