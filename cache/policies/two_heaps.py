@@ -40,12 +40,10 @@ _MAX_ENDS = 1 << 17
 class Visit:
     """One request's use of its blocks. `freed_at` None: it has not ended yet.
 
-    Of its conversation: `trunk` blocks were resident before its first request, and may be shared with others;
-    `mean_rest_s` is the geometric mean of its rests, None before the first. `leaf` is the visit's run that may go, if
-    there is one, ordered by `order`.
+    `mean_rest_s` is the geometric mean of its conversation's rests, None before the first. `leaf` is the visit's run
+    that may go, if there is one, ordered by `order`.
     """
 
-    trunk: int = 0
     mean_rest_s: float | None = None
     is_final: bool = False
     freed_at: float | None = None
@@ -84,15 +82,15 @@ class TwoHeaps:
 
     def on_match(self, chain: Chain, table: BlockTable) -> None:
         ends = self._ends
-        table.visit = visit = Visit(table.num_published, is_final=table.hint in ("one_shot", "closing"))
+        table.visit = visit = Visit(is_final=table.hint in ("one_shot", "closing"))
         known = next(filter(ends.__contains__, reversed(chain.hashes)), None)
         if known is not None and (last := ends[known]).freed_at is not None:
-            visit.trunk = last.trunk
             visit.mean_rest_s = last.mean_with(self.now - last.freed_at)
             last.is_final = True
             if last.leaf is not None and last.order is not None:
                 last.order.reorder(last.leaf)
-        for digest in chain.hashes[max(visit.trunk, len(chain) - _NUM_ENDS) :]:
+        # What was resident before may be a beginning that many conversations share: no end of this one.
+        for digest in chain.hashes[max(table.num_published, len(chain) - _NUM_ENDS) :]:
             ends.pop(digest, None)
             ends[digest] = visit
         while len(ends) > self._max_ends:
