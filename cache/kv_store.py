@@ -32,7 +32,11 @@ class KvStore:
     ) -> None:
         shape = (num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)
         if torch.device(device).type == "cpu":  # pages of a fresh mapping are zero, and taken when first written to
-            pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            size_bytes = math.prod(shape) * dtype.itemsize
+            try:
+                pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except OSError as error:  # where memory may not be overcommitted
+                raise MemoryError(f"{size_bytes} bytes for keys and values: {error.strerror}") from None
             self.data = torch.frombuffer(pages, dtype=dtype).view(shape)
         else:
             self.data = torch.zeros(shape, dtype=dtype, device=device)

@@ -58,3 +58,8 @@ def test_zero_and_copy_touch_whole_blocks_and_no_others() -> None:
     assert torch.equal(store.data[[0, 2, 3]], before[[0, 2, 3]])
     store.zero([])
     assert torch.equal(store.data[0], before[0])
+
+
+def test_memory_that_the_system_refuses_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="bytes for keys and values"):
+        KvStore(1 << 40, 8, 16, 8, 64, torch.float32, "cpu")
