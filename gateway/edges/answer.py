@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Event, Finished, Submit
-from kvasir.gateway.text.model_text import Detokenizer
+from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.protocol.messages import TokenLogprobs
 
 

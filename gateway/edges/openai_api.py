@@ -164,12 +164,8 @@ class HttpApi:
         answers = [Answer(self._core, waiter.wake) for _ in requests]
         try:
             for request, answer in zip(requests, answers, strict=True):
-                prepare = self._intake
-                if prepare.is_quick(request):
-                    answer.submit = prepare.prepare(request, tenant, answer)
-                else:
-                    answer.submit = await prepare.prepare_in_thread(request, tenant, answer)
-                answer.detokenizer = prepare.detokenizer(request, answer.submit)
+                answer.submit = await self._intake.prepare(request, tenant, answer)
+                answer.detokenizer = self._intake.detokenizer(request, answer.submit)
             for answer in answers:
                 assert answer.submit is not None
                 self._core.submit(answer.submit)

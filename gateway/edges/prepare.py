@@ -16,7 +16,8 @@ import trio
 
 from kvasir.gateway.core.api import CoreApi, ModelInfo, Sink, Submit
 from kvasir.gateway.tenants.directory import PublishedPrefix, Tenant, TenantDirectory
-from kvasir.gateway.text.model_text import QUICK_CHARS, Detokenizer, ModelText
+from kvasir.gateway.text.detokenizer import Detokenizer
+from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText
 from kvasir.gateway.text.word_cache import Words
 from kvasir.protocol.client_messages import ChatMessage, CompletionRequest
 from kvasir.protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
@@ -70,13 +71,13 @@ class Intake:
         self._threads = trio.CapacityLimiter(MAX_THREADS)
 
     def is_quick(self, request: CompletionRequest) -> bool:
-        """Return whether `prepare` takes well under a millisecond of tokenising."""
+        """Return whether `prepare_nowait` takes well under a millisecond of tokenising."""
         size = len(request.text or "")
         if request.messages is not None:
             size += sum(len(message.content) for message in request.messages)
         return size <= QUICK_CHARS
 
-    def prepare(self, request: CompletionRequest, tenant: Tenant, sink: Sink) -> Submit:
+    def prepare_nowait(self, request: CompletionRequest, tenant: Tenant, sink: Sink) -> Submit:
         """Return `request` of `tenant` as a checked `Submit` with a fresh id, whose events will go to `sink`.
 
         Raises:
@@ -88,8 +89,11 @@ class Intake:
         packed = request.token_ids if request.token_ids is not None else self._encode(info, request, tenant)
         return self._submit(request, tenant, sink, info, packed)
 
-    async def prepare_in_thread(self, request: CompletionRequest, tenant: Tenant, sink: Sink) -> Submit:
-        """As `prepare`, tokenising in a thread. Cancelled, it returns at once; the thread ends by itself, unheard."""
+    async def prepare(self, request: CompletionRequest, tenant: Tenant, sink: Sink) -> Submit:
+        """As `prepare_nowait`, tokenising a long text in a thread. A checkpoint only then. Cancelled, it returns at
+        once; the thread ends by itself, unheard."""
+        if self.is_quick(request):
+            return self.prepare_nowait(request, tenant, sink)
         info = self._find_model(request.model, tenant)
         _check_form(request)
         packed = request.token_ids
@@ -202,7 +206,7 @@ class Intake:
             raise BadRequest("the prompt is no valid Unicode text (a lone surrogate); send valid UTF-8") from None
 
     def _memory(self, model: str, tenant: Tenant) -> Words:
-        """Return the words that the tenant's sharing scope has used with a model; nobody else's, see `word_encoder`."""
+        """Return the words that the tenant's sharing scope has used with a model; nobody else's, see `word_cache`."""
         key = (model, tenant.scope)
         memory = self._memories.pop(key, None)
         if memory is None:

@@ -195,7 +195,7 @@ class ZmqEdge:
             self._check_room(peer, request.id)
             call = _Call(peer, request, self._core, self._mark)
             if self._intake.is_quick(request):
-                submit = self._intake.prepare(request, tenant, call.answer)
+                submit = self._intake.prepare_nowait(request, tenant, call.answer)
                 self._open(call)
                 self._submit(call, submit)
             else:
@@ -225,7 +225,7 @@ class ZmqEdge:
     async def _prepare(self, call: _Call, request: CompletionRequest, tenant: Tenant) -> None:
         """Tokenise a long text in a thread, then submit it, unless it was cancelled meanwhile."""
         try:
-            submit = await self._intake.prepare_in_thread(request, tenant, call.answer)
+            submit = await self._intake.prepare(request, tenant, call.answer)
             if not call.closed:
                 self._submit(call, submit)
         except Exception as problem:

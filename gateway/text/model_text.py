@@ -1,4 +1,4 @@
-"""Text to token ids and back: a model folder's tokenizer, its chat template, and incremental detokenisation.
+"""Text to token ids and back: a model folder's tokenizer, its chat template.
 
 Everything comes from the folder that the workers load their weights from: `tokenizer.json` (read by the `tokenizers`
 library), `tokenizer_config.json` and `chat_template.jinja`. Templates are foreign code: they run in Jinja's immutable
@@ -7,7 +7,6 @@ sandbox.
 
 from __future__ import annotations
 
-import codecs
 import datetime
 import json
 from collections.abc import Sequence
@@ -24,8 +23,9 @@ import jinja2.utils
 import msgspec
 from tokenizers import Tokenizer
 
-from kvasir.gateway.text.token_bytes import token_pieces
-from kvasir.gateway.text.word_cache import Words, make_word_encoder
+from kvasir.gateway.text.detokenizer import Detokenizer
+from kvasir.gateway.text.token_bytes import token_bytes_by_id
+from kvasir.gateway.text.word_cache import Words, make_word_cache
 from kvasir.protocol.client_messages import ChatMessage
 from kvasir.protocol.errors import BadRequest, ModelError
 from kvasir.protocol.messages import Sampling
@@ -48,9 +48,9 @@ class ModelText:
         """`tokens`: special tokens that the template may name (`bos_token`, ...). `vocab_size`: ids the model knows.
         `sampling`: the model's own defaults, of the fields of `Sampling`."""
         self._tokenizer = tokenizer
-        self._pieces = token_pieces(tokenizer, vocab_size)
-        self._longest = max(1, *map(len, self._pieces))
-        self._words = make_word_encoder(tokenizer)
+        self._token_bytes = token_bytes_by_id(tokenizer, vocab_size)
+        self._longest = max(1, *map(len, self._token_bytes))
+        self._words = make_word_cache(tokenizer)
         self._around = _around(tokenizer)
         self._tokens = tokens
         self._template = None if template is None else _compile(template)
@@ -122,63 +122,11 @@ class ModelText:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token, which need not be whole characters; none for special tokens."""
-        return self._pieces[token_id] if token_id < len(self._pieces) else b""
+        return self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
 
     def detokenizer(self, stop: Sequence[str] = (), end_token_ids: Sequence[int] = ()) -> Detokenizer:
         """Return a fresh incremental detokeniser that ends at any of the `stop` strings."""
-        return Detokenizer(self._pieces, tuple(stop), tuple(end_token_ids))
-
-
-class Detokenizer:
-    """Token ids of one answer, a few at a time, to text that will not change any more.
-
-    Holds back incomplete characters, and whatever could be the beginning of a stop string. `stopped` is set once a
-    stop string was found; the text then ends before it and later tokens are ignored. The pushes together give exactly
-    `ModelText.decode` of all ids, cut at the first stop string. `end_token_ids`: for its user, who does not push them.
-    """
-
-    __slots__ = ("_held", "_pieces", "_rest", "_stop", "end_token_ids", "stopped")
-
-    def __init__(self, pieces: list[bytes], stop: tuple[str, ...], end_token_ids: tuple[int, ...]) -> None:
-        self._pieces = pieces
-        self.end_token_ids = end_token_ids
-        self._rest = b""  # the beginning of a character
-        self._stop = stop
-        self._held = ""
-        self.stopped = False
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Return the text that `token_ids` complete."""
-        if self.stopped:
-            return ""
-        pieces = self._pieces
-        data = self._rest + b"".join([pieces[token_id] for token_id in token_ids if token_id < len(pieces)])
-        text, num_used = codecs.utf_8_decode(data, "replace", False)
-        self._rest = data[num_used:]
-        return self._until_stop(text) if self._stop else text
-
-    def finish(self) -> str:
-        """Return what was held back: the answer ends here."""
-        if self.stopped:
-            return ""
-        rest, self._rest = self._rest.decode("utf-8", "replace"), b""
-        text = self._until_stop(rest) if self._stop else rest
-        if not self.stopped:
-            text, self._held = text + self._held, ""
-        return text
-
-    def _until_stop(self, text: str) -> str:
-        """Return the part of held + `text` that is sure to stay; keep the rest."""
-        text = self._held + text
-        # (end, begin): the stop string that is complete first ends the answer, in whatever pieces it came.
-        found = [(index + len(stop), index) for stop in self._stop if (index := text.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            self._held = ""
-            return text[: min(found)[1]]
-        num_held = max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
+        return Detokenizer(self._token_bytes, tuple(stop), tuple(end_token_ids))
 
 
 def load_text(path: Path) -> ModelText:
@@ -354,11 +302,3 @@ def _to_json(
 
 def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that is a beginning of `stop`, shorter than it."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[len(text) - length :]):
-            return length
-    return 0

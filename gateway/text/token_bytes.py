@@ -19,7 +19,7 @@ from kvasir.protocol.errors import ModelError
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def token_pieces(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
+def token_bytes_by_id(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
     """Return by token id the bytes that it adds to a text: none for special tokens and for ids that are no token.
 
     Raises:
@@ -28,11 +28,11 @@ def token_pieces(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
     convert = _converter(tokenizer)
     added = tokenizer.get_added_tokens_decoder()
     vocab = tokenizer.get_vocab(with_added_tokens=True)
-    pieces = [b""] * max(vocab_size, max(vocab.values(), default=-1) + 1)
+    found = [b""] * max(vocab_size, max(vocab.values(), default=-1) + 1)
     for token, token_id in vocab.items():
         if token_id not in added or not added[token_id].special:
-            pieces[token_id] = convert(token)
-    return pieces
+            found[token_id] = convert(token)
+    return found
 
 
 def _converter(tokenizer: Tokenizer) -> Callable[[str], bytes]:

@@ -29,11 +29,11 @@ _ASCII_CLASSES = {"L": "A-Za-z", "N": "0-9", "Lu": "A-Z", "Ll": "a-z", "Lt": "",
 
 
 Words = dict[str, list[int]]
-"""A memory: the token ids of words met so far. Filled by `WordEncoder.encode`; start with an empty one."""
+"""A memory: the token ids of words met so far. Filled by `WordCache.encode`; start with an empty one."""
 
 
-class WordEncoder:
-    """Token ids of short ASCII texts, word by word. Make it with `make_word_encoder`. Threads may share it."""
+class WordCache:
+    """Token ids of short ASCII texts, word by word. Make it with `make_word_cache`. Threads may share it."""
 
     def __init__(self, tokenizer: Tokenizer, cuts: list[re.Pattern[str]], specials: dict[str, int]) -> None:
         self._tokenizer = tokenizer
@@ -82,7 +82,7 @@ class WordEncoder:
         return ids
 
 
-def make_word_encoder(tokenizer: Tokenizer) -> WordEncoder | None:
+def make_word_cache(tokenizer: Tokenizer) -> WordCache | None:
     """Return an encoder for `tokenizer`, None if its parts are not all known or a try on some text differs."""
     model = tokenizer.model
     normalizer = None if tokenizer.normalizer is None else _state(tokenizer.normalizer).get("type")
@@ -104,7 +104,7 @@ def make_word_encoder(tokenizer: Tokenizer) -> WordEncoder | None:
         if token.lstrip or token.rstrip or token.single_word or token.normalized or not token.content:
             return None
         specials[token.content] = token_id
-    encoder = WordEncoder(tokenizer, cuts, specials)
+    encoder = WordCache(tokenizer, cuts, specials)
     return encoder if _agrees(encoder, tokenizer) else None
 
 
@@ -141,7 +141,7 @@ def _ascii_pattern(pattern: str) -> re.Pattern[str] | None:
     return compiled if compiled.groups == 0 else None
 
 
-def _agrees(encoder: WordEncoder, tokenizer: Tokenizer) -> bool:
+def _agrees(encoder: WordCache, tokenizer: Tokenizer) -> bool:
     """Try it on text of all kinds: a pattern that is read wrongly shows at once."""
     rng, memory = random.Random(1), Words()
     kinds = ["abcXYZ", "0123456789", " ", "  \t", "\n\r\n", "'sS'LL't", '!?.,;(){}[]<>=+-*/_#"\\', "\0\x1c\x1f\x7f\v\f"]

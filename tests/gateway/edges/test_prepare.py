@@ -32,7 +32,7 @@ class Nowhere:
 def prepare(request: CompletionRequest, tenant: Tenant = ALPHA, prefixes: tuple[PublishedPrefix, ...] = ()) -> Submit:
     intake = make_intake(FakeCore(lambda submit: []), make_directory(prefixes))
     intake._clock = lambda: 100.0
-    return intake.prepare(request, tenant, Nowhere())
+    return intake.prepare_nowait(request, tenant, Nowhere())
 
 
 def ask(**fields: Any) -> CompletionRequest:
@@ -89,9 +89,9 @@ def test_publishing_and_removing_take_effect_with_the_next_request() -> None:
     directory = make_directory()
     intake = make_intake(FakeCore(lambda submit: []), directory)
     intake._clock = lambda: 0.0
-    assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens == 0
+    assert intake.prepare_nowait(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens == 0
     directory.apply(PublishedPrefix("support", SYSTEM))
-    assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
+    assert intake.prepare_nowait(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
     assert intake.public_tokens(directory.prefixes[0])["demo"] > 100
 
 
@@ -115,12 +115,12 @@ def test_a_published_text_is_tokenised_once_whatever_is_published_later(monkeypa
     intake._clock = lambda: 0.0
     intake.warm()
     directory.apply(PublishedPrefix("second", "x" + SYSTEM))
-    assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
+    assert intake.prepare_nowait(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
     directory.apply(RemovePrefix("first"))
-    assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens == 0
-    assert intake.prepare(ask(text="x" + SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
+    assert intake.prepare_nowait(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens == 0
+    assert intake.prepare_nowait(ask(text="x" + SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
     directory.apply(PublishedPrefix("second", "x" + SYSTEM, pinned=True))
-    assert intake.prepare(ask(text="x" + SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
+    assert intake.prepare_nowait(ask(text="x" + SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
     assert seen == [SYSTEM, "x" + SYSTEM]
 
 
@@ -175,19 +175,19 @@ def test_models_are_refused_to_tenants_that_may_not_use_them_or_while_they_load(
     core = FakeCore(lambda submit: [])
     core.infos["demo"] = type(core.infos["demo"])("demo", "", "", 16, 0, 0)
     with pytest.raises(Unavailable, match="still being loaded"):
-        make_intake(core).prepare(ask(text="x"), ALPHA, Nowhere())
+        make_intake(core).prepare_nowait(ask(text="x"), ALPHA, Nowhere())
 
 
 def test_a_long_text_is_tokenised_in_a_thread_with_the_same_result() -> None:
-    request = ask(text=SYSTEM * 2, max_tokens=1)
+    request = ask(text=SYSTEM * 20, max_tokens=1)
     core = FakeCore(lambda submit: [], max_context=1 << 20)
 
     async def main() -> None:
         intake = make_intake(core)
         assert intake.is_quick(ask(text="short"))
         assert not intake.is_quick(ask(text=SYSTEM * 20))
-        threaded = await intake.prepare_in_thread(request, ALPHA, Nowhere())
-        inline = intake.prepare(request, ALPHA, Nowhere())
+        threaded = await intake.prepare(request, ALPHA, Nowhere())
+        inline = intake.prepare_nowait(request, ALPHA, Nowhere())
         assert (threaded.token_ids, threaded.prefix_hashes) == (inline.token_ids, inline.prefix_hashes)
         assert threaded.req_id != inline.req_id
 
@@ -208,7 +208,7 @@ def test_a_text_that_is_to_be_published_is_tokenised_in_a_thread_and_not_again(m
     async def main() -> None:
         await intake.tokenise(SYSTEM)
         directory.apply(PublishedPrefix("support", SYSTEM))
-        assert intake.prepare(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
+        assert intake.prepare_nowait(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
 
     trio.run(main)
     assert threads == [False]
@@ -243,7 +243,7 @@ def test_the_token_that_ended_an_answer_is_not_shown_whether_it_is_special_or_no
         intake._clock = lambda: 0.0
         request = ask(text="x", ignore_eos=ignore_eos)
         answer = Answer(core, lambda event: None)
-        answer.submit = intake.prepare(request, ALPHA, answer)
+        answer.submit = intake.prepare_nowait(request, ALPHA, answer)
         answer.detokenizer = intake.detokenizer(request, answer.submit)
         answer.put(Delta(answer.submit.req_id, ids))
         answer.put(Finished(answer.submit.req_id, "stop", 1, len(ids)))

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 import kvasir.gateway.text.word_cache as word_encoder
 from kvasir.gateway.text.model_text import ModelText
-from kvasir.gateway.text.word_cache import MAX_NEW_WORDS, make_word_encoder
+from kvasir.gateway.text.word_cache import MAX_NEW_WORDS, make_word_cache
 
 DEMO = Path(__file__).resolve().parents[3] / "kvasir" / "demo_model"
 SOURCE = Path(textwrap.__file__).read_text() + Path(statistics.__file__).read_text()
@@ -61,7 +61,7 @@ KNOWN = {
     "qwen": with_normalizer(train(split(QWEN))),
     "tekken": train(split(TEKKEN)),
 }
-ENCODERS = {name: make_word_encoder(tokenizer) for name, tokenizer in KNOWN.items()}
+ENCODERS = {name: make_word_cache(tokenizer) for name, tokenizer in KNOWN.items()}
 
 pieces = st.one_of(
     st.sampled_from(["don't", "I'LL", " 's", "<|end|>", "<|end|>x", "<|endoftext|>", "\r\n", "  \n", "\t", "x1234567"]),
@@ -96,7 +96,7 @@ def test_other_texts_are_left_to_the_library(text: str) -> None:
 
 
 def test_a_text_full_of_new_words_is_left_to_the_library_after_a_few() -> None:
-    encoder = make_word_encoder(KNOWN["demo"])
+    encoder = make_word_cache(KNOWN["demo"])
     assert encoder is not None
     words = [f" w{''.join(chr(97 + int(digit)) for digit in str(number))}" for number in range(3 * MAX_NEW_WORDS)]
     memory = {}
@@ -108,7 +108,7 @@ def test_a_text_full_of_new_words_is_left_to_the_library_after_a_few() -> None:
 
 def test_what_one_memory_has_learnt_another_does_not_know() -> None:
     """Two sharing scopes: the second is as slow with a word as if the first had never used it."""
-    encoder = make_word_encoder(KNOWN["demo"])
+    encoder = make_word_cache(KNOWN["demo"])
     assert encoder is not None
     mine, theirs = {}, {}
     encoder.encode("secret words", mine)
@@ -118,7 +118,7 @@ def test_what_one_memory_has_learnt_another_does_not_know() -> None:
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(word_encoder, "MAX_WORDS", 10)
-    encoder = make_word_encoder(KNOWN["demo"])
+    encoder = make_word_cache(KNOWN["demo"])
     assert encoder is not None
     memory = {}
     for start in range(0, 4000, 40):
@@ -165,12 +165,12 @@ def make_unknown(name: str) -> Tokenizer:
     ],
 )
 def test_a_tokenizer_that_is_not_known_in_full_gets_no_word_encoder(name: str) -> None:
-    assert make_word_encoder(make_unknown(name)) is None
+    assert make_word_cache(make_unknown(name)) is None
 
 
 def test_a_pattern_that_is_read_wrongly_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(word_encoder, "_GPT2", word_encoder._GPT2.replace(r"\s+(?!\S)|", ""))
-    assert make_word_encoder(KNOWN["gpt2"]) is None
+    assert make_word_cache(KNOWN["gpt2"]) is None
 
 
 def test_texts_keep_what_the_tokenizer_puts_around_them() -> None:

@@ -1,0 +1,66 @@
+"""Incremental detokenisation: the tokens of an answer to text that stays, up to a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+
+class Detokenizer:
+    """Token ids of one answer, a few at a time, to text that will not change any more.
+
+    Holds back incomplete characters, and whatever could be the beginning of a stop string. `stopped` is set once a
+    stop string was found; the text then ends before it and later tokens are ignored. The pushes together give exactly
+    `ModelText.decode` of all ids, cut at the first stop string. `end_token_ids`: for its user, who does not push them.
+    """
+
+    __slots__ = ("_held", "_rest", "_stop", "_token_bytes", "end_token_ids", "stopped")
+
+    def __init__(self, token_bytes: list[bytes], stop: tuple[str, ...], end_token_ids: tuple[int, ...]) -> None:
+        self._token_bytes = token_bytes
+        self.end_token_ids = end_token_ids
+        self._rest = b""  # the beginning of a character
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Return the text that `token_ids` complete."""
+        if self.stopped:
+            return ""
+        token_bytes = self._token_bytes
+        data = self._rest + b"".join([token_bytes[token_id] for token_id in token_ids if token_id < len(token_bytes)])
+        text, num_used = codecs.utf_8_decode(data, "replace", False)
+        self._rest = data[num_used:]
+        return self._until_stop(text) if self._stop else text
+
+    def finish(self) -> str:
+        """Return what was held back: the answer ends here."""
+        if self.stopped:
+            return ""
+        rest, self._rest = self._rest.decode("utf-8", "replace"), b""
+        text = self._until_stop(rest) if self._stop else rest
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _until_stop(self, text: str) -> str:
+        """Return the part of held + `text` that is sure to stay; keep the rest."""
+        text = self._held + text
+        # (end, begin): the stop string that is complete first ends the answer, in whatever pieces it came.
+        found = [(index + len(stop), index) for stop in self._stop if (index := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = ""
+            return text[: min(found)[1]]
+        num_held = max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that is a beginning of `stop`, shorter than it."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[len(text) - length :]):
+            return length
+    return 0
