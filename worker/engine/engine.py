@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from kvasir.cache.block_pool import PUBLIC, IntegrityError
-from kvasir.cache.block_table import BlockTable, Chain
+from kvasir.cache.block_pool import IntegrityError
+from kvasir.cache.block_table import BlockTable
 from kvasir.cache.events import Stored
 from kvasir.cache.ownership import Quota
 from kvasir.cache.prefix_cache import CacheStatistics, PrefixCache
@@ -24,21 +24,18 @@ from kvasir.protocol.messages import (
     Output,
     Pin,
     Quotas,
-    Sampling,
     Snapshot,
     StepReport,
     TokenLogprobs,
 )
-from kvasir.protocol.prefix import HASH_BYTES
 from kvasir.protocol.tokens import num_tokens, pack_tokens
+from kvasir.worker.engine.pins import PREWARM_ID, Pins
 from kvasir.worker.engine.scheduler import MIN_CHUNK, EngineLimits, Plan, no_room, schedule
 from kvasir.worker.engine.sequence import Sequence, make_sequence
 from kvasir.worker.engine.step import OutOfMemory, Sampled, Sampler, SampleRow, SequenceSlice, StepModel, StepStore
 
 _FIRST_RATE = 100.0  # prompt tokens per second, until measured: low, so that the first chunk is a small one
 _RATE_SHARE = 0.2  # weight of the newest step in the measured rate
-
-_PREWARM_ID = b"\0prewarm\0"  # begins the ids of the engine's own requests; the gateway's are 16 random bytes
 
 _Batch = list[tuple[Sequence, SequenceSlice, list[Sequence]]]  # with the forks that draw from the same logits
 
@@ -99,7 +96,7 @@ class Engine:
         self._num_finished = self._num_preempted = self._num_forked = 0
         self.num_not_finite = self.num_out_of_memory = 0
         self._rate = _FIRST_RATE
-        self._wanted_pins: dict[str, Chain] = {}
+        self._pins = Pins(cache)
 
     @property
     def cache(self) -> PrefixCache:
@@ -146,7 +143,7 @@ class Engine:
 
     def refuse(self, req_id: bytes, attempt: int, seq: int, reason: FinishReason, text: str) -> None:
         """Answer a request that is not taken; `seq` is the number of its tokens already delivered."""
-        if not req_id.startswith(_PREWARM_ID):
+        if not req_id.startswith(PREWARM_ID):
             self._outputs.append(Output(req_id, attempt, seq, finish_reason=reason, error=text))
 
     def abort(self, req_id: bytes, attempt: int) -> None:
@@ -168,8 +165,7 @@ class Engine:
         self._running.clear()
         self._waiting.clear()
         self._outputs.clear()
-        for name in list(self._wanted_pins):
-            self.unpin(name)
+        self._pins.clear()
         self._cache.set_quotas({})
 
     def step(self) -> StepReport:
@@ -202,52 +198,18 @@ class Engine:
         Raises:
             BadRequest: the command contradicts itself.
         """
-        try:
-            chain = Chain(
-                owner=PUBLIC,
-                root=command.root,
-                public_namespace=self.public_namespace,
-                namespace=self.public_namespace,
-                num_public_blocks=len(command.prefix_hashes) // HASH_BYTES,
-                block_size=self._cache.block_size,
-                packed_tokens=command.token_ids,
-                packed_hashes=command.prefix_hashes,
-            )
-        except ValueError as error:
-            raise BadRequest(f"prefix {command.name!r} cannot be pinned: {error}") from None
-        self._wanted_pins[command.name] = chain
-        num_pinned = self._cache.pin(command.name, chain)
-        if command.prewarm and num_pinned < len(chain):
-            self._prewarm(command, len(chain) * chain.block_size)
+        num_pinned, prewarming = self._pins.pin(command, self.public_namespace)
+        if prewarming is not None:
+            self.submit(prewarming)
         return num_pinned
-
-    def _prewarm(self, command: Pin, num_tokens: int) -> None:
-        """Compute a published prefix as a request of the owner `PUBLIC` without outputs."""
-        request = Generate(
-            req_id=_PREWARM_ID + command.prefix_hashes[-HASH_BYTES:],
-            attempt=0,
-            tenant=PUBLIC,
-            token_ids=command.token_ids,
-            num_prompt_tokens=num_tokens,
-            root=command.root,
-            prefix_hashes=command.prefix_hashes,
-            num_public_tokens=num_tokens,
-            namespace=self.public_namespace,
-            max_tokens=1,
-            sampling=Sampling(temperature=0.0),
-        )
-        self.submit(request)
 
     def unpin(self, name: str) -> None:
         """Let a pinned prefix go."""
-        self._wanted_pins.pop(name, None)
-        self._cache.unpin(name)
+        self._pins.unpin(name)
 
     def kv_accounts(self) -> KvAccounts:
         """Return every owner's holdings and counters. Also pins what has become resident of pinned prefixes."""
-        for name, chain in self._wanted_pins.items():
-            if self._cache.num_pinned(name) < len(chain):
-                self._cache.pin(name, chain)
+        self._pins.renew()
         return KvAccounts(self._cache.accounts(), self._cache.statistics().num_pinned)
 
     def snapshot(self) -> Snapshot:
@@ -501,7 +463,7 @@ class Engine:
         if not sequence.cached_reported and sequence.num_cached is not None:
             output.num_cached_tokens = sequence.num_cached
             sequence.cached_reported = True
-        if not sequence.req_id.startswith(_PREWARM_ID):
+        if not sequence.req_id.startswith(PREWARM_ID):
             self._outputs.append(output)
 
     def _forget(self, sequence: Sequence) -> None:
