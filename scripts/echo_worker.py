@@ -144,7 +144,7 @@ class EchoWorker:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run until the gateway lets it go; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--endpoint", required=True, help="the gateway's worker socket, ipc://PATH or tcp://HOST:PORT")
+    parser.add_argument("--endpoint", required=True, help="the gateway's worker socket, ipc://PATH")
     parser.add_argument("--worker-id", default=f"echo-{os.getpid()}")
     parser.add_argument("--model", default="echo", help="the name under which it serves")
     parser.add_argument("--block-size", type=int, default=16, help="must be the gateway's")

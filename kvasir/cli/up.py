@@ -36,7 +36,7 @@ HOPELESS_RESTARTS = 3  # a model none of whose workers has ever come up after so
 @click.option("--model", "models", metavar="NAME=PATH", multiple=True, help="Serve this folder; repeatable.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Workers per model. Default: one per GPU, else two.")
 @click.option("--http", metavar="HOST:PORT", default="127.0.0.1:8000", show_default=True, help="HTTP edge, or `off`.")
-@click.option("--zmq", metavar="ENDPOINT", multiple=True, help="A further SDK endpoint such as tcp://0.0.0.0:5555.")
+@click.option("--zmq", metavar="ENDPOINT", multiple=True, help="A further SDK endpoint such as tcp://127.0.0.1:5555.")
 @click.option("--insecure", is_flag=True, help="Allow ZeroMQ in the clear beyond loopback.")
 @click.option("--worker-args", metavar="ARGS", default="", help='For every worker, such as "--kv-memory 2G".')
 @click.option("--block-size", type=click.IntRange(1, 1024), default=16, show_default=True, help="Tokens per KV block.")

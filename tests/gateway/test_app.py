@@ -95,3 +95,17 @@ def test_a_log_line_carries_the_date_and_stays_one_line(capsys: pytest.CaptureFi
     log("request", path="/a\nb\x1b[2J", status=200)
     line = capsys.readouterr().err
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d request path='/a\\nb\\x1b\[2J' status=200\n", line)
+
+
+@pytest.mark.parametrize(("text", "words"), [(None, "No such file"), (" \n", "is empty")])
+def test_a_metrics_token_file_without_a_token_is_refused(
+    home: Path, text: str | None, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = home / "token"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit):
+        parse(["--state-dir", "/x", "--metrics-token-file", str(path)])
+    assert words in capsys.readouterr().err
+    path.write_text("token\n")
+    assert parse(["--state-dir", "/x", "--metrics-token-file", str(path)]).metrics_token == "token"
