@@ -1,6 +1,6 @@
-"""The SDK without I/O: what a request looks like, how its chunks become a completion, which errors come out.
+"""What both clients share: what a request looks like, how its chunks become a completion, which errors come out.
 
-The blocking and the async client share all of it and differ only in how they wait (`_pump.Mailbox`).
+The blocking and the async client differ only in how they wait (`_pump.Mailbox`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+from kvasir._pump import CONNECT_TIMEOUT_S, Mailbox, Pump
+from kvasir.paths import client_endpoint
 from kvasir.protocol.client_messages import (
     MAX_CLIENT_FRAME_BYTES,
     ChatMessage,
@@ -27,6 +29,7 @@ from kvasir.protocol.messages import CacheHint, RetentionHint, SamplingOptions, 
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 
 DEFAULT_TIMEOUT_S = 60.0
+Messages = Sequence[Mapping[str, str] | ChatMessage]
 
 
 class Options(TypedDict, total=False):
@@ -132,6 +135,62 @@ class Assembly:
         return None
 
 
+class BaseClient:
+    """A connection, and whose requests go over it."""
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> None:
+        self._api_key = choose_api_key(api_key)
+        self._timeout_s = timeout_s
+        self._pump = Pump(endpoint or client_endpoint(), connect_timeout_s=connect_timeout_s)
+
+    def _request(
+        self, prompt: str | Sequence[int] | None, messages: Messages | None, options: Options
+    ) -> tuple[Pump, int, bytes, float]:
+        """Return what a stream is made of: connection, call id, frame and timeout."""
+        call_id = self._pump.next_id()
+        frame = encode_request(make_request(call_id, self._api_key, prompt, messages, options))
+        return self._pump, call_id, frame, options.get("timeout_s", self._timeout_s)
+
+
+class BaseStream:
+    """One request under way: sent when it is made, cancelled when it is garbage before its end."""
+
+    def __init__(self, pump: Pump, call_id: int, frame: bytes, timeout_s: float, mailbox: Mailbox) -> None:
+        self._pump = pump
+        self._call_id = call_id
+        self._timeout_s = timeout_s
+        self._assembly = Assembly()
+        self._ended = False
+        pump.send(call_id, frame, mailbox)
+
+    @property
+    def result(self) -> Completion:
+        """The whole answer.
+
+        Raises:
+            RuntimeError: the stream has not been read to its end.
+        """
+        if self._assembly.completion is None:
+            raise RuntimeError("the stream has no result: it has not been read to its end")
+        return self._assembly.completion
+
+    def __del__(self) -> None:
+        if not getattr(self, "_ended", True):
+            self._cancel()
+
+    def _cancel(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._pump.cancel(self._call_id)
+
+
 def models_of(message: Message | Exception) -> list[ModelCard]:
     """Return the models in the answer to a `ModelsRequest`.
 
@@ -163,7 +222,7 @@ def make_request(
     call_id: int,
     api_key: str,
     prompt: str | Sequence[int] | None,
-    messages: Sequence[Mapping[str, str] | ChatMessage] | None,
+    messages: Messages | None,
     options: Options,
 ) -> CompletionRequest:
     """Return the request for `prompt` (text or token ids) or for `messages`.

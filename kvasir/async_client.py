@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, Literal, Protocol, Self, Unpack, overload
 
-from kvasir._pump import CONNECT_TIMEOUT_S, Pump
+from kvasir._pump import Pump
 from kvasir._session import (
-    DEFAULT_TIMEOUT_S,
-    Assembly,
+    BaseClient,
+    BaseStream,
     Chunk,
     Completion,
+    Messages,
     Options,
-    choose_api_key,
     encode_request,
-    make_request,
     models_of,
 )
-from kvasir.paths import client_endpoint
-from kvasir.protocol.client_messages import ChatMessage, ModelCard, ModelsRequest
+from kvasir.protocol.client_messages import ModelCard, ModelsRequest
 from kvasir.protocol.codec import Message
 from kvasir.protocol.errors import DeadlineExceeded, KvasirError
 
-Messages = Sequence[Mapping[str, str] | ChatMessage]
 
-
-class AsyncClient:
+class AsyncClient(BaseClient):
     """A client of one gateway, for asyncio and Trio alike; arguments as for `Client`.
 
     Any number of calls may run at once on its one connection. Cancelling one of them cancels its request and nothing
@@ -37,18 +33,6 @@ class AsyncClient:
         AuthenticationFailed: there is no API key.
         ConfigurationError: the endpoint is malformed.
     """
-
-    def __init__(
-        self,
-        endpoint: str | None = None,
-        api_key: str | None = None,
-        *,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
-    ) -> None:
-        self._api_key = choose_api_key(api_key)
-        self._timeout_s = timeout_s
-        self._pump = Pump(endpoint or client_endpoint(), connect_timeout_s=connect_timeout_s)
 
     @overload
     def generate(
@@ -122,12 +106,10 @@ class AsyncClient:
         return stream.result
 
     def _complete(self, prompt: str | Sequence[int] | None, messages: Messages | None, options: Options) -> AsyncStream:
-        call_id = self._pump.next_id()
-        frame = encode_request(make_request(call_id, self._api_key, prompt, messages, options))
-        return AsyncStream(self._pump, call_id, frame, options.get("timeout_s", self._timeout_s))
+        return AsyncStream(*self._request(prompt, messages, options))
 
 
-class AsyncStream:
+class AsyncStream(BaseStream):
     """An answer as it comes: `async for chunk in stream`; afterwards `result` is the whole `Completion`.
 
     Leaving it early, by `aclose`, the end of an `async with` block, an exception, a timeout, cancellation of the task
@@ -136,24 +118,8 @@ class AsyncStream:
     """
 
     def __init__(self, pump: Pump, call_id: int, frame: bytes, timeout_s: float) -> None:
-        self._pump = pump
-        self._call_id = call_id
-        self._timeout_s = timeout_s
         self._mailbox = _open_mailbox()
-        self._assembly = Assembly()
-        self._ended = False
-        pump.send(call_id, frame, self._mailbox)
-
-    @property
-    def result(self) -> Completion:
-        """The whole answer.
-
-        Raises:
-            RuntimeError: the stream has not been read to its end.
-        """
-        if self._assembly.completion is None:
-            raise RuntimeError("the stream has no result: it has not been read to its end")
-        return self._assembly.completion
+        super().__init__(pump, call_id, frame, timeout_s, self._mailbox)
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
@@ -180,15 +146,6 @@ class AsyncStream:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._cancel()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_ended", True):
-            self._cancel()
-
-    def _cancel(self) -> None:
-        if not self._ended:
-            self._ended = True
-            self._pump.cancel(self._call_id)
 
 
 class _Mailbox(Protocol):

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Iterator, Sequence
 from typing import Literal, Self, Unpack, overload
 
-from kvasir._pump import CONNECT_TIMEOUT_S, Pump
+from kvasir._pump import Pump
 from kvasir._session import (
-    DEFAULT_TIMEOUT_S,
-    Assembly,
+    BaseClient,
+    BaseStream,
     Chunk,
     Completion,
+    Messages,
     Options,
-    choose_api_key,
     encode_request,
-    make_request,
     models_of,
 )
-from kvasir.paths import client_endpoint
-from kvasir.protocol.client_messages import ChatMessage, ModelCard, ModelsRequest
+from kvasir.protocol.client_messages import ModelCard, ModelsRequest
 from kvasir.protocol.codec import Message
 from kvasir.protocol.errors import DeadlineExceeded, KvasirError
 
-Messages = Sequence[Mapping[str, str] | ChatMessage]
 
-
-class Client:
+class Client(BaseClient):
     """A client of one gateway: `with Client() as client: print(client.generate("import").text)`.
 
     `endpoint`: default $KVASIR_ENDPOINT, else the socket of this user's `kvasir up`. `api_key`: default
@@ -39,18 +34,6 @@ class Client:
         AuthenticationFailed: there is no API key.
         ConfigurationError: the endpoint is malformed.
     """
-
-    def __init__(
-        self,
-        endpoint: str | None = None,
-        api_key: str | None = None,
-        *,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
-    ) -> None:
-        self._api_key = choose_api_key(api_key)
-        self._timeout_s = timeout_s
-        self._pump = Pump(endpoint or client_endpoint(), connect_timeout_s=connect_timeout_s)
 
     @overload
     def generate(
@@ -110,9 +93,7 @@ class Client:
     def _complete(
         self, prompt: str | Sequence[int] | None, messages: Messages | None, stream: bool, options: Options
     ) -> Completion | Stream:
-        call_id = self._pump.next_id()
-        frame = encode_request(make_request(call_id, self._api_key, prompt, messages, options))
-        answer = Stream(self._pump, call_id, frame, options.get("timeout_s", self._timeout_s))
+        answer = Stream(*self._request(prompt, messages, options))
         if stream:
             return answer
         with answer:
@@ -121,7 +102,7 @@ class Client:
         return answer.result
 
 
-class Stream:
+class Stream(BaseStream):
     """An answer as it comes: iterate over its `Chunk`s; afterwards `result` is the whole `Completion`.
 
     Leaving it early, by `close`, the end of a `with` block, an exception, a timeout or garbage collection, cancels the
@@ -129,24 +110,8 @@ class Stream:
     """
 
     def __init__(self, pump: Pump, call_id: int, frame: bytes, timeout_s: float) -> None:
-        self._pump = pump
-        self._call_id = call_id
-        self._timeout_s = timeout_s
         self._mailbox: queue.SimpleQueue[Message | KvasirError] = queue.SimpleQueue()
-        self._assembly = Assembly()
-        self._ended = False
-        pump.send(call_id, frame, self._mailbox)
-
-    @property
-    def result(self) -> Completion:
-        """The whole answer.
-
-        Raises:
-            RuntimeError: the stream has not been read to its end.
-        """
-        if self._assembly.completion is None:
-            raise RuntimeError("the stream has no result: it has not been read to its end")
-        return self._assembly.completion
+        super().__init__(pump, call_id, frame, timeout_s, self._mailbox)
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -157,7 +122,7 @@ class Stream:
         try:
             chunk = self._assembly.add(_get(self._mailbox, self._timeout_s))
         except BaseException:
-            self.close()
+            self._cancel()
             raise
         if chunk is None:
             self._ended = True
@@ -166,21 +131,13 @@ class Stream:
 
     def close(self) -> None:
         """Cancel the request unless it has ended. Idempotent, does not wait."""
-        if not self._ended:
-            self._ended = True
-            self._pump.cancel(self._call_id)
+        self._cancel()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_ended", True):
-            self.close()
+    def __exit__(self, *exc_info: object) -> None:
+        self._cancel()
 
 
 def _get(mailbox: queue.SimpleQueue[Message | KvasirError], timeout_s: float) -> Message | KvasirError:
