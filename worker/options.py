@@ -7,7 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,21 +37,20 @@ class Options:
     name: str
     worker_id: str
     gateway: str
-    device: str = "auto"
-    dtype: str = "auto"
-    deterministic: bool = False
-    kv_memory: MemorySize | None = None
-    block_size: int = 16
-    eviction_policy: str = DEFAULT_POLICY
-    max_requests: int | None = None
-    max_step_tokens: int | None = None
-    max_context: int | None = None
-    threads: int = 1
-    drain_s: float = 20.0
-    exit_with_stdin: bool = False
-    check: bool = False
-    kv_events: PublisherOptions | None = None
-    kv_form: WireForm = field(default_factory=WireForm)
+    device: str
+    dtype: str
+    kv_memory: MemorySize | None
+    block_size: int
+    eviction_policy: str
+    max_requests: int | None
+    max_step_tokens: int | None
+    max_context: int | None
+    threads: int
+    drain_s: float
+    exit_with_stdin: bool
+    check: bool
+    kv_events: PublisherOptions | None
+    kv_form: WireForm
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,12 +67,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     parser = _Parser(prog="python -m kvasir.worker", description="Serve one model to a gateway.", allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="folder of a Hugging Face checkpoint, or oracle: for tests")
-    add(
-        "--gateway",
-        required=True,
-        metavar="ENDPOINT",
-        help="the gateway's worker socket, ipc://PATH",
-    )
+    add("--gateway", required=True, metavar="ENDPOINT", help="the gateway's worker socket, ipc://PATH")
     add("--name", default="", help="name under which the gateway serves the model (default: the folder's name)")
     add("--worker-id", default="", help="unique among the gateway's workers (default: host name and process id)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
@@ -86,17 +80,20 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         help="of the KV cache: 512M, 4G, or 60%% of free memory at most",
     )
     add("--block-size", type=_positive, default=16, metavar="TOKENS", help="must be the gateway's (default 16)")
-    add(
-        "--eviction-policy",
-        choices=POLICIES,
-        default=DEFAULT_POLICY,
-        help=f"which blocks go (default {DEFAULT_POLICY})",
-    )
+    policy_help = f"which blocks go (default {DEFAULT_POLICY})"
+    add("--eviction-policy", choices=POLICIES, default=DEFAULT_POLICY, help=policy_help)
     add("--max-requests", type=_positive, metavar="N", help="requests taken at a time")
     add("--max-step-tokens", type=_positive, metavar="N", help="token budget of one engine step")
     add("--max-context", type=_positive, metavar="TOKENS", help="longest prompt + answer (default: the model's window)")
     add("--threads", type=_positive, default=1, help="torch threads (default 1)")
-    add("--drain", type=_seconds, default=20.0, metavar="S", help="time to finish requests after SIGTERM (default 20)")
+    add(
+        "--drain",
+        dest="drain_s",
+        type=_seconds,
+        default=20.0,
+        metavar="S",
+        help="time to finish requests after SIGTERM (default 20)",
+    )
     add("--exit-with-stdin", action="store_true", help="exit when stdin closes, as it does when a supervisor dies")
     add("--check", action="store_true", help="verify the cache's bookkeeping whenever idle (for tests)")
     _add_event_options(parser)
@@ -108,28 +105,14 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         )
     if args.deterministic and (args.device == "cuda" or args.dtype not in ("auto", "float64")):
         raise ConfigurationError("--deterministic computes in float64 on the CPU; leave out --device and --dtype.")
-    is_oracle = args.model.startswith(PREFIX)
-    return Options(
-        model=args.model,
-        name=args.name or ("oracle" if is_oracle else Path(args.model).resolve().name),
-        worker_id=worker_id,
-        gateway=args.gateway,
-        device="cpu" if args.deterministic else args.device,
-        dtype="float64" if args.deterministic else args.dtype,
-        deterministic=args.deterministic,
-        kv_memory=args.kv_memory,
-        block_size=args.block_size,
-        eviction_policy=args.eviction_policy,
-        max_requests=args.max_requests,
-        max_step_tokens=args.max_step_tokens,
-        max_context=args.max_context,
-        threads=args.threads,
-        drain_s=args.drain,
-        exit_with_stdin=args.exit_with_stdin,
-        check=args.check,
-        kv_events=_event_options(args, worker_id),
-        kv_form=WireForm(args.kv_events_form, args.kv_events_hashes, args.publish_token_ids),
-    )
+    if args.deterministic:
+        args.device, args.dtype = "cpu", "float64"
+    if not args.name:
+        args.name = "oracle" if args.model.startswith(PREFIX) else Path(args.model).resolve().name
+    args.worker_id = worker_id
+    args.kv_form = WireForm(args.kv_events_form, args.kv_events_hashes, args.publish_token_ids)
+    args.kv_events = _event_options(args, worker_id)
+    return Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
 
 
 def _add_event_options(parser: argparse.ArgumentParser) -> None:
