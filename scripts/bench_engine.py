@@ -58,13 +58,13 @@ class Times:
 
 
 def make_engine(folder: Path, num_tokens: int, max_requests: int) -> Engine:
-    loaded = load_model(folder, "cpu", "fp32")
-    config = loaded.config
+    model = load_model(folder, "cpu", "float32")
+    config = model.config
     num_blocks = 2 * max_requests * (num_tokens // BLOCK_SIZE + 2)
     shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
     return Engine(
-        loaded.model,
-        KvStore(*shape, dtype=loaded.dtype, device="cpu"),
+        model,
+        KvStore(*shape, dtype=model.dtype, device="cpu"),
         sample,
         PrefixCache(num_blocks, BLOCK_SIZE),
         EngineLimits(max_requests=max_requests, max_step_tokens=2048, max_context=config.max_position),

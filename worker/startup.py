@@ -187,7 +187,7 @@ def _load_torch(options: Options) -> Loaded:
 
     from kvasir.cache.kv_store import KvStore, bytes_per_block
     from kvasir.worker.engine.step import SequenceSlice
-    from kvasir.worker.model.loader import load_model, read_config, resolve_dtype, weight_bytes
+    from kvasir.worker.model.loader import load_model, model_fingerprint, read_config, resolve_dtype, weight_bytes
     from kvasir.worker.model.sampling import sample
 
     torch.set_num_threads(options.threads)
@@ -219,7 +219,7 @@ def _load_torch(options: Options) -> Loaded:
     limits = choose_limits(options, window=config.max_position, num_blocks=num_blocks, on_gpu=on_gpu)
     log("loading", model=options.model, device=device.type, dtype=_name(dtype), weight_bytes=needed)
     try:
-        loaded = load_model(
+        model = load_model(
             options.model,
             device,
             dtype,
@@ -231,13 +231,13 @@ def _load_torch(options: Options) -> Loaded:
             num_blocks, config.num_layers, options.block_size, config.num_kv_heads, config.head_dim, dtype, device
         )
         # The first step allocates and compiles what every step needs: better before anybody waits for it.
-        loaded.model.forward([SequenceSlice(0, [0], 0, [0], 1)], kv)
-        loaded.model.forget(0)
+        model.forward([SequenceSlice(0, [0], 0, [0], 1)], kv)
+        model.forget(0)
         kv.zero([0])
     except (MemoryError, torch.OutOfMemoryError, OutOfMemory) as error:
         raise ModelError(f"{options.model} does not fit into memory ({error}); give less --kv-memory.") from None
     return Loaded(
-        model=loaded.model,
+        model=model,
         kv=kv,
         sampler=sample,
         num_blocks=num_blocks,
@@ -245,7 +245,7 @@ def _load_torch(options: Options) -> Loaded:
         vocab_size=config.vocab_size,
         eos_token_ids=config.eos_token_ids,
         limits=limits,
-        fingerprint=loaded.fingerprint,
+        fingerprint=model_fingerprint(options.model),
         dtype=_name(dtype),
         device=device.type,
     )

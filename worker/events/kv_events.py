@@ -21,6 +21,7 @@ import msgspec
 import zmq
 
 from kvasir.cache.events import Stored
+from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.prefix import split_hashes
 from kvasir.protocol.tokens import unpack_tokens
 
@@ -87,14 +88,6 @@ class Outlet(Protocol):
     def close(self) -> None: ...
 
 
-class BlockSource(Protocol):
-    """What is read of the cache."""
-
-    block_size: int
-
-    def resident(self) -> list[Stored]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class WireForm:
     """How events look. `hashes="int"` sends the low 64 bits of the digest, read as a big-endian number."""
@@ -142,7 +135,7 @@ class KvEvents:
 
     def __init__(
         self,
-        cache: BlockSource,
+        cache: PrefixCache,
         form: WireForm,
         outlet: Outlet,
         clock: Callable[[], float] = time.time,

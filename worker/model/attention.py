@@ -10,7 +10,6 @@ been written to the store. Grouped queries never repeat keys: the queries of one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,12 +23,19 @@ from kvasir.worker.model.config import ModelConfig
 _MASK_ELEMENTS = 1 << 24  # of one prefill mask; longer chunks are attended in pieces
 
 
-class Attention(Protocol):
+class Attention:
+    """The contract; a path that keeps nothing between steps and takes any order has only `begin` and `attend`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+
     def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
         """Return `singles` in the order in which they shall lie in the pack."""
+        return singles
 
     def begin(self, batch: Batch, kv: KvStore) -> None:
         """Prepare a step; `kv` does not hold its tokens yet."""
+        raise NotImplementedError
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: KvStore) -> Tensor:
         """Return the attention's output [num_tokens, num_heads * head_dim] of one layer.
@@ -37,6 +43,7 @@ class Attention(Protocol):
         `q` [num_tokens, num_heads, head_dim], `k` and `v` [num_tokens, num_kv_heads, head_dim] hold the packed new
         tokens, rotated; `kv` holds them as well by now.
         """
+        raise NotImplementedError
 
     def forget(self, seq_key: int) -> None:
         """Drop whatever is kept about a sequence between steps."""
@@ -73,14 +80,8 @@ def gather(kv: KvStore, layer: int, block_table: Tensor, num_tokens: int) -> tup
     return keys[block_table].flatten(0, 1)[:num_tokens], values[block_table].flatten(0, 1)[:num_tokens]
 
 
-class ReferenceAttention:
+class ReferenceAttention(Attention):
     """Every sequence by itself through `reference_attend`, everything read back from the store."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._config = config
-
-    def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
-        return singles
 
     def begin(self, batch: Batch, kv: KvStore) -> None:
         self._pieces = [*batch.singles, *batch.chunks]
@@ -96,9 +97,6 @@ class ReferenceAttention:
             row += len(piece.token_ids)
         return torch.cat(out).flatten(1)
 
-    def forget(self, seq_key: int) -> None:
-        pass
-
 
 def block_tables(pieces: Sequence[SequenceSlice], kv: KvStore) -> list[Tensor]:
     """Return each sequence's block table, cut to the blocks that hold its tokens after the step."""
@@ -109,18 +107,12 @@ def block_tables(pieces: Sequence[SequenceSlice], kv: KvStore) -> list[Tensor]:
     return tables
 
 
-class GatherAttention:
+class GatherAttention(Attention):
     """Torch's own fused attention over gathered keys and values: right on any device, the CUDA baseline.
 
     Singles are gathered into one padded batch per layer, chunks one by one. A chunk without a cached prefix needs no
     gather at all.
     """
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._config = config
-
-    def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
-        return singles
 
     def begin(self, batch: Batch, kv: KvStore) -> None:
         self.begin_singles(batch.singles, kv)
@@ -132,9 +124,6 @@ class GatherAttention:
             return self.attend_singles(layer, q, kv)
         chunks = self.attend_chunks(layer, q[num_singles:], k[num_singles:], v[num_singles:], kv)
         return torch.cat((self.attend_singles(layer, q[:num_singles], kv), chunks)) if num_singles else chunks
-
-    def forget(self, seq_key: int) -> None:
-        pass
 
     def begin_singles(self, singles: list[SequenceSlice], kv: KvStore) -> None:
         """Prepare padded block tables and masks; padding repeats the sequence's first block."""

@@ -42,15 +42,12 @@ def find_varlen() -> Callable[..., Any] | None:
     return varlen_attn if set(inspect.signature(varlen_attn).parameters) >= _NEEDED else None
 
 
-class PagedAttention:
+class PagedAttention(Attention):
     """One call of a paged variable-length kernel per layer, for singles and chunks alike."""
 
     def __init__(self, config: ModelConfig, varlen: Callable[..., Any]) -> None:
-        self._config = config
+        super().__init__(config)
         self._varlen = varlen
-
-    def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
-        return singles
 
     def begin(self, batch: Batch, kv: KvStore) -> None:
         pieces = [*batch.singles, *batch.chunks]
@@ -84,9 +81,6 @@ class PagedAttention:
             block_table=self._block_table,
         )
         return out.flatten(1)
-
-    def forget(self, seq_key: int) -> None:
-        pass
 
 
 @torch.inference_mode()

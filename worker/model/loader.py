@@ -33,23 +33,10 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
 }
-_SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
 _STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SAMPLE_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100_000_000  # the format's own bound
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model ready to run and what the worker says about it in `Hello`."""
-
-    model: Model
-    config: ModelConfig
-    fingerprint: str
-    dtype: torch.dtype
-    device: torch.device
-    weight_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +58,7 @@ def load_model(
     working_set_limit_bytes: int = 1 << 30,
     make_attention: Callable[[ModelConfig], Attention] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> LoadedModel:
+) -> Model:
     """Load the model in folder `path` onto `device`, its weights converted to `dtype` (see `resolve_dtype`).
 
     `working_set_limit_bytes` bounds the decode working set on a CPU (`worker.model.working_set`), beside the KV pool.
@@ -101,14 +88,7 @@ def load_model(
         attention = make_attention(config)
     else:
         attention = default_attention(config, device, resolved, block_size, working_set_limit_bytes)
-    return LoadedModel(
-        model=Model(config, weights, attention),
-        config=config,
-        fingerprint=model_fingerprint(folder),
-        dtype=resolved,
-        device=device,
-        weight_bytes=weight_bytes(config, resolved, device),
-    )
+    return Model(config, weights, attention)
 
 
 def default_attention(
@@ -127,18 +107,17 @@ def default_attention(
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """Return the torch type for a name ("auto", "float32", "bf16", …).
+    """Return the torch type for a name ("auto", "float32", "bfloat16", …).
 
     "auto" is the checkpoint's own type on CUDA, and fp32 on a CPU, where narrower types are slower, not faster.
     """
     if isinstance(dtype, torch.dtype):
-        dtype = str(dtype).removeprefix("torch.")
-    name = _SHORT_DTYPES.get(dtype, dtype)
-    if name == "auto":
-        name = config.dtype if device.type == "cuda" and config.dtype in DTYPES else "float32"
-    if name not in DTYPES:
+        return dtype
+    if dtype == "auto":
+        dtype = config.dtype if device.type == "cuda" and config.dtype in DTYPES else "float32"
+    if dtype not in DTYPES:
         raise ModelError(f"Unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}.")
-    return DTYPES[name]
+    return DTYPES[dtype]
 
 
 def read_config(folder: Path) -> ModelConfig:

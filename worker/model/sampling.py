@@ -8,7 +8,7 @@ of the logits; that changes a draw only when the uniform falls into that sliver.
 What counts, in this order: penalties and bias, temperature, top-k, top-p (over what top-k left), min-p (against the
 most likely token). Equal logits rank by token id. Reported log probabilities are the model's own, before all that.
 
-`sample` treats whole batches; `sample_one` is its readable duplicate, with which the tests compare it.
+The tests compare `sample`, which treats whole batches, with a readable duplicate that draws one token.
 """
 
 from __future__ import annotations
@@ -65,39 +65,6 @@ def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     if not reported:
         return [Sampled(token_id) for token_id in token_ids]
     return [_report(token_id, rows[i], reported.get(i)) for i, token_id in enumerate(token_ids)]
-
-
-@torch.inference_mode()
-def sample_one(logits: Tensor, row: SampleRow) -> Sampled:
-    """Draw one token from `logits` [vocab], written out: every filter over the sorted vocabulary."""
-    params, logits = row.params, logits.double()
-    log_probabilities = logits.log_softmax(dim=0)
-    if _is_penalised(params):
-        logits = logits.clone()
-        _penalise(logits, row)
-    if params.temperature == 0:
-        token_id = int(logits.argmax())
-    else:
-        weights = ((logits - logits.max()) / params.temperature).exp()
-        order = weights.argsort(descending=True, stable=True).tolist()  # equal weights stay in the order of ids
-        if params.top_k:
-            order = order[: params.top_k]
-        total, before = float(weights[order].sum()), 0.0
-        kept: list[int] = []
-        for candidate in order:
-            weight = float(weights[candidate])
-            if kept and (before >= params.top_p * total or weight < params.min_p * float(weights[kept[0]])):
-                break
-            kept.append(candidate)
-            before += weight
-        kept.sort()
-        target = uniform(params.seed, row.position) * float(weights[kept].sum())
-        passed = 0.0
-        for token_id in kept:
-            passed += float(weights[token_id])
-            if passed > target:
-                break
-    return _report(token_id, row, log_probabilities if params.logprobs is not None else None)
 
 
 def _is_penalised(params: Sampling) -> bool:

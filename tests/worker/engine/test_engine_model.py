@@ -16,7 +16,8 @@ from kvasir.protocol.messages import Generate, Output, Sampling
 from kvasir.protocol.tokens import unpack_tokens
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.scheduler import EngineLimits
-from kvasir.worker.model.loader import LoadedModel, load_model
+from kvasir.worker.model.loader import load_model
+from kvasir.worker.model.model import Model
 from kvasir.worker.model.sampling import sample
 from tests.engine_helpers import PUBLIC_SPACE, Stream, make_generate
 
@@ -27,20 +28,18 @@ GREEDY_BUT_VARIED = Sampling(temperature=0.0, repetition_penalty=1.3, frequency_
 
 
 @pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
+def loaded() -> Model:
     torch.set_num_threads(1)
     return load_model(MODEL, "cpu", torch.float64)
 
 
-def make_engine(
-    loaded: LoadedModel, *, num_blocks: int = 256, max_step_tokens: int = 256, max_requests: int = 16
-) -> Engine:
+def make_engine(loaded: Model, *, num_blocks: int = 256, max_step_tokens: int = 256, max_requests: int = 16) -> Engine:
     config = loaded.config
     kv = KvStore(num_blocks, config.num_layers, SIZE, config.num_kv_heads, config.head_dim, loaded.dtype, "cpu")
     kv.data.fill_(float("nan"))  # whoever reads what was never written will know
     kv.zero(range(num_blocks))
     engine = Engine(
-        loaded.model,
+        loaded,
         kv,
         sample,
         PrefixCache(num_blocks, SIZE),
@@ -75,7 +74,7 @@ def make_request(
 
 
 @pytest.mark.parametrize("sampling", [SEEDED, GREEDY_BUT_VARIED])
-def test_a_cached_prefill_equals_a_cold_one_token_for_token(loaded: LoadedModel, sampling: Sampling) -> None:
+def test_a_cached_prefill_equals_a_cold_one_token_for_token(loaded: Model, sampling: Sampling) -> None:
     engine = make_engine(loaded)
     cold = run(engine, make_request(3, sampling=sampling))[0]
     warm = run(engine, make_request(3, sampling=sampling))[0]
@@ -84,14 +83,14 @@ def test_a_cached_prefill_equals_a_cold_one_token_for_token(loaded: LoadedModel,
     assert len(set(cold.token_ids)) > 4, "too uniform to tell streams apart"
 
 
-def test_a_batch_equals_each_alone_and_chunks_equal_the_whole(loaded: LoadedModel) -> None:
+def test_a_batch_equals_each_alone_and_chunks_equal_the_whole(loaded: Model) -> None:
     commands = [make_request(i, sampling=(GREEDY_BUT_VARIED, SEEDED)[i % 2]) for i in range(6)]
     alone = [run(make_engine(loaded), command)[0].token_ids for command in commands]
     together = run(make_engine(loaded, max_step_tokens=37), *commands)
     assert [stream.token_ids for stream in together] == alone
 
 
-def test_preemption_and_a_tiny_pool_change_nothing(loaded: LoadedModel) -> None:
+def test_preemption_and_a_tiny_pool_change_nothing(loaded: Model) -> None:
     commands = [make_request(i, 40, length=30) for i in range(5)]
     alone = [run(make_engine(loaded), command)[0].token_ids for command in commands]
     engine = make_engine(loaded, num_blocks=12)
@@ -112,7 +111,7 @@ def run_outputs(engine: Engine, commands: list[Generate]) -> list[list[Output]]:
 @pytest.mark.parametrize("is_cached", [False, True])
 @pytest.mark.parametrize("length", [5, 15, 16, 17, 64, 100])
 def test_choices_of_one_prompt_have_the_tokens_and_log_probabilities_of_separate_requests(
-    loaded: LoadedModel, length: int, is_cached: bool
+    loaded: Model, length: int, is_cached: bool
 ) -> None:
     samplings = [
         Sampling(temperature=0.8, top_p=0.95, seed=7, logprobs=3),
@@ -140,7 +139,7 @@ def test_choices_of_one_prompt_have_the_tokens_and_log_probabilities_of_separate
     assert len({b"".join(output.token_ids for output in stream) for stream in together}) == 4
 
 
-def test_a_request_moved_in_mid_stream_draws_the_same_tokens(loaded: LoadedModel) -> None:
+def test_a_request_moved_in_mid_stream_draws_the_same_tokens(loaded: Model) -> None:
     for sampling in (SEEDED, GREEDY_BUT_VARIED):
         command = make_request(2, 30, sampling)
         whole = run(make_engine(loaded), command)[0].token_ids

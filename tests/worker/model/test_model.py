@@ -76,7 +76,7 @@ def oracle_of(variant: str, parent: Path) -> Oracle:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Oracle]:
     variant, path = request.param
     oracle = oracle_of(variant, tmp_path_factory.getbasetemp())
-    return load_model(oracle.folder, "cpu", "fp32", make_attention=PATHS[path]).model, oracle
+    return load_model(oracle.folder, "cpu", "float32", make_attention=PATHS[path]), oracle
 
 
 @pytest.fixture
@@ -166,14 +166,14 @@ def test_logits_come_in_the_order_of_the_slices_whatever_the_pack_does(model: Mo
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen3"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp64", 1e-4), ("bf16", 0.5), ("fp16", 0.06)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-4), ("bfloat16", 0.5), ("float16", 0.06)])
 def test_other_dtypes_stay_near_transformers(tmp_path: Path, variant: str, dtype: str, tolerance: float) -> None:
     reference = make_reference(variant)
     _, logits = reference_greedy(reference, PROMPT, 1)
-    model = load_model(save_reference(reference, tmp_path), "cpu", dtype).model
+    model = load_model(save_reference(reference, tmp_path), "cpu", dtype)
     sequence = make_sequence()
     greedy(model, make_store(model), [sequence], 8, chunk=16)
-    assert sequence.logits[0].dtype == (torch.float64 if dtype == "fp64" else torch.float32)
+    assert sequence.logits[0].dtype == (torch.float64 if dtype == "float64" else torch.float32)
     assert (sequence.logits[0] - logits[0]).abs().max().item() <= tolerance * logits.abs().max().item()
 
 
@@ -205,7 +205,7 @@ def assert_read_as_transformers_does(folder: Path, variant: str, changes: dict[s
     (folder / "config.json").write_text(json.dumps(raw))
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     tokens, logits = reference_greedy(reference, PROMPT, 16)
-    model = load_model(folder).model
+    model = load_model(folder)
     sequence = make_sequence()
     greedy(model, make_store(model), [sequence], 16)
     assert_equals_oracle(sequence, Oracle(folder, tokens, logits))

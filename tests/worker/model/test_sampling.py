@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvasir.protocol.messages import Sampling
-from kvasir.worker.engine.step import OutOfMemory, SampleRow
+from kvasir.worker.engine.step import OutOfMemory, Sampled, SampleRow
+from kvasir.worker.model import sampling
 from kvasir.worker.model.memory import memory_errors
-from kvasir.worker.model.sampling import sample, sample_one, uniform
+from kvasir.worker.model.sampling import sample, uniform
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0, 0.5])  # tokens 1 and 3 are equally likely
 
@@ -31,6 +32,39 @@ def draws(logits: Tensor, count: int = 4000, **params: Any) -> Counter[int]:
     """Draw at `count` positions in one batch."""
     rows = [make_row(position, **params) for position in range(count)]
     return Counter(result.token_id for result in sample(logits.repeat(count, 1), rows))
+
+
+@torch.inference_mode()
+def sample_one(logits: Tensor, row: SampleRow) -> Sampled:
+    """Draw one token from `logits` [vocab], written out: every filter over the sorted vocabulary."""
+    params, logits = row.params, logits.double()
+    log_probabilities = logits.log_softmax(dim=0)
+    if sampling._is_penalised(params):
+        logits = logits.clone()
+        sampling._penalise(logits, row)
+    if params.temperature == 0:
+        token_id = int(logits.argmax())
+    else:
+        weights = ((logits - logits.max()) / params.temperature).exp()
+        order = weights.argsort(descending=True, stable=True).tolist()  # equal weights stay in the order of ids
+        if params.top_k:
+            order = order[: params.top_k]
+        total, before = float(weights[order].sum()), 0.0
+        kept: list[int] = []
+        for candidate in order:
+            weight = float(weights[candidate])
+            if kept and (before >= params.top_p * total or weight < params.min_p * float(weights[kept[0]])):
+                break
+            kept.append(candidate)
+            before += weight
+        kept.sort()
+        target = uniform(params.seed, row.position) * float(weights[kept].sum())
+        passed = 0.0
+        for token_id in kept:
+            passed += float(weights[token_id])
+            if passed > target:
+                break
+    return sampling._report(token_id, row, log_probabilities if params.logprobs is not None else None)
 
 
 @st.composite
