@@ -26,7 +26,8 @@ from kvasir.gateway.config import GatewayConfig, ModelConfig
 from kvasir.gateway.core.core import Core, CoreConfig
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.edges.openai_api import HttpApi
-from kvasir.gateway.edges.prepare import Intake
+from kvasir.gateway.edges.prepare import Preparer
+from kvasir.gateway.edges.published import Published
 from kvasir.gateway.edges.zmq_edge import ZmqEdge
 from kvasir.gateway.http.connection import HttpLimits
 from kvasir.gateway.http.server import HttpServer, open_listeners
@@ -78,16 +79,17 @@ async def serve(config: GatewayConfig) -> None:
         )
         core.set_kv_quotas(lambda num_blocks: kv_quotas(directory.tenants(), num_blocks))
         supervisor = Supervisor(config, core)
-        intake = Intake(core, directory, texts, store.secret, config.block_size)
-        intake.warm()
-        core.set_pins(intake.pins)
+        published = Published(core, directory, texts, store.secret, config.block_size)
+        published.warm()
+        core.set_pins(published.pins)
+        preparer = Preparer(core, published, texts, store.secret, config.block_size)
         client_link = open_router(context, config.client_endpoints, LinkProfile(max_frame_bytes=MAX_CLIENT_FRAME_BYTES))
         stack.callback(client_link.close, linger_ms=LAST_WORDS_MS)  # runs before the context ends, and is waited for
         access = log if config.access_log else no_log
-        edge = ZmqEdge(client_link, core, intake, directory, access=access)
+        edge = ZmqEdge(client_link, core, preparer, directory, access=access)
         api = HttpApi(
             core,
-            intake,
+            preparer,
             directory,
             lambda: render_metrics(core.statistics(), server.statistics),
             metrics_token=config.metrics_token,
@@ -96,7 +98,7 @@ async def serve(config: GatewayConfig) -> None:
         server = HttpServer(api, http_limits)
         listeners = [] if config.http is None else await open_listeners(*config.http)
         stopping = trio.Event()
-        views = GatewayViews(config, core, intake, supervisor, directory, stopping.set)
+        views = GatewayViews(config, core, published, supervisor, directory, stopping.set)
         admin = Admin(open_admin_link(context, config.admin_endpoint), directory, store, views, version=_version())
 
         async with trio.open_nursery() as outer:

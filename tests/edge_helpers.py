@@ -8,7 +8,8 @@ from pathlib import Path
 import trio
 
 from kvasir.gateway.core.api import Cancel, Delta, Finished, ModelInfo, Submit
-from kvasir.gateway.edges.prepare import Intake
+from kvasir.gateway.edges.prepare import Preparer
+from kvasir.gateway.edges.published import Published
 from kvasir.gateway.tenants.directory import ApiKey, PublishedPrefix, Tenant, TenantDirectory, digest_key
 from kvasir.gateway.text.model_text import ModelText, load_text
 from kvasir.protocol.messages import TokenLogprobs
@@ -85,6 +86,12 @@ class FakeCore:
             submit.sink.put(Finished(submit.req_id, reason, submit.num_prompt_tokens, count, 16, "w0", 1, 0.01))
 
 
-def make_intake(core: FakeCore, directory: TenantDirectory | None = None) -> Intake:
-    texts: dict[str, ModelText | None] = {"demo": TEXT, "other": None}
-    return Intake(core, directory or make_directory(), texts, SECRET, 16)
+TEXTS: dict[str, ModelText | None] = {"demo": TEXT, "other": None}
+
+
+def make_published(directory: TenantDirectory) -> Published:
+    return Published(FakeCore(lambda submit: []), directory, TEXTS, SECRET, 16)
+
+
+def make_preparer(core: FakeCore, directory: TenantDirectory | None = None) -> Preparer:
+    return Preparer(core, make_published(directory or make_directory()), TEXTS, SECRET, 16)

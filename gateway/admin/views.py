@@ -11,7 +11,7 @@ from msgspec import structs
 from kvasir.gateway.config import GatewayConfig
 from kvasir.gateway.core.core import Core
 from kvasir.gateway.core.savings import Saving
-from kvasir.gateway.edges.prepare import Intake
+from kvasir.gateway.edges.published import Published
 from kvasir.gateway.tenants.directory import PublishedPrefix, TenantDirectory
 from kvasir.gateway.tenants.quotas import kv_quotas
 from kvasir.gateway.workers.supervisor import Supervisor
@@ -23,20 +23,20 @@ MAX_PRIVATE_PREFIXES = 100  # shown
 
 
 class GatewayViews:
-    """Answers the admin actor (`Gateway`) from the core, the supervisor and the intake. Mutates nothing."""
+    """Answers the admin actor (`Gateway`) from the core, the supervisor and the published prefixes. Mutates nothing."""
 
     def __init__(
         self,
         config: GatewayConfig,
         core: Core,
-        intake: Intake,
+        published: Published,
         supervisor: Supervisor,
         directory: TenantDirectory,
         stop: Callable[[], None],
     ) -> None:
         self._config = config
         self._core = core
-        self._intake = intake
+        self._published = published
         self._supervisor = supervisor
         self._directory = directory
         self._stop = stop
@@ -91,20 +91,20 @@ class GatewayViews:
     def pinned_blocks(self, prefixes: Sequence[PublishedPrefix]) -> dict[str, int]:
         return {
             worker.id: sum(
-                len(pin.prefix_hashes) // HASH_BYTES for pin in self._intake.pins(worker.model, worker.id, prefixes)
+                len(pin.prefix_hashes) // HASH_BYTES for pin in self._published.pins(worker.model, worker.id, prefixes)
             )
             for worker in self._core.statistics().workers
         }
 
     async def tokenise(self, text: str) -> None:
-        await self._intake.tokenise(text)
+        await self._published.tokenise(text)
 
     def prefixes_changed(self, prewarm: str | None = None) -> None:
-        self._core.set_pins(self._intake.pins, prewarm=prewarm)
+        self._core.set_pins(self._published.pins, prewarm=prewarm)
 
     def saved_by_prefix(self) -> dict[str, Saving]:
         found: dict[str, Saving] = {}
-        by_hash = {model: self._intake.prefix_of_hash(model) for model in self._core.models()}
+        by_hash = {model: self._published.prefix_of_hash(model) for model in self._core.models()}
         for (model, digest), saving in self._core.savings.published.items():
             prefix = by_hash.get(model, {}).get(digest)
             if prefix is not None:
@@ -122,7 +122,7 @@ class GatewayViews:
         self._core.clear_kv(tenant_id)
 
     def public_tokens(self, prefix: PublishedPrefix) -> dict[str, int]:
-        return self._intake.public_tokens(prefix)
+        return self._published.public_tokens(prefix)
 
     def endpoints(self) -> dict[str, str]:
         found = {"zmq": self._config.client_endpoints[0], "workers": self._config.worker_endpoint}

@@ -1,13 +1,17 @@
-"""One running request as an edge sees it: the sink that collects its events, and what they come to."""
+"""One running request as an edge sees it: the sink of its events, what they come to, and who waits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import trio
+
 from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Event, Finished, Submit
 from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.protocol.messages import TokenLogprobs
+
+MAX_WAITING_EVENTS = 16_384  # about 3 MB of them
 
 
 @dataclass(slots=True)
@@ -22,6 +26,12 @@ class Piece:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: Finished | None = None
     start: int = 0
+
+    def extend(self, more: Piece) -> None:
+        self.text += more.text
+        self.token_ids += more.token_ids
+        self.logprobs += more.logprobs
+        self.finished = more.finished or self.finished
 
 
 @dataclass(slots=True, eq=False)
@@ -81,3 +91,44 @@ class Answer:
         piece.text += self.detokenizer.push(ids)
         if self.detokenizer.stopped and self.submit is not None:
             self.core.cancel(Cancel(self.submit.req_id, "stop", self.num_tokens))
+
+
+class Waiter:
+    """Wakes one task about several answers: at every event, or only when all have ended.
+
+    `overrun` is called when very many events wait for a task that is to see each: its client does not read.
+    """
+
+    def __init__(self, num_open: int, overrun: Callable[[], None], *, every_event: bool) -> None:
+        self.num_open = num_open
+        self._overrun = overrun
+        self._every_event = every_event
+        self._num_waiting = 0
+        self._has_news = False
+        self._task: trio.lowlevel.Task | None = None
+
+    def wake(self, event: Event) -> None:
+        if isinstance(event, Finished):
+            self.num_open -= 1
+        elif not self._every_event:
+            return
+        self._num_waiting += 1
+        if self._num_waiting > MAX_WAITING_EVENTS:
+            self._overrun()
+        if self._every_event or not self.num_open:
+            self._has_news = True
+            if self._task is not None:
+                task, self._task = self._task, None
+                trio.lowlevel.reschedule(task)
+
+    async def wait(self) -> None:
+        """Wait for news since the last wait. A checkpoint only if there are none yet."""
+        if not self._has_news:
+            self._task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(self._abort)
+        self._has_news = False
+        self._num_waiting = 0
+
+    def _abort(self, _: object) -> trio.lowlevel.Abort:
+        self._task = None
+        return trio.lowlevel.Abort.SUCCEEDED

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible routes: bind a request to its tenant, ask the core through intake, write what comes back.
+"""The OpenAI-compatible routes: bind a request to its tenant, prepare and submit it, write what comes back.
 
 A whole answer wakes its connection once, when the last choice has ended (or at every step if it has stop strings,
 which must be looked for as the text comes). A streamed one is woken at most once per engine step, and writes all that
@@ -16,11 +16,11 @@ from urllib.parse import unquote
 import msgspec
 import trio
 
-from kvasir.gateway.core.api import CoreApi, Event, Finished, ModelInfo
-from kvasir.gateway.edges.answer import Answer, Piece
+from kvasir.gateway.core.api import CoreApi, Finished, ModelInfo
+from kvasir.gateway.edges.answer import Answer, Piece, Waiter
 from kvasir.gateway.edges.openai_requests import Asked, read_chat, read_completion
 from kvasir.gateway.edges.openai_responses import CHAT, COMPLETION, Form, error_object, usage_of
-from kvasir.gateway.edges.prepare import Intake
+from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.http.connection import Exchange, HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.gateway.log import no_log
@@ -42,7 +42,6 @@ _ROUTES: dict[str, tuple[Callable[[bytes], Asked], Form]] = {
 }
 QUICK_BODY_BYTES = 32_768  # larger bodies are read in a thread
 MAX_READERS = 2
-MAX_WAITING_EVENTS = 16_384  # about 3 MB of them
 
 
 class HttpApi:
@@ -55,7 +54,7 @@ class HttpApi:
     def __init__(
         self,
         core: CoreApi,
-        intake: Intake,
+        preparer: Preparer,
         directory: TenantDirectory,
         metrics: Callable[[], bytes],
         *,
@@ -64,7 +63,7 @@ class HttpApi:
         started_at: float | None = None,
     ) -> None:
         self._core = core
-        self._intake = intake
+        self._preparer = preparer
         self._directory = directory
         self._metrics = metrics
         self._readers = trio.CapacityLimiter(MAX_READERS)
@@ -160,12 +159,12 @@ class HttpApi:
         facts: dict[str, object],
     ) -> HttpResponse | None:
         requests = asked.requests
-        waiter = _Waiter(len(requests), exchange.cut, every_event=asked.stream or bool(requests[0].stop))
+        waiter = Waiter(len(requests), exchange.cut, every_event=asked.stream or bool(requests[0].stop))
         answers = [Answer(self._core, waiter.wake) for _ in requests]
         try:
             for request, answer in zip(requests, answers, strict=True):
-                answer.submit = await self._intake.prepare(request, tenant, answer)
-                answer.detokenizer = self._intake.detokenizer(request, answer.submit)
+                answer.submit = await self._preparer.prepare(request, tenant, answer)
+                answer.detokenizer = self._preparer.detokenizer(request, answer.submit)
             for answer in answers:
                 assert answer.submit is not None
                 self._core.submit(answer.submit)
@@ -181,19 +180,19 @@ class HttpApi:
             for answer in answers:
                 answer.cancel()
 
-    async def _whole(self, answers: list[Answer], waiter: _Waiter, form: Form, num_choices: int) -> HttpResponse:
+    async def _whole(self, answers: list[Answer], waiter: Waiter, form: Form, num_choices: int) -> HttpResponse:
         pieces = [Piece() for _ in answers]
         while any(piece.finished is None for piece in pieces):
             await waiter.wait()
             for piece, answer in zip(pieces, answers, strict=True):
-                _extend(piece, answer.take())
+                piece.extend(answer.take())
         ends = [_end(piece) for piece in pieces]
         for end in ends:
             if end.error is not None:
                 return error_response(end.error)
         submit = answers[0].submit
         assert submit is not None
-        text = self._intake.text(submit.model)
+        text = self._preparer.text(submit.model)
         choices = [
             form.choice(index, piece, end.reason, text)
             for index, (piece, end) in enumerate(zip(pieces, ends, strict=True))
@@ -206,7 +205,7 @@ class HttpApi:
     async def _stream(
         self,
         answers: list[Answer],
-        waiter: _Waiter,
+        waiter: Waiter,
         form: Form,
         exchange: Exchange,
         num_choices: int,
@@ -216,7 +215,7 @@ class HttpApi:
         submit = answers[0].submit
         assert submit is not None
         req_id = submit.req_id.hex()
-        text = self._intake.text(submit.model)
+        text = self._preparer.text(submit.model)
         envelope = self._envelope(form.id_prefix + req_id, form.chunk, submit.model)
         more = {"usage": None} if wants_usage else {}
         ends: list[Finished | None] = [None] * len(answers)
@@ -261,47 +260,6 @@ class HttpApi:
         return {"id": answer_id, "object": kind, "created": int(time.time()), "model": model}
 
 
-class _Waiter:
-    """Wakes one task about several answers: at every event, or only when all have ended.
-
-    `overrun` is called when very many events wait for a task that is to see each: its client does not read.
-    """
-
-    def __init__(self, num_open: int, overrun: Callable[[], None], *, every_event: bool) -> None:
-        self.num_open = num_open
-        self._overrun = overrun
-        self._every_event = every_event
-        self._num_waiting = 0
-        self._has_news = False
-        self._task: trio.lowlevel.Task | None = None
-
-    def wake(self, event: Event) -> None:
-        if isinstance(event, Finished):
-            self.num_open -= 1
-        elif not self._every_event:
-            return
-        self._num_waiting += 1
-        if self._num_waiting > MAX_WAITING_EVENTS:
-            self._overrun()
-        if self._every_event or not self.num_open:
-            self._has_news = True
-            if self._task is not None:
-                task, self._task = self._task, None
-                trio.lowlevel.reschedule(task)
-
-    async def wait(self) -> None:
-        """Wait for news since the last wait. A checkpoint only if there are none yet."""
-        if not self._has_news:
-            self._task = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(self._abort)
-        self._has_news = False
-        self._num_waiting = 0
-
-    def _abort(self, _: object) -> trio.lowlevel.Abort:
-        self._task = None
-        return trio.lowlevel.Abort.SUCCEEDED
-
-
 def _bearer(request: HttpRequest) -> str:
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     if key and scheme.lower() != "bearer":
@@ -333,13 +291,6 @@ def _only(request: HttpRequest, *methods: str) -> None:
 
 def _json(status: int, content: Any, headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
     return HttpResponse(status, _encode(content), "application/json", headers)
-
-
-def _extend(piece: Piece, more: Piece) -> None:
-    piece.text += more.text
-    piece.token_ids += more.token_ids
-    piece.logprobs += more.logprobs
-    piece.finished = more.finished or piece.finished
 
 
 def _end(piece: Piece) -> Finished:

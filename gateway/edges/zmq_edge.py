@@ -1,6 +1,6 @@
 """The SDK's edge: one ROUTER, requests in, chunks out, no task per request.
 
-`run` receives batches and handles each message synchronously: decode, authenticate, intake, `core.submit`. The core
+`run` receives batches and handles each message synchronously: decode, authenticate, prepare, `core.submit`. The core
 puts events into `_Call`s, which only collect them; one flusher task, woken once per batch of events, turns what each
 call has collected into one chunk and sends it. Only long texts, whose tokenisation would hold up everybody, get a task
 and a thread.
@@ -39,7 +39,7 @@ from kvasir.protocol.link import Link, LinkClosed
 from kvasir.protocol.tokens import pack_tokens
 
 if TYPE_CHECKING:
-    from kvasir.gateway.edges.prepare import Intake
+    from kvasir.gateway.edges.prepare import Preparer
     from kvasir.gateway.tenants.directory import Tenant, TenantDirectory
 
 
@@ -95,7 +95,7 @@ class ZmqEdge:
         self,
         link: Link,
         core: CoreApi,
-        intake: Intake,
+        preparer: Preparer,
         directory: TenantDirectory,
         limits: EdgeLimits | None = None,
         *,
@@ -104,7 +104,7 @@ class ZmqEdge:
         """`access` is called once per request with what is known of it."""
         self._link = link
         self._core = core
-        self._intake = intake
+        self._preparer = preparer
         self._directory = directory
         self._limits = limits or EdgeLimits()
         self._access = access
@@ -194,14 +194,13 @@ class ZmqEdge:
             tenant = self._directory.authenticate(request.api_key)
             self._check_room(peer, request.id)
             call = _Call(peer, request, self._core, self._mark)
-            if self._intake.is_quick(request):
-                submit = self._intake.prepare_nowait(request, tenant, call.answer)
-                self._open(call)
+            submit = self._preparer.prepare_nowait(request, tenant, call.answer)
+            if submit is None and self._num_preparing >= self._limits.max_preparing:
+                raise Overloaded("too many long texts are being tokenised; try again", retry_after_s=1.0)
+            self._open(call)
+            if submit is not None:
                 self._submit(call, submit)
             else:
-                if self._num_preparing >= self._limits.max_preparing:
-                    raise Overloaded("too many long texts are being tokenised; try again", retry_after_s=1.0)
-                self._open(call)
                 self._num_preparing += 1
                 self._nursery.start_soon(self._prepare, call, request, tenant)
         except KvasirError as error:
@@ -225,7 +224,7 @@ class ZmqEdge:
     async def _prepare(self, call: _Call, request: CompletionRequest, tenant: Tenant) -> None:
         """Tokenise a long text in a thread, then submit it, unless it was cancelled meanwhile."""
         try:
-            submit = await self._intake.prepare(request, tenant, call.answer)
+            submit = await self._preparer.prepare(request, tenant, call.answer)
             if not call.closed:
                 self._submit(call, submit)
         except Exception as problem:
@@ -239,7 +238,7 @@ class ZmqEdge:
 
     def _submit(self, call: _Call, submit: Submit) -> None:
         call.answer.submit = submit
-        call.answer.detokenizer = self._intake.detokenizer(call.request, submit)
+        call.answer.detokenizer = self._preparer.detokenizer(call.request, submit)
         self._core.submit(submit)
 
     def _open(self, call: _Call) -> None:

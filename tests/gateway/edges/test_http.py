@@ -17,7 +17,7 @@ from kvasir.gateway.edges.openai_api import HttpApi
 from kvasir.gateway.http.connection import HttpLimits
 from kvasir.gateway.http.server import HttpServer, open_listeners
 from kvasir.protocol.errors import Overloaded
-from tests.edge_helpers import KEYS, TEXT, FakeCore, make_directory, make_intake
+from tests.edge_helpers import KEYS, TEXT, FakeCore, make_directory, make_preparer
 
 pytestmark = pytest.mark.timeout(60)
 ANSWER = "def add(a, b):\n    return a + b  # é😀\n"
@@ -73,7 +73,7 @@ def dechunk(data: bytes) -> bytes:
 async def open_edge(limits: HttpLimits | None = None, script=None) -> AsyncIterator[Edge]:
     core = FakeCore(script or (lambda submit: TEXT.encode(ANSWER)))
     directory = make_directory()
-    server = HttpServer(HttpApi(core, make_intake(core, directory), directory, lambda: b"# HELP x\n"), limits)
+    server = HttpServer(HttpApi(core, make_preparer(core, directory), directory, lambda: b"# HELP x\n"), limits)
     listeners = await open_listeners("127.0.0.1", 0)
     with trio.fail_after(50):
         async with trio.open_nursery() as nursery:

@@ -11,11 +11,12 @@ import trio
 import trio.testing
 
 from kvasir.gateway.core.api import Delta, Finished, Submit
-from kvasir.gateway.edges.openai_api import MAX_WAITING_EVENTS, HttpApi
+from kvasir.gateway.edges.answer import MAX_WAITING_EVENTS
+from kvasir.gateway.edges.openai_api import HttpApi
 from kvasir.gateway.http.connection import HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.protocol.errors import RequestFailed
-from tests.edge_helpers import KEYS, TEXT, FakeCore, make_directory, make_intake
+from tests.edge_helpers import KEYS, TEXT, FakeCore, make_directory, make_preparer
 
 pytestmark = pytest.mark.timeout(30)
 ANSWER = "def add(a, b):\n    return a + b  # é😀\n"
@@ -67,7 +68,7 @@ class House:
         self.lines: list[dict[str, Any]] = []
         self.api = HttpApi(
             self.core,
-            make_intake(self.core, directory),
+            make_preparer(self.core, directory),
             directory,
             lambda: b"metrics\n",
             metrics_token=metrics_token,

@@ -1,10 +1,9 @@
-"""Intake: what is refused and how, the zones of a prompt, and that nobody's namespace is anybody else's."""
+"""Preparer: what is refused and how, the zones of a prompt, and that nobody's namespace is anybody else's."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import threading
 from typing import Any
 
 import pytest
@@ -12,14 +11,13 @@ import trio
 
 from kvasir.gateway.core.api import Delta, Finished, Submit
 from kvasir.gateway.edges.answer import Answer
-from kvasir.gateway.tenants.directory import PublishedPrefix, RemovePrefix, Tenant
-from kvasir.gateway.text.model_text import ModelText
+from kvasir.gateway.tenants.directory import PublishedPrefix, Tenant
 from kvasir.protocol.client_messages import ChatMessage, CompletionRequest
 from kvasir.protocol.errors import BadRequest, KvasirError, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
 from kvasir.protocol.messages import SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt, split_hashes
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
-from tests.edge_helpers import ALPHA, BETA, SECRET, TEXT, FakeCore, make_directory, make_intake
+from tests.edge_helpers import ALPHA, BETA, SECRET, TEXT, FakeCore, make_directory, make_preparer
 
 SYSTEM = "You are a careful assistant who knows the standard library of Python by heart. " * 8
 
@@ -30,9 +28,9 @@ class Nowhere:
 
 
 def prepare(request: CompletionRequest, tenant: Tenant = ALPHA, prefixes: tuple[PublishedPrefix, ...] = ()) -> Submit:
-    intake = make_intake(FakeCore(lambda submit: []), make_directory(prefixes))
-    intake._clock = lambda: 100.0
-    return intake.prepare_nowait(request, tenant, Nowhere())
+    preparer = make_preparer(FakeCore(lambda submit: []), make_directory(prefixes))
+    preparer._clock = lambda: 100.0
+    return trio.run(preparer.prepare, request, tenant, Nowhere())
 
 
 def ask(**fields: Any) -> CompletionRequest:
@@ -78,64 +76,11 @@ def test_tenants_share_no_hash_and_groups_share_all() -> None:
     assert not set(alone) & set(split_hashes(prepare(request, left).prefix_hashes))
 
 
-def test_the_longest_of_several_published_prefixes_counts() -> None:
-    short, long = PublishedPrefix("short", SYSTEM[: len(SYSTEM) // 2]), PublishedPrefix("long", SYSTEM)
-    both = prepare(ask(text=SYSTEM + "x"), ALPHA, (short, long)).num_public_tokens
-    assert both == prepare(ask(text=SYSTEM + "x"), ALPHA, (long,)).num_public_tokens
-    assert both > prepare(ask(text=SYSTEM + "x"), ALPHA, (short,)).num_public_tokens > 0
-
-
-def test_publishing_and_removing_take_effect_with_the_next_request() -> None:
-    directory = make_directory()
-    intake = make_intake(FakeCore(lambda submit: []), directory)
-    intake._clock = lambda: 0.0
-    assert intake.prepare_nowait(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens == 0
-    directory.apply(PublishedPrefix("support", SYSTEM))
-    assert intake.prepare_nowait(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
-    assert intake.public_tokens(directory.prefixes[0])["demo"] > 100
-
-
 def test_a_request_without_a_hint_gets_its_tenants_default_and_one_with_a_hint_keeps_it() -> None:
     chatty = dataclasses.replace(ALPHA, cache_hint="open")
     assert prepare(ask(text="x"), ALPHA).cache_hint is None
     assert prepare(ask(text="x"), chatty).cache_hint == "open"
     assert prepare(ask(text="x", cache_hint="one_shot"), chatty).cache_hint == "one_shot"
-
-
-def test_a_published_text_is_tokenised_once_whatever_is_published_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = make_directory([PublishedPrefix("first", SYSTEM)])
-    intake = make_intake(FakeCore(lambda submit: []), directory)
-    seen: list[str] = []
-
-    def spy(text: ModelText, published: str) -> list[list[int]]:
-        seen.append(published)
-        return [text.encode(published)]
-
-    monkeypatch.setattr("kvasir.gateway.edges.prepare.published_forms", spy)
-    intake._clock = lambda: 0.0
-    intake.warm()
-    directory.apply(PublishedPrefix("second", "x" + SYSTEM))
-    assert intake.prepare_nowait(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
-    directory.apply(RemovePrefix("first"))
-    assert intake.prepare_nowait(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens == 0
-    assert intake.prepare_nowait(ask(text="x" + SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
-    directory.apply(PublishedPrefix("second", "x" + SYSTEM, pinned=True))
-    assert intake.prepare_nowait(ask(text="x" + SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
-    assert seen == [SYSTEM, "x" + SYSTEM]
-
-
-def test_a_worker_pins_what_is_pinned_on_all_or_on_it() -> None:
-    everywhere = PublishedPrefix("everywhere", SYSTEM, pinned=True)
-    there = PublishedPrefix("there", "x" + SYSTEM, pinned=True, pinned_on=frozenset({"w1"}))
-    nowhere = PublishedPrefix("nowhere", "y" + SYSTEM)
-    intake = make_intake(FakeCore(lambda submit: []), make_directory([everywhere, there, nowhere]))
-
-    def names(worker_id: str, *prefixes: PublishedPrefix) -> set[str]:
-        return {pin.name.partition("/")[0] for pin in intake.pins("demo", worker_id, prefixes or None)}
-
-    assert names("w1") == {"everywhere", "there"}
-    assert names("w2") == {"everywhere"}
-    assert names("w1", there, nowhere) == {"there"}, "as if these were published"
 
 
 @pytest.mark.parametrize(
@@ -175,53 +120,37 @@ def test_models_are_refused_to_tenants_that_may_not_use_them_or_while_they_load(
     core = FakeCore(lambda submit: [])
     core.infos["demo"] = type(core.infos["demo"])("demo", "", "", 16, 0, 0)
     with pytest.raises(Unavailable, match="still being loaded"):
-        make_intake(core).prepare_nowait(ask(text="x"), ALPHA, Nowhere())
+        make_preparer(core).prepare_nowait(ask(text="x"), ALPHA, Nowhere())
 
 
-def test_a_long_text_is_tokenised_in_a_thread_with_the_same_result() -> None:
+def test_a_long_text_is_tokenised_in_a_thread_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     request = ask(text=SYSTEM * 20, max_tokens=1)
     core = FakeCore(lambda submit: [], max_context=1 << 20)
 
     async def main() -> None:
-        intake = make_intake(core)
-        assert intake.is_quick(ask(text="short"))
-        assert not intake.is_quick(ask(text=SYSTEM * 20))
-        threaded = await intake.prepare(request, ALPHA, Nowhere())
-        inline = intake.prepare_nowait(request, ALPHA, Nowhere())
+        preparer = make_preparer(core)
+        assert preparer.prepare_nowait(ask(text="short"), ALPHA, Nowhere()) is not None
+        assert preparer.prepare_nowait(request, ALPHA, Nowhere()) is None
+        with pytest.raises(UnknownModel):
+            preparer.prepare_nowait(ask(text=request.text, model="gone"), ALPHA, Nowhere())
+        threaded = await preparer.prepare(request, ALPHA, Nowhere())
+        monkeypatch.setattr("kvasir.gateway.edges.prepare.QUICK_CHARS", len(request.text or ""))
+        inline = preparer.prepare_nowait(request, ALPHA, Nowhere())
+        assert inline is not None
         assert (threaded.token_ids, threaded.prefix_hashes) == (inline.token_ids, inline.prefix_hashes)
         assert threaded.req_id != inline.req_id
 
     trio.run(main)
 
 
-def test_a_text_that_is_to_be_published_is_tokenised_in_a_thread_and_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = make_directory()
-    intake = make_intake(FakeCore(lambda submit: []), directory)
-    threads: list[bool] = []
-
-    def spy(text: ModelText, published: str) -> list[list[int]]:
-        threads.append(threading.current_thread() is threading.main_thread())
-        return [text.encode(published)]
-
-    monkeypatch.setattr("kvasir.gateway.edges.prepare.published_forms", spy)
-
-    async def main() -> None:
-        await intake.tokenise(SYSTEM)
-        directory.apply(PublishedPrefix("support", SYSTEM))
-        assert intake.prepare_nowait(ask(text=SYSTEM), ALPHA, Nowhere()).num_public_tokens > 0
-
-    trio.run(main)
-    assert threads == [False]
-
-
 def test_the_words_of_a_tenant_are_remembered_for_its_sharing_scope_alone() -> None:
     """What is remembered makes a text quicker, which the clock would tell to anybody who shares the memory."""
-    intake = make_intake(FakeCore(lambda submit: []))
+    preparer = make_preparer(FakeCore(lambda submit: []))
     left, right = Tenant("1", "a", sharing="group:g"), Tenant("2", "b", sharing="group:g")
-    assert intake._memory("demo", left) is intake._memory("demo", right)
-    assert intake._memory("demo", ALPHA) is not intake._memory("demo", left)
-    assert intake._memory("other", ALPHA) is not intake._memory("demo", ALPHA)
-    assert intake._memory("demo", ALPHA) is intake._memory("demo", ALPHA)
+    assert preparer._memory("demo", left) is preparer._memory("demo", right)
+    assert preparer._memory("demo", ALPHA) is not preparer._memory("demo", left)
+    assert preparer._memory("other", ALPHA) is not preparer._memory("demo", ALPHA)
+    assert preparer._memory("demo", ALPHA) is preparer._memory("demo", ALPHA)
 
 
 def test_what_a_request_leaves_out_of_sampling_is_the_models_own() -> None:
@@ -236,15 +165,16 @@ def test_the_token_that_ended_an_answer_is_not_shown_whether_it_is_special_or_no
     ids = TEXT.encode("import os")
     for ignore_eos, shown in ((False, "import"), (True, "import os")):
         core = FakeCore(lambda submit: [])
-        intake = make_intake(core)
+        preparer = make_preparer(core)
         text = copy.copy(TEXT)
         text.eos_token_ids = (ids[-1],)
-        intake._texts = {"demo": text}
-        intake._clock = lambda: 0.0
+        preparer._texts = {"demo": text}
+        preparer._clock = lambda: 0.0
         request = ask(text="x", ignore_eos=ignore_eos)
         answer = Answer(core, lambda event: None)
-        answer.submit = intake.prepare_nowait(request, ALPHA, answer)
-        answer.detokenizer = intake.detokenizer(request, answer.submit)
+        answer.submit = preparer.prepare_nowait(request, ALPHA, answer)
+        assert answer.submit is not None
+        answer.detokenizer = preparer.detokenizer(request, answer.submit)
         answer.put(Delta(answer.submit.req_id, ids))
         answer.put(Finished(answer.submit.req_id, "stop", 1, len(ids)))
         piece = answer.take()

@@ -18,7 +18,8 @@ import kvasir
 from kvasir import AsyncClient, Client, errors
 from kvasir.gateway.core.api import Cancel, Delta, Finished, ModelInfo, Submit
 from kvasir.gateway.edges.outbox import OutboxLimits
-from kvasir.gateway.edges.prepare import Intake
+from kvasir.gateway.edges.prepare import Preparer
+from kvasir.gateway.edges.published import Published
 from kvasir.gateway.edges.zmq_edge import EdgeLimits, ZmqEdge
 from kvasir.gateway.tenants.directory import Tenant, TenantDirectory, issue_key
 from kvasir.gateway.text.model_text import load_text
@@ -112,7 +113,9 @@ class House:
         self._clients: list[RawClient] = []
         self.directory = TenantDirectory(SECRET, [ALPHA, BETA, ALPHA_KEY[0], BETA_KEY[0]])
         self.text = TEXT
-        intake = Intake(self.core, self.directory, {"demo": TEXT, "other": None}, SECRET, 16)
+        texts = {"demo": TEXT, "other": None}
+        published = Published(self.core, self.directory, texts, SECRET, 16)
+        preparer = Preparer(self.core, published, texts, SECRET, 16)
         self.context: zmq.Context = zmq.Context()
         self.link = open_router(self.context, [self.endpoint], LinkProfile(high_water=high_water))
         self.lines: list[dict[str, object]] = []
@@ -120,7 +123,7 @@ class House:
         def access(event: str, **fields: object) -> None:
             self.lines.append(fields)
 
-        self.edge = ZmqEdge(self.link, self.core, intake, self.directory, limits, access=access)
+        self.edge = ZmqEdge(self.link, self.core, preparer, self.directory, limits, access=access)
 
     def dealer(self, **options: int) -> RawClient:
         client = RawClient(self.context, self.endpoint, **options)
