@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +54,12 @@ class LinkClosed(KvasirError):
     code = "link_closed"
 
 
-@dataclass(frozen=True, slots=True)
-class LinkStatistics:
-    """Counters since the link was opened."""
-
-    num_received: int
-    num_sent: int
-    num_refused: int
-    tasks_waiting_receive: int
-    tasks_waiting_send: int
-
-
 class Link:
     """One ZeroMQ socket, owned by the Trio thread that made it.
 
     Any number of tasks may send, one at a time should receive. Messages are lists of frames; a ROUTER's first frame is
-    the routing id. Messages of more than `MAX_PARTS` frames are no protocol of ours: discarded and counted.
+    the routing id. Messages of more than `MAX_PARTS` frames are no protocol of ours: they are discarded and
+    counted in `num_refused`.
     """
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
@@ -82,9 +71,7 @@ class Link:
         self._writers = trio.lowlevel.ParkingLot()
         self._closed = False
         self._discarding = False  # what is left of a message with too many frames
-        self._num_received = 0
-        self._num_sent = 0
-        self._num_refused = 0
+        self.num_refused = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Pump: wake waiters whenever libzmq signals. Start it in a nursery before the first `receive` or `send`.
@@ -134,7 +121,7 @@ class Link:
                 frames = [self._socket.recv(_NOBLOCK)]
                 while self._socket.getsockopt(zmq.RCVMORE):
                     if len(frames) == MAX_PARTS:
-                        self._num_refused += 1
+                        self.num_refused += 1
                         self._discarding = True
                         break
                     frames.append(self._socket.recv(_NOBLOCK))
@@ -145,7 +132,6 @@ class Link:
                     self._discard()
         except zmq.Again:
             pass
-        self._num_received += len(messages)
         self._refresh()
         return messages
 
@@ -170,7 +156,6 @@ class Link:
             raise
         finally:
             self._refresh()
-        self._num_sent += 1
 
     async def send(self, frames: Sequence[bytes]) -> None:
         """Send one message, waiting for room. Meant for DEALERs: a ROUTER's POLLOUT means *some* peer has room.
@@ -202,12 +187,6 @@ class Link:
         self._socket.close(linger=linger_ms)
         self._readers.unpark_all()
         self._writers.unpark_all()
-
-    def statistics(self) -> LinkStatistics:
-        """Return the counters."""
-        return LinkStatistics(
-            self._num_received, self._num_sent, self._num_refused, len(self._readers), len(self._writers)
-        )
 
     def _discard(self) -> None:
         """Read off some of what is left of a refused message."""
@@ -261,23 +240,6 @@ def open_router(context: zmq.Context[Any], endpoints: Sequence[str], profile: Li
         except ConfigurationError:
             socket.close(linger=0)
             raise
-    return Link(socket)
-
-
-def open_dealer(context: zmq.Context[Any], endpoint: str, profile: LinkProfile | None = None) -> Link:
-    """Return a link over a DEALER connected to `endpoint` (it keeps trying; nothing is queued before it is up).
-
-    Raises:
-        ConfigurationError: the endpoint is malformed.
-    """
-    socket = context.socket(zmq.DEALER)
-    socket.setsockopt(zmq.IMMEDIATE, 1)
-    apply_profile(socket, profile or LinkProfile())
-    try:
-        socket.connect(endpoint)
-    except zmq.ZMQError as error:
-        socket.close(linger=0)
-        raise ConfigurationError(f"cannot connect to {endpoint}: {error}") from None
     return Link(socket)
 
 

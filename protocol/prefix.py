@@ -23,7 +23,6 @@ from xxhash import xxh3_128_digest
 from kvasir.protocol.tokens import TOKEN_BYTES
 
 HASH_BYTES = 16
-NAMESPACE_BYTES = 16
 SCHEME_VERSION = 1
 _MANY = Struct(f"{HASH_BYTES}s" * 64)  # taken apart at a time, four times as fast as one by one
 

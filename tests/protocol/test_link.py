@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 import zmq
 
 from kvasir.protocol.errors import ConfigurationError
@@ -19,10 +20,10 @@ from kvasir.protocol.link import (
     LinkBusy,
     LinkClosed,
     PeerGone,
-    open_dealer,
     open_router,
 )
 from kvasir.protocol.profile import LinkProfile
+from tests.dealer import open_dealer
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -186,8 +187,7 @@ def test_closing_wakes_waiting_tasks(context, tmp_path: Path) -> None:
                     await router.receive()
 
             nursery.start_soon(wait)
-            while not router.statistics().tasks_waiting_receive:
-                await trio.lowlevel.checkpoint()
+            await trio.testing.wait_all_tasks_blocked()
             router.close()
             router.close()
 
@@ -206,7 +206,7 @@ def test_messages_of_too_many_parts_are_refused_and_counted(context, tmp_path: P
             await dealer.send([b"x"] * 20)
             await dealer.send([b"good"])
             assert [frames[-1] for frames in await router.receive()] == [b"good"]
-            assert router.statistics().num_refused == 1
+            assert router.num_refused == 1
             router.close()
             dealer.close()
 
@@ -240,7 +240,7 @@ def test_a_message_of_too_many_frames_is_discarded_in_turns_with_others(context)
                 [[_, frame]] = await router.receive()
                 nursery.cancel_scope.cancel()
             assert frame == b"fine" and turns >= 8
-            assert router.statistics().num_refused == 1
+            assert router.num_refused == 1
             for size in (MAX_PARTS - 1, MAX_PARTS):  # besides the routing id
                 peer.send_multipart([b"x"] * size)
             peer.send(b"last")

@@ -16,10 +16,11 @@ from kvasir.gateway.core.core import Core, CoreConfig
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.workers.port import WorkerPort
 from kvasir.protocol.codec import encode
-from kvasir.protocol.link import Link, open_dealer, open_router
+from kvasir.protocol.link import Link, open_router
 from kvasir.protocol.messages import COMMANDS, Abort, Command, Drain, Generate, Identify, Load, StepReport, Welcome
 from kvasir.protocol.profile import LinkProfile
 from tests.core_helpers import PUBLIC, RecordingSink, make_hello, make_submit, output
+from tests.dealer import open_dealer
 
 pytestmark = pytest.mark.timeout(60)
 ROOT = Path(__file__).resolve().parents[3]
