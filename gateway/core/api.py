@@ -6,15 +6,15 @@ nothing but these values, so that an edge can become a process of its own. All t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from kvasir.protocol.errors import ErrorInfo
 from kvasir.protocol.messages import MAX_TOKEN_ID, CacheHint, RetentionHint, Sampling, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
+class Submit(msgspec.Struct, frozen=True):
     """A checked request, ready for the queue.
 
     `token_ids` packed; `prefix_hashes` packed, one per full block, hashed with `root`, the public zone of
@@ -43,8 +43,7 @@ class Submit:
     vocab_size: int = MAX_TOKEN_ID + 1
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(msgspec.Struct, frozen=True):
     """Stop a request. The sink still gets its `Finished`, with `reason` ("abort", or "stop" after a stop string).
 
     `num_output_tokens`: how many of the delivered tokens the client gets; None: all of them.
@@ -55,17 +54,15 @@ class Cancel:
     num_output_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """New tokens of a request, in order, exactly once."""
 
     req_id: bytes
     token_ids: list[int]
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = []
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True):
     """The one terminal event. `reason` in stop | length | abort | deadline | error; `error` is set with the last two.
 
     The numbers are those that the tenant's usage counts: `num_prompt_tokens` is 0 if, as far as reports show, no worker
@@ -93,8 +90,7 @@ class Sink(Protocol):
     def put(self, event: Event) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
+class ModelInfo(msgspec.Struct, frozen=True):
     """What edges need to know of a served model. None of its workers being alive leaves it known, with 0 workers.
 
     `max_context`: what the largest of its workers takes.

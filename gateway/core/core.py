@@ -311,7 +311,7 @@ class Core(CoreApi):
     def _dispatch(self, model: Model, now: float) -> None:
         """Send what waits to workers that have credits, tenant by tenant."""
         while model.num_waiting:
-            emptied = _emptied_for_suspect(model)
+            emptied = _emptied_for_suspect(model) if model.suspects else None
             able = [worker for worker in model.workers if worker.num_credits > 0 and worker is not emptied]
             if emptied is not None and not emptied.in_flight:
                 request, able = model.suspects.pop(0), [emptied]
@@ -336,7 +336,8 @@ class Core(CoreApi):
     def _route(self, request: Request, model: Model, able: list[Worker], now: float) -> None:
         """Choose one of `able` for `request`, just taken from its queue, and send it there."""
         config = self._config.router
-        candidates = [w.candidate(request, now, config) for w in able if request.num_needed <= w.max_context]
+        needed = request.num_needed
+        candidates = [worker.candidate(request, now, config) for worker in able if needed <= worker.max_context]
         decision = choose(request.num_tokens, candidates, now, config)
         worker = self._fleet.by_id[decision.worker_id]
         request.attempt += 1
@@ -538,9 +539,7 @@ def _begins(req_id: bytes, start: str) -> bool:
 
 
 def _emptied_for_suspect(model: Model) -> Worker | None:
-    """Return the worker that gets nothing new until it is empty, because a suspect waits to run alone there."""
-    if not model.suspects:
-        return None
+    """Return the worker that gets nothing new until it is empty, because the first suspect is to run alone there."""
     needed = model.suspects[0].num_needed
     able = [w for w in model.workers if w.state == "ready" and not w.runs_suspect and w.max_context >= needed]
     return min(able, key=lambda worker: (len(worker.in_flight), worker.worker_id), default=None)

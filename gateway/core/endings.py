@@ -8,7 +8,7 @@ too, the request is poison; else it was in bad company, or had bad luck.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from kvasir.gateway.core.request import Request
 from kvasir.protocol.errors import DeadlineExceeded, KvasirError, RequestFailed
@@ -16,8 +16,7 @@ from kvasir.protocol.messages import Output
 from kvasir.protocol.tokens import TOKEN_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(msgspec.Struct, frozen=True):
     """Why a request is over; `error` is what its client is told if that is no success."""
 
     reason: str

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+
+import msgspec
 
 from kvasir.gateway.core.api import ModelInfo
 from kvasir.gateway.core.worker import DEFAULT_PREFILL_TOKENS_PER_S, Rates, Worker
@@ -65,5 +66,5 @@ class Fleet:
             hello = workers[0].hello
             fresh = ModelInfo(model, hello.fingerprint, hello.dtype, hello.block_size, max_context, len(workers))
         else:
-            fresh = replace(self.infos[model], num_workers=0)
+            fresh = msgspec.structs.replace(self.infos[model], num_workers=0)
         self.infos = {**self.infos, model: fresh}  # a new one: edges may hold on to the old

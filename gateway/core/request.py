@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from kvasir.gateway.core.api import Finished, Submit
 from kvasir.protocol.errors import ErrorInfo
@@ -14,8 +15,7 @@ from kvasir.protocol.tokens import TOKEN_BYTES, unpack_tokens
 State = Literal["queued", "dispatched", "closed"]
 
 
-@dataclass(slots=True, eq=False)
-class Request:
+class Request(msgspec.Struct, eq=False):
     """State of one request. `attempt` counts dispatches; `token_ids` and `prefix_hashes` grow by what was delivered
     whenever an attempt is lost, so that the next worker goes on from there.
 
@@ -34,7 +34,7 @@ class Request:
     worker_id: str = ""  # where it is, or was last
     is_held: bool = False  # that worker still has to answer for it
     is_begun: bool = False  # some worker has begun to compute its prompt, as far as reports show
-    delivered: bytearray = field(default_factory=bytearray)  # packed, over all attempts
+    delivered: bytearray = msgspec.field(default_factory=bytearray)  # packed, over all attempts
     first_token_at: float | None = None
     num_cached_tokens: int | None = None  # of the first attempt that said so
     num_told: int | None = None  # how many of the delivered tokens the client gets, if not all

@@ -35,7 +35,10 @@ class TenantQueue:
 
     def push(self, request: Request) -> None:
         """Append `request` to its tenant's queue."""
-        self._waiting.setdefault(request.submit.tenant_id, OrderedDict())[request.submit.req_id] = request
+        tenant_id = request.submit.tenant_id
+        if tenant_id not in self._waiting:
+            self._waiting[tenant_id] = OrderedDict()
+        self._waiting[tenant_id][request.submit.req_id] = request
         self._num_waiting += 1
 
     def push_front(self, request: Request) -> None:
@@ -57,13 +60,15 @@ class TenantQueue:
         O(tenants).
         """
         running = num_running or {}
-        for tenant_id in sorted(self._waiting, key=lambda tenant_id: running.get(tenant_id, 0)):
-            request = next(iter(self._waiting[tenant_id].values()))
-            if request.num_needed <= max_context:
-                self._waiting.move_to_end(tenant_id)
-                self.remove(request)
-                return request
-        return None
+        found, fewest = None, inf
+        for tenant_id, requests in self._waiting.items():
+            num = running.get(tenant_id, 0)
+            if num < fewest and (first := next(iter(requests.values()))).num_needed <= max_context:
+                found, fewest = first, num
+        if found is not None:
+            self._waiting.move_to_end(found.submit.tenant_id)
+            self.remove(found)
+        return found
 
     def remove(self, request: Request) -> None:
         """Take out `request`, which waits here. O(1)."""

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from kvasir.gateway.core.counters import WorkerCounters
 from kvasir.gateway.core.request import Request
 from kvasir.gateway.routing.backlog import Backlog, Pending
@@ -51,8 +53,7 @@ class Rates:
             self.round_s = load.step_s if not self.round_s else self.round_s * 0.8 + load.step_s * 0.2
 
 
-@dataclass(slots=True, eq=False)
-class Attempt:
+class Attempt(msgspec.Struct, eq=False):
     """One request in flight on a worker. `pending`: its uncached prompt tokens, until they are computed or not wanted
     any more. `reserved`: packed hashes that count as cached there because of it."""
 
@@ -85,10 +86,16 @@ class Worker:
     kv: KvAccounts = field(default_factory=lambda: KvAccounts([]))  # as last reported
     pins: dict[str, bytes] = field(default_factory=dict)  # what it was told to pin: name -> hash of the last block
     counters: WorkerCounters = field(default_factory=WorkerCounters)
+    max_context: int = field(init=False)  # longest prompt + answer: the model's window, or all of the KV pool if less
+    runs_suspect: bool = False  # it has a suspect, which is alone there
     is_member: bool = True  # False once it is lost: nothing may be booked on it any more
     challenger: bytes = b""  # a peer that wants this worker's id; a probe was sent to see which of them is alive
     _heat_s: float = 0.0
     _heat_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        hello = self.hello
+        self.max_context = min(hello.limits.max_context, hello.num_blocks * hello.block_size)
 
     @property
     def worker_id(self) -> str:
@@ -100,16 +107,6 @@ class Worker:
         if self.state != "ready" or self.runs_suspect:
             return 0
         return self.hello.limits.max_requests - len(self.in_flight)
-
-    @property
-    def runs_suspect(self) -> bool:
-        """Whether it has a suspect, which is alone there."""
-        return len(self.in_flight) == 1 and next(iter(self.in_flight.values())).request.is_suspect
-
-    @property
-    def max_context(self) -> int:
-        """Longest prompt + answer: the model's window as served, or all of the KV pool if that is less."""
-        return min(self.hello.limits.max_context, self.hello.num_blocks * self.hello.block_size)
 
     def heat_s(self, now: float, decay_s: float) -> float:
         """Return the seconds of prefill that were lately sent here, decayed with time constant `decay_s`."""
@@ -138,7 +135,8 @@ class Worker:
     def take(self, request: Request, decision: Decision, now: float, heat_decay_s: float) -> None:
         """Book `request`, just sent here: a credit, a place in the backlog, its blocks to come, heat."""
         chosen = decision.chosen
-        request.worker_id, request.is_held = self.worker_id, True
+        request.worker_id, request.is_held = chosen.worker_id, True
+        self.runs_suspect = request.is_suspect
         if not self.in_flight:
             self.last_step_at = now  # an idle engine owes no steps: the stall timer starts with the work
         num_uncached = max(1, decision.num_tokens - chosen.num_cached_tokens)
@@ -197,7 +195,7 @@ class Worker:
         self.prefilled(attempt)
         if attempt.reserved:
             self.index.release(attempt.reserved)
-        attempt.request.is_held = False
+        attempt.request.is_held = self.runs_suspect = False
         return attempt.request
 
     def check_integrity(self) -> None:
@@ -205,6 +203,7 @@ class Worker:
         attempts = list(self.in_flight.values())
         assert len(attempts) <= self.hello.limits.max_requests, "more requests in flight than credits"
         assert len(attempts) <= 1 or not any(a.request.is_suspect for a in attempts), "a suspect is not alone"
+        assert self.runs_suspect == any(a.request.is_suspect for a in attempts)
         pending = [attempt.pending for attempt in attempts if attempt.pending is not None]
         assert len(pending) == len(self.backlog), "the backlog holds other requests than those in flight"
         assert self.backlog.num_tokens == sum(entry.num_tokens for entry in pending)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+import msgspec
 
 import trio
 
@@ -69,7 +71,7 @@ class Answer:
         if piece.finished is not None and detokenizer is not None:
             piece.text += detokenizer.finish()
             if detokenizer.stopped:
-                piece.finished = replace(piece.finished, reason="stop", error=None)
+                piece.finished = msgspec.structs.replace(piece.finished, reason="stop", error=None)
         self.num_chars += len(piece.text)
         return piece
 

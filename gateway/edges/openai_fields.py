@@ -138,6 +138,14 @@ class FieldCheck:
         names = [(name, Raw, None) for name in self._rows]
         self._type = msgspec.defstruct(place, names, forbid_unknown_fields=True)
 
+    def with_harmless(self, honoured: type[msgspec.Struct], *others: tuple[Any, ...]) -> Any:
+        """Return `honoured` with the harmless fields added, undecoded, and `others` as `defstruct` takes them."""
+        harmless = [(name, Raw, None) for name, row in self._rows.items() if row.verdict == "harmless"]
+        name = honoured.__name__
+        return msgspec.defstruct(
+            name, [*others, *harmless], bases=(honoured,), kw_only=True, forbid_unknown_fields=True
+        )
+
     def honoured_of(self, raw: Raw | bytes, where: str = "") -> dict[str, Raw]:
         """Return the honoured fields of the object `raw`, undecoded. `where`: what its names are shown after.
 

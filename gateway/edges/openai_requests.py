@@ -5,10 +5,9 @@ Which fields there are and what becomes of each is in `openai_fields`; here the 
 
 from __future__ import annotations
 
-import contextlib
 import re
 import secrets
-from dataclasses import dataclass
+from operator import attrgetter
 from typing import Annotated, Any
 
 import msgspec
@@ -79,8 +78,7 @@ class CompletionBody(Body, kw_only=True):
     best_of: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """What one HTTP request asks for: a request per prompt and choice, prompt by prompt."""
 
     requests: list[CompletionRequest]
@@ -122,19 +120,24 @@ def read_completion(raw: bytes) -> Asked:
     return _asked(body, body.logprobs, _prompts(body.prompt), max_tokens)
 
 
+_SAMPLING = ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"]
+_sampling_of = attrgetter(*_SAMPLING)
 _CHAT, _COMPLETION = FieldCheck("chat"), FieldCheck("completions")
 _TURN, _OPTIONS = FieldCheck("message"), FieldCheck("stream_options")
-_chat_body = msgspec.json.Decoder(ChatBody)
-_completion_body = msgspec.json.Decoder(CompletionBody)
+_turns = "messages", Annotated[list[_TURN.with_harmless(Turn)], Meta(max_length=MAX_TURNS)]  # type: ignore[misc]
+_options = "stream_options", _OPTIONS.with_harmless(StreamOptions) | None, None
+_chat_body = msgspec.json.Decoder(_CHAT.with_harmless(ChatBody, _turns, _options))
+_completion_body = msgspec.json.Decoder(_COMPLETION.with_harmless(CompletionBody, _options))
 
 
 def _decode(fields: FieldCheck, decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
-    """Return the typed body: at once if all its fields are honoured, else of those that are."""
+    """Return the typed body: at once if all its fields are honoured or harmless, else by the table."""
     try:
-        if len(raw) <= MAX_VALUE_BYTES:
-            with contextlib.suppress(msgspec.ValidationError):  # said better below
-                return decoder.decode(raw)
-        return decoder.decode(_without_harmless(fields, raw))
+        try:
+            body = decoder.decode(raw) if len(raw) <= MAX_VALUE_BYTES else None
+        except msgspec.ValidationError:
+            body = None  # the table says better what is wrong
+        return body or decoder.decode(_honoured(fields, raw))
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         param = path.rstrip("`").lstrip(".") or None
@@ -145,7 +148,7 @@ def _decode(fields: FieldCheck, decoder: msgspec.json.Decoder[Any], raw: bytes) 
         raise BadRequest("the body is nested too deeply") from None
 
 
-def _without_harmless(fields: FieldCheck, raw: bytes) -> bytes:
+def _honoured(fields: FieldCheck, raw: bytes) -> bytes:
     kept: dict[str, Any] = fields.honoured_of(raw)
     if "messages" in kept:
         turns = msgspec.json.decode(kept["messages"], type=list[Raw])
@@ -163,7 +166,7 @@ def _asked(body: Body, num_logprobs: int | None, prompts: list[dict[str, Any]], 
         raise BadRequest(f"n must be between 1 and {MAX_CHOICES}, not {num_choices}", param="n")
     sampling = _sampling(body, num_logprobs)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stop) > 16 or not all(0 < len(each) <= 256 for each in stop):
+    if stop and (len(stop) > 16 or not all(0 < len(each) <= 256 for each in stop)):
         raise BadRequest("stop takes up to 16 strings of 1 to 256 characters", param="stop")
     stop_token_ids = body.stop_token_ids or []
     if len(stop_token_ids) > 256:
@@ -191,19 +194,7 @@ def _asked(body: Body, num_logprobs: int | None, prompts: list[dict[str, Any]], 
 
 
 def _sampling(body: Body, num_logprobs: int | None) -> SamplingOptions:
-    given: dict[str, Any] = {
-        name: value
-        for name in (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "presence_penalty",
-            "frequency_penalty",
-            "repetition_penalty",
-        )
-        if (value := getattr(body, name)) is not None
-    }
+    given = {name: value for name, value in zip(_SAMPLING, _sampling_of(body), strict=True) if value is not None}
     if given.get("top_k") == -1:  # vLLM's way to say off
         given["top_k"] = 0
     given["seed"] = secrets.randbits(62) if body.seed is None else body.seed & ((1 << 63) - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from kvasir.gateway.core.api import Cancel, Delta
@@ -171,16 +172,12 @@ def test_a_sink_may_cancel_in_answer_to_the_last_delta() -> None:
             if isinstance(event, Delta):
                 bench.core.cancel(Cancel(submit.req_id, "stop"))
 
-    bench.core.submit(type(submit)(**{**_fields(submit), "sink": StopAtOnce()}))
+    bench.core.submit(msgspec.structs.replace(submit, sink=StopAtOnce()))
     bench.report(peer, output(b"r1", 0, [1], "length"))
     assert inner.finished is not None and inner.finished.reason == "stop"
     bench.core.check_integrity()
     bench.submit(b"r1")  # the id and the credit are free again
     assert len(bench.take()) == 2
-
-
-def _fields(submit: object) -> dict[str, object]:
-    return {name: getattr(submit, name) for name in submit.__slots__}  # type: ignore[attr-defined]
 
 
 def test_deadlines_end_queued_and_running_requests() -> None:
@@ -369,7 +366,7 @@ def test_an_exception_while_one_request_is_handled_fails_that_request(wrong) -> 
     bench = Bench()
     bench.join("w1")
     submit, bad = make_submit(b"bad", arrived=bench.now)
-    bench.core.submit(type(submit)(**{**_fields(submit), **wrong}))
+    bench.core.submit(msgspec.structs.replace(submit, **wrong))
     assert error_code(bad) == "internal_error"
     assert [notice.req_id for notice in bench.notices if isinstance(notice, Broken)] == [b"bad"]
     good = bench.submit(b"good")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sqlite3
 from itertools import chain
@@ -298,7 +297,7 @@ def test_what_published_prefixes_save_is_counted_by_their_last_block() -> None:
     tokens = tuple(range(3 * BLOCK_SIZE))
     for req_id, num_cached in ((b"r1", 3 * BLOCK_SIZE - 1), (b"r2", BLOCK_SIZE)):
         submit, _ = make_submit(req_id, tokens, arrived=bench.now)
-        submit = dataclasses.replace(submit, num_public_tokens=2 * BLOCK_SIZE)
+        submit = msgspec.structs.replace(submit, num_public_tokens=2 * BLOCK_SIZE)
         bench.core.submit(submit)
         bench.report(peer, output(req_id, 0, [1], "length", num_cached_tokens=num_cached))
     digest = submit.prefix_hashes[16:32]

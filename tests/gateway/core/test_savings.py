@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +13,7 @@ from tests.core_helpers import BLOCK_SIZE, make_submit
 
 def make(tokens: tuple[int, ...], num_public_blocks: int = 0, tenant: str = "t1", model: str = "demo") -> Submit:
     submit, _ = make_submit(b"r", tokens, tenant=tenant, model=model)
-    return dataclasses.replace(submit, num_public_tokens=num_public_blocks * BLOCK_SIZE)
+    return msgspec.structs.replace(submit, num_public_tokens=num_public_blocks * BLOCK_SIZE)
 
 
 def prompt(salt: int, num_blocks: int = 6) -> tuple[int, ...]:
