@@ -74,8 +74,8 @@ def hash_prompt(
 def split_hashes(packed: bytes) -> list[bytes]:
     """Return the 16-byte hashes in `packed`, in order."""
     num_bytes = len(packed) // _MANY.size * _MANY.size
-    hashes = list(chain.from_iterable(_MANY.iter_unpack(packed[:num_bytes])))
-    return hashes + [packed[i : i + HASH_BYTES] for i in range(num_bytes, len(packed), HASH_BYTES)]
+    rest = [packed[i : i + HASH_BYTES] for i in range(num_bytes, len(packed), HASH_BYTES)]
+    return [*chain.from_iterable(_MANY.iter_unpack(packed[:num_bytes])), *rest] if num_bytes else rest
 
 
 def _keyed(secret: bytes, person: bytes, *fields: str) -> bytes:
