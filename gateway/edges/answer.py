@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
-
 import trio
 
 from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Event, Finished, Submit
