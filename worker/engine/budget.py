@@ -38,6 +38,9 @@ class BlockBudget:
             self._reserves[owner] = self.cache.reserve_of(owner)
         return self._reserves[owner]
 
+    def available(self, owner: str) -> int:
+        return self.num_shared + self.reserve(owner)
+
     def cap_room(self, owner: str) -> int:
         if owner not in self._cap_rooms:
             num_blocks = self.cache.room_of(owner)
@@ -70,22 +73,21 @@ class BlockBudget:
         for s in needy:
             self.take(s.chain.owner, 1, 1, num_reserved=1)
 
-    def let_go(self, owner: str, num_more: int, num_own_more: int, among: Seq[Sequence]) -> list[Sequence]:
-        """Return the holders `among` these that let go, the last first, until `owner` can have `num_more` more blocks.
+    def let_go(self, owner: str, num_blocks: int, num_own: int, among: Seq[Sequence]) -> list[Sequence]:
+        """Return the holders `among` these that let go, the last first, until `owner` can have `num_blocks` blocks.
 
-        Its cap must allow `num_own_more` more. None let go if all of them together hold too few. Only the owner's own
+        Its cap must allow `num_own`. None let go if all of them together hold too few. Only the owner's own
         sequences help under its cap; those of an owner at or below its floor are not taken for others.
         """
-        goal, own_goal = self.num_shared + self.reserve(owner) + num_more, self.cap_room(owner) + num_own_more
         let_go: list[Sequence] = []
         while True:
-            num_missing, num_own_missing = goal - self.num_shared - self.reserve(owner), own_goal - self.cap_room(owner)
+            num_missing, num_own_missing = num_blocks - self.available(owner), num_own - self.cap_room(owner)
             if num_missing <= 0 and num_own_missing <= 0:
                 return let_go
             own = [s for s in among if s in self.holders and s.chain.owner == owner]
             useful = [s for s in among if s in self.holders and (s in own or self._above_floor(s.chain.owner))]
-            num_own, num_useful = (sum(len(self._to_give(s)) for s in holders) for holders in (own, useful))
-            if num_own < num_own_missing or num_useful < num_missing:
+            num_own_held, num_held = (sum(len(self._to_give(s)) for s in holders) for holders in (own, useful))
+            if num_own_held < num_own_missing or num_held < num_missing:
                 return let_go
             holder = own[-1] if num_own_missing > 0 else useful[-1]
             self.holders.remove(holder)

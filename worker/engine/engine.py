@@ -29,7 +29,7 @@ from kvasir.protocol.messages import (
     TokenLogprobs,
 )
 from kvasir.protocol.tokens import num_tokens, pack_tokens
-from kvasir.worker.engine.pins import PREWARM_ID, Pins
+from kvasir.worker.engine.pins import Pins, is_prewarming
 from kvasir.worker.engine.scheduler import MIN_CHUNK, EngineLimits, Plan, no_room, schedule
 from kvasir.worker.engine.sequence import Sequence, make_sequence
 from kvasir.worker.engine.step import OutOfMemory, Sampled, Sampler, SampleRow, SequenceSlice, StepModel, StepStore
@@ -143,7 +143,7 @@ class Engine:
 
     def refuse(self, req_id: bytes, attempt: int, seq: int, reason: FinishReason, text: str) -> None:
         """Answer a request that is not taken; `seq` is the number of its tokens already delivered."""
-        if not req_id.startswith(PREWARM_ID):
+        if not is_prewarming(req_id):
             self._outputs.append(Output(req_id, attempt, seq, finish_reason=reason, error=text))
 
     def abort(self, req_id: bytes, attempt: int) -> None:
@@ -463,7 +463,7 @@ class Engine:
         if not sequence.cached_reported and sequence.num_cached is not None:
             output.num_cached_tokens = sequence.num_cached
             sequence.cached_reported = True
-        if not sequence.req_id.startswith(PREWARM_ID):
+        if not is_prewarming(sequence.req_id):
             self._outputs.append(output)
 
     def _forget(self, sequence: Sequence) -> None:

@@ -9,7 +9,7 @@ from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import Generate, Pin, Sampling
 from kvasir.protocol.prefix import HASH_BYTES
 
-PREWARM_ID = b"\0prewarm\0"  # begins the ids of the engine's own requests; the gateway's are 16 random bytes
+_OWN_ID = b"\0prewarm\0"  # begins the ids of our own requests; the gateway's are 16 random bytes
 
 
 class Pins:
@@ -60,11 +60,16 @@ class Pins:
                 self._cache.pin(name, chain)
 
 
+def is_prewarming(req_id: bytes) -> bool:
+    """Return whether a request is a `Pins`' own: nobody waits for its outputs."""
+    return req_id.startswith(_OWN_ID)
+
+
 def _prewarming(command: Pin, chain: Chain) -> Generate:
-    """Return a request of the owner `PUBLIC` that computes the prefix; it has no outputs."""
+    """Return a request of the owner `PUBLIC` that computes the prefix."""
     num_tokens = len(chain) * chain.block_size
     return Generate(
-        req_id=PREWARM_ID + command.prefix_hashes[-HASH_BYTES:],
+        req_id=_OWN_ID + command.prefix_hashes[-HASH_BYTES:],
         attempt=0,
         tenant=PUBLIC,
         token_ids=command.token_ids,

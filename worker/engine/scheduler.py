@@ -106,7 +106,9 @@ def schedule(
             plan.preempted.append(blocks.preempt(None))
             continue
         short, is_capped = shortage
-        let_go = blocks.let_go(short.chain.owner, not is_capped, is_capped, queue.order)
+        owner = short.chain.owner
+        num_blocks, num_own = blocks.available(owner) + (not is_capped), blocks.cap_room(owner) + is_capped
+        let_go = blocks.let_go(owner, num_blocks, num_own, queue.order)
         plan.let_go += let_go
         if not let_go:
             plan.preempted.append(blocks.preempt(short))
@@ -231,19 +233,14 @@ class _Prefills:
         num_wanted = num_blocks - num_matched + num_idle + self._num_reserved
         num_wanted += num_running  # each running one may soon want a block
         is_full = num_running >= self._limits.max_requests
-        num_more, num_own_more = (
-            num_wanted - blocks.num_shared - blocks.reserve(owner),
-            num_own - blocks.cap_room(owner),
-        )
-        may_take = blocks.holders and self._is_open and not is_full and owner not in self._closed
-        if may_take and (num_more > 0 or num_own_more > 0):
+        if blocks.holders and self._is_open and not is_full and owner not in self._closed:
             blocks.kept.append((s, num_matched))
-            self._plan.let_go += blocks.let_go(owner, num_more, num_own_more, self._order[place + 1 :])
+            self._plan.let_go += blocks.let_go(owner, num_wanted, num_own, self._order[place + 1 :])
             blocks.kept.pop()
         if owner in self._closed or num_own > blocks.cap_room(owner):
             self._closed.add(owner)
             return False
-        if is_full or num_wanted > blocks.reserve(owner) + (blocks.num_shared if self._is_open else 0):
+        if is_full or num_wanted > (blocks.available(owner) if self._is_open else blocks.reserve(owner)):
             self._is_open = False
             return False
         return True
@@ -253,12 +250,8 @@ class _Prefills:
         plan, blocks, owner, size = self._plan, self._blocks, s.chain.owner, self._size
         num_public = max(0, s.chain.num_public_blocks - num_held)
         if num_held * size == start:  # it needs a block to get on at all
-            num_more, num_own_more = (
-                1 - blocks.num_shared - blocks.reserve(owner),
-                1 - num_public - blocks.cap_room(owner),
-            )
-            plan.let_go += blocks.let_go(owner, num_more, num_own_more, self._order)
-        num_available = min(blocks.num_shared + blocks.reserve(owner), blocks.cap_room(owner) + num_public)
+            plan.let_go += blocks.let_go(owner, 1, 1 - num_public, self._order)
+        num_available = min(blocks.available(owner), blocks.cap_room(owner) + num_public)
         count = min(self._queue.uncached[s.key], self._budget, (num_held + num_available) * size - start)
         if count <= 0:
             return
