@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from operator import attrgetter
 from typing import Annotated, Any
 
 import msgspec
@@ -121,7 +120,6 @@ def read_completion(raw: bytes) -> Asked:
 
 
 _SAMPLING = ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"]
-_sampling_of = attrgetter(*_SAMPLING)
 _CHAT, _COMPLETION = FieldCheck("chat"), FieldCheck("completions")
 _TURN, _OPTIONS = FieldCheck("message"), FieldCheck("stream_options")
 _turns = "messages", Annotated[list[_TURN.with_harmless(Turn)], Meta(max_length=MAX_TURNS)]  # type: ignore[misc]
@@ -194,7 +192,7 @@ def _asked(body: Body, num_logprobs: int | None, prompts: list[dict[str, Any]], 
 
 
 def _sampling(body: Body, num_logprobs: int | None) -> SamplingOptions:
-    given = {name: value for name, value in zip(_SAMPLING, _sampling_of(body), strict=True) if value is not None}
+    given: dict[str, Any] = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
     if given.get("top_k") == -1:  # vLLM's way to say off
         given["top_k"] = 0
     given["seed"] = secrets.randbits(62) if body.seed is None else body.seed & ((1 << 63) - 1)

@@ -92,6 +92,15 @@ def test_harmless_fields_pass_and_unknown_ones_are_refused_with_the_nearest_name
         assert caught.value.param == param
 
 
+def test_bodies_with_harmless_fields_are_read_without_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FieldCheck, "honoured_of")
+    turns = [{"role": "assistant", "content": "x", "refusal": None, "annotations": [{}]}]
+    options = {"include_usage": True, "include_obfuscation": False}
+    asked = read_chat(chat(messages=turns, stream=True, stream_options=options, user={"any": ["thing"]}, store=True))
+    assert asked.wants_usage and [message.content for message in asked.requests[0].messages or ()] == ["x"]
+    assert read_completion(completion(user="me", stream_options=options)).wants_usage
+
+
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": []}])
 def test_a_message_without_content_is_refused_with_its_index(content: dict[str, Any]) -> None:
     with pytest.raises(BadRequest, match=r"messages\[1\] has no content") as caught:
