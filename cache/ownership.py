@@ -188,24 +188,15 @@ class Owners:
         """Whether the two runs are in different orders."""
         return parent.owner != run.owner and self.order_of(parent.owner) is not self.order_of(run.owner)
 
-    def block(self, run: Run | None) -> None:
-        """Count one more child of `run` that is in another order or blocked by descendants itself."""
+    def block(self, run: Run | None, sign: int = 1) -> None:
+        """Count one more child of `run` that is in another order or blocked by descendants itself (`sign` -1: less)."""
         while run is not None:
-            run.num_blocking += 1
-            if run.num_blocking > 1:
+            was_blocked = run.num_blocking > 0
+            run.num_blocking += sign
+            if (run.num_blocking > 0) == was_blocked:
                 return
             if not run.ref_count:
-                self.order_of(run.owner).num_blocked += len(run)
-            run = None if run.parent is None or self.are_apart(run.parent, run) else run.parent
-
-    def unblock(self, run: Run | None) -> None:
-        """Undo one `block`."""
-        while run is not None:
-            run.num_blocking -= 1
-            if run.num_blocking:
-                return
-            if not run.ref_count:
-                self.order_of(run.owner).num_blocked -= len(run)
+                self.order_of(run.owner).num_blocked += sign * len(run)
             run = None if run.parent is None or self.are_apart(run.parent, run) else run.parent
 
     def set_quotas(self, quotas: Mapping[str, Quota], runs: Sequence[Run], now: float) -> list[Order]:

@@ -425,7 +425,7 @@ class PrefixCache:
                 self._account(requester).num_caused += num_blocks
         if is_whole and parent is not None:
             if self._owners.are_apart(parent, run):
-                self._owners.unblock(parent)
+                self._owners.block(parent, -1)
             if not parent.num_children and not parent.ref_count:
                 self._owners.order_of(parent.owner).policy.on_leaf(parent)
 

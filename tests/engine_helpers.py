@@ -149,7 +149,7 @@ class Rig:
                 self.engine.check_integrity()
                 return
             self.step()
-        raise AssertionError(f"still busy after {max_steps} steps: {self.engine.statistics()}")
+        raise AssertionError(f"{self.engine.num_unfinished} requests are unfinished after {max_steps} steps")
 
     def _take(self, output: Output) -> None:
         stream = self.streams[output.req_id]

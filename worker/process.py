@@ -177,7 +177,8 @@ class Worker:
             return
         match command:
             case Identify():
-                self._on_identify()
+                if self._is_joined:  # it has restarted or given us up, and with us all that we run
+                    self._rejoin("the gateway does not know this worker")
             case Welcome():
                 self._on_welcome(command)
             case Refused():
@@ -206,11 +207,6 @@ class Worker:
         request = _request_of(frame)
         if request is not None:
             self._engine.refuse(*request, "error", f"the worker cannot read this request: {error.message}"[:4096])
-
-    def _on_identify(self) -> None:
-        """The gateway does not know us: it has restarted or given us up, and with us all that we run."""
-        if self._is_joined:
-            self._rejoin("the gateway does not know this worker")
 
     def _on_welcome(self, welcome: Welcome) -> None:
         if welcome.gateway_epoch != self._gateway_epoch:

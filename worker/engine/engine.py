@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kvasir.cache.block_pool import IntegrityError
 from kvasir.cache.block_table import BlockTable
 from kvasir.cache.events import Stored
 from kvasir.cache.ownership import Quota
-from kvasir.cache.prefix_cache import CacheStatistics, PrefixCache
+from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.errors import BadRequest, Overloaded
 from kvasir.protocol.messages import (
     FinishReason,
@@ -38,20 +38,6 @@ _FIRST_RATE = 100.0  # prompt tokens per second, until measured: low, so that th
 _RATE_SHARE = 0.2  # weight of the newest step in the measured rate
 
 _Batch = list[tuple[Sequence, SequenceSlice, list[Sequence]]]  # with the forks that draw from the same logits
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """Sequences now and counters since the start."""
-
-    num_running: int
-    num_waiting: int
-    num_steps: int
-    num_finished: int
-    num_preempted: int
-    num_forked: int
-    prefill_rate: float
-    cache: CacheStatistics
 
 
 class Engine:
@@ -93,8 +79,7 @@ class Engine:
         self._by_id: dict[tuple[bytes, int], Sequence] = {}
         self._outputs: list[Output] = []  # of the next report: what was refused or aborted between steps
         self._num_steps = self._event_seq = self._num_sequences = 0
-        self._num_finished = self._num_preempted = self._num_forked = 0
-        self.num_not_finite = self.num_out_of_memory = 0
+        self.num_preempted = self.num_forked = self.num_not_finite = self.num_out_of_memory = 0
         self._rate = _FIRST_RATE
         self._pins = Pins(cache)
 
@@ -216,18 +201,6 @@ class Engine:
         """Return all resident hashes. Call it between steps; the next events count on from it."""
         self._take_events()
         return Snapshot(self._event_seq, self._cache.resident_hashes())
-
-    def statistics(self) -> EngineStatistics:
-        return EngineStatistics(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_steps=self._num_steps,
-            num_finished=self._num_finished,
-            num_preempted=self._num_preempted,
-            num_forked=self._num_forked,
-            prefill_rate=self._rate,
-            cache=self._cache.statistics(),
-        )
 
     def check_integrity(self) -> None:
         """Check sequences, tables, cache and pool against each other.
@@ -414,14 +387,14 @@ class Engine:
         for src, dst in zip(original.table.block_ids[num_full:], fork.table.block_ids[num_full:], strict=True):
             self._kv.copy_block(src, dst)  # as a whole, so that nothing of another owner is left to be zeroed
         fork.num_computed = fork.num_tokens
-        self._num_forked += 1
+        self.num_forked += 1
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._release(sequence)
         self._waiting.append(sequence)
-        self._num_preempted += 1
+        self.num_preempted += 1
 
     def _allocate(self, sequence: Sequence, length: int, to_zero: list[int]) -> bool:
         """Give `sequence` the blocks for its first `length` tokens, adding to `to_zero` what must be zeroed."""
@@ -470,7 +443,6 @@ class Engine:
         del self._by_id[sequence.req_id, sequence.attempt]
         (self._running if sequence in self._running else self._waiting).remove(sequence)
         self._release(sequence)
-        self._num_finished += 1
 
     def _release(self, sequence: Sequence) -> None:
         self._let_go(sequence)

@@ -40,12 +40,7 @@ def pack(
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    for piece in singles:
-        start = piece.start
-        ids.append(piece.token_ids[0])
-        positions.append(start)
-        slots.append(piece.block_table[start // block_size] * block_size + start % block_size)
-    for piece in chunks:
+    for piece in [*singles, *chunks]:
         ids += piece.token_ids
         positions += range(piece.start, piece.end)
         slots += _slots(piece, block_size)

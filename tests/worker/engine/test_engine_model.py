@@ -95,7 +95,7 @@ def test_preemption_and_a_tiny_pool_change_nothing(loaded: Model) -> None:
     alone = [run(make_engine(loaded), command)[0].token_ids for command in commands]
     engine = make_engine(loaded, num_blocks=12)
     assert [stream.token_ids for stream in run(engine, *commands)] == alone
-    assert engine.statistics().num_preempted > 0
+    assert engine.num_preempted > 0
 
 
 def run_outputs(engine: Engine, commands: list[Generate]) -> list[list[Output]]:
@@ -129,7 +129,7 @@ def test_choices_of_one_prompt_have_the_tokens_and_log_probabilities_of_separate
     if is_cached:
         run_outputs(engine, choices[:1])
     together = run_outputs(engine, choices)
-    assert engine.statistics().num_forked == 3
+    assert engine.num_forked == 3
     for mine, its in zip(together, alone, strict=True):
         assert [output.token_ids for output in mine] == [output.token_ids for output in its]
         logprobs = [[(entry.logprob, *entry.top) for out in stream for entry in out.logprobs] for stream in (mine, its)]

@@ -31,10 +31,10 @@ def test_who_waits_for_a_shared_prefix_does_so_for_a_bounded_time() -> None:
     rig.step()
     rig.submit(make_generate([*prompt[:60], 1], 1, req_id=b"led"))
     rig.step()
-    assert rig.engine.statistics().num_waiting == 1
+    assert len(rig.engine._waiting) == 1
     rig.clock.now += 11.0
     rig.step()
-    assert rig.engine.statistics().num_waiting == 0, "it was to go ahead on its own"
+    assert not rig.engine._waiting, "it was to go ahead on its own"
     rig.run()
 
 
@@ -77,7 +77,7 @@ def test_a_shortage_under_the_cap_is_met_by_preempting_the_same_tenant() -> None
     mine = [rig.submit(make_generate(make_prompt(12, salt=i), 20, req_id=bytes([i + 1]))) for i in range(2)]
     other = rig.submit(make_generate(make_prompt(12, salt=9), 60, tenant="b", req_id=b"other"))
     rig.run()
-    assert rig.engine.statistics().num_preempted > 0
+    assert rig.engine.num_preempted > 0
     assert [s.token_ids for s in mine] == [expected_tokens(make_prompt(12, salt=i), 20) for i in range(2)]
     assert other.token_ids == expected_tokens(make_prompt(12, salt=9), 60)
 
@@ -118,7 +118,7 @@ def test_nobody_is_preempted_for_others_within_his_floor() -> None:
     rig.run()
     ends = [o.req_id for report in rig.reports for o in report.outputs if o.finish_reason]
     assert ends == [b"young", b"old"]
-    assert rig.engine.statistics().num_preempted > 0
+    assert rig.engine.num_preempted > 0
     assert old.token_ids == expected_tokens(make_prompt(16), len(old.token_ids))
     assert old.finish_reason == "error", "what is left beside the floor cannot hold it"
     assert young.token_ids == expected_tokens(make_prompt(12, salt=1), 12)

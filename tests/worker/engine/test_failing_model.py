@@ -55,7 +55,7 @@ def test_a_step_that_runs_out_of_memory_is_computed_again_in_smaller_ones(max_to
     rig.model.max_tokens = max(max_tokens, 16)
     streams = [rig.submit(make_generate(p, 6, req_id=bytes([i]))) for i, p in enumerate(prompts)]
     rig.step()
-    assert rig.engine.statistics().num_preempted and rig.engine.has_work
+    assert rig.engine.num_preempted and rig.engine.has_work
     assert not any(stream.finish_reason for stream in streams)
     rig.model.max_tokens = 64  # one sequence at a time, in the smallest steps
     rig.run()
@@ -85,6 +85,6 @@ def test_forks_draw_by_their_own_seeds() -> None:
     seeds = [Sampling(temperature=1.0, seed=seed) for seed in (11, 12, 13)]
     streams = [rig.submit(make_generate(prompt, 6, req_id=bytes([i]), sampling=s)) for i, s in enumerate(seeds)]
     rig.run()
-    assert rig.engine.statistics().num_forked == 2
+    assert rig.engine.num_forked == 2
     assert [stream.token_ids for stream in streams] == [expected_tokens(prompt, 6, s) for s in seeds]
     assert len({tuple(stream.token_ids) for stream in streams}) == 3

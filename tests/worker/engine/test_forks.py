@@ -50,7 +50,7 @@ class ForkRig(Rig):
 
     @property
     def num_forked(self) -> int:
-        return self.engine.statistics().num_forked
+        return self.engine.num_forked
 
 
 def make_choices(prompt: list[int], max_tokens: int = 9, count: int = N, **options: object) -> list[Generate]:
@@ -197,7 +197,7 @@ def test_no_more_fork_than_may_run_and_the_rest_follow_later() -> None:
     choices = make_choices(prompt)
     streams = [rig.submit(choice) for choice in choices]
     rig.step()
-    assert (rig.engine.statistics().num_running, rig.num_forked) == (2, 1)
+    assert (len(rig.engine._running), rig.num_forked) == (2, 1)
     rig.run()
     assert_as_alone(choices, streams, prompt)
 
@@ -232,7 +232,7 @@ def test_random_choices_over_tiny_pools_all_get_their_tokens_or_a_reason() -> No
     """Preemption, aborts, caps and floors while forks are made: each stream is a prefix of what it is alone."""
     rigs = [run_random_choices(random.Random(seed)) for seed in range(8)]
     assert sum(rig.num_forked for rig in rigs) > 100
-    assert sum(rig.engine.statistics().num_preempted for rig in rigs) > 100
+    assert sum(rig.engine.num_preempted for rig in rigs) > 100
 
 
 def run_random_choices(dice: random.Random) -> ForkRig:

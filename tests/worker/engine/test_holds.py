@@ -62,7 +62,7 @@ class HoldRig(Rig):
 
     @property
     def num_preempted(self) -> int:
-        return self.engine.statistics().num_preempted
+        return self.engine.num_preempted
 
     @property
     def num_let_go(self) -> int:

@@ -198,7 +198,7 @@ def test_a_sequence_preempted_before_its_first_token_does_not_count_its_own_bloc
         rig.step()
     rig.clock.now += 1
     young = rig.submit(make_generate(make_prompt(14, salt=1), 4, req_id=b"young"))
-    while not rig.engine.statistics().num_preempted:
+    while not rig.engine.num_preempted:
         rig.step()
     assert young.token_ids == [], "it was to be preempted before its first token"
     rig.run()
