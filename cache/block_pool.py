@@ -39,10 +39,6 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free)
 
-    @property
-    def free_ids(self) -> list[int]:
-        return self._free.tolist()
-
     def allocate(self, owner: str, num_blocks: int) -> tuple[list[int], list[int]]:
         """Return the ids of `num_blocks` free blocks, which are `owner`'s now, and those of them that must be zeroed
         because they were another owner's.

@@ -45,7 +45,7 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kvasir.cache.block_table import BlockTable, Chain
-from kvasir.cache.policies import DEFAULT_POLICY, make
+from kvasir.cache.policies import DEFAULT_POLICY, POLICIES
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 
@@ -90,7 +90,7 @@ class Kvasir:
     policy = DEFAULT_POLICY
 
     def __init__(self, num_blocks: int) -> None:
-        self.cache = PrefixCache(num_blocks, SIZE, make(self.policy, num_blocks))
+        self.cache = PrefixCache(num_blocks, SIZE, POLICIES[self.policy](num_blocks))
         self.chain: Chain
         self.table = BlockTable()
         self.now = 0.0

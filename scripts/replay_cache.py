@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 from pathlib import Path
 
 from kvasir.cache.block_table import BlockTable, Chain
-from kvasir.cache.policies import make
+from kvasir.cache.policies import POLICIES
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.messages import CacheHint
 from kvasir.protocol.prefix import derive_namespace, derive_root, extend_chain
@@ -111,7 +111,7 @@ def load_trace(path: Path, limit: int | None = None) -> Trace:
 
 def replay(trace: Trace, policy: str, num_blocks: int, *, hints: Sequence[CacheHint] | None = None) -> Result:
     """Replay `trace` through a `PrefixCache` of `num_blocks` blocks under `policy`. `hints`: one per request."""
-    cache = PrefixCache(num_blocks, 1, make(policy, num_blocks))
+    cache = PrefixCache(num_blocks, 1, POLICIES[policy](num_blocks))
     num_hits = num_hit_tokens = 0
     cpu_s = 0.0
     for i, request in enumerate(trace.requests):

@@ -15,7 +15,7 @@ from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.engine.step import OutOfMemory, Sampled, SampleRow, SequenceSlice
-from kvasir.worker.model.oracle_model import OracleConfig, OracleModel, OracleStore
+from kvasir.worker.model.oracle_model import _MASK, OracleConfig, OracleModel, OracleStore, _weights, _words
 
 SECRET = b"deployment"
 ROOT = derive_root(SECRET, "oracle", "uint64")
@@ -205,4 +205,14 @@ def make_prompt(length: int, salt: int = 0) -> list[int]:
 
 
 def expected_tokens(prompt: list[int], num_tokens: int, sampling: Sampling = GREEDY) -> list[int]:
-    return OracleModel().continuation(prompt, num_tokens, sampling)
+    """Return the `num_tokens` tokens after `prompt`, computed without a store: what every stream must equal."""
+    tokens = np.array(prompt, dtype=np.uint64)
+    positions = np.arange(len(tokens), dtype=np.uint64)
+    digest = int((_words(tokens, positions) * _weights(positions)).sum(dtype=np.uint64))
+    drawn: list[int] = []
+    for position in range(len(tokens), len(tokens) + num_tokens):
+        token_id = OracleModel()._draw(digest, sampling, position).token_id
+        drawn.append(token_id)
+        here = np.array([position], dtype=np.uint64)
+        digest = digest + int((_words(np.array([token_id], dtype=np.uint64), here) * _weights(here))[0]) & _MASK
+    return drawn

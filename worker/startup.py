@@ -11,7 +11,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvasir.cache.policies import make
+from kvasir.cache.policies import POLICIES
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol import PROTOCOL_VERSION
 from kvasir.protocol.errors import ConfigurationError, ModelError
@@ -53,7 +53,7 @@ def build(options: Options) -> tuple[Engine, Hello]:
     """
     loaded = _load_oracle(options) if options.model.startswith(PREFIX) else _load_torch(options)
     limits = loaded.limits
-    make_policy = make(options.eviction_policy, loaded.num_blocks)
+    make_policy = POLICIES[options.eviction_policy](loaded.num_blocks)
     cache = PrefixCache(loaded.num_blocks, options.block_size, make_policy)
     engine = Engine(
         loaded.model,

@@ -11,7 +11,7 @@ from kvasir.cache.block_pool import PUBLIC
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.cache.kv_store import KvStore
 from kvasir.cache.ownership import Quota
-from kvasir.cache.policies import POLICIES, make
+from kvasir.cache.policies import POLICIES
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import KvAccount
@@ -230,7 +230,7 @@ def test_eight_flooding_tenants_do_not_take_the_hits_of_a_victim_with_a_floor() 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_floors_and_caps_hold_under_every_policy(policy: str) -> None:
     rng = random.Random(2)
-    cache = PrefixCache(40, SIZE, make(policy, 40))
+    cache = PrefixCache(40, SIZE, POLICIES[policy](40))
     cache.set_quotas({"a": Quota(floor=12), "b": Quota(cap=9)})
     visit(cache, make_chain(6, "a", num_public=2))
     visit(cache, make_chain(8, "a", 1))
@@ -297,7 +297,7 @@ class Reader:
     def poison(self) -> None:
         """Put NaN into every free block that was ever used."""
         pool = self.cache.pool
-        free = [block_id for block_id in pool.free_ids if pool.owners[block_id]]
+        free = [block_id for block_id in pool._free if pool.owners[block_id]]
         self.kv.data[free] = float("nan")
 
 

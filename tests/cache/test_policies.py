@@ -8,7 +8,7 @@ import pytest
 
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.cache.ownership import Quota
-from kvasir.cache.policies import DEFAULT_POLICY, POLICIES, make
+from kvasir.cache.policies import DEFAULT_POLICY, POLICIES
 from kvasir.cache.policies.lru import Lru
 from kvasir.cache.policies.two_heaps import TwoHeaps, TwoHeapsOrder, Visit
 from kvasir.cache.prefix_cache import PrefixCache
@@ -24,7 +24,7 @@ PUBLIC_SPACE = derive_namespace(b"deployment", "public")
 
 
 def make_cache(policy: str, num_blocks: int, block_size: int = SIZE) -> PrefixCache:
-    return PrefixCache(num_blocks, block_size, make(policy, num_blocks))
+    return PrefixCache(num_blocks, block_size, POLICIES[policy](num_blocks))
 
 
 def make_chain(tokens: list[int], owner: str = "a", num_public: int = 0) -> Chain:
@@ -130,9 +130,9 @@ def test_asking_for_the_victim_changes_nothing(policy: str) -> None:
 
 
 def test_an_unknown_policy_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"no eviction policy 'clock'; choose one of lru, two_heaps"):
-        make("clock", 8)
     command = ["--model", "m", "--gateway", "ipc://g"]
+    with pytest.raises(ConfigurationError, match=r"invalid choice: 'clock'.*lru.*two_heaps"):
+        parse_options([*command, "--eviction-policy", "clock"])
     assert parse_options(command).eviction_policy == DEFAULT_POLICY
     assert parse_options([*command, "--eviction-policy", "lru"]).eviction_policy == "lru"
     with pytest.raises(ConfigurationError, match=r"--eviction-policy.*'clock'.*lru"):

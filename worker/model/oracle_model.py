@@ -117,20 +117,6 @@ class OracleModel:
             token_id, -0.5, tuple(((token_id + i) % self.config.vocab, -0.5 - i) for i in range(params.logprobs))
         )
 
-    def continuation(self, token_ids: Sequence[int], num_tokens: int, params: Sampling | None = None) -> list[int]:
-        """Return the `num_tokens` tokens after `token_ids`, computed without a store: what every stream must equal."""
-        params = params or Sampling(temperature=0.0)
-        tokens = np.array(token_ids, dtype=np.uint64)
-        positions = np.arange(len(tokens), dtype=np.uint64)
-        digest = int((_words(tokens, positions) * _weights(positions)).sum(dtype=np.uint64))
-        drawn: list[int] = []
-        for position in range(len(tokens), len(tokens) + num_tokens):
-            token_id = self._draw(digest, params, position).token_id
-            drawn.append(token_id)
-            here = np.array([position], dtype=np.uint64)
-            digest = digest + int((_words(np.array([token_id], dtype=np.uint64), here) * _weights(here))[0]) & _MASK
-        return drawn
-
 
 def _slots(piece: SequenceSlice, block_size: int) -> NDArray[np.int64]:
     """Return where positions 0..end-1 of the sequence lie, [end]."""
