@@ -47,10 +47,6 @@ class KvStore:
         flat = self.data.view(-1, num_kv_heads, head_dim)
         self._targets = [(flat[2 * i * block_size :], flat[(2 * i + 1) * block_size :]) for i in range(num_layers)]
 
-    @property
-    def bytes_per_block(self) -> int:
-        return math.prod(self.data.shape[1:]) * self.data.element_size()
-
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
         """Return layer i's keys and values, strided views [num_blocks, block_size, num_kv_heads, head_dim]."""
         return self._layers[i]

@@ -241,7 +241,7 @@ def _load_torch(options: Options) -> Loaded:
         kv=kv,
         sampler=sample,
         num_blocks=num_blocks,
-        bytes_per_block=kv.bytes_per_block,
+        bytes_per_block=block_bytes,
         vocab_size=config.vocab_size,
         eos_token_ids=config.eos_token_ids,
         limits=limits,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvasir.cache.kv_store import KvStore
+from kvasir.cache.kv_store import KvStore, bytes_per_block
 from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.attention import GatherAttention
 from kvasir.worker.model.batch import Batch
@@ -131,9 +131,10 @@ class _Shelf:
         if self.data is not None and used + count <= self.data.shape[2]:
             return True
         num_rows = max(used + count, used + used // 2)
-        if num_rows * _row_bytes(self.config, self.dtype, self.capacity) > limit_bytes:
-            return False
         config = self.config
+        heads = (config.num_kv_heads, config.head_dim)
+        if num_rows * bytes_per_block(config.num_layers, self.capacity, *heads, self.dtype) > limit_bytes:
+            return False
         shape = (config.num_layers, 2, num_rows, config.num_kv_heads, self.capacity, config.head_dim)
         grown = torch.empty(shape, dtype=self.dtype, device=self.device)
         if self.data is not None:
@@ -206,7 +207,3 @@ def _capacity(num_tokens: int, block_size: int) -> int:
     """Return the next power of two, rounded up to whole blocks."""
     capacity = max(_MIN_CAPACITY, 1 << (num_tokens - 1).bit_length())
     return -(-capacity // block_size) * block_size
-
-
-def _row_bytes(config: ModelConfig, dtype: torch.dtype, capacity: int) -> int:
-    return config.num_layers * 2 * config.num_kv_heads * capacity * config.head_dim * dtype.itemsize

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvasir.cache.kv_store import KvStore
+from kvasir.cache.kv_store import KvStore, bytes_per_block
 from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.attention import Attention, GatherAttention, ReferenceAttention, chunk_attend, reference_attend
 from kvasir.worker.model.attention_cuda import PagedAttention, agrees_with_reference, cuda_attention
 from kvasir.worker.model.batch import pack
 from kvasir.worker.model.config import ModelConfig, RopeConfig
-from kvasir.worker.model.working_set import WorkingSetAttention, _row_bytes
+from kvasir.worker.model.working_set import WorkingSetAttention
 
 BLOCK_SIZE = 5  # divides no power of two
 MAX_TOKENS = 300  # beyond two shelf capacities
@@ -214,7 +214,9 @@ def test_forgotten_and_absent_sequences_give_their_memory_back() -> None:
     harness.step({0: 5, 1: 5, 2: 200})
     harness.step({0: 1, 1: 1, 2: 1})
     full = attention.allocated_bytes
-    assert 0 < full <= 2 * 3 * _row_bytes(make_config(), torch.float32, 256)
+    config = make_config()
+    row_bytes = bytes_per_block(config.num_layers, 256, config.num_kv_heads, config.head_dim, torch.float32)
+    assert 0 < full <= 2 * 3 * row_bytes
     attention.forget(2)
     assert attention.allocated_bytes < full
     harness.step({2: 3})
