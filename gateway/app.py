@@ -32,7 +32,7 @@ from kvasir.gateway.edges.zmq_edge import ZmqEdge
 from kvasir.gateway.http.connection import HttpLimits
 from kvasir.gateway.http.server import HttpServer, open_listeners
 from kvasir.gateway.lock import hold_lock
-from kvasir.gateway.log import log, no_log
+from kvasir.gateway.log import AccessLog, log, no_log
 from kvasir.gateway.tenants.directory import TenantDirectory
 from kvasir.gateway.tenants.quotas import kv_quotas
 from kvasir.gateway.tenants.store import open_store
@@ -85,7 +85,8 @@ async def serve(config: GatewayConfig) -> None:
         preparer = Preparer(core, published, texts, store.secret, config.block_size)
         client_link = open_router(context, config.client_endpoints, LinkProfile(max_frame_bytes=MAX_CLIENT_FRAME_BYTES))
         stack.callback(client_link.close, linger_ms=LAST_WORDS_MS)  # runs before the context ends, and is waited for
-        access = log if config.access_log else no_log
+        access_log = AccessLog()
+        access = access_log if config.access_log else no_log
         edge = ZmqEdge(client_link, core, preparer, directory, access=access)
         api = HttpApi(
             core,
@@ -105,6 +106,7 @@ async def serve(config: GatewayConfig) -> None:
             outer.start_soon(_watch_signals, stopping, outer.cancel_scope)
             async with supervisor.running(), trio.open_nursery() as middle:
                 await middle.start(port.run, core)
+                middle.start_soon(access_log.run)
                 async with trio.open_nursery() as edges:
                     await edges.start(admin.run)
                     await edges.start(edge.run)

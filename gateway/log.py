@@ -6,12 +6,47 @@ import sys
 import time
 from functools import lru_cache
 
+import trio
+
 
 def log(event: str, **fields: object) -> None:
     """Print `event` with `fields`; values with spaces are quoted. Errors of a closed stderr are ignored."""
+    _write(_line(event, fields))
+
+
+class AccessLog:
+    """One line per request, written together ten times a second: a write for each would cost a tenth of the rate."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def __call__(self, event: str, **fields: object) -> None:
+        """Take what `log` takes."""
+        self._lines.append(_line(event, fields))
+
+    async def run(self) -> None:
+        """Write what comes, for ever. Cancelled, it writes the rest."""
+        try:
+            while True:
+                await trio.sleep(0.1)
+                self._flush()
+        finally:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._lines:
+            _write("".join(self._lines))
+            self._lines.clear()
+
+
+def _line(event: str, fields: dict[str, object]) -> str:
     parts = [f"{name}={_text(value)}" for name, value in fields.items() if value is not None]
+    return " ".join((_stamp(int(time.time())), event, *parts)) + "\n"
+
+
+def _write(lines: str) -> None:
     try:
-        sys.stderr.write(" ".join((_stamp(int(time.time())), event, *parts)) + "\n")  # buffered by lines
+        sys.stderr.write(lines)  # buffered by lines
     except OSError:
         pass
 
