@@ -35,7 +35,7 @@ bench: install-dev
 	$(BIN)/python scripts/bench_gateway.py
 	$(BIN)/python scripts/bench_cache.py $(if $(PEERS),--peer-dir $(PEERS))
 ifneq ($(TRACES),)
-	$(BIN)/python scripts/replay_trace.py cache --trace $(TRACES) --policy lru,adaptive,adaptive+hints,optimum
+	$(BIN)/python scripts/replay_trace.py cache --trace $(TRACES) --policy lru,two_heaps,two_heaps+hints,optimum
 else
 	@echo 'For eviction policies on traces of requests: make bench TRACES="FILE ..."'
 endif

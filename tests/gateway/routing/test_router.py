@@ -107,7 +107,7 @@ def test_choosing_is_deterministic_ordered_and_monotone(data: st.DataObject) -> 
     shuffled = data.draw(st.permutations(candidates))
     assert choose(num_tokens, shuffled, 1.0, CONFIG).worker_id == decision.worker_id
     assert decision.chosen.cost_s <= min(terms.cost_s for terms in decision.terms) + CONFIG.tie_s
-    assert all(terms.wait_s >= 0 and terms.miss_s > 0 for terms in decision.terms)
+    assert all(0 <= terms.wait_s <= terms.cost_s and terms.miss_s > 0 for terms in decision.terms)
     # More of it cached at the chosen one never makes that one the wrong choice, ties and heat aside.
     chosen = next(c for c in candidates if c.worker_id == decision.worker_id)
     chosen.num_cached_tokens = num_tokens

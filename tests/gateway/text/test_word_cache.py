@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import kvasir.gateway.text.word_cache as word_encoder
+import kvasir.gateway.text.word_cache as word_cache
 from kvasir.gateway.text.model_text import ModelText
 from kvasir.gateway.text.word_cache import MAX_NEW_WORDS, make_word_cache
 
@@ -117,7 +117,7 @@ def test_what_one_memory_has_learnt_another_does_not_know() -> None:
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_encoder, "MAX_WORDS", 10)
+    monkeypatch.setattr(word_cache, "MAX_WORDS", 10)
     encoder = make_word_cache(KNOWN["demo"])
     assert encoder is not None
     memory = {}
@@ -164,12 +164,12 @@ def make_unknown(name: str) -> Tokenizer:
         "dropout",
     ],
 )
-def test_a_tokenizer_that_is_not_known_in_full_gets_no_word_encoder(name: str) -> None:
+def test_a_tokenizer_that_is_not_known_in_full_gets_no_word_cache(name: str) -> None:
     assert make_word_cache(make_unknown(name)) is None
 
 
 def test_a_pattern_that_is_read_wrongly_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(word_encoder, "_GPT2", word_encoder._GPT2.replace(r"\s+(?!\S)|", ""))
+    monkeypatch.setattr(word_cache, "_GPT2", word_cache._GPT2.replace(r"\s+(?!\S)|", ""))
     assert make_word_cache(KNOWN["gpt2"]) is None
 
 
