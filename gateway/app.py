@@ -13,6 +13,7 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from kvasir.gateway.workers.supervisor import Supervisor
 from kvasir.protocol.address import is_loopback
 from kvasir.protocol.client_messages import MAX_CLIENT_FRAME_BYTES
 from kvasir.protocol.link import open_router
-from kvasir.protocol.prefix import derive_namespace
+from kvasir.protocol.prefix import derive_namespace, derive_root
 from kvasir.protocol.profile import LinkProfile
 
 RESERVED_DESCRIPTORS = 256  # for ZeroMQ's peers, workers' pipes, files: libzmq aborts when accept finds none left
@@ -163,6 +164,7 @@ def _max_http_connections() -> int:
 def _core_config(config: GatewayConfig, secret: bytes) -> CoreConfig:
     return CoreConfig(
         public_namespace=derive_namespace(secret, "public"),
+        root=partial(derive_root, secret),
         block_size=config.block_size,
         models=frozenset(model.name for model in config.models),
         liveness=LivenessConfig(stall_s=config.stall_s),

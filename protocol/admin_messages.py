@@ -208,7 +208,8 @@ class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     `prefill_rate`: tokens/s, `decode_rate`: tokens/s of what runs now, as the router has learned them, from
     `decode_round_s` per step. `num_free_blocks` counts those whose content can be evicted; `num_cached_blocks` hold
     something findable, as the gateway's index follows it; `num_reserved_blocks` are about to be computed. Predicted:
-    what the router expected to be cached; mispredicted: the sum of |predicted - cached|.
+    what the router expected to be cached; mispredicted: the sum of |predicted - cached|. `engine` computes, `lacks`
+    is what it cannot do (`messages.Lack`), each prefix is found in whole runs of `hit_blocks` blocks.
     """
 
     id: str
@@ -237,6 +238,9 @@ class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     decode_rate: float = 0.0
     decode_round_s: float = 0.0
     num_restarts: int = 0
+    engine: str = "kvasir"
+    hit_blocks: int = 1
+    lacks: list[str] = []
 
 
 class ModelStatus(Struct, frozen=True, forbid_unknown_fields=True):
@@ -272,7 +276,8 @@ class CacheTenant(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CacheWorker(Struct, frozen=True, forbid_unknown_fields=True):
-    """One worker's KV pool. `num_free_blocks` counts those whose content can be evicted."""
+    """One worker's KV pool. `num_free_blocks` counts those whose content can be evicted, `num_cached_blocks` those that
+    hold something findable. An `engine` other than our own tells nothing of `tenants`."""
 
     id: str
     model: str
@@ -281,6 +286,8 @@ class CacheWorker(Struct, frozen=True, forbid_unknown_fields=True):
     num_free_blocks: int
     num_pinned: int = 0
     tenants: list[CacheTenant] = []
+    engine: str = "kvasir"
+    num_cached_blocks: int = 0
 
 
 class CachePrefix(Struct, frozen=True, forbid_unknown_fields=True):

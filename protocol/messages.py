@@ -80,6 +80,15 @@ class RetentionHint(Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 CacheHint = Literal["one_shot", "open", "closing"]
 """What a client may say about a request: nothing follows it, the conversation goes on, this was its last turn."""
 
+Lack = Literal["public_zone", "owners", "pins", "retention", "resumed_penalties", "resumed_draws"]
+"""What a worker that fronts another engine cannot do.
+
+public_zone: share published prefixes between tenants; prompts are hashed in the tenant's namespace throughout.
+owners: floors, caps, and clearing what one tenant has cached. pins, retention: keep chosen blocks.
+resumed_penalties: go on from prompt + delivered tokens where penalties look at what was generated.
+resumed_draws: go on with a sampled request and draw the tokens that the worker before would have drawn.
+"""
+
 
 # ---- commands: gateway -> worker ---------------------------------------------------------------------------------
 
@@ -96,12 +105,13 @@ class Welcome(Command, tag="welcome"):
     """The worker is in. A worker that sees another `gateway_epoch` than before drops all its sequences.
 
     `public_namespace`: what the public zone of every request is hashed in. `heartbeat_s`: an idle worker reports at
-    least this often.
+    least this often. `root`: of every chain of the worker's model.
     """
 
     gateway_epoch: Id
     public_namespace: Key16
     heartbeat_s: Seconds
+    root: Key16 = bytes(16)
 
 
 class Refused(Command, tag="refused"):
@@ -217,7 +227,9 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
 class Hello(Report, tag="hello"):
     """First message of a connection. `incarnation` is random per boot; `fingerprint` identifies the weights.
 
-    `bytes_per_block`: of KV memory, all layers; 0 for a worker that keeps none.
+    `bytes_per_block`: of KV memory, all layers; 0 for a worker that keeps none. `engine`: what computes, our own or
+    another that the worker fronts, which may lack something (`Lack`) and may find prefixes only in whole runs of
+    `hit_blocks` blocks.
     """
 
     protocol_version: int
@@ -233,6 +245,9 @@ class Hello(Report, tag="hello"):
     pid: Count = 0
     role: Literal["both"] = "both"
     bytes_per_block: Count = 0
+    engine: Name = "kvasir"
+    hit_blocks: Annotated[int, Meta(ge=1, le=1024)] = 1
+    lacks: Annotated[list[Lack], Meta(max_length=16)] = []
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
@@ -246,7 +261,8 @@ class Output(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """New tokens of one request. `seq`: index of the first one among all generated tokens of the request.
 
     `finish_reason` ends the request; a token that stopped it (end of sequence or stop id) is the last of `token_ids`.
-    `num_cached_tokens` comes once, with the first output of an attempt.
+    `num_cached_tokens` comes once, with the first output of an attempt; an engine that tells only at the end sends
+    `guessed_cached_tokens` with the first one and the true number with the last.
     """
 
     req_id: Id
@@ -257,6 +273,7 @@ class Output(Struct, forbid_unknown_fields=True, omit_defaults=True):
     num_cached_tokens: Count | None = None
     logprobs: Annotated[list[TokenLogprobs], Meta(max_length=4096)] = []
     error: Reason = ""
+    guessed_cached_tokens: Count | None = None
 
 
 class Load(Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -319,9 +336,10 @@ class KvAccounts(Report, tag="kv_accounts"):
 
 
 class Bye(Report, tag="bye"):
-    """The worker leaves in good order; everything it had is finished or handed back."""
+    """The worker leaves. What it still has goes on elsewhere; `is_death`: its engine has died under it."""
 
     reason: Reason = ""
+    is_death: bool = False
 
 
 AnyCommand = Identify | Welcome | Refused | Generate | Abort | Resync | Drain | Quotas | ClearTenant | Pin | Unpin

@@ -376,6 +376,8 @@ def _pin_prefix(directory: TenantDirectory, command: am.PrefixPin, gateway: Gate
             f"no worker is called {min(unknown)[:80]!r}; those there are: {', '.join(sorted(known)) or 'none yet'}. "
             "Start it first, or pin on all workers, which includes those to come"
         )
+    if command.pinned:
+        _check_can_pin(gateway.workers(), pinned_on)
     after = replace(before, pinned=command.pinned, pinned_on=pinned_on)
 
     def effect() -> None:
@@ -385,6 +387,16 @@ def _pin_prefix(directory: TenantDirectory, command: am.PrefixPin, gateway: Gate
         return Verdict(am.Done(changed=False), effect=effect)
     _check_pins(directory, after, gateway)
     return Verdict(am.Done(), (after,), after.name, _prefix_record(before), _prefix_record(after), effect)
+
+
+def _check_can_pin(workers: Sequence[am.WorkerInfo], wanted: frozenset[str] | None) -> None:
+    """Refuse to pin on named workers whose engine cannot, or on all of them where none can."""
+    present = [worker for worker in workers if worker.num_blocks and (wanted is None or worker.id in wanted)]
+    unable = [worker for worker in present if "pins" in worker.lacks]
+    if unable and (wanted is not None or len(unable) == len(present)):
+        raise BadRequest(
+            f"worker {unable[0].id!r} fronts {unable[0].engine}, which cannot pin prefixes; pin on workers of our own"
+        )
 
 
 def _prefix(directory: TenantDirectory, name: str) -> PublishedPrefix:
@@ -401,7 +413,11 @@ def _check_pins(directory: TenantDirectory, after: PublishedPrefix, gateway: Gat
 
 
 def _check_room(tenants: Sequence[Tenant], prefixes: Sequence[PublishedPrefix], gateway: Gateway) -> None:
-    pools = {worker.id: worker.num_blocks for worker in gateway.workers() if worker.num_blocks}
+    pools = {
+        worker.id: worker.num_blocks
+        for worker in gateway.workers()
+        if worker.num_blocks and "owners" not in worker.lacks
+    }
     check_kv_quotas(tenants, pools or {"any": 1_000_000}, gateway.pinned_blocks(prefixes))
 
 

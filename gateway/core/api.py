@@ -93,7 +93,7 @@ class Sink(Protocol):
 class ModelInfo(msgspec.Struct, frozen=True):
     """What edges need to know of a served model. None of its workers being alive leaves it known, with 0 workers.
 
-    `max_context`: what the largest of its workers takes.
+    `max_context`: what the largest of its workers takes. `engine` computes it, and `lacks` what `messages.Lack` lists.
     """
 
     name: str
@@ -102,6 +102,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     block_size: int
     max_context: int
     num_workers: int
+    engine: str = "kvasir"
+    lacks: frozenset[str] = frozenset()
 
 
 class CoreApi(Protocol):

@@ -21,7 +21,7 @@ import msgspec
 
 from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Finished, ModelInfo, Submit
 from kvasir.gateway.core.counters import Totals
-from kvasir.gateway.core.endings import deadline_exceeded, end_without_worker, last_word, misfit
+from kvasir.gateway.core.endings import deadline_exceeded, end_of_penalties, end_without_worker, last_word, misfit
 from kvasir.gateway.core.fleet import Fleet
 from kvasir.gateway.core.notices import Broken, Cause, Joined, Lost, Notice, Rejected
 from kvasir.gateway.core.request import Request
@@ -56,12 +56,14 @@ from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens, unpack_tokens
 
 _DRAINING = Unavailable("the gateway is shutting down; send the request to another one, or again in a minute")
 _PROBE = Abort(b"\0", 0)  # nobody's request: workers ignore it, but a dead link cannot take it
+_OTHER_DRAWS = "went on after {} tokens; this engine draws the rest by its own, other than the first worker would have"
 
 
 @dataclass(frozen=True, slots=True)
 class CoreConfig:
     """Times in seconds. `models` empty: whatever workers bring is served. A request is dispatched at most
-    1 + `max_redispatches` times; after `max_deaths` deaths of workers it is suspected of poison, see `endings`."""
+    1 + `max_redispatches` times; after `max_deaths` deaths of workers it is suspected of poison, see `endings`.
+    `root(fingerprint, dtype)`: of a model's chains."""
 
     public_namespace: bytes
     block_size: int = 16
@@ -73,6 +75,7 @@ class CoreConfig:
     max_redispatches: int = 3
     max_deaths: int = 2
     max_explained: int = 1_024
+    root: Callable[[str, str], bytes] = lambda fingerprint, dtype: bytes(16)
 
 
 def _ignore(notice: Notice) -> None:
@@ -189,7 +192,7 @@ class Core(CoreApi):
         elif isinstance(report, KvAccounts):
             worker.kv = report
         else:
-            self._lose(worker, "bye", report.reason or "said goodbye", now)
+            self._lose(worker, "exited" if report.is_death else "bye", report.reason or "said goodbye", now)
         self._dispatch(self._requests.models[worker.hello.model], now)
 
     def worker_violation(self, peer: bytes, reason: str) -> None:
@@ -240,7 +243,8 @@ class Core(CoreApi):
         """
         self._kv_quotas = quotas
         for worker in self._fleet.by_id.values():
-            self._send(worker.peer, Quotas(quotas(worker.hello.num_blocks)))
+            if "owners" not in worker.hello.lacks:
+                self._send(worker.peer, Quotas(quotas(worker.hello.num_blocks)))
 
     def set_pins(self, pins: Callable[[str, str], list[Pin]], *, prewarm: str | None = None) -> None:
         """Have every worker keep what `pins(model, worker_id)` returns for it, those that join later too.
@@ -252,7 +256,8 @@ class Core(CoreApi):
             self._send_pins(worker, prewarm)
 
     def _send_pins(self, worker: Worker, prewarm: str | None = None) -> None:
-        assert self._pins is not None
+        if self._pins is None or "pins" in worker.hello.lacks:
+            return
         pins = self._pins(worker.hello.model, worker.worker_id)
         for name in worker.pins.keys() - {pin.name for pin in pins}:
             self._send(worker.peer, Unpin(name))
@@ -268,8 +273,9 @@ class Core(CoreApi):
 
     def clear_kv(self, tenant_id: str) -> None:
         """Have all workers drop what is cached of a tenant and not in use."""
-        for peer in self._fleet.by_peer:
-            self._send(peer, ClearTenant(tenant_id))
+        for worker in self._fleet.by_id.values():
+            if "owners" not in worker.hello.lacks:
+                self._send(worker.peer, ClearTenant(tenant_id))
 
     def drain(self) -> None:
         """Refuse new requests from now on; what is queued or running is finished."""
@@ -340,6 +346,8 @@ class Core(CoreApi):
         candidates = [worker.candidate(request, now, config) for worker in able if needed <= worker.max_context]
         decision = choose(request.num_tokens, candidates, now, config)
         worker = self._fleet.by_id[decision.worker_id]
+        if request.num_delivered and request.submit.sampling.temperature and "resumed_draws" in worker.hello.lacks:
+            decision = msgspec.structs.replace(decision, note=_OTHER_DRAWS.format(request.num_delivered))
         request.attempt += 1
         self._send(worker.peer, request.generate(now))
         self._requests.dispatched(request)
@@ -414,6 +422,8 @@ class Core(CoreApi):
         if output.seq < request.num_delivered:
             self._count_stale(worker)
             return
+        if output.guessed_cached_tokens is not None:
+            request.guess_cached(output.guessed_cached_tokens)
         if output.num_cached_tokens is not None:
             request.is_begun = True
             worker.matched(attempt, output.num_cached_tokens)
@@ -433,7 +443,7 @@ class Core(CoreApi):
         """Finish a request with its worker's last word, or queue it again if the worker hands it back."""
         if output.finish_reason == "abort":  # not asked for: the worker is about to leave, and wants no more
             worker.state = "draining"
-            self._go_on(request, now)
+            self._go_on(request, worker, now)
         else:
             end = last_word(request, output, worker.worker_id)
             self._requests.finish(request, end.reason, end.error)
@@ -445,12 +455,14 @@ class Core(CoreApi):
     # ---- workers come and go -------------------------------------------------------------------------------------
 
     def _welcome(self, worker: Worker) -> None:
-        config = self._config
-        self._send(worker.peer, Welcome(worker.epoch, config.public_namespace, config.liveness.heartbeat_s))
-        if self._kv_quotas is not None and (quotas := self._kv_quotas(worker.hello.num_blocks)):
-            self._send(worker.peer, Quotas(quotas))
-        if self._pins is not None:
-            self._send_pins(worker)
+        config, hello = self._config, worker.hello
+        root = config.root(hello.fingerprint, hello.dtype)
+        self._send(worker.peer, Welcome(worker.epoch, config.public_namespace, config.liveness.heartbeat_s, root))
+        if self._kv_quotas is not None and "owners" not in hello.lacks:
+            quotas = self._kv_quotas(hello.num_blocks)
+            if quotas:
+                self._send(worker.peer, Quotas(quotas))
+        self._send_pins(worker)
 
     def _is_alive(self, holder: Worker, peer: bytes, hello: Hello, now: float) -> bool:
         """Return whether another incarnation than that of `hello` has its worker id and seems to be alive."""
@@ -492,15 +504,18 @@ class Core(CoreApi):
                 unfinished.append(request)
         for request in unfinished:
             try:
-                self._go_on(request, now, is_death=request in died_with)
+                self._go_on(request, worker, now, is_death=request in died_with)
             except Exception as bug:
                 self._fail(request, bug)
         self.notify(Lost(worker.worker_id, worker.hello.pid, cause, reason, len(unfinished)))
 
-    def _go_on(self, request: Request, now: float, *, is_death: bool = False) -> None:
-        """Queue `request`, whose attempt is over without an end, first of its tenant; or finish it for good."""
+    def _go_on(self, request: Request, worker: Worker, now: float, *, is_death: bool = False) -> None:
+        """Queue `request`, whose attempt on `worker` is over without an end, first of its tenant; or finish it for
+        good."""
         config = self._config
         end = end_without_worker(request, now, config.max_redispatches, config.max_deaths, is_death=is_death)
+        if end is None and "resumed_penalties" in worker.hello.lacks:  # all workers of a model have one engine
+            end = end_of_penalties(request, worker.hello.engine)
         if end is None:
             request.go_on_elsewhere(config.block_size)
             self._requests.requeue(request, now)

@@ -77,6 +77,21 @@ def end_without_worker(
     return None
 
 
+def end_of_penalties(request: Request, engine: str) -> End | None:
+    """Return the end of a request that cannot go on from prompt + delivered tokens on `engine`, None if it can.
+
+    There delivered tokens count as prompt, at which presence and frequency penalties do not look.
+    """
+    sampling = request.submit.sampling
+    if not request.delivered or not (sampling.presence_penalty or sampling.frequency_penalty):
+        return None
+    text = (
+        f"its worker was lost after {request.num_delivered} tokens, and {engine} cannot go on with presence or "
+        "frequency penalties as if nothing had happened; send the request again"
+    )
+    return End("error", RequestFailed(text))
+
+
 def deadline_exceeded(request: Request, where: str) -> DeadlineExceeded:
     """Return the error for a request whose deadline passed; `where` completes "the deadline passed ..."."""
     submit = request.submit

@@ -64,7 +64,10 @@ class Fleet:
         if workers:
             max_context = max(worker.max_context for worker in workers)
             hello = workers[0].hello
-            fresh = ModelInfo(model, hello.fingerprint, hello.dtype, hello.block_size, max_context, len(workers))
+            lacks = frozenset(lack for worker in workers for lack in worker.hello.lacks)
+            fresh = ModelInfo(
+                model, hello.fingerprint, hello.dtype, hello.block_size, max_context, len(workers), hello.engine, lacks
+            )
         else:
             fresh = msgspec.structs.replace(self.infos[model], num_workers=0)
         self.infos = {**self.infos, model: fresh}  # a new one: edges may hold on to the old

@@ -37,6 +37,7 @@ class Request(msgspec.Struct, eq=False):
     delivered: bytearray = msgspec.field(default_factory=bytearray)  # packed, over all attempts
     first_token_at: float | None = None
     num_cached_tokens: int | None = None  # of the first attempt that said so
+    cached_is_guess: bool = False  # until the engine tells
     num_told: int | None = None  # how many of the delivered tokens the client gets, if not all
 
     @property
@@ -52,6 +53,18 @@ class Request(msgspec.Struct, eq=False):
     def num_needed(self) -> int:
         """Tokens of context that it may come to: the prompt and the longest answer."""
         return self.submit.num_prompt_tokens + self.submit.max_tokens
+
+    def guess_cached(self, num_cached_tokens: int) -> None:
+        """Note how much of the prompt is probably cached, until `found_cached` says it."""
+        if self.num_cached_tokens is None:
+            self.found_cached(num_cached_tokens)
+            self.cached_is_guess = True
+
+    def found_cached(self, num_cached_tokens: int) -> None:
+        """Note how many tokens an attempt has found cached. Of several attempts the first one counts."""
+        if self.num_cached_tokens is None or self.cached_is_guess:
+            self.num_cached_tokens = min(num_cached_tokens, self.submit.num_prompt_tokens)
+            self.cached_is_guess = False
 
     def generate(self, now: float) -> Generate:
         """Return the command that starts the current attempt."""

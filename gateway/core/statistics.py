@@ -92,6 +92,9 @@ def _worker(worker: Worker) -> WorkerInfo:
         prefill_rate=worker.rates.prefill_tokens_per_s,
         decode_rate=load.num_running / round_s if round_s else 0.0,
         decode_round_s=round_s,
+        engine=hello.engine,
+        hit_blocks=hello.hit_blocks,
+        lacks=list(hello.lacks),
         **asdict(worker.counters),
     )
 
@@ -120,4 +123,6 @@ def _cache(worker: Worker) -> CacheWorker:
             )
             for account in worker.kv.accounts
         ],
+        engine=hello.engine,
+        num_cached_blocks=worker.index.statistics().num_blocks,
     )

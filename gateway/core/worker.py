@@ -118,6 +118,8 @@ class Worker:
         prefix_hashes = request.prefix_hashes
         # At least one prompt token is always computed: its logits are what the first token is drawn from.
         resident, cached = self.index.match(prefix_hashes, (request.num_tokens - 1) // hello.block_size)
+        if hello.hit_blocks > 1:
+            resident, cached = resident - resident % hello.hit_blocks, cached - cached % hello.hit_blocks
         in_flight, backlog = len(self.in_flight), self.backlog
         return Candidate(
             hello.worker_id,
@@ -173,10 +175,8 @@ class Worker:
 
     def matched(self, attempt: Attempt, num_cached_tokens: int) -> None:
         """Take in how many tokens the worker has found in its cache for a request, beside what was predicted."""
-        request = attempt.request
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = min(num_cached_tokens, request.submit.num_prompt_tokens)
-        counters = self.counters
+        request, counters = attempt.request, self.counters
+        request.found_cached(num_cached_tokens)
         counters.prompt_tokens += request.num_tokens
         counters.cached_tokens += num_cached_tokens
         counters.predicted_cached_tokens += attempt.num_predicted_tokens

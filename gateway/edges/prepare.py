@@ -156,7 +156,9 @@ class Preparer:
         text = self._texts.get(info.name)
         now = self._clock()
         root, namespace = self._root(info.fingerprint, info.dtype), self._namespace(*tenant.scope)
-        num_public = self._published.num_public_tokens(info.name, tenant, packed)
+        num_public = 0
+        if "public_zone" not in info.lacks:
+            num_public = self._published.num_public_tokens(info.name, tenant, packed)
         hashes = hash_prompt(root, self._public_namespace, namespace, packed, num_public, self._block_size)
         return Submit(
             req_id=os.urandom(16),
@@ -209,6 +211,11 @@ class Preparer:
         self._check_ids(info.name, request.stop_token_ids, "stop_token_ids")
         if request.stop and (not request.want_text or self._texts.get(info.name) is None):
             raise BadRequest("stop strings need text; ask for text or use stop_token_ids", param="stop")
+        if request.retention and "retention" in info.lacks:
+            raise BadRequest(
+                f"retention is not supported for model {info.name!r}, which {info.engine} computes; leave it out",
+                param="retention",
+            )
         if request.deadline_s is not None and not 0 < request.deadline_s < inf:
             raise BadRequest("deadline_s must be a positive number of seconds", param="deadline_s")
 

@@ -57,7 +57,8 @@ class Published:
         """Return, per served model, how many tokens of `prefix` are shared: the longest of its forms."""
         return {
             model: max((len(form) // TOKEN_BYTES for form in self._forms(model, prefix)), default=0)
-            for model in self._core.models()
+            for model, info in self._core.models().items()
+            if "public_zone" not in info.lacks
         }
 
     def pins(self, model: str, worker_id: str, prefixes: Iterable[PublishedPrefix] | None = None) -> list[Pin]:
@@ -99,7 +100,7 @@ class Published:
 
     def _pins_of(self, model: str, prefix: PublishedPrefix) -> list[Pin]:
         info = self._core.models().get(model)
-        if info is None or not info.fingerprint:
+        if info is None or not info.fingerprint or "public_zone" in info.lacks:
             return []
         root, space = derive_root(self._secret, info.fingerprint, info.dtype), self._namespace
         return [

@@ -72,7 +72,7 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
 
 class Decision(msgspec.Struct, frozen=True):
     """Where a request goes and why: the terms of all candidates. `key` is its place in the worker's backlog;
-    `num_resident_blocks` of its prompt are there already."""
+    `num_resident_blocks` of its prompt are there already. `note`: what else there is to say of this attempt."""
 
     worker_id: str
     num_tokens: int
@@ -80,6 +80,7 @@ class Decision(msgspec.Struct, frozen=True):
     chosen: Terms
     key: float
     num_resident_blocks: int
+    note: str = ""
 
 
 def choose(num_tokens: int, candidates: Sequence[Candidate], now: float, config: RouterConfig) -> Decision:

@@ -57,6 +57,12 @@ def cache_clear(tenant: str, as_json: bool) -> None:
 
 
 def _worker(worker: am.CacheWorker) -> RenderableType:
+    if worker.engine != "kvasir":
+        return Text.from_markup(
+            f"[bold]{plain(worker.id)}[/bold]  {plain(worker.model)}  {count(worker.num_cached_blocks)} of "
+            f"{count(worker.num_blocks)} blocks cached ({worker.block_size} tokens each); {plain(worker.engine)} tells "
+            "nobody whose they are, and has no floors, caps and pins\n"
+        )
     held = sum(tenant.num_blocks for tenant in worker.tenants)
     title = Text.from_markup(
         f"[bold]{plain(worker.id)}[/bold]  {plain(worker.model)}  {count(held)} of {count(worker.num_blocks)} blocks "

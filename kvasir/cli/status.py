@@ -30,6 +30,14 @@ _TERMS = {  # of the router's decisions: (column, what it is)
     "heat_s": ("heat", "Seconds of prefill that the worker was given lately; they fade within half a minute."),
     "num_running": ("running", "Requests running there; the fewest decide between costs within a millisecond."),
 }
+_LACKS = {  # of `messages.Lack`: what follows "has no"
+    "public_zone": "prefixes shared between tenants",
+    "owners": "floors and caps",
+    "pins": "pins",
+    "retention": "retention",
+    "resumed_penalties": "hand-over of requests with presence or frequency penalties",
+    "resumed_draws": "equal draws after a hand-over of sampled requests",
+}
 _STATE_COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "lost": "red"}
 
 
@@ -87,6 +95,8 @@ def explain(request: str, as_json: bool) -> None:
         worker, num_tokens = plain(decision["worker_id"]), decision["num_tokens"]
         console.print(f"attempt {number}: {num_tokens} tokens to [bold]{worker}[/bold], the cheapest of:")
         console.print(_terms_table(decision))
+        if decision.get("note"):
+            console.print(f"this attempt {plain(decision['note'])}")
     console.print(facts(_TERMS.values(), "dim"))
 
 
@@ -99,6 +109,7 @@ def render_status(reply: am.StatusReply) -> RenderableType:
         facts(reply.endpoints.items()),
         "",
         _worker_table(reply.workers),
+        *_engine_notes(reply.workers),
         "",
         _model_table(reply.models),
     ]
@@ -120,7 +131,7 @@ def _worker_table(workers: list[am.WorkerInfo]) -> RenderableType:
             plain(info.id),
             plain(info.model),
             f"[{colour}]{plain(info.state)}[/{colour}]",
-            plain(info.device),
+            plain(info.device if info.engine == "kvasir" else info.engine),
             f"{info.num_running}/{info.max_requests}",
             str(info.num_waiting),
             f"{bar(used, info.num_blocks, 4)} {count(used)}/{count(info.num_blocks)}",
@@ -131,6 +142,16 @@ def _worker_table(workers: list[am.WorkerInfo]) -> RenderableType:
             str(info.num_restarts),
         )
     return table
+
+
+def _engine_notes(workers: list[am.WorkerInfo]) -> list[RenderableType]:
+    """Say of each engine that is not our own what it cannot do."""
+    found = {(info.engine, tuple(info.lacks)): info.id for info in reversed(workers) if info.engine != "kvasir"}
+    return [
+        Text(f"{engine} ({worker}) has no {', no '.join(_LACKS.get(lack, lack) for lack in lacks)}", "dim")
+        for (engine, lacks), worker in found.items()
+        if lacks
+    ]
 
 
 def _model_table(models: list[am.ModelStatus]) -> Rows:

@@ -53,11 +53,17 @@ class FakeHouse:
         self.prewarmed: list[str | None] = []
         self.tokenised: list[str] = []
         self.names = ["demo-0"]
+        self.upstreams: set[str] = set()
         self.num_blocks = 100
 
     def workers(self) -> list[am.WorkerInfo]:
         size = {"num_blocks": self.num_blocks, "num_free_blocks": 40}
-        return [am.WorkerInfo(name, "demo", "ready", 7, **size) for name in self.names]
+        return [
+            am.WorkerInfo(name, "demo", "ready", 7, **size, engine="vllm", lacks=["owners", "pins"])
+            if name in self.upstreams
+            else am.WorkerInfo(name, "demo", "ready", 7, **size)
+            for name in self.names
+        ]
 
     def models(self) -> list[am.ModelStatus]:
         return [am.ModelStatus("demo", "f00d", "float32", 2048, 1)]

@@ -149,6 +149,23 @@ def test_a_pin_on_chosen_workers_is_replaced_by_the_next_kept_over_a_restart_and
         assert shown(office) == (False, None)
 
 
+def test_pins_are_refused_where_the_engine_cannot_and_its_pool_bounds_no_floors(home: Path) -> None:  # noqa: F811
+    with open_office(home) as office:
+        office.ask(am.PrefixPublish(name="sys", text="x" * 40), am.PrefixReply)
+        office.house.names, office.house.upstreams = ["demo-0", "demo-1"], {"demo-1"}
+        with pytest.raises(BadRequest, match="worker 'demo-1' fronts vllm, which cannot pin prefixes"):
+            office.ask(am.PrefixPin(name="sys", workers=["demo-1"]), am.Done)
+        assert office.ask(am.PrefixPin(name="sys"), am.Done).changed, "one of all workers can"
+        office.ask(am.PrefixPin(name="sys", pinned=False), am.Done)
+        office.house.upstreams.add("demo-0")
+        with pytest.raises(BadRequest, match="cannot pin prefixes"):
+            office.ask(am.PrefixPin(name="sys"), am.Done)
+        office.ask(am.TenantCreate(name="alpha"), am.TenantReply)
+        assert office.ask(am.TenantSet(name="alpha", kv_floor="500"), am.Done).changed, (
+            "larger than the upstreams' pools"
+        )
+
+
 def test_pins_and_floors_that_do_not_fit_together_are_refused_whichever_comes_last(home: Path) -> None:  # noqa: F811
     with open_office(home) as office:  # one worker of 100 blocks; 16 characters are one
         office.ask(am.TenantCreate(name="acme"), am.TenantReply)

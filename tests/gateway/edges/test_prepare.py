@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
@@ -14,7 +15,7 @@ from kvasir.gateway.edges.answer import Answer
 from kvasir.gateway.tenants.directory import PublishedPrefix, Tenant
 from kvasir.protocol.client_messages import ChatMessage, CompletionRequest
 from kvasir.protocol.errors import BadRequest, KvasirError, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
-from kvasir.protocol.messages import SamplingOptions
+from kvasir.protocol.messages import RetentionHint, SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt, split_hashes
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from tests.edge_helpers import ALPHA, BETA, SECRET, TEXT, FakeCore, make_directory, make_preparer
@@ -33,6 +34,13 @@ def prepare(request: CompletionRequest, tenant: Tenant = ALPHA, prefixes: tuple[
     return trio.run(preparer.prepare, request, tenant, Nowhere())
 
 
+def prepare_for_vllm(request: CompletionRequest, prefixes: tuple[PublishedPrefix, ...] = ()) -> Submit:
+    core = FakeCore(lambda submit: [])
+    lacks = frozenset({"public_zone", "retention"})
+    core.infos["demo"] = msgspec.structs.replace(core.infos["demo"], engine="vllm", lacks=lacks)
+    return trio.run(make_preparer(core, make_directory(prefixes)).prepare, request, ALPHA, Nowhere())
+
+
 def ask(**fields: Any) -> CompletionRequest:
     return CompletionRequest(**{"id": 1, "api_key": "", "model": "demo", **fields})
 
@@ -46,6 +54,24 @@ def test_a_prompt_becomes_token_ids_and_hashes_in_the_tenants_own_namespace() ->
     assert submit.prefix_hashes == hash_prompt(root, b"", own, pack_tokens(ids), 0, 16)
     assert (submit.num_prompt_tokens, submit.max_tokens, submit.deadline) == (len(ids), 7, 102.5)
     assert (submit.num_public_tokens, submit.namespace, submit.tenant_id) == (0, own, ALPHA.id)
+
+
+def test_an_engine_without_a_public_zone_gets_the_whole_prompt_in_the_tenants_namespace() -> None:
+    prefix = PublishedPrefix("support", SYSTEM, None)
+    own = derive_namespace(SECRET, "tenant", ALPHA.id)
+
+    submit = prepare_for_vllm(ask(text=SYSTEM), (prefix,))
+
+    root = derive_root(SECRET, "f" * 32, "float32")
+    assert prepare(ask(text=SYSTEM), prefixes=(prefix,)).num_public_tokens > 0, "the control"
+    assert submit.num_public_tokens == 0
+    assert submit.prefix_hashes == hash_prompt(root, b"", own, submit.token_ids, 0, 16)
+
+
+def test_retention_is_refused_by_name_where_the_engine_cannot_retain() -> None:
+    with pytest.raises(BadRequest, match="retention is not supported for model 'demo', which vllm computes") as caught:
+        prepare_for_vllm(ask(text=SYSTEM, retention=[RetentionHint()]))
+    assert caught.value.param == "retention"
 
 
 @pytest.mark.parametrize("form", ["text", "chat"])
