@@ -1,0 +1,262 @@
+"""KV events as vLLM sends them: every form of the wire is read, whatever else comes is a clear error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvasir.protocol.errors import InvalidMessage
+from kvasir.protocol.tokens import pack_tokens
+from kvasir.worker.upstream import kv_wire
+from kvasir.worker.upstream.kv_wire import (
+    END_SEQ,
+    Batch,
+    Cleared,
+    Removed,
+    Stored,
+    decode_batch,
+    make_replay_request,
+    split_live,
+    split_replayed,
+)
+
+SALT = "0123456789abcdef0123456789abcdef"
+STORED_FIELDS = {
+    "block_hashes": [2**64 - 1, 5],
+    "parent_block_hash": None,
+    "token_ids": [1, 300, 2, 70000],
+    "block_size": 2,
+    "lora_id": None,
+    "medium": "GPU",
+    "lora_name": None,
+    "extra_keys": [[SALT], None],
+    "group_idx": 0,
+    "kv_cache_spec_kind": "full_attention",
+}
+STORED = Stored(
+    hashes=[2**64 - 1, 5],
+    parent=None,
+    token_ids=pack_tokens([1, 300, 2, 70000]),
+    block_size=2,
+    salt=SALT,
+    num_plain=2,
+    lora_name=None,
+    medium="GPU",
+    group=0,
+    is_full_attention=True,
+)
+
+
+def pack(*events: Any, ts: float = 1.5, rest: tuple[Any, ...] = (0,)) -> bytes:
+    return msgspec.msgpack.encode([ts, list(events), *rest])
+
+
+def as_map(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    return {"type": kind, **fields}
+
+
+def as_array(kind: str, fields: dict[str, Any]) -> list[Any]:
+    return [kind, *fields.values()]
+
+
+def stored(**changes: Any) -> Stored:
+    """Return what a `BlockStored` with `changes` to `STORED_FIELDS` is read as."""
+    (event,) = decode_batch(pack(as_map("BlockStored", STORED_FIELDS | changes))).events
+    assert isinstance(event, Stored)
+    return event
+
+
+@pytest.mark.parametrize("form", [as_map, as_array])
+def test_every_event_is_read_from_a_map_and_from_an_array(form: Any) -> None:
+    payload = pack(
+        form("BlockStored", STORED_FIELDS),
+        form("BlockRemoved", {"block_hashes": [5], "medium": "GPU", "group_idx": 1}),
+        form("AllBlocksCleared", {}),
+        rest=(3,),
+    )
+    assert decode_batch(payload) == Batch(1.5, [STORED, Removed([5], "GPU", 1), Cleared()], 3)
+
+
+def test_the_bytes_of_a_batch_are_read_as_documented() -> None:
+    payload = bytes.fromhex(
+        "93 cb3ff8000000000000 92"
+        "84 a474797065 ab426c6f636b53746f726564 ac626c6f636b5f686173686573 91 cfffffffffffffffff"
+        "b1706172656e745f626c6f636b5f68617368 c0 a9746f6b656e5f696473 92 01 cd012c"
+        "81 a474797065 b0416c6c426c6f636b73436c6561726564 c0"
+    )
+    with pytest.raises(InvalidMessage, match="block_size"):
+        decode_batch(payload)
+    payload = payload.replace(b"\x84\xa4type", b"\x85\xaablock_size\x02\xa4type")
+    event = Stored([2**64 - 1], None, pack_tokens([1, 300]), 2, None, 1, None, "", 0, True)
+    assert decode_batch(payload) == Batch(1.5, [event, Cleared()], None)
+
+
+@pytest.mark.parametrize("num_fields", range(5, 11))
+def test_an_older_publisher_leaves_the_last_fields_out(num_fields: int) -> None:
+    fields = dict(list(STORED_FIELDS.items())[:num_fields])
+    (event,) = decode_batch(pack(as_array("BlockStored", fields))).events
+    assert isinstance(event, Stored)
+    assert (event.hashes, event.token_ids, event.is_full_attention) == (STORED.hashes, STORED.token_ids, True)
+    assert event.salt == (SALT if num_fields >= 8 else None)
+    assert event.medium == ("GPU" if num_fields >= 6 else "")
+
+
+def test_hashes_are_numbers_of_either_sign_or_bytes() -> None:
+    digest = bytes(range(32))
+    event = stored(block_hashes=[digest, -7], parent_block_hash=digest, extra_keys=None)
+    assert (event.hashes, event.parent) == ([digest, -7], digest)
+    assert decode_batch(pack(as_map("BlockRemoved", {"block_hashes": [digest]}))).events == [Removed([digest], "", 0)]
+
+
+def test_unknown_fields_and_later_elements_are_passed_over_and_unknown_types_counted() -> None:
+    later = {"session_id": "s", "invented": [1, {"a": None}]}
+    payload = pack(
+        as_map("BlockStored", STORED_FIELDS | later),
+        as_map("BlockMoved", {"to": "CPU"}),
+        as_array("BlockStored", STORED_FIELDS | {"window": None, "locality": "LOCAL"} | later),
+        ["BlockMoved", 1],
+        rest=(None, "later"),
+    )
+    assert decode_batch(payload) == Batch(1.5, [STORED, STORED], None, num_skipped=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_full"),
+    [
+        (None, True),
+        ("full_attention", True),
+        ("mla_attention", True),
+        ("sliding_window", False),
+        ("mamba", False),
+        ("unknown", False),
+    ],
+)
+def test_only_full_attention_counts_as_such(kind: str | None, is_full: bool) -> None:
+    assert stored(kv_cache_spec_kind=kind).is_full_attention is is_full
+
+
+@pytest.mark.parametrize(
+    ("changes", "salt", "num_plain"),
+    [
+        ({}, SALT, 2),
+        ({"extra_keys": None}, None, 2),
+        ({"extra_keys": [None, None]}, None, 2),
+        ({"extra_keys": [[SALT], []]}, SALT, 2),
+        ({"extra_keys": [[["image", 0], SALT], None]}, None, 0),  # an image in the first block
+        ({"extra_keys": [["image", SALT], None]}, None, 0),  # as older publishers name it
+        ({"extra_keys": [[SALT, b"embeddings"], None]}, None, 0),
+        ({"extra_keys": [[SALT], [["image", 0]]]}, SALT, 1),
+        ({"extra_keys": [[SALT], [SALT]]}, SALT, 1),  # no salt stands in a second block
+        ({"extra_keys": [[SALT]]}, SALT, 1),  # of the second nothing is known
+        ({"parent_block_hash": 9, "extra_keys": [[SALT], None]}, None, 0),
+        ({"lora_name": "a", "extra_keys": [["a", SALT], ["a"]]}, SALT, 2),
+        ({"lora_name": "a", "extra_keys": [["b", SALT], ["a"]]}, None, 0),
+        ({"lora_name": "a", "extra_keys": [["a"], ["a", ["image", 3]]]}, None, 1),
+    ],
+)
+def test_the_salt_is_told_from_every_other_extra_key(changes: Any, salt: str | None, num_plain: int) -> None:
+    event = stored(**changes)
+    assert (event.salt, event.num_plain) == (salt, num_plain)
+
+
+def test_an_adapter_without_a_name_is_not_the_base_model() -> None:
+    assert stored(lora_id=None).lora_name is None
+    assert stored(lora_id=3).lora_name is not None
+    assert stored(lora_id=3, lora_name="a").lora_name == "a"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\xc1",
+        b"\x93\xcb",
+        msgspec.msgpack.encode({"ts": 1.0}),
+        msgspec.msgpack.encode([1.0]),
+        msgspec.msgpack.encode(["now", [], 0]),
+        pack(ts=float("nan")),
+        pack(ts=float("inf")),
+        pack(1),
+        pack([]),
+        pack([1]),
+        pack({"block_hashes": []}),
+        pack(["BlockStored"]),
+        pack(["BlockStored", [1], None, [1, 2], "two"]),
+        pack({"type": "BlockRemoved"}),
+        pack({"type": "BlockRemoved", "block_hashes": ["text"]}),
+        pack({"type": "BlockRemoved", "block_hashes": [bytes(65)]}),
+        pack({"type": "BlockRemoved", "block_hashes": [1.5]}),
+        pack({"type": "BlockRemoved", "block_hashes": [1], "medium": "x" * 2000}),
+        pack(as_map("BlockStored", STORED_FIELDS | {"token_ids": [-1]})),
+        pack(as_map("BlockStored", STORED_FIELDS | {"token_ids": [2**32]})),
+        pack(as_map("BlockStored", STORED_FIELDS | {"block_size": -1})),
+        pack(as_map("BlockStored", STORED_FIELDS | {"group_idx": -1})),
+        pack(as_map("BlockStored", STORED_FIELDS | {"extra_keys": [SALT]})),
+        pack({"type": "BlockRemoved", "block_hashes": [1], "later": 0})[:-1],
+        pack({"type": b"\xff".decode("latin1"), "block_hashes": []}).replace(b"\xc3\xbf", b"\xff\xfe"),
+        b"\x93\xcb\x3f\xf8" + bytes(6) + b"\x91" + b"\x91" * 100_000,
+    ],
+)
+def test_whatever_is_no_batch_is_one_clear_error(payload: bytes) -> None:
+    with pytest.raises(InvalidMessage, match="no KV event batch as vLLM sends it"):
+        decode_batch(payload)
+
+
+def test_everything_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidMessage, match="exceeds the bound"):
+        decode_batch(bytes(kv_wire.MAX_PAYLOAD_BYTES + 1))
+    with pytest.raises(InvalidMessage, match="<="):
+        decode_batch(pack(*[0] * (kv_wire.MAX_EVENTS + 1)))
+    many = [1] * (kv_wire.MAX_BLOCKS_PER_EVENT + 1)
+    with pytest.raises(InvalidMessage, match="<="):
+        decode_batch(pack({"type": "BlockRemoved", "block_hashes": many}))
+    with pytest.raises(InvalidMessage, match="<="):
+        decode_batch(
+            pack(as_map("BlockStored", STORED_FIELDS | {"token_ids": [1] * (kv_wire.MAX_TOKENS_PER_EVENT + 1)}))
+        )
+
+
+_plain = st.recursive(
+    st.none() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=40) | st.text("aé", max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text("ab", max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(st.sampled_from(list(STORED_FIELDS)), _plain), st.booleans())
+def test_no_field_of_any_kind_raises_anything_else(changes: dict[str, Any], is_map: bool) -> None:
+    event = (as_map if is_map else as_array)("BlockStored", STORED_FIELDS | changes)
+    try:
+        decode_batch(pack(event))
+    except InvalidMessage:
+        pass
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.binary(max_size=200))
+def test_no_bytes_raise_anything_else(payload: bytes) -> None:
+    for data in (payload, pack(as_map("BlockStored", STORED_FIELDS))[: len(payload)] + payload):
+        try:
+            decode_batch(data)
+        except InvalidMessage:
+            pass
+
+
+def test_frames_of_live_and_replayed_batches_are_told_apart() -> None:
+    seq = (258).to_bytes(8, "big")
+    assert split_live([b"topic", seq, b"p"]) == (258, b"p")
+    assert split_replayed([b"", b"topic", seq, b"p"]) == (258, b"p")
+    assert split_replayed([b"", seq, b"p"]) == (258, b"p")
+    assert split_replayed([b"", b"", b"\xff" * 8, b""]) == (END_SEQ, b"")
+    assert make_replay_request(258) == [b"", seq]
+    for frames in ([], [b"t"], [b"t", seq], [b"t", b"short", b"p"], [b"t", seq, b"p", b""]):
+        with pytest.raises(InvalidMessage):
+            split_live(frames)
+    for frames in ([], [b""], [b"", seq], [b"x", seq, b"p"], [b"", b"t", b"short", b"p"], [b"", b"t", seq, b"p", b""]):
+        with pytest.raises(InvalidMessage):
+            split_replayed(frames)
