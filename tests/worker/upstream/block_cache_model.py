@@ -6,6 +6,7 @@ It names blocks and chains them in its own way. The oracle hashes every held blo
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,6 +171,35 @@ class BlockCacheModel:
     def resident(self) -> set[bytes]:
         """Return what an exact index holds."""
         return {digest for block, _ in self.held if block.is_ours for digest in self.our_hashes(block)}
+
+
+class Publisher:
+    """A model cache whose batches are numbered and kept for replays, as vLLM does."""
+
+    def __init__(self, num_kept: int = 10_000) -> None:
+        self.num_kept = num_kept
+        self.clear_odds = 0.0
+        self.ts = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self.model = BlockCacheModel(num_blocks=24)
+        self.seq = 0
+        self.kept: deque[tuple[int, bytes]] = deque(maxlen=self.num_kept)
+
+    def publish(self, rng: random.Random) -> tuple[int, bytes]:
+        """Do some work and return its batch."""
+        self.model.run(make_prompt(rng), is_copied=rng.random() < 0.3)
+        if rng.random() < self.clear_odds:
+            self.model.clear()
+        self.ts += 1
+        batch = self.seq, self.model.take_payload(self.ts)
+        self.kept.append(batch)
+        self.seq += 1
+        return batch
+
+    def replay(self, start: int) -> list[tuple[int, bytes]]:
+        return [batch for batch in self.kept if batch[0] >= start]
 
 
 def make_prompt(rng: random.Random, max_blocks: int = 6, block_size: int = 8) -> Prompt:
