@@ -301,3 +301,38 @@ def test_other_ranks_are_ignored_if_one_is_wanted() -> None:
     site.order.connected()
     site.settle()
     assert site.is_exact
+
+
+def test_a_restart_is_not_overlooked_where_the_proof_is_no_longer_kept() -> None:
+    site = Site(num_kept=3)
+    site.settle()
+    site.publish(10)
+    assert site.held()
+    site.publisher.restart()
+    site.publish(13, is_heard=False)  # kept: 10, 11 and 12, as if they were the old stream's next
+    site.order.connected()
+    site.settle()
+    assert site.order.in_order and site.order.num_lost == 1
+    assert site.held() <= site.publisher.model.resident()
+
+
+@pytest.mark.parametrize("is_proven", [False, True])
+def test_what_the_old_connection_still_delivers_is_not_taken_for_the_new_stream_s_next(is_proven: bool) -> None:
+    site = Site()
+    site.settle()
+    batches = site.publish(8, is_heard=False)
+    for batch in batches[:2]:
+        site.order.live(*batch)
+    site.publisher.restart()
+    site.publish(4, is_heard=False)
+    site.order.connected()
+    site.replay()
+    assert site.order.wants_replay  # from the beginning
+    if is_proven:
+        site.replay()
+    site.order.live(*batches[4])
+    site.settle()
+    assert site.is_exact
+    site.publish(5)
+    site.settle()
+    assert site.is_exact and site.order.num_restarts == 1

@@ -50,6 +50,26 @@ STORED = Stored(
     is_full_attention=True,
 )
 
+# Payloads of a vLLM 0.32.0 server: two blocks with the salt "s" and hashes as bytes; a prompt after a reset.
+RECORDED_STORE = bytes.fromhex(
+    "93cb41dac2dd52f71ac0918ba474797065ab426c6f636b53746f726564ac626c6f636b5f68617368657392c420be28804fa92f7c2a6d63b3"
+    "f703864f00c7db4278e9652d9311c8f2ab7398d767c420472a2a0cccb874ba8ac7db110f57448d41ce9424d15e71116847d7bc54f237bbb1"
+    "706172656e745f626c6f636b5f68617368c0a9746f6b656e5f696473dc0040cd0f59cd0293cd056fcd084dcd0b2dcd0e0fcd0153cd0439cd"
+    "0721cd0a0bcd0c96cd0f84cd02d4cd05c6cd0859cd0b4fcd0e47cd01a1cd043ccd073acd09d9cd0cdb3fcd02e4cd05eccd0895cd0ba1cd0e"
+    "4ecd015dcd046fcd0722cd0a38cd0cefcd0fa8cd0324cd05e1cd08a0cd0b61cd0e85cd01aacd0471cd073acd0a05cd0cd262cd0333cd0606"
+    "cd08dbcd0bb2cd0e8bcd01c6cd04a3cd0782cd0a63cd0ce52acd0311cd05facd08e5cd0bd2cd0e60cd01b1cd04a4cd0799aa626c6f636b5f"
+    "73697a6520a76c6f72615f6964c0a66d656469756da3475055a96c6f72615f6e616d65c0aa65787472615f6b6579739291a173c0a967726f"
+    "75705f69647800b26b765f63616368655f737065635f6b696e64ae66756c6c5f617474656e74696f6e00"
+)
+RECORDED_CLEAR = bytes.fromhex(
+    "93cb41dac2dd148800749281a474797065b0416c6c426c6f636b73436c65617265648ba474797065ab426c6f636b53746f726564ac626c6f"
+    "636b5f68617368657391cf1da470cb77507c90b1706172656e745f626c6f636b5f68617368c0a9746f6b656e5f696473dc0020cd0cfc36cd"
+    "0312cd05f0cd08d0cd0bb2cd0e96cd01dccd04c4cd07aecd0a39cd0d2777cd0369cd05fccd08f2cd0beacd0ee4cd01dfcd04ddcd077ccd0a"
+    "7ecd0d82cc87cd038fcd0638cd0944cd0bf1cd0ea0cd0212cd04c5cd07dbaa626c6f636b5f73697a6520a76c6f72615f6964c0a66d656469"
+    "756da3475055a96c6f72615f6e616d65c0aa65787472615f6b65797391c0a967726f75705f69647800b26b765f63616368655f737065635f"
+    "6b696e64ae66756c6c5f617474656e74696f6e00"
+)
+
 
 def pack(*events: Any, ts: float = 1.5, rest: tuple[Any, ...] = (0,)) -> bytes:
     return msgspec.msgpack.encode([ts, list(events), *rest])
@@ -93,6 +113,18 @@ def test_the_bytes_of_a_batch_are_read_as_documented() -> None:
     payload = payload.replace(b"\x84\xa4type", b"\x85\xaablock_size\x02\xa4type")
     event = Stored([2**64 - 1], None, pack_tokens([1, 300]), 2, None, 1, None, "", 0, True)
     assert decode_batch(payload) == Batch(1.5, [event, Cleared()], None)
+
+
+def test_the_bytes_of_a_real_server_are_read() -> None:
+    batch = decode_batch(RECORDED_STORE)
+    (event,) = batch.events
+    assert isinstance(event, Stored) and (batch.rank, batch.num_skipped) == (0, 0)
+    assert [len(name) for name in event.hashes if isinstance(name, bytes)] == [32, 32]
+    assert (event.parent, event.block_size, len(event.token_ids), event.salt) == (None, 32, 4 * 64, "s")
+    assert (event.num_plain, event.medium, event.group, event.is_full_attention) == (2, "GPU", 0, True)
+    cleared, event = decode_batch(RECORDED_CLEAR).events
+    assert cleared == Cleared() and isinstance(event, Stored)
+    assert (event.hashes, event.salt, event.num_plain) == ([2135956142462893200], None, 1)
 
 
 @pytest.mark.parametrize("num_fields", range(5, 11))
