@@ -79,7 +79,8 @@ class KvFollower:
         self._was_following = False
         self._probe_s, self._probe_at = FIRST_PROBE_S, 0.0
         self._wake = trio.Event()
-        self._num_failed_replays = self._num_malformed = 0
+        self._replay_scope = trio.CancelScope()  # of the replay that goes on
+        self._num_malformed = 0
 
     @property
     def is_following(self) -> bool:
@@ -92,6 +93,7 @@ class KvFollower:
     def reset(self) -> None:
         """The upstream is known to have restarted: hold nothing and ask for the new stream from its beginning."""
         self._order.restarted()
+        self._replay_scope.cancel()
         self._after_news()
 
     def statistics(self) -> FollowerStatistics:
@@ -101,7 +103,7 @@ class KvFollower:
             order.num_batches,
             order.num_gaps,
             order.num_replays,
-            self._num_failed_replays,
+            order.num_failed_replays,
             order.num_lost,
             order.num_restarts,
             order.num_late,
@@ -176,28 +178,25 @@ class KvFollower:
         """Ask for what is missing and take it, until its end, its time limit, or news that make it out of date."""
         socket = self._context.socket(zmq.DEALER)
         link = Link(socket)
-        has_ended = False
         try:
             _connect(socket, endpoint, is_unbounded=True)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(link.run)
-                with trio.move_on_after(REPLAY_LIMIT_S):
+                with trio.move_on_after(REPLAY_LIMIT_S) as self._replay_scope:
                     await link.send(make_replay_request(self._order.begin_replay()))
-                    has_ended = await self._take_replay(link)
+                    await self._take_replay(link)
                 nursery.cancel_scope.cancel()
-            if not has_ended:
-                self._num_failed_replays += 1
-                self._order.fail_replay()
+            self._order.fail_replay()  # unless it has ended, or is out of date
         finally:
             link.close()
 
-    async def _take_replay(self, link: Link) -> bool:
-        """Return whether it has come to an end; False after a silence."""
+    async def _take_replay(self, link: Link) -> None:
+        """Take what comes, until the end, a silence, or a batch which shows that the replay is out of date."""
         while True:
             with trio.move_on_after(REPLAY_SILENCE_S) as silence:
                 messages = await link.receive()
             if silence.cancelled_caught:
-                return False
+                return
             for frames in messages:
                 try:
                     seq, payload = split_replayed(frames)
@@ -206,9 +205,9 @@ class KvFollower:
                     continue
                 if seq == END_SEQ:
                     self._order.end_replay()
-                    return True
+                    return
                 if not self._order.replayed(seq, payload):
-                    return True
+                    return
             self._after_news()
 
     def _take_connection_news(self, messages: list[list[bytes]]) -> None:
@@ -216,6 +215,7 @@ class KvFollower:
             self._is_connected = parse_monitor_message(frames)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
             if self._is_connected:
                 self._order.connected()
+                self._replay_scope.cancel()  # asked of whoever was there before
                 self._hear()
 
     def _hear(self) -> None:

@@ -50,7 +50,7 @@ class BatchOrder:
         self._asked: tuple[int, bytes] | None = None  # what `_last` was when the replay was asked for
         self._is_replaying = self._has_answer = False  # `_has_answer`: a batch of this replay has come
         self._num_tries = 0
-        self.num_batches = self.num_gaps = self.num_replays = self.num_lost = 0
+        self.num_batches = self.num_gaps = self.num_replays = self.num_failed_replays = self.num_lost = 0
         self.num_restarts = self.num_late = self.num_malformed = self.num_other_ranks = 0
 
     @property
@@ -159,9 +159,10 @@ class BatchOrder:
         self._ask_again_or_lose()
 
     def fail_replay(self) -> None:
-        """No end of the replay has come within its time."""
+        """No end of the replay has come within its time. Nothing to say if it has ended, or is out of date."""
         if self._is_replaying:
             self._is_replaying = False
+            self.num_failed_replays += 1
             self._ask_again_or_lose()
 
     def _prove(self) -> None:

@@ -60,11 +60,10 @@ class Wire:
                 nursery.start_soon(router.run)
                 while True:
                     try:
-                        messages = await router.receive()
+                        for frames in await router.receive():
+                            self.answer(frames)
                     except LinkClosed:
                         break
-                    for frames in messages:
-                        self.answer(frames)
             await self.reopened.wait()
 
     def answer(self, frames: list[bytes]) -> None:
@@ -185,6 +184,7 @@ async def drive(site: Site, num_batches: int) -> None:
             held_back.clear()
         if rng.random() < 0.3:
             await trio.sleep(rng.random() * 0.02)
+    site.publish(1, is_sent=rng.random() < 0.5)  # a clear is published with the step after it
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -337,6 +337,26 @@ def test_a_replay_port_that_stays_silent_is_given_up(
             site.publish(1, is_sent=False)
             site.publish(1)
             await site.settle()
+
+    run(main)
+
+
+def test_a_replay_that_the_restarted_publisher_never_heard_of_is_not_waited_for(
+    endpoints: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_follower, "REPLAY_SILENCE_S", 30.0)
+
+    async def main() -> None:
+        async with open_site(endpoints) as site:
+            site.publish(10)
+            await site.settle()
+            site.wire.is_answering = False
+            num_requests = site.wire.num_requests
+            await site.until(lambda: site.wire.num_requests > num_requests)
+            site.wire.is_answering = True
+            await site.restart(num_missed=20)
+            await site.settle()
+            assert site.gateway
 
     run(main)
 
