@@ -9,6 +9,7 @@ import argparse
 import gc
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +32,14 @@ def parse(argv: list[str] | None = None) -> GatewayConfig:
     parser.add_argument("--state-dir", type=Path, required=True, help="database and deployment secret; survives")
     parser.add_argument("--run-dir", type=Path, help="sockets (default: STATE_DIR/run)")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH", help="serve a folder; repeatable")
+    parser.add_argument(
+        "--upstream",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="a vLLM server that computes the model NAME, whose folder --model gives for its tokenizer; repeatable",
+    )
+    parser.add_argument("--upstream-args", default="", metavar="ARGS", help="passed to what fronts the upstreams")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="local workers per model; 0: they dial in")
     parser.add_argument("--worker-args", default="", metavar="ARGS", help="passed to every local worker")
     parser.add_argument("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="HTTP edge, or `off`")
@@ -48,6 +57,7 @@ def parse(argv: list[str] | None = None) -> GatewayConfig:
         http = None if args.http == "off" else _address(args.http)
         metrics_token = "" if args.metrics_token_file is None else _token(args.metrics_token_file)
         models = tuple(_model(text, args.workers, tuple(shlex.split(args.worker_args))) for text in args.model)
+        models = _with_upstreams(models, args.upstream, tuple(shlex.split(args.upstream_args)))
     except ValueError as error:
         parser.error(str(error))
     if len({model.name for model in models}) != len(models):
@@ -118,6 +128,22 @@ def _model(text: str, num_workers: int, worker_args: tuple[str, ...]) -> ModelCo
     if not equals or not name or not path:
         raise ValueError(f"--model {text!r} is no NAME=PATH")
     return ModelConfig(name, Path(path).resolve(), num_workers, worker_args)
+
+
+def _with_upstreams(
+    models: tuple[ModelConfig, ...], given: list[str], upstream_args: tuple[str, ...]
+) -> tuple[ModelConfig, ...]:
+    """Return `models` with their upstreams, whose workers get `upstream_args` in the place of those of our own."""
+    urls: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, url = text.partition("=")
+        if not equals or name not in {model.name for model in models}:
+            raise ValueError(f"--upstream {text!r}: give NAME=URL, and --model NAME=PATH with the model's tokenizer")
+        urls.setdefault(name, []).append(url)
+    return tuple(
+        replace(model, upstreams=tuple(urls[model.name]), worker_args=upstream_args) if model.name in urls else model
+        for model in models
+    )
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One model to serve: its public name, its folder (tokenizer and template; workers read the weights there)."""
+    """One model to serve: its public name, its folder (tokenizer, template; workers of our own read the weights).
+
+    `upstreams`: URLs of vLLM servers that compute it, a worker before each; else there are `num_workers` of our own.
+    """
 
     name: str
     path: Path
     num_workers: int
     worker_args: tuple[str, ...] = ()
+    upstreams: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

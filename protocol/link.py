@@ -58,12 +58,13 @@ class Link:
     """One ZeroMQ socket, owned by the Trio thread that made it.
 
     Any number of tasks may send, one at a time should receive. Messages are lists of frames; a ROUTER's first frame is
-    the routing id. Messages of more than `MAX_PARTS` frames are no protocol of ours: they are discarded and
+    the routing id. Messages of more than `max_parts` frames are no protocol of ours: they are discarded and
     counted in `num_refused`.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], *, max_parts: int = MAX_PARTS) -> None:
         self._socket = socket
+        self._max_parts = max_parts
         descriptor = socket.getsockopt(zmq.FD)
         assert isinstance(descriptor, int)
         self._descriptor = descriptor
@@ -120,7 +121,7 @@ class Link:
             while len(messages) < max_messages and num_bytes < MAX_BATCH_BYTES and not self._discarding:
                 frames = [self._socket.recv(_NOBLOCK)]
                 while self._socket.getsockopt(zmq.RCVMORE):
-                    if len(frames) == MAX_PARTS:
+                    if len(frames) == self._max_parts:
                         self.num_refused += 1
                         self._discarding = True
                         break

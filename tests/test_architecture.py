@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "worker/engine": {"protocol", "cache"},
     "worker/model": {"protocol", "cache", "worker/engine/step"},
     "worker/events": {"protocol", "cache", "worker/log"},
-    "worker/upstream": {"protocol", "worker/log"},
+    "worker/upstream": {"protocol", "worker/log", "worker/dial"},
     "gateway": {"protocol", "kvasir"},  # kvasir: only the package itself, to find where it lies
     "gateway/http": {"protocol", "gateway/log"},
     "gateway/text": {"protocol"},

@@ -44,8 +44,8 @@ from kvasir.protocol.messages import (
     Unpin,
     Welcome,
 )
-from kvasir.protocol.profile import LinkProfile, apply_profile
 from kvasir.protocol.tokens import num_tokens
+from kvasir.worker.dial import open_socket
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.events.kv_events import KvEvents
 from kvasir.worker.events.publisher import KvPublisher
@@ -338,24 +338,6 @@ class Worker:
         except zmq.Again:
             return False
         return True
-
-
-def open_socket(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
-    """Return a DEALER that dials `endpoint` for as long as it takes.
-
-    Raises:
-        ConfigurationError: no such kind of endpoint, or a path that is too long.
-    """
-    socket = context.socket(zmq.DEALER)
-    apply_profile(socket, LinkProfile())
-    socket.setsockopt(zmq.IMMEDIATE, 1)  # without a connection a send says so at once
-    socket.setsockopt(zmq.ROUTING_ID, b"w" + secrets.token_bytes(15))  # a fixed one could be taken by somebody else
-    try:
-        socket.connect(endpoint)
-    except zmq.ZMQError as error:
-        socket.close()
-        raise ConfigurationError(f"--gateway {endpoint}: {error}; give ipc://PATH.") from None
-    return socket
 
 
 def main(argv: Sequence[str] | None = None) -> int:

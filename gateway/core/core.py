@@ -407,6 +407,8 @@ class Core(CoreApi):
             if violation is not None:
                 return violation
             self._deliver(worker, attempt, output, token_ids, now)
+        elif output.num_cached_tokens is not None:  # cancelled, and only now told
+            worker.matched(attempt, output.num_cached_tokens)
         if output.finish_reason is None:
             return None
         worker.give_back(output.req_id)

@@ -57,13 +57,21 @@ class LocalWorker:
     failure: str = ""
 
 
-def worker_command(config: GatewayConfig, model: ModelConfig, worker_id: str) -> list[str]:
-    """Return the command line of one local worker."""
+def worker_command(config: GatewayConfig, model: ModelConfig, number: int) -> list[str]:
+    """Return the command line of a model's local worker of that number."""
+    work = ["--model", str(model.path)]
+    if model.upstreams:
+        work = ["--engine", "vllm", "--upstream", model.upstreams[number]]
     return [
-        *(sys.executable, "-P", "-m", "kvasir.worker", "--model", str(model.path), "--name", model.name),
-        *("--worker-id", worker_id, "--gateway", config.worker_endpoint, "--block-size", str(config.block_size)),
-        *("--exit-with-stdin", *model.worker_args),
+        *(sys.executable, "-P", "-m", "kvasir.worker", *work, "--name", model.name),
+        *("--worker-id", worker_id(model, number), "--gateway", config.worker_endpoint),
+        *("--block-size", str(config.block_size), "--exit-with-stdin", *model.worker_args),
     ]
+
+
+def worker_id(model: ModelConfig, number: int) -> str:
+    """Return the name of a model's local worker of that number."""
+    return f"{model.name}-{number}"
 
 
 def visible_devices(environ: Mapping[str, str], dev: Path = Path("/dev")) -> list[str]:
@@ -83,7 +91,7 @@ class Supervisor:
         config: GatewayConfig,
         core: LossSink,
         *,
-        command: Callable[[GatewayConfig, ModelConfig, str], list[str]] = worker_command,
+        command: Callable[[GatewayConfig, ModelConfig, int], list[str]] = worker_command,
         environ: Mapping[str, str] = os.environ,
     ) -> None:
         self._core = core
@@ -92,14 +100,14 @@ class Supervisor:
         self._workers: list[LocalWorker] = []
         devices = visible_devices(environ)
         for model in config.models:
-            for number in range(model.num_workers):
+            for number in range(len(model.upstreams) or model.num_workers):
                 env = dict(environ)
                 # `-P` keeps a folder called worker, wherever we were started, from being taken for ours.
                 env["PYTHONPATH"] = os.pathsep.join(filter(None, (PACKAGES, environ.get("PYTHONPATH"))))
-                if len(devices) > 1:
+                if len(devices) > 1 and not model.upstreams:
                     env["CUDA_VISIBLE_DEVICES"] = devices[len(self._workers) % len(devices)]
-                worker_id = f"{model.name}-{number}"
-                self._workers.append(LocalWorker(worker_id, model.name, command(config, model, worker_id), env))
+                argv = command(config, model, number)
+                self._workers.append(LocalWorker(worker_id(model, number), model.name, argv, env))
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -19,6 +19,7 @@ from kvasir.paths import run_dir, state_dir, worker_endpoint
 from kvasir.protocol.errors import ConfigurationError
 
 HELP_TIMEOUT_S = 30
+_KINDS: dict[str, list[list[str]]] = {"gateway": [[]], "worker": [[], ["--engine", "vllm"]]}
 ROOT = Path(kvasir.__path__[0]).resolve().parent
 
 
@@ -31,15 +32,17 @@ class PassThrough(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Add what `python -m <module> --help` says, where it is installed."""
-        command = module_command(str(self.name), ["--help"])
-        try:
-            done = subprocess.run(
-                command, env=module_environment(), capture_output=True, text=True, timeout=HELP_TIMEOUT_S
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return
-        if done.returncode == 0:
-            formatter.write("\n" + done.stdout[done.stdout.find("options:") :])
+        for kind in _KINDS[str(self.name)]:
+            command = module_command(str(self.name), [*kind, "--help"])
+            try:
+                done = subprocess.run(
+                    command, env=module_environment(), capture_output=True, text=True, timeout=HELP_TIMEOUT_S
+                )
+            except (OSError, subprocess.TimeoutExpired):
+                continue
+            if done.returncode == 0:
+                title = f"\nwith {' '.join(kind)}, " if kind else "\n"
+                formatter.write(title + done.stdout[done.stdout.find("options:") :])
 
 
 @click.command("gateway", cls=PassThrough)
@@ -60,7 +63,10 @@ def gateway(args: tuple[str, ...]) -> None:
 
 @click.command("worker", cls=PassThrough)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-@example("kvasir worker --gateway ipc:///run/kvasir/workers/workers.sock --model /models/Qwen3-8B --name qwen")
+@example(
+    "kvasir worker --gateway ipc:///run/kvasir/workers/workers.sock --model /models/Qwen3-8B --name qwen\n"
+    "kvasir worker --engine vllm --upstream http://10.0.0.5:8000 --name qwen        # fronts a vLLM server"
+)
 def worker(args: tuple[str, ...]) -> None:
     """Run one worker in the foreground; it dials the gateway. All options are those of `python -m kvasir.worker`."""
     defaults = [] if _has(args, "--gateway") else ["--gateway", worker_endpoint()]
@@ -90,7 +96,7 @@ def run_in_place(module: str, args: Sequence[str]) -> int:
     Raises:
         ConfigurationError: it is not installed.
     """
-    _check_installed(module)
+    _check_installed("upstream" if _has(args, "--engine") else module)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, module_command(module, args), module_environment())
@@ -135,7 +141,11 @@ def last_lines(log: Path, number: int) -> list[str]:
 
 
 def _check_installed(module: str) -> None:
-    needs = {"gateway": ("trio", "httptools", "tokenizers", "jinja2"), "worker": ("torch", "numpy", "safetensors")}
+    needs = {
+        "gateway": ("trio", "httptools", "tokenizers", "jinja2"),
+        "worker": ("torch", "numpy", "safetensors"),
+        "upstream": ("trio", "httptools"),
+    }
     missing = [name for name in needs[module] if find_spec(name) is None]
     if missing:
         raise ConfigurationError(

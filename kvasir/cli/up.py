@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +31,14 @@ from kvasir.protocol.errors import BadRequest, ConfigurationError, ConnectionLos
 
 DEMO_MODEL = Path(kvasir.__path__[0]).resolve() / "demo_model"
 POLL_S = 0.2
+ASK_TIMEOUT_S = 5.0  # of an upstream
+MAX_ANSWER_BYTES = 1 << 20
 HOPELESS_RESTARTS = 3  # a model none of whose workers has ever come up after so many tries will not
 
 
 @click.command()
 @click.option("--model", "models", metavar="NAME=PATH", multiple=True, help="Serve this folder; repeatable.")
+@click.option("--upstream", "upstreams", metavar="NAME=URL", multiple=True, help="A vLLM server to front; repeatable.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Workers per model. Default: one per GPU, else two.")
 @click.option("--http", metavar="HOST:PORT", default="127.0.0.1:8000", show_default=True, help="HTTP edge, or `off`.")
 @click.option("--zmq", metavar="ENDPOINT", multiple=True, help="A further SDK endpoint such as tcp://127.0.0.1:5555.")
@@ -42,9 +47,13 @@ HOPELESS_RESTARTS = 3  # a model none of whose workers has ever come up after so
 @click.option("--block-size", type=click.IntRange(1, 1024), default=16, show_default=True, help="Tokens per KV block.")
 @click.option("--wait", "wait_s", type=click.FloatRange(min=1), default=600.0, help="Seconds until all must be ready.")
 @click.option("--demo", "with_demo", is_flag=True, help="Run the demonstration when ready, then keep serving.")
-@example("kvasir up --demo\nkvasir up --model qwen=/models/Qwen3-8B --workers 2 --http 0.0.0.0:8000")
+@example(
+    "kvasir up --demo\nkvasir up --model qwen=/models/Qwen3-8B --workers 2 --http 0.0.0.0:8000\n"
+    "kvasir up --upstream qwen=http://127.0.0.1:8300      # a vLLM server that is running already"
+)
 def up(
     models: tuple[str, ...],
+    upstreams: tuple[str, ...],
     workers: int | None,
     http: str,
     zmq: tuple[str, ...],
@@ -63,7 +72,8 @@ def up(
     if http != "off" and (not host or not port.isdigit()):
         raise BadRequest(f"--http {http!r} is no HOST:PORT; try 127.0.0.1:8000, or `off`")
     plan = UpPlan(
-        models=plan_models(models),
+        models=plan_models(models, upstreams),
+        upstreams=upstreams,
         num_workers=workers or count_gpus() or 2,
         http=http,
         zmq=zmq,
@@ -90,10 +100,12 @@ def down(as_json: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class UpPlan:
-    """What to start. `models`: NAME=PATH each; `num_workers` per model; `wait_s`: until all of them must be ready."""
+    """What to start. `models`: NAME=PATH each; `num_workers` per model, but for those of `upstreams` (NAME=URL), which
+    have one for each of them; `wait_s`: until all of them must be ready."""
 
     models: tuple[str, ...]
     num_workers: int
+    upstreams: tuple[str, ...] = ()
     http: str = "127.0.0.1:8000"
     zmq: tuple[str, ...] = ()
     insecure: bool = False
@@ -102,21 +114,29 @@ class UpPlan:
     drain_s: float = 30.0
     wait_s: float = 600.0
 
+    def workers_of(self) -> dict[str, int]:
+        """Return how many workers each model is to have."""
+        fronted = [text.partition("=")[0] for text in self.upstreams]
+        names = [text.partition("=")[0] for text in self.models]
+        return {name: fronted.count(name) or self.num_workers for name in names}
+
     def gateway_args(self) -> list[str]:
         """Return the gateway's command line."""
         args = ["--state-dir", str(state_dir()), "--run-dir", str(run_dir()), "--http", self.http]
-        args += [*_repeated("--model", self.models), *_repeated("--zmq", self.zmq), *["--insecure"][: self.insecure]]
+        args += [*_repeated("--model", self.models), *_repeated("--upstream", self.upstreams)]
+        args += [*_repeated("--zmq", self.zmq), *["--insecure"][: self.insecure]]
         args += ["--workers", str(self.num_workers), f"--worker-args={self.worker_args}"]
         return [*args, "--block-size", str(self.block_size), "--drain-s", str(self.drain_s)]
 
 
-def plan_models(given: Sequence[str]) -> tuple[str, ...]:
-    """Return NAME=PATH for each of `given`, which may be a bare path (the folder's name is taken); default: ours.
+def plan_models(given: Sequence[str], upstreams: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return NAME=PATH for each of `given`, which may be a bare path (the folder's name is taken), and for those of
+    `upstreams` (NAME=URL), whose servers are asked where it is; default: ours.
 
     Raises:
         ConfigurationError: a path is no folder.
     """
-    if not given:
+    if not given and not upstreams:
         return (f"demo={DEMO_MODEL}",)
     models = []
     for text in given:
@@ -127,7 +147,29 @@ def plan_models(given: Sequence[str]) -> tuple[str, ...]:
         if not name or not folder.is_dir():
             raise ConfigurationError(f"--model {text!r}: {folder} is no folder; give NAME=PATH of a model folder")
         models.append(f"{name}={folder}")
+    for text in upstreams:
+        name, equals, url = text.partition("=")
+        if not equals or not name or not url.startswith(("http://", "https://")):
+            raise BadRequest(f"--upstream {text!r} is no NAME=URL; try {name or 'qwen'}=http://127.0.0.1:8300")
+        if not any(model.startswith(f"{name}=") for model in models):
+            models.append(f"{name}={_ask_for_folder(name, url)}")
     return tuple(models)
+
+
+def _ask_for_folder(name: str, url: str) -> Path:
+    """Return the folder that a vLLM server has its model from, if it is on this machine: we need its tokenizer."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/v1/models", timeout=ASK_TIMEOUT_S) as answer:
+            cards = json.loads(answer.read(MAX_ANSWER_BYTES))["data"]
+        root = Path(str(cards[0]["root"]))
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ConfigurationError(f"--upstream {name}: {url} does not answer as a vLLM server does: {error}") from None
+    if not (root / "tokenizer.json").is_file():
+        raise ConfigurationError(
+            f"--upstream {name}: its model is {root}, which is no folder with a tokenizer.json on this machine; "
+            f"give --model {name}=FOLDER too, with the model's config.json and tokenizer files (no weights are needed)"
+        )
+    return root
 
 
 def count_gpus() -> int:
@@ -201,7 +243,7 @@ def _stop_signals() -> Iterator[None]:
 
 
 def _wait_until_ready(plan: UpPlan, process: subprocess.Popen[bytes], log: Path, console: Console) -> None:
-    names = [model.partition("=")[0] for model in plan.models]
+    wanted = plan.workers_of()
     deadline = time.monotonic() + plan.wait_s
     begun = time.monotonic()
     with _progress(console) as show:
@@ -211,14 +253,14 @@ def _wait_until_ready(plan: UpPlan, process: subprocess.Popen[bytes], log: Path,
                 raise ConfigurationError(_epitaph(process, log))
             status = _try_status()
             if status is not None:
-                ready = {name: _num_ready(status, name) for name in names}
-                if all(number >= plan.num_workers for number in ready.values()):
+                ready = {name: _num_ready(status, name) for name in wanted}
+                if all(number >= wanted[name] for name, number in ready.items()):
                     break
-                counts = [f"{name}: {number} of {plan.num_workers} workers ready" for name, number in ready.items()]
+                counts = [f"{name}: {number} of {wanted[name]} workers ready" for name, number in ready.items()]
                 show(", ".join(counts), _last_line(log))
                 for name, number in ready.items():
                     restarts = sum(worker.num_restarts for worker in status.workers if worker.model == name)
-                    if not number and restarts >= HOPELESS_RESTARTS * plan.num_workers:
+                    if not number and restarts >= HOPELESS_RESTARTS * wanted[name]:
                         raise ConfigurationError(f"no worker of model {name} comes up: {_last_words(log)}")
             if time.monotonic() > deadline:
                 raise ConfigurationError(f"not ready within {plan.wait_s:g} s: {_last_words(log)}")
@@ -265,8 +307,8 @@ def print_welcome(plan: UpPlan, key: str, log: Path, console: Console) -> None:
         console.print(f"  [bold]HTTP[/bold]     http://{plain(plan.http)}/v1")
     for endpoint in (local_client_endpoint(), *plan.zmq):
         console.print(f"  [bold]ZeroMQ[/bold]   {plain(endpoint)}", soft_wrap=True)
-    models = ", ".join(text.partition("=")[0] for text in plan.models)
-    console.print(f"  [bold]models[/bold]   {plain(models)} ({plan.num_workers} workers each)")
+    models = ", ".join(f"{name} ({number} worker{'s' * (number != 1)})" for name, number in plan.workers_of().items())
+    console.print(f"  [bold]models[/bold]   {plain(models)}")
     console.print(f"  [bold]API key[/bold]  {plain(key)}", soft_wrap=True)
     console.print(f"           [dim]tenant demo, kept in {plain(key_path('demo'))}[/dim]", soft_wrap=True)
     console.print(f"  [bold]log[/bold]      {plain(log)}", soft_wrap=True)

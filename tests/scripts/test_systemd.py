@@ -17,9 +17,10 @@ import pytest
 
 from kvasir.gateway.__main__ import parse
 from kvasir.worker.options import parse_options
+from kvasir.worker.upstream.options import parse_options as parse_upstream_options
 
 UNITS = Path(__file__).resolve().parents[2] / "scripts" / "systemd"
-GATEWAY, WORKER = "kvasir-gateway.service", "kvasir-worker@.service"
+GATEWAY, WORKER, UPSTREAM = "kvasir-gateway.service", "kvasir-worker@.service", "kvasir-upstream@.service"
 PYTHON = "/opt/kvasir/.venv/bin/python"
 
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
@@ -54,6 +55,14 @@ def test_a_worker_takes_its_unit_s_command_line_and_dials_the_gateway_s_socket()
     options = parse_options(command_of(WORKER, **values))
     assert (options.gateway, options.worker_id) == ("ipc:///run/kvasir/workers/workers.sock", "box-gpu0")
     assert options.drain_s < seconds_to_stop(WORKER)
+
+
+def test_a_worker_before_vllm_takes_its_unit_s_command_line() -> None:
+    values = {"KVASIR_UPSTREAM": "http://127.0.0.1:8300", "KVASIR_NAME": "qwen", "KVASIR_UPSTREAM_ARGS": ""}
+    options = parse_upstream_options(command_of(UPSTREAM, **values))
+    assert (options.gateway, options.worker_id) == ("ipc:///run/kvasir/workers/workers.sock", "box-gpu0")
+    assert [upstream.url for upstream in options.upstreams] == ["http://127.0.0.1:8300"]
+    assert options.drain_s < seconds_to_stop(UPSTREAM)
 
 
 BECOME = """
@@ -131,7 +140,7 @@ def seconds_to_stop(unit: str) -> int:
 
 
 @needs_systemd
-@pytest.mark.parametrize(("unit", "bound"), [(GATEWAY, 20), (WORKER, 45)])
+@pytest.mark.parametrize(("unit", "bound"), [(GATEWAY, 20), (WORKER, 45), (UPSTREAM, 20)])
 def test_systemd_takes_the_units_and_finds_them_closed(unit: str, bound: int, tmp_path: Path) -> None:
     path = tmp_path / unit.replace("@.", "@gpu0.")
     path.write_text((UNITS / unit).read_text().replace(PYTHON, sys.executable))

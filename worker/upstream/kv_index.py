@@ -128,6 +128,10 @@ class UpstreamIndex:
             else:
                 self._remove(event)
 
+    def __contains__(self, digest: bytes) -> bool:
+        """Whether a hash of ours is resident, as far as this index knows."""
+        return digest in self._resident
+
     def take(self) -> tuple[bytes, bytes]:
         """Return (stored, removed) since the last call: packed hashes, disjoint, netted, ready for a `StepReport`."""
         return self._resident.take()

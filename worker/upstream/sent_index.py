@@ -64,6 +64,10 @@ class SentIndex:
             self._resident.release(self._blocks.popitem(last=False)[1])
             self._num_evicted += 1
 
+    def __contains__(self, digest: bytes) -> bool:
+        """Whether a hash of ours is resident, as far as this index knows."""
+        return digest in self._resident
+
     def take(self) -> tuple[bytes, bytes]:
         """Return (stored, removed) since the last call: packed, disjoint, netted."""
         return self._resident.take()

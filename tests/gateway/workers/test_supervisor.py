@@ -17,7 +17,7 @@ import trio
 
 from kvasir.gateway.config import GatewayConfig, ModelConfig
 from kvasir.gateway.core.notices import Joined, Lost
-from kvasir.gateway.workers.supervisor import Supervisor, visible_devices, worker_command
+from kvasir.gateway.workers.supervisor import Supervisor, visible_devices, worker_command, worker_id
 from kvasir.protocol.errors import ConfigurationError
 from tests.core_helpers import make_hello
 
@@ -60,8 +60,9 @@ class Stand:
         config = GatewayConfig(tmp_path, tmp_path, models, restart_delays_s=(0.01, 0.05))
         self.supervisor = Supervisor(config, self.core, command=self._command, environ=environ or {})
 
-    def _command(self, config: GatewayConfig, model: ModelConfig, worker_id: str) -> list[str]:
-        return [sys.executable, "-S", "-E", "-c", WORKER, worker_id, str(self.log), *model.worker_args]
+    def _command(self, config: GatewayConfig, model: ModelConfig, number: int) -> list[str]:
+        name = worker_id(model, number)
+        return [sys.executable, "-S", "-E", "-c", WORKER, name, str(self.log), *model.worker_args]
 
     def starts(self) -> list[list[str]]:
         return [line.split(" ") for line in self.log.read_text().split("\n")[:-1]]  # whole lines only
@@ -267,9 +268,22 @@ def test_devices_are_those_of_the_environment_or_of_the_driver(tmp_path) -> None
 def test_the_worker_command_names_model_gateway_and_block_size(tmp_path) -> None:
     model = ModelConfig("demo", Path("/models/demo"), 2, ("--kv-memory", "1G"))
     config = GatewayConfig(tmp_path, tmp_path, (model,), block_size=32)
-    command = worker_command(config, model, "demo-1")
+    command = worker_command(config, model, 1)
     assert command[1:8] == ["-P", "-m", "kvasir.worker", "--model", "/models/demo", "--name", "demo"]
     assert command[8:] == [
         *("--worker-id", "demo-1", "--gateway", config.worker_endpoint, "--block-size", "32"),
         *("--exit-with-stdin", "--kv-memory", "1G"),
     ]
+
+
+def test_each_upstream_of_a_model_has_a_worker_that_fronts_it_and_no_device(tmp_path) -> None:
+    urls = ("http://127.0.0.1:8300", "http://127.0.0.1:8301")
+    model = ModelConfig("demo", Path("/models/demo"), 7, ("--max-requests", "9"), urls)
+    config = GatewayConfig(tmp_path, tmp_path, (model,))
+    supervisor = Supervisor(config, Recorder(), environ={"CUDA_VISIBLE_DEVICES": "0,1"})
+    assert supervisor.local_workers() == {"demo-0": "demo", "demo-1": "demo"}
+    assert [worker.argv[4:10] for worker in supervisor._workers] == [
+        ["--engine", "vllm", "--upstream", url, "--name", "demo"] for url in urls
+    ]
+    assert all(worker.argv[-2:] == ["--max-requests", "9"] for worker in supervisor._workers)
+    assert all(worker.env["CUDA_VISIBLE_DEVICES"] == "0,1" for worker in supervisor._workers)

@@ -1,0 +1,56 @@
+"""What the upstream has cached, as far as we know: from its block events, or from what was sent if there are none."""
+
+from __future__ import annotations
+
+from kvasir.protocol.prefix import HASH_BYTES
+from kvasir.worker.upstream.kv_index import UpstreamIndex
+from kvasir.worker.upstream.sent_index import SentIndex
+
+MAX_BLOCKS = 1 << 20  # of the upstream's, all media together
+LATE_EVENT_S = 1.0  # the event of an answer's last block may come after the answer
+
+
+class CachedBlocks:
+    """Both views, of which one is reported. `root` and `block_size` are the gateway's; `ratio` of its blocks are one of
+    the upstream's.
+
+    `is_exact`: the events are followed. When that changes, `snapshot` must be sent.
+    """
+
+    def __init__(self, root: bytes, block_size: int, ratio: int, num_blocks: int, lora: str | None) -> None:
+        self.root = root
+        self.block_size = block_size
+        self._ratio = ratio
+        self.followed = UpstreamIndex(root, block_size, block_size * ratio, lora, max_blocks=MAX_BLOCKS)
+        self._sent = SentIndex(block_size, block_size * ratio, num_blocks)
+        self.is_exact = False
+
+    def take(self) -> tuple[bytes, bytes]:
+        """Return what became resident and what is gone since the last call, packed."""
+        return self.followed.take() if self.is_exact else self._sent.take()
+
+    def snapshot(self) -> bytes:
+        """Return all resident hashes, packed."""
+        return self.followed.snapshot() if self.is_exact else self._sent.snapshot()
+
+    def num_leading_tokens(self, prefix_hashes: bytes, num_tokens: int) -> int:
+        """Return how many tokens of a prompt are cached now. Its last token never counts: it is computed always."""
+        index = self.followed if self.is_exact else self._sent
+        num_blocks = min(len(prefix_hashes) // HASH_BYTES, (num_tokens - 1) // self.block_size) // self._ratio
+        for number in range(num_blocks):
+            end = (number + 1) * self._ratio * HASH_BYTES
+            if prefix_hashes[end - HASH_BYTES : end] not in index:
+                return number * self._ratio * self.block_size
+        return num_blocks * self._ratio * self.block_size
+
+    def computed(self, prefix_hashes: bytes) -> None:
+        """Note that the blocks of a chain were computed just now."""
+        self._sent.computed(prefix_hashes)
+
+    def answered(self, hashes: bytes, num_prompt_tokens: int, now: float) -> None:
+        """Note that an answer is complete: the chain of prompt and answer, but for its last token, was computed."""
+        self._sent.computed(hashes)
+        size = self._ratio * HASH_BYTES
+        num_whole = len(hashes) // size
+        if num_whole * self._ratio * self.block_size > num_prompt_tokens:
+            self.followed.expect(hashes[(num_whole - 1) * size : num_whole * size], now + LATE_EVENT_S)

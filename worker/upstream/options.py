@@ -1,0 +1,167 @@
+"""The command line of a worker that fronts a vLLM server, checked."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from kvasir.protocol.errors import ConfigurationError
+from kvasir.worker.upstream.http_client import Address, parse_url
+
+MAX_UPSTREAMS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamOptions:
+    """One server. `events` and `replay`: ZeroMQ endpoints; None: as the server tells, "off" for none."""
+
+    url: str
+    address: Address
+    events: str | None
+    replay: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the process was told. None means: as the upstream says."""
+
+    gateway: str
+    name: str
+    worker_id: str
+    upstreams: tuple[UpstreamOptions, ...]
+    upstream_model: str | None
+    fingerprint: str | None
+    api_key: str | None
+    block_size: int
+    max_requests: int | None
+    drain_s: float
+    exit_with_stdin: bool
+    insecure: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message}; see python -m kvasir.worker --engine vllm --help")
+
+
+def parse_options(argv: Sequence[str]) -> Options:
+    """Return the options in `argv`, which holds `--engine vllm`. Prints and exits with 0 for --help.
+
+    Raises:
+        ConfigurationError: an unknown, missing or senseless argument.
+    """
+    parser = _Parser(
+        prog="python -m kvasir.worker --engine vllm",
+        description="Serve the model of a vLLM server to a gateway.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--engine", choices=("vllm",), required=True, help=argparse.SUPPRESS)
+    add("--upstream", action="append", required=True, metavar="URL", help="http://HOST:PORT; repeatable")
+    add("--kv-events", action="append", default=[], metavar="ENDPOINT", help="tcp://HOST:PORT, or `off`; one per URL")
+    add("--kv-events-replay", action="append", default=[], metavar="ENDPOINT", help="for missed events; one per URL")
+    add("--gateway", required=True, metavar="ENDPOINT", help="the gateway's worker socket, ipc://PATH")
+    add("--name", required=True, metavar="MODEL", help="name under which the gateway serves the model")
+    add("--upstream-model", metavar="NAME", help="the upstream's name for it (default: its only one); a LoRA's too")
+    add("--worker-id", default="", help="unique among the gateway's workers (default: host name and process id)")
+    add("--fingerprint", metavar="TEXT", help="what all workers of the model must share (default: its root upstream)")
+    add("--api-key-file", type=Path, metavar="FILE", help="the key that the upstream asks for")
+    add("--block-size", type=_positive, default=16, metavar="TOKENS", help="the gateway's (default 16)")
+    add("--max-requests", type=_positive, metavar="N", help="requests sent at a time (default: max_num_seqs, or 128)")
+    add("--drain", dest="drain_s", type=float, default=20.0, metavar="S", help="time to finish after SIGTERM")
+    add("--exit-with-stdin", action="store_true", help="exit when stdin closes, as it does when a supervisor dies")
+    add("--insecure", action="store_true", help="allow upstreams and events in the clear beyond private addresses")
+    args = parser.parse_args(argv)
+    if not re.match(r"ipc://.", args.gateway):
+        raise ConfigurationError(
+            f"--gateway {args.gateway!r}: give ipc://PATH, the socket of a gateway on this machine."
+        )
+    if not 0 <= args.drain_s < 1e6:
+        raise ConfigurationError(f"--drain {args.drain_s} is no number of seconds.")
+    if len(args.upstream) > MAX_UPSTREAMS:
+        raise ConfigurationError(f"{len(args.upstream)} upstreams; one process fronts {MAX_UPSTREAMS} at most.")
+    for option, given in (("--kv-events", args.kv_events), ("--kv-events-replay", args.kv_events_replay)):
+        if given and len(given) != len(args.upstream):
+            raise ConfigurationError(f"{option} is given {len(given)} times for {len(args.upstream)} upstreams.")
+    if args.kv_events_replay and not args.kv_events:
+        raise ConfigurationError("--kv-events-replay belongs to --kv-events; give both or neither.")
+    upstreams = []
+    for number, url in enumerate(args.upstream):
+        address = parse_url(url)
+        events = args.kv_events[number] if args.kv_events else None
+        replay = args.kv_events_replay[number] if args.kv_events_replay else None
+        if not args.insecure:
+            if not address.is_tls:
+                check_private(f"--upstream {url}", address.host)
+            for option, endpoint in (("--kv-events", events), ("--kv-events-replay", replay)):
+                if endpoint not in (None, "off"):
+                    check_endpoint(f"{option} {endpoint}", endpoint)
+        upstreams.append(UpstreamOptions(url, address, events, replay))
+    return Options(
+        gateway=args.gateway,
+        name=args.name,
+        worker_id=args.worker_id or f"{socket.gethostname()}-{os.getpid()}",
+        upstreams=tuple(upstreams),
+        upstream_model=args.upstream_model,
+        fingerprint=args.fingerprint,
+        api_key=None if args.api_key_file is None else _read_key(args.api_key_file),
+        block_size=args.block_size,
+        max_requests=args.max_requests,
+        drain_s=args.drain_s,
+        exit_with_stdin=args.exit_with_stdin,
+        insecure=args.insecure,
+    )
+
+
+def check_endpoint(what: str, endpoint: str) -> None:
+    """Refuse an event endpoint that carries tenants' tokens and salts beyond a private network.
+
+    Raises:
+        ConfigurationError: it is not ipc, nor tcp on a loopback or private address; `what` names it.
+    """
+    kind, _, rest = endpoint.partition("://")
+    if kind not in ("ipc", "tcp") or not rest:
+        raise ConfigurationError(f"{what}: give tcp://HOST:PORT or ipc://PATH.")
+    if kind == "tcp":
+        check_private(what, rest.rpartition(":")[0].strip("[]"))
+
+
+def check_private(what: str, host: str) -> None:
+    """Refuse a host with an address that is neither this machine's nor of a private network.
+
+    Raises:
+        ConfigurationError: as said, or the name is unknown; `what` names it.
+    """
+    try:
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError as error:
+        raise ConfigurationError(f"{what}: the host {host!r} is not known here: {error}.") from None
+    public = [address for address in addresses if not ipaddress.ip_address(address.partition("%")[0]).is_private]
+    if public:
+        raise ConfigurationError(
+            f"{what} would carry prompts in the clear to {public[0]}, which is no private address; "
+            "use https or a private network, or give --insecure."
+        )
+
+
+def _read_key(path: Path) -> str:
+    try:
+        key = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--api-key-file {path}: {error}.") from None
+    if not key or not key.isprintable():
+        raise ConfigurationError(f"--api-key-file {path} holds no key.")
+    return key
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)

@@ -1,0 +1,121 @@
+"""A worker process in front of vLLM servers: `python -m kvasir.worker --engine vllm`. No torch.
+
+One worker per upstream and data-parallel rank, each with a link of its own to the gateway; one task tree for all.
+Exit codes as those of our own workers: 0 drained or left alone, 2 not able to start.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+import trio
+import zmq
+
+from kvasir.protocol.errors import ConfigurationError
+from kvasir.protocol.link import Link
+from kvasir.worker.dial import open_socket
+from kvasir.worker.log import log
+from kvasir.worker.upstream.http_client import HttpClient
+from kvasir.worker.upstream.incarnation import EXIT_REFUSED
+from kvasir.worker.upstream.options import Options, UpstreamOptions, parse_options
+from kvasir.worker.upstream.server import Server, wait_until_up
+from kvasir.worker.upstream.worker import UpstreamWorker
+
+STDIN_FD = 0
+MAX_COMMANDS = 1 << 16  # in one message of the gateway's, which packs all that it has for us: credits bound it
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the process; return its exit code."""
+    context: zmq.Context[Any] = zmq.Context()
+    code = EXIT_REFUSED
+    try:
+        code = trio.run(_run, parse_options(argv), context)
+    except* ConfigurationError as errors:
+        log("cannot_start", error=str(_first(errors)))
+    finally:
+        context.destroy(linger=0)
+    return code
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+async def _run(options: Options, context: zmq.Context[Any]) -> int:
+    fronts = [_Front(options, upstream, number, context) for number, upstream in enumerate(options.upstreams)]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_watch_signals, fronts, options.drain_s)
+        if options.exit_with_stdin:
+            nursery.start_soon(_watch_stdin, nursery.cancel_scope)
+        async with trio.open_nursery() as running:
+            for front in fronts:
+                running.start_soon(front.run)
+        nursery.cancel_scope.cancel()
+    return max(code for front in fronts for code in front.codes or [0])
+
+
+class _Front:
+    """One upstream: waited for, then a worker for each of its ranks. `codes`: their exit codes."""
+
+    def __init__(self, options: Options, upstream: UpstreamOptions, number: int, context: zmq.Context[Any]) -> None:
+        self._options = options
+        self._upstream = upstream
+        self._number = number
+        self._context = context
+        self._workers: list[UpstreamWorker] = []
+        self._waiting = trio.CancelScope()
+        self.codes: list[int] = []
+
+    async def run(self) -> None:
+        options = self._options
+        headers = {} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"}
+        client = HttpClient(self._upstream.address, headers)
+        base = options.worker_id if len(options.upstreams) == 1 else f"{options.worker_id}-{self._number}"
+        ranks: list[int | None] = []
+        with self._waiting:
+            server = Server(client, options.upstream_model)
+            ranks = await wait_until_up(server, server.ranks)
+        async with trio.open_nursery() as nursery:
+            for rank in ranks:
+                link = Link(open_socket(self._context, options.gateway), max_parts=MAX_COMMANDS)
+                server = Server(client, options.upstream_model, rank)
+                worker_id = base if rank is None else f"{base}-rank{rank}"
+                worker = UpstreamWorker(options, self._upstream, server, worker_id, link, self._context)
+                self._workers.append(worker)
+                nursery.start_soon(self._run_worker, worker, link)
+
+    def drain(self, deadline_s: float) -> None:
+        """Have all workers leave; one that still waits for its upstream leaves at once."""
+        self._waiting.cancel()
+        for worker in self._workers:
+            worker.drain(deadline_s)
+
+    async def _run_worker(self, worker: UpstreamWorker, link: Link) -> None:
+        try:
+            self.codes.append(await worker.run())
+        finally:
+            link.close()
+
+
+async def _watch_signals(fronts: list[_Front], deadline_s: float) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+        async for number in received:
+            log("signal", name=signal.Signals(number).name)
+            for front in fronts:
+                front.drain(deadline_s)
+            deadline_s = 0.0  # the second one means: now
+
+
+async def _watch_stdin(scope: trio.CancelScope) -> None:
+    while True:
+        await trio.lowlevel.wait_readable(STDIN_FD)
+        if not os.read(STDIN_FD, 4096):
+            log("stdin_closed")
+            scope.cancel()
+            return

@@ -1,0 +1,172 @@
+"""One upstream server as we find it: its facts, whether it lives, and its three calls. Holds no request."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+import trio
+
+from kvasir.protocol.errors import ConfigurationError
+from kvasir.protocol.messages import Generate
+from kvasir.worker.log import log
+from kvasir.worker.upstream import vllm
+from kvasir.worker.upstream.http_client import HttpClient, HttpStream, UpstreamUnreachable
+from kvasir.worker.upstream.options import check_endpoint
+from kvasir.worker.upstream.vllm import EventSource, Metrics, SchedulerLimits, ServedModel
+
+ASK_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 10.0  # for one token, once it says that it is up
+LOOK_AGAIN_S = 1.0
+COMPLAIN_S = 10.0  # how often to say that it is not up
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a server said of itself when it was found. `events`: of our rank; None where it publishes none.
+
+    `has_generate`: it takes and gives token ids by vLLM's own route; else by completions.
+    """
+
+    version: str
+    model: ServedModel
+    metrics: Metrics
+    limits: SchedulerLimits
+    events: EventSource | None
+    has_generate: bool
+
+
+class Server:
+    """One data-parallel rank of a vLLM server. `rank` None: the server has one only."""
+
+    def __init__(self, client: HttpClient, upstream_model: str | None, rank: int | None = None) -> None:
+        self._client = client
+        self._wanted = upstream_model
+        self.rank = rank
+        self._headers = {} if rank is None else {"X-data-parallel-rank": str(rank)}
+
+    @property
+    def name(self) -> str:
+        address = self._client.address
+        rank = "" if self.rank is None else f" rank {self.rank}"
+        return f"{address.host}:{address.port}{rank}"
+
+    async def find(self) -> Facts:
+        """Ask for everything that does not change while the server lives, and have it draw one token.
+
+        Raises:
+            UpstreamUnreachable, trio.TooSlowError: it is not up, or its engine draws nothing.
+            ConfigurationError: it is no vLLM server, wants another key, or does not serve the model.
+        """
+        try:
+            model = vllm.read_models(await self._get("/v1/models"), self._wanted)
+            metrics = await self.metrics()
+            sources = vllm.read_event_sources(await self._get("/kv_event_sources", default=b"{}"))
+            limits = vllm.read_limits(await self._get("/server_info?config_format=json", default=b"{}"))
+            version = msgspec.json.decode(await self._get("/version", default=b"{}"), type=dict[str, str])
+        except msgspec.MsgspecError as error:
+            raise ConfigurationError(f"{self.name} answers what no vLLM server does: {error}.") from None
+        has_generate = await self._probe(model.id)
+        events = sources.get(self.rank or 0)
+        return Facts(version.get("version", "unknown"), model, metrics, limits, events, has_generate)
+
+    async def ranks(self) -> list[int | None]:
+        """Return the data-parallel ranks of the server; [None] if it has one. Raises as `find`."""
+        ranks = vllm.read_ranks((await self._get("/metrics")).decode(errors="replace"))
+        return [None] if len(ranks) == 1 else list(ranks)
+
+    async def metrics(self) -> Metrics:
+        """Return our rank's figures. Raises as `find`."""
+        return vllm.read_metrics((await self._get("/metrics")).decode(errors="replace"), self.rank or 0)
+
+    async def illness(self) -> str | None:
+        """Return why the server counts as dead, None if its port says that it lives. Its engine may hang all the same.
+
+        Raises:
+            trio.TooSlowError: no answer in time.
+        """
+        try:
+            status, _ = await self._client.ask("GET", "/health", timeout_s=ASK_TIMEOUT_S)
+        except UpstreamUnreachable as error:
+            return str(error)
+        return None if status == 200 else f"{self.name} answers /health with {status}"
+
+    def generate(self, command: Generate, facts: Facts, request_id: str) -> AbstractAsyncContextManager[HttpStream]:
+        """Open the stream of one request."""
+        body = vllm.generate_body(command, facts.model.id, request_id, has_generate=facts.has_generate)
+        path = vllm.GENERATE if facts.has_generate else vllm.COMPLETIONS
+        return self._client.open("POST", path, body, self._headers)
+
+    async def abort(self, facts: Facts, request_id: str) -> None:
+        """Ask the server to stop a request: its stream then ends by itself. Errors are passed over."""
+        body = vllm.abort_body(request_id, has_generate=facts.has_generate)
+        try:
+            await self._client.ask("POST", vllm.ABORT, body, timeout_s=ASK_TIMEOUT_S)
+        except (UpstreamUnreachable, trio.TooSlowError):
+            pass
+
+    async def _probe(self, model: str) -> bool:
+        """Draw one token; return whether vLLM's own route takes it."""
+        for path, has_generate in ((vllm.GENERATE, True), (vllm.COMPLETIONS, False)):
+            body = vllm.probe_body(model, has_generate=has_generate)
+            with trio.fail_after(PROBE_TIMEOUT_S):
+                async with self._client.open("POST", path, body, self._headers) as stream:
+                    while await stream.receive() is not None:
+                        pass
+            if stream.status == 200:
+                return has_generate
+            if stream.status >= 500:
+                raise UpstreamUnreachable(f"{self.name} answers a request for one token with {stream.status}")
+        raise ConfigurationError(f"{self.name} takes token ids at neither {vllm.GENERATE} nor {vllm.COMPLETIONS}.")
+
+    async def _get(self, path: str, default: bytes | None = None) -> bytes:
+        status, body = await self._client.ask("GET", path, timeout_s=ASK_TIMEOUT_S)
+        if status == 200:
+            return body
+        if status in (401, 403) and default is None:
+            raise ConfigurationError(f"{self.name} refuses our key for {path} ({status}); see --api-key-file.")
+        if status >= 500 and default is None:
+            raise UpstreamUnreachable(f"{self.name} answers {path} with {status}")
+        if default is None:
+            raise ConfigurationError(f"{self.name} answers {path} with {status}; is it a vLLM server?")
+        return default
+
+
+async def wait_until_up(server: Server, ask: Callable[[], Awaitable[T]]) -> T:
+    """Return what `ask` does, as soon as the server answers it. Says now and then that it does not.
+
+    Raises:
+        ConfigurationError: out of `ask`: what waiting cannot mend.
+    """
+    complain_at = trio.current_time()
+    while True:
+        try:
+            return await ask()
+        except (UpstreamUnreachable, trio.TooSlowError) as error:
+            if trio.current_time() >= complain_at:
+                reason = str(error) or "it does not answer in time"
+                log("upstream_not_ready", upstream=server.name, reason=reason, hint="still trying")
+                complain_at = trio.current_time() + COMPLAIN_S
+        await trio.sleep(LOOK_AGAIN_S)
+
+
+def event_endpoints(source: EventSource, host: str, *, insecure: bool) -> tuple[str, str | None]:
+    """Return what to dial for a source that the server itself has told: its wildcard is the server's own host.
+
+    Raises:
+        ConfigurationError: that is no private address, and not `insecure`.
+    """
+
+    def dialled(endpoint: str) -> str:
+        for wildcard in ("*", "0.0.0.0", "[::]"):
+            endpoint = endpoint.replace(f"tcp://{wildcard}:", f"tcp://{f'[{host}]' if ':' in host else host}:")
+        if not insecure:
+            check_endpoint(f"--kv-events {endpoint}, told by the upstream,", endpoint)
+        return endpoint
+
+    replay = source.replay_endpoint
+    return dialled(source.endpoint), None if replay is None else dialled(replay)

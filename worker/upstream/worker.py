@@ -1,0 +1,106 @@
+"""A worker that fronts one upstream: what the gateway sees of a vLLM server, from its being found to its death.
+
+    looking  -- found, one token drawn -->  joining  -- Welcome -->  serving  -- Drain, SIGTERM -->  Bye, the end
+       ^------- the upstream died (Bye), or the gateway does not know us (Identify) ----'
+
+Every time round is a new incarnation, with nothing of the one before. The gateway judges whether the engine makes
+steps; whoever it has given up comes back through `find`, which draws a token first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+import zmq
+
+from kvasir.protocol.errors import InvalidMessage
+from kvasir.protocol.link import Link, LinkClosed
+from kvasir.protocol.messages import COMMANDS
+from kvasir.worker.log import log
+from kvasir.worker.upstream.incarnation import BYE_TIMEOUT_S, Incarnation, make_hello
+from kvasir.worker.upstream.options import Options, UpstreamOptions
+from kvasir.worker.upstream.server import Facts, Server, wait_until_up
+
+
+class UpstreamWorker:
+    """See the module. `link` is a DEALER to the gateway; the worker owns it. `run` returns the exit code."""
+
+    def __init__(
+        self,
+        options: Options,
+        upstream: UpstreamOptions,
+        server: Server,
+        worker_id: str,
+        link: Link,
+        context: zmq.Context[Any],
+    ) -> None:
+        self._options = options
+        self._context = context
+        self._upstream = upstream
+        self._server = server
+        self._worker_id = worker_id
+        self._link = link
+        self._incarnation: Incarnation | None = None
+        self._drain_s: float | None = None
+        self._looking = trio.CancelScope()
+
+    async def run(self) -> int:
+        """Serve until drained or refused. Cancellation leaves nothing running; the gateway sees the link close."""
+        code: int | None = None
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._link.run)
+            nursery.start_soon(self._receive)
+            while code is None:
+                facts = await self._find()
+                code = 0 if facts is None else await self._serve(facts)
+            nursery.cancel_scope.cancel()
+        self._link.close(linger_ms=int(1000 * BYE_TIMEOUT_S))
+        return code
+
+    def drain(self, deadline_s: float) -> None:
+        """Take nothing new, finish what runs within `deadline_s`, leave. A second call may only shorten that."""
+        self._drain_s = deadline_s if self._drain_s is None else min(deadline_s, self._drain_s)
+        self._looking.cancel()
+        if self._incarnation is not None:
+            self._incarnation.drain(self._drain_s)
+
+    async def _find(self) -> Facts | None:
+        """Wait until the upstream serves; return what it says, None if we are to leave meanwhile.
+
+        Raises:
+            ConfigurationError: what waiting cannot mend.
+        """
+        with trio.CancelScope() as self._looking:
+            if self._drain_s is None:
+                return await wait_until_up(self._server, self._server.find)
+        return None
+
+    async def _serve(self, facts: Facts) -> int | None:
+        """Be one incarnation; return the exit code if it was the last one."""
+        hello = make_hello(self._options, self._worker_id, facts)
+        incarnation = Incarnation(self._options, self._upstream, self._server, facts, hello, self._link, self._context)
+        self._incarnation = incarnation
+        if self._drain_s is not None:
+            incarnation.drain(self._drain_s)
+        end = await incarnation.run()
+        self._incarnation = None
+        log("left", worker=self._worker_id, upstream=self._server.name, reason=end.reason)
+        if end.bye is not None:
+            await incarnation.say(end.bye, BYE_TIMEOUT_S)
+        return end.exit_code
+
+    async def _receive(self) -> None:
+        while True:
+            try:
+                messages = await self._link.receive()
+            except LinkClosed:
+                return
+            for frame in [frame for frames in messages for frame in frames]:
+                try:
+                    command = COMMANDS.decode(frame)
+                except InvalidMessage as error:
+                    log("invalid_command", num_bytes=len(frame), error=error.message)
+                    continue
+                if self._incarnation is not None:
+                    self._incarnation.take(command)
