@@ -101,13 +101,15 @@ class Server:
         path = vllm.GENERATE if facts.has_generate else vllm.COMPLETIONS
         return self._client.open("POST", path, body, self._headers)
 
-    async def abort(self, facts: Facts, request_id: str) -> None:
-        """Ask the server to stop a request: its stream then ends by itself. Errors are passed over."""
-        body = vllm.abort_body(request_id, has_generate=facts.has_generate)
+    async def abort(self, facts: Facts, request_id: str) -> bool:
+        """Ask the server to stop a request: its stream then ends by itself. False: it takes no such request."""
+        if not facts.has_generate:  # both routes are switched on together
+            return False
         try:
-            await self._client.ask("POST", vllm.ABORT, body, timeout_s=ASK_TIMEOUT_S)
+            status, _ = await self._client.ask("POST", vllm.ABORT, vllm.abort_body(request_id), timeout_s=ASK_TIMEOUT_S)
         except (UpstreamUnreachable, trio.TooSlowError):
-            pass
+            return False
+        return status == 200
 
     async def _probe(self, model: str) -> bool:
         """Draw one token; return whether vLLM's own route takes it."""

@@ -110,12 +110,16 @@ class Streams:
         if active is not None and not active.is_aborted:
             active.is_aborted = True
             active.scope.deadline = min(active.scope.deadline, trio.current_time() + ABORT_S)
-            self._nursery.start_soon(self._server.abort, self._facts, active.request_id)
+            self._nursery.start_soon(self._abort, active)
 
     def hand_back(self, text: str) -> None:
         """Cut all streams; their final outputs say "abort", so that they go on elsewhere."""
         for active in self._active.values():
             active.is_aborted, active.error = True, text
+            active.scope.cancel()
+
+    async def _abort(self, active: Active) -> None:
+        if not await self._server.abort(self._facts, active.request_id):
             active.scope.cancel()
 
     async def _run(self, active: Active) -> None:

@@ -23,7 +23,6 @@ COMPLETIONS = "/v1/completions"
 ABORT = "/inference/v1/abort_requests"
 QUEUE_FULL = 503
 DONE = b"[DONE]"
-_GENERATE_PREFIX, _COMPLETION_PREFIX = "generate-tokens-", "cmpl-"
 _DEFAULTS = Sampling()
 _PASSED_ON = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
 _TRANSLATED = ("top_k", "logit_bias", "logprobs")
@@ -261,14 +260,9 @@ def generate_body(command: Generate, model: str, request_id: str, *, has_generat
     return msgspec.json.encode(body)
 
 
-def upstream_id(request_id: str, *, has_generate: bool) -> str:
-    """Return the id by which the server's engine knows a request of ours."""
-    return f"{_GENERATE_PREFIX}{request_id}" if has_generate else f"{_COMPLETION_PREFIX}{request_id}-0"
-
-
-def abort_body(request_id: str, *, has_generate: bool) -> bytes:
-    """Return the body that stops one request."""
-    return msgspec.json.encode({"request_ids": [upstream_id(request_id, has_generate=has_generate)]})
+def abort_body(request_id: str) -> bytes:
+    """Return the body that stops one request of `GENERATE`, by the id under which the engine knows it."""
+    return msgspec.json.encode({"request_ids": [f"generate-tokens-{request_id}"]})
 
 
 def probe_body(model: str, *, has_generate: bool) -> bytes:
