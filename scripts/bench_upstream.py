@@ -1,6 +1,7 @@
 """What a worker in front of vLLM costs: the same load straight to a stand-in server, and through core and worker.
 
-    python scripts/bench_upstream.py                  first tokens, requests/s, CPU of the worker per request
+    python scripts/bench_upstream.py                                first tokens, requests/s, the worker's CPU
+    python scripts/bench_upstream.py --url http://127.0.0.1:8300    the same before a real server
 
 The stand-in (`scripts/vllm_standin.py`) and the worker are processes of their own; the core runs in this one, without
 edges. Both ways alternate in one run. A stand-in draws tokens for nothing: what is measured is the way there and back.
@@ -132,13 +133,15 @@ def start(*command: str) -> subprocess.Popen[str]:
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        step = ["--step-ms", str(args.step_ms), "--max-num-seqs", str(max(32, args.connections))]
-        standin = start("scripts/vllm_standin.py", "--num-blocks", "20000", *step)
-        worker = None
+        standin = worker = None
         context: zmq.Context[Any] = zmq.Context()
         try:
-            assert standin.stdout is not None
-            url = json.loads(standin.stdout.readline())["url"]
+            url = args.url
+            if url is None:
+                step = ["--step-ms", str(args.step_ms), "--max-num-seqs", str(max(32, args.connections))]
+                standin = start("scripts/vllm_standin.py", "--num-blocks", "20000", *step)
+                assert standin.stdout is not None
+                url = json.loads(standin.stdout.readline())["url"]
             endpoint = f"ipc://{folder}/w.sock"
             port = WorkerPort(open_router(context, [endpoint]))
             core = Core(
@@ -191,6 +194,7 @@ def summary(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--url", help="a vLLM server that is running, in the place of the stand-in")
     parser.add_argument("--connections", type=int, action="append", help="default: 1 and 16")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=32)

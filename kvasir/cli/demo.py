@@ -22,7 +22,7 @@ from kvasir.cli.demo_keys import obtain_key
 from kvasir.cli.output import ID_CHARS, Rows, example, harmless, json_option, make_console, plain, print_json
 from kvasir.client import Client
 from kvasir.paths import admin_socket, client_endpoint
-from kvasir.protocol.admin_messages import PrefixPublish, PrefixReply
+from kvasir.protocol.admin_messages import PrefixPublish, PrefixReply, StatusQuery, StatusReply
 from kvasir.protocol.errors import BadRequest, RequestFailed
 
 PREFIX_NAME = "kvasir-demo"
@@ -80,11 +80,18 @@ def run_demo(console: Console, *, model: str | None = None, quiet: bool = False)
     ):
         name, _ = choose_model(demo, model)
         speak = _warm_up(demo, name)
+        workers = [worker for worker in ask(StatusQuery(), StatusReply).workers if worker.model == name]
+        is_shared = not any("public_zone" in worker.lacks for worker in workers)
         ask(PrefixPublish(name=PREFIX_NAME, text=system, replace=True), PrefixReply)
         plan: tuple[tuple[str, str, str, Callable[[], Completion]], ...] = (
             ("demo", "published, first time", "cold", lambda: speak(demo, system, QUESTIONS[0])),
             ("demo", "published, again", "warm", lambda: speak(demo, system, QUESTIONS[1])),
-            ("demo-b", "published, first contact", "warm", lambda: speak(demo_b, system, QUESTIONS[2])),
+            (
+                "demo-b",
+                "published, first contact",
+                "warm" if is_shared else "cold",
+                lambda: speak(demo_b, system, QUESTIONS[2]),
+            ),
             ("demo", "private, first time", "cold", lambda: _complete(demo, name, private)),
             ("demo-b", "the same text, its own", "cold", lambda: _complete(demo_b, name, private)),
             ("demo", "private, again", "warm", lambda: _complete(demo, name, private)),
@@ -115,6 +122,8 @@ def run_demo(console: Console, *, model: str | None = None, quiet: bool = False)
             console.print(f"\nWhat it wrote to {row.tenant} ({row.what}):")
             console.print(Text(excerpt(row.text)), style="dim")
         console.print(f"\n{plain(reading(rows))}")
+        if not is_shared:
+            console.print(f"{plain(workers[0].engine)} shares no prefixes between tenants: docs/fleets.md says why.")
         console.print(f"Why each went where it went: kvasir explain {plain(rows[-1].request_id[:ID_CHARS])}")
     return rows
 
