@@ -32,8 +32,11 @@ from kvasir.protocol.profile import LinkProfile, apply_profile
 MAX_PARTS = 4
 MAX_DISCARDED = 256  # frames in one turn, of messages with too many: each takes some microseconds
 MAX_BATCH_BYTES = 16 << 20
-_NOBLOCK = int(zmq.NOBLOCK)  # plain ints: `|` on pyzmq's flags costs as much as a send
+# Plain ints: `|` and `&` on pyzmq's flags cost as much as a send.
+_NOBLOCK = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+_POLLIN = int(zmq.POLLIN)
+_POLLOUT = int(zmq.POLLOUT)
 
 
 class LinkBusy(KvasirError):
@@ -119,13 +122,15 @@ class Link:
         try:
             self._discard()
             while len(messages) < max_messages and num_bytes < MAX_BATCH_BYTES and not self._discarding:
-                frames = [self._socket.recv(_NOBLOCK)]
-                while self._socket.getsockopt(zmq.RCVMORE):
+                part = self._socket.recv(_NOBLOCK, copy=False)  # which knows `more`, else a call of its own
+                frames = [part.bytes]
+                while part.more:
                     if len(frames) == self._max_parts:
                         self.num_refused += 1
                         self._discarding = True
                         break
-                    frames.append(self._socket.recv(_NOBLOCK))
+                    part = self._socket.recv(_NOBLOCK, copy=False)
+                    frames.append(part.bytes)
                 else:
                     messages.append(frames)
                     num_bytes += len(frames[-1])
@@ -194,8 +199,7 @@ class Link:
         for _ in range(MAX_DISCARDED):
             if not self._discarding:
                 return
-            self._socket.recv(_NOBLOCK)
-            self._discarding = bool(self._socket.getsockopt(zmq.RCVMORE))
+            self._discarding = self._socket.recv(_NOBLOCK, copy=False).more
 
     def _check_open(self) -> None:
         if self._closed:
@@ -212,9 +216,9 @@ class Link:
         return events
 
     def _wake(self, events: int) -> None:
-        if events & zmq.POLLIN:
+        if events & _POLLIN:
             self._readers.unpark_all()
-        if events & zmq.POLLOUT:
+        if events & _POLLOUT:
             self._writers.unpark_all()
 
 
