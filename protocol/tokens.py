@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 TOKEN_BYTES = 4
-_CODE = "I" if array("I").itemsize == TOKEN_BYTES else "L"
+_CODE: Literal["I", "L"] = "I" if array("I").itemsize == TOKEN_BYTES else "L"
 _SWAP = sys.byteorder != "little"
 
 
@@ -34,6 +35,11 @@ def unpack_tokens(packed: bytes) -> list[int]:
     if _SWAP:
         ids.byteswap()
     return ids.tolist()
+
+
+def view_tokens(packed: bytes) -> Sequence[int]:
+    """Return the token ids in `packed`, which holds a whole number of them, without a copy where that is possible."""
+    return unpack_tokens(packed) if _SWAP else memoryview(packed).cast(_CODE)
 
 
 def num_tokens(packed: bytes) -> int:

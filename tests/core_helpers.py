@@ -12,7 +12,7 @@ from kvasir.protocol import PROTOCOL_VERSION
 from kvasir.protocol.codec import encode
 from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, Sampling, StepReport
 from kvasir.protocol.prefix import hash_prompt
-from kvasir.protocol.tokens import pack_tokens
+from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 
 BLOCK_SIZE = 4
 ROOT = b"r" * 16
@@ -35,7 +35,7 @@ class RecordingSink:
 
     @property
     def tokens(self) -> list[int]:
-        return [token for event in self.events if isinstance(event, Delta) for token in event.token_ids]
+        return [token for event in self.events if isinstance(event, Delta) for token in unpack_tokens(event.token_ids)]
 
 
 def make_hashes(tokens: Sequence[int], namespace: bytes = NAMESPACE) -> bytes:

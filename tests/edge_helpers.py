@@ -13,6 +13,7 @@ from kvasir.gateway.edges.published import Published
 from kvasir.gateway.tenants.directory import ApiKey, PublishedPrefix, Tenant, TenantDirectory, digest_key
 from kvasir.gateway.text.model_text import ModelText, load_text
 from kvasir.protocol.messages import TokenLogprobs
+from kvasir.protocol.tokens import pack_tokens
 
 SECRET = b"s" * 32
 DEMO = Path(__file__).resolve().parents[1] / "kvasir" / "demo_model"
@@ -79,7 +80,7 @@ class FakeCore:
             logprobs = []
             if submit.sampling.logprobs is not None:
                 logprobs = [TokenLogprobs(-0.5, [(token_id, -0.5)][: submit.sampling.logprobs])]
-            submit.sink.put(Delta(submit.req_id, [token_id], logprobs))
+            submit.sink.put(Delta(submit.req_id, pack_tokens([token_id]), logprobs))
             count += 1
         if not self.hold and self._open.pop(submit.req_id, None):
             reason = "length" if count >= submit.max_tokens else "stop"

@@ -55,10 +55,10 @@ class Cancel(msgspec.Struct, frozen=True):
 
 
 class Delta(msgspec.Struct, frozen=True):
-    """New tokens of a request, in order, exactly once."""
+    """New tokens of a request, packed, in order, exactly once."""
 
     req_id: bytes
-    token_ids: list[int]
+    token_ids: bytes
     logprobs: list[TokenLogprobs] = []
 
 

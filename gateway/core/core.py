@@ -52,7 +52,7 @@ from kvasir.protocol.messages import (
     Welcome,
 )
 from kvasir.protocol.prefix import HASH_BYTES
-from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens, unpack_tokens
+from kvasir.protocol.tokens import num_tokens
 
 _DRAINING = Unavailable("the gateway is shutting down; send the request to another one, or again in a minute")
 _PROBE = Abort(b"\0", 0)  # nobody's request: workers ignore it, but a dead link cannot take it
@@ -402,11 +402,10 @@ class Core(CoreApi):
         """Deliver one output; return what is wrong with it, if anything."""
         request = attempt.request
         if request.state == "dispatched":
-            token_ids = unpack_tokens(output.token_ids[: num_tokens(output.token_ids) * TOKEN_BYTES])
-            violation = misfit(request, output, token_ids)
+            violation = misfit(request, output)
             if violation is not None:
                 return violation
-            self._deliver(worker, attempt, output, token_ids, now)
+            self._deliver(worker, attempt, output, now)
         elif output.num_cached_tokens is not None:  # cancelled, and only now told
             worker.matched(attempt, output.num_cached_tokens)
         if output.finish_reason is None:
@@ -418,7 +417,7 @@ class Core(CoreApi):
             self._end_attempt(worker, request, output, now)
         return None
 
-    def _deliver(self, worker: Worker, attempt: Attempt, output: Output, token_ids: list[int], now: float) -> None:
+    def _deliver(self, worker: Worker, attempt: Attempt, output: Output, now: float) -> None:
         """Put the tokens of an output that fits; what has been delivered already is not delivered again."""
         request = attempt.request
         if output.seq < request.num_delivered:
@@ -430,7 +429,7 @@ class Core(CoreApi):
             request.is_begun = True
             worker.matched(attempt, output.num_cached_tokens)
             self._savings.add(request.submit, output.num_cached_tokens)
-        if not token_ids:
+        if not output.token_ids:
             return
         request.is_begun = True
         worker.prefilled(attempt)
@@ -438,8 +437,8 @@ class Core(CoreApi):
             request.first_token_at = now
             self._requests.models[request.submit.model].counters.ttft_s.add(now - request.submit.arrived)
         request.delivered += output.token_ids
-        worker.counters.output_tokens += len(token_ids)
-        request.submit.sink.put(Delta(output.req_id, token_ids, output.logprobs))
+        worker.counters.output_tokens += num_tokens(output.token_ids)
+        request.submit.sink.put(Delta(output.req_id, output.token_ids, output.logprobs))
 
     def _end_attempt(self, worker: Worker, request: Request, output: Output, now: float) -> None:
         """Finish a request with its worker's last word, or queue it again if the worker hands it back."""

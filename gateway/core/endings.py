@@ -13,7 +13,7 @@ import msgspec
 from kvasir.gateway.core.request import Request
 from kvasir.protocol.errors import DeadlineExceeded, KvasirError, RequestFailed
 from kvasir.protocol.messages import Output
-from kvasir.protocol.tokens import TOKEN_BYTES
+from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens, view_tokens
 
 
 class End(msgspec.Struct, frozen=True):
@@ -24,20 +24,21 @@ class End(msgspec.Struct, frozen=True):
     is_poison: bool = False
 
 
-def misfit(request: Request, output: Output, token_ids: list[int]) -> str | None:
-    """Return what is wrong with an output of the current attempt, whose `token_ids` are given unpacked, or None.
+def misfit(request: Request, output: Output) -> str | None:
+    """Return what is wrong with an output of the current attempt, or None.
 
     Links keep the order and lose nothing while they live, so that anything but the next token (or a repetition, which
     does no harm) means that the worker is out of step and cannot be believed.
     """
+    packed = output.token_ids
     num_delivered = request.num_delivered
     is_repetition = output.seq < num_delivered and output.finish_reason is None
-    if len(output.token_ids) != len(token_ids) * TOKEN_BYTES or (output.seq != num_delivered and not is_repetition):
-        return f"output of {len(output.token_ids)} bytes at {output.seq}, expected whole tokens at {num_delivered}"
-    if output.seq + len(token_ids) > request.submit.max_tokens:
+    if len(packed) % TOKEN_BYTES or (output.seq != num_delivered and not is_repetition):
+        return f"output of {len(packed)} bytes at {output.seq}, expected whole tokens at {num_delivered}"
+    if output.seq + num_tokens(packed) > request.submit.max_tokens:
         return f"more than the {request.submit.max_tokens} tokens asked for"
-    if token_ids and max(token_ids) >= request.submit.vocab_size:
-        return f"token id {max(token_ids)} of a vocabulary of {request.submit.vocab_size}"
+    if packed and (largest := max(view_tokens(packed))) >= request.submit.vocab_size:
+        return f"token id {largest} of a vocabulary of {request.submit.vocab_size}"
     return None
 
 

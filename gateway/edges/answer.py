@@ -11,19 +11,20 @@ import trio
 from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Event, Finished, Submit
 from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.protocol.messages import TokenLogprobs
+from kvasir.protocol.tokens import num_tokens, view_tokens
 
 MAX_WAITING_EVENTS = 16_384  # about 3 MB of them
 
 
 @dataclass(slots=True)
 class Piece:
-    """What an answer has gained since the last time: final text, its tokens, and perhaps the end.
+    """What an answer has gained since the last time: final text, its tokens (packed), and perhaps the end.
 
     `start`: how many characters the answer had before.
     """
 
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: bytes = b""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: Finished | None = None
     start: int = 0
@@ -60,17 +61,24 @@ class Answer:
         """Return what came since the last call."""
         events, self._events = self._events, []
         piece = Piece(start=self.num_chars)
+        texts, packed = [], []  # joined at the end: a whole answer comes in one call, with an event per step
         detokenizer = self.detokenizer
         for event in events:
             if isinstance(event, Finished):
                 piece.finished = event
                 self.is_over = True
             elif detokenizer is None or not detokenizer.stopped:
-                self._add(piece, event)
+                packed.append(event.token_ids)
+                piece.logprobs += event.logprobs
+                self.num_tokens += num_tokens(event.token_ids)
+                if detokenizer is not None:
+                    texts.append(self._text(detokenizer, event))
         if piece.finished is not None and detokenizer is not None:
-            piece.text += detokenizer.finish()
+            texts.append(detokenizer.finish())
             if detokenizer.stopped:
                 piece.finished = msgspec.structs.replace(piece.finished, reason="stop", error=None)
+        piece.token_ids = b"".join(packed)
+        piece.text = "".join(texts)
         self.num_chars += len(piece.text)
         return piece
 
@@ -80,18 +88,14 @@ class Answer:
             self.is_over = True
             self.core.cancel(Cancel(self.submit.req_id))
 
-    def _add(self, piece: Piece, delta: Delta) -> None:
-        piece.token_ids += delta.token_ids
-        piece.logprobs += delta.logprobs
-        self.num_tokens += len(delta.token_ids)
-        if self.detokenizer is None:
-            return
-        ids = delta.token_ids
-        if ids and ids[-1] in self.detokenizer.end_token_ids:
+    def _text(self, detokenizer: Detokenizer, delta: Delta) -> str:
+        ids = view_tokens(delta.token_ids)
+        if ids and ids[-1] in detokenizer.end_token_ids:
             ids = ids[:-1]  # the token that ends an answer is counted, not shown
-        piece.text += self.detokenizer.push(ids)
-        if self.detokenizer.stopped and self.submit is not None:
+        text = detokenizer.push(ids)
+        if detokenizer.stopped and self.submit is not None:
             self.core.cancel(Cancel(self.submit.req_id, "stop", self.num_tokens))
+        return text
 
 
 class Waiter:

@@ -11,6 +11,7 @@ from kvasir.gateway.edges.answer import Piece
 from kvasir.gateway.text.model_text import ModelText
 from kvasir.protocol.errors import BY_CODE, ErrorInfo, KvasirError
 from kvasir.protocol.messages import TokenLogprobs
+from kvasir.protocol.tokens import view_tokens
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _TYPES |= {413: "invalid_request_error", 429: "rate_limit_error"}
@@ -105,7 +106,8 @@ def error_object(info: ErrorInfo) -> dict[str, Any]:
 def _chat_logprobs(piece: Piece, text: ModelText | None) -> dict[str, Any] | None:
     if not piece.logprobs or text is None:
         return None
-    return {"content": [_chat_token(text, *pair) for pair in zip(piece.token_ids, piece.logprobs, strict=False)]}
+    pairs = zip(view_tokens(piece.token_ids), piece.logprobs, strict=False)
+    return {"content": [_chat_token(text, *pair) for pair in pairs]}
 
 
 def _chat_token(text: ModelText, token_id: int, logprobs: TokenLogprobs) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def _scored(text: ModelText, token_id: int, logprob: float) -> dict[str, Any]:
 def _completion_logprobs(piece: Piece, text: ModelText | None) -> dict[str, Any] | None:
     if not piece.logprobs or text is None:
         return None
-    tokens = [text.decode([token_id]) for token_id in piece.token_ids]
+    tokens = [text.decode([token_id]) for token_id in view_tokens(piece.token_ids)]
     return {
         "tokens": tokens,
         "token_logprobs": [entry.logprob for entry in piece.logprobs],

@@ -8,7 +8,7 @@ namespace, the rest in the namespace of the tenant's sharing scope. No request g
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from math import inf
 
@@ -24,7 +24,7 @@ from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
 from kvasir.protocol.messages import MAX_TOKEN_ID, Sampling, SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
-from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens
+from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens, view_tokens
 
 MAX_THREADS = 4
 _SAMPLING = Sampling.__struct_fields__
@@ -196,18 +196,18 @@ class Preparer:
                 param="prompt",
             )
         if request.token_ids is not None:
-            self._check_ids(info.name, memoryview(packed).cast("I"), "prompt")
+            self._check_ids(info.name, (max(view_tokens(packed)),), "prompt")  # none can be negative
         return num_tokens
 
-    def _check_ids(self, model: str, ids: memoryview | list[int], param: str) -> None:
+    def _check_ids(self, model: str, ids: Collection[int], param: str) -> None:
         text = self._texts.get(model)
         vocab_size = MAX_TOKEN_ID + 1 if text is None else text.vocab_size
-        wrong = max(ids, default=0) if max(ids, default=0) >= vocab_size else min(ids, default=0)
-        if not 0 <= wrong < vocab_size:
-            raise BadRequest(f"token id {wrong} is not in the vocabulary of {vocab_size} tokens", param=param)
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise BadRequest(f"token id {token_id} is not in the vocabulary of {vocab_size} tokens", param=param)
 
     def _check_sampling(self, request: CompletionRequest, info: ModelInfo) -> None:
-        self._check_ids(info.name, list(request.sampling.logit_bias), "logit_bias")
+        self._check_ids(info.name, request.sampling.logit_bias, "logit_bias")
         self._check_ids(info.name, request.stop_token_ids, "stop_token_ids")
         if request.stop and (not request.want_text or self._texts.get(info.name) is None):
             raise BadRequest("stop strings need text; ask for text or use stop_token_ids", param="stop")

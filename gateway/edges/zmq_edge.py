@@ -36,7 +36,6 @@ from kvasir.protocol.client_messages import (
 from kvasir.protocol.codec import encode
 from kvasir.protocol.errors import BadRequest, InvalidMessage, KvasirError, Overloaded, Unavailable
 from kvasir.protocol.link import Link, LinkClosed
-from kvasir.protocol.tokens import pack_tokens
 
 if TYPE_CHECKING:
     from kvasir.gateway.edges.prepare import Preparer
@@ -337,8 +336,8 @@ class ZmqEdge:
         piece = call.answer.take()
         request = call.request
         if piece.text or (piece.token_ids and request.want_tokens):
-            packed = pack_tokens(piece.token_ids) if request.want_tokens else b""
-            self._send(call, CompletionChunk(request.id, piece.text, packed, piece.logprobs))
+            token_ids = piece.token_ids if request.want_tokens else b""
+            self._send(call, CompletionChunk(request.id, piece.text, token_ids, piece.logprobs))
         end = piece.finished
         if end is not None:
             self._close(call)

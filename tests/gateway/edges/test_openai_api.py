@@ -16,6 +16,7 @@ from kvasir.gateway.edges.openai_api import HttpApi
 from kvasir.gateway.http.connection import HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.protocol.errors import RequestFailed
+from kvasir.protocol.tokens import pack_tokens
 from tests.edge_helpers import KEYS, TEXT, FakeCore, make_directory, make_preparer
 
 pytestmark = pytest.mark.timeout(30)
@@ -244,7 +245,7 @@ def test_all_tokens_that_came_since_the_last_write_go_out_in_one() -> None:
 
         def deliver_at_once(submit: Submit) -> None:
             for token_id in ids:
-                submit.sink.put(Delta(submit.req_id, [token_id]))
+                submit.sink.put(Delta(submit.req_id, pack_tokens([token_id])))
             submit.sink.put(Finished(submit.req_id, "length", 3, len(ids)))
 
         house.core.submit = deliver_at_once  # type: ignore[method-assign]
@@ -271,7 +272,7 @@ def test_an_error_in_mid_stream_is_sent_as_an_event_and_before_it_as_a_status() 
             def submit_(submit: Submit) -> None:
                 async def later() -> None:
                     if num_tokens:
-                        submit.sink.put(Delta(submit.req_id, TEXT.encode("import")))
+                        submit.sink.put(Delta(submit.req_id, pack_tokens(TEXT.encode("import"))))
                         await trio.lowlevel.checkpoint()
                         await trio.lowlevel.checkpoint()
                     submit.sink.put(Finished(submit.req_id, "error", 3, num_tokens, error=error))
@@ -312,12 +313,12 @@ def test_a_stream_whose_client_does_not_read_is_cut_before_it_grows_without_boun
             nursery.start_soon(house.api, request, stuck)
             await trio.testing.wait_all_tasks_blocked()
             [submit] = submits
-            submit.sink.put(Delta(submit.req_id, [300]))
+            submit.sink.put(Delta(submit.req_id, pack_tokens([300])))
             await blocked.wait()
             for _ in range(MAX_WAITING_EVENTS):
-                submit.sink.put(Delta(submit.req_id, [300]))
+                submit.sink.put(Delta(submit.req_id, pack_tokens([300])))
             assert not stuck.was_cut
-            submit.sink.put(Delta(submit.req_id, [300]))
+            submit.sink.put(Delta(submit.req_id, pack_tokens([300])))
             assert stuck.was_cut
             nursery.cancel_scope.cancel()
         assert [cancel.req_id for cancel in house.core.cancels] == [submit.req_id]

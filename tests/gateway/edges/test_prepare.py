@@ -201,7 +201,7 @@ def test_the_token_that_ended_an_answer_is_not_shown_whether_it_is_special_or_no
         answer.submit = preparer.prepare_nowait(request, ALPHA, answer)
         assert answer.submit is not None
         answer.detokenizer = preparer.detokenizer(request, answer.submit)
-        answer.put(Delta(answer.submit.req_id, ids))
+        answer.put(Delta(answer.submit.req_id, pack_tokens(ids)))
         answer.put(Finished(answer.submit.req_id, "stop", 1, len(ids)))
         piece = answer.take()
-        assert (piece.text, piece.token_ids) == (shown, ids)
+        assert (piece.text, piece.token_ids) == (shown, pack_tokens(ids))

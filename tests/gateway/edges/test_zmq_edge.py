@@ -83,7 +83,7 @@ class FakeCore:
         return next(cancel for cancel in self.cancels if cancel.req_id == submit.req_id)
 
     def deliver(self, submit: Submit, token_ids: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
-        submit.sink.put(Delta(submit.req_id, token_ids, logprobs or []))
+        submit.sink.put(Delta(submit.req_id, pack_tokens(token_ids), logprobs or []))
 
     def finish(self, submit: Submit, reason: str = "length", num_output_tokens: int = 0, error=None) -> None:
         if self.open.pop(submit.req_id, None) is not None:
