@@ -10,7 +10,10 @@ import trio
 
 
 def log(event: str, **fields: object) -> None:
-    """Print `event` with `fields`; values with spaces are quoted. Errors of a closed stderr are ignored."""
+    """Print `event` with `fields`, those that are None left out; what could be misread is quoted.
+
+    Errors of a closed stderr are ignored.
+    """
     _write(_line(event, fields))
 
 
@@ -40,8 +43,12 @@ class AccessLog:
 
 
 def _line(event: str, fields: dict[str, object]) -> str:
-    parts = [f"{name}={_text(value)}" for name, value in fields.items() if value is not None]
-    return " ".join((_stamp(int(time.time())), event, *parts)) + "\n"
+    parts = [event, *[f"{name}={value}" for name, value in fields.items() if value is not None]]
+    line = " ".join(parts)
+    # One look at the whole line, since hardly any has a value to quote: with a space, empty or unprintable.
+    if line.count(" ") != len(parts) - 1 or "= " in line or line.endswith("=") or not line.isprintable():
+        line = " ".join([event, *[f"{name}={_quoted(value)}" for name, value in fields.items() if value is not None]])
+    return f"{_stamp(int(time.time()))} {line}\n"
 
 
 def _write(lines: str) -> None:
@@ -60,8 +67,6 @@ def no_log(event: str, **fields: object) -> None:
     """Take what `log` takes, and print nothing."""
 
 
-def _text(value: object) -> str:
-    if isinstance(value, int):
-        return str(value)
-    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+def _quoted(value: object) -> str:
+    text = str(value)
     return text if text.isprintable() and text and " " not in text else repr(text)

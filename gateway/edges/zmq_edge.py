@@ -295,9 +295,9 @@ class ZmqEdge:
     def _log_end(self, call: _Call, status: str) -> None:
         submit = call.answer.submit
         if submit is not None:
+            tenant, request, tokens = submit.tenant_id, submit.req_id.hex(), call.answer.num_tokens
             ms = round((trio.current_time() - submit.arrived) * 1000)
-            facts = {"status": status, "tenant": submit.tenant_id, "request": submit.req_id.hex()}
-            self._access("request", edge="zmq", **facts, tokens=call.answer.num_tokens, ms=ms)
+            self._access("request", edge="zmq", status=status, tenant=tenant, request=request, tokens=tokens, ms=ms)
 
     def _refuse(self, peer: Peer[_Call], call_id: int, error: KvasirError) -> None:
         self._num_refused += 1

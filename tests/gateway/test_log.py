@@ -1,4 +1,7 @@
-"""The access log: every line comes, in order, with fewer writes than lines; the rest when it is cancelled."""
+"""The access log: every line comes, in order, with fewer writes than lines; the rest when it is cancelled.
+
+Nothing that a client sends can end a line or pose as a field of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from kvasir.gateway.log import AccessLog
+from kvasir.gateway.log import AccessLog, log
 
 
 def test_lines_of_the_access_log_are_written_together_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +34,28 @@ def test_lines_of_the_access_log_are_written_together_and_none_is_lost(monkeypat
     assert len(writes) == 2
     lines = "".join(writes).splitlines()
     assert [line.split()[-1] for line in lines] == [f"number={number}" for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("plain", "plain"),
+        (3, "3"),
+        (0.5, "0.5"),
+        ("", "''"),
+        ("a b", "'a b'"),
+        ("a status=200", "'a status=200'"),
+        ("a\nb", r"'a\nb'"),
+        ("a\x1b[2J", r"'a\x1b[2J'"),
+        ("/?a=b", "/?a=b"),
+        ("a= b=c", "'a= b=c'"),
+    ],
+)
+def test_a_value_that_could_be_misread_is_quoted(value: object, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[str] = []
+    monkeypatch.setattr(sys.stderr, "write", writes.append)
+    for fields in ({"path": value, "nothing": None, "ms": 1}, {"ms": 1, "path": value}):
+        log("request", **fields)
+    first, last = (line.split(" ", 2)[2] for line in writes)
+    assert first == f"request path={shown} ms=1\n"
+    assert last == f"request ms=1 path={shown}\n"
