@@ -25,6 +25,7 @@ from kvasir.protocol.tokens import TOKEN_BYTES
 HASH_BYTES = 16
 SCHEME_VERSION = 1
 _MANY = Struct(f"{HASH_BYTES}s" * 64)  # taken apart at a time, four times as fast as one by one
+_FEW = [Struct(f"{HASH_BYTES}s" * count) for count in range(64)]
 
 
 def derive_root(secret: bytes, fingerprint: str, dtype: str, adapter: str = "") -> bytes:
@@ -74,8 +75,8 @@ def hash_prompt(
 def split_hashes(packed: bytes) -> list[bytes]:
     """Return the 16-byte hashes in `packed`, in order."""
     num_bytes = len(packed) // _MANY.size * _MANY.size
-    rest = [packed[i : i + HASH_BYTES] for i in range(num_bytes, len(packed), HASH_BYTES)]
-    return [*chain.from_iterable(_MANY.iter_unpack(packed[:num_bytes])), *rest] if num_bytes else rest
+    rest = _FEW[(len(packed) - num_bytes) // HASH_BYTES].unpack_from(packed, num_bytes)
+    return [*chain.from_iterable(_MANY.iter_unpack(packed[:num_bytes])), *rest] if num_bytes else list(rest)
 
 
 def _keyed(secret: bytes, person: bytes, *fields: str) -> bytes:

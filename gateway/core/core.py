@@ -316,7 +316,7 @@ class Core(CoreApi):
 
     def _dispatch(self, model: Model, now: float) -> None:
         """Send what waits to workers that have credits, tenant by tenant."""
-        while model.num_waiting:
+        while model.queue or model.suspects:
             emptied = _emptied_for_suspect(model) if model.suspects else None
             able = [worker for worker in model.workers if worker.num_credits > 0 and worker is not emptied]
             if emptied is not None and not emptied.in_flight:

@@ -68,7 +68,7 @@ class Preparer:
             Unavailable: the model is configured, but none of its workers has ever come up yet.
         """
         info = self._find_model(request.model, tenant)
-        if sum(given is not None for given in (request.text, request.messages, request.token_ids)) != 1:
+        if (request.text, request.messages, request.token_ids).count(None) != 2:
             raise BadRequest("give exactly one of text, messages and token_ids", param="prompt")
         if _num_chars(request) > QUICK_CHARS:
             return None
@@ -227,7 +227,7 @@ class Preparer:
 
 
 def _num_chars(request: CompletionRequest) -> int:
-    return len(request.text or "") + sum(len(message.content) for message in request.messages or ())
+    return len(request.text or "") + sum([len(message.content) for message in request.messages or ()])
 
 
 def _check_max_tokens(request: CompletionRequest, info: ModelInfo, num_tokens: int) -> int:
