@@ -22,7 +22,8 @@ from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.edges.published import Published
 from kvasir.gateway.edges.zmq_edge import EdgeLimits, ZmqEdge
 from kvasir.gateway.tenants.directory import Tenant, TenantDirectory, issue_key
-from kvasir.gateway.text.model_text import load_text
+from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText, load_text
+from kvasir.gateway.text.word_cache import Words
 from kvasir.protocol.client_messages import (
     GATEWAY_MESSAGES,
     CancelRequest,
@@ -696,6 +697,44 @@ def test_a_long_text_is_tokenised_beside_the_others_and_can_be_cancelled_meanwhi
         await client.assert_silent()
 
     run(main)
+
+
+def test_only_so_many_long_texts_are_tokenised_at_once_cancelled_ones_among_them(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    encode_text = ModelText.encode
+
+    def encode_at_the_gate(text: ModelText, prompt: str, *rest: Words) -> list[int]:
+        assert len(prompt) <= QUICK_CHARS or gate.wait(20)
+        return encode_text(text, prompt, *rest)
+
+    monkeypatch.setattr(ModelText, "encode", encode_at_the_gate)
+    long = "import os\n" * 1_000
+
+    async def main(house: House) -> None:
+        house.core.on_submit = house.core.echo
+        client = house.dealer()
+        try:
+            first, cancelled, refused = (client.request(long) for _ in range(3))
+            message = await client.receive()
+            assert (message.id, message.error.code, message.error.retry_after_s) == (refused, "overloaded", 1.0)
+            client.cancel(cancelled)
+            assert (await client.receive()).finish_reason == "abort"
+            still_refused = client.request(long)  # the cancelled one's thread goes on, so that its place is not free
+            message = await client.receive()
+            assert (message.id, message.error.code) == (still_refused, "overloaded")
+            assert (await client.answer(client.request([5], max_tokens=1)))[1] == [5]  # others do not wait for them
+        finally:
+            gate.set()
+        assert (await client.receive()).id == first
+        codes: set[str] = set()
+        while codes != {"context_length_exceeded"}:  # both places are free again, as soon as both threads have ended
+            for _ in range(2):
+                client.request(long)
+            codes = {(await client.receive()).error.code for _ in range(2)}
+
+    run(main, EdgeLimits(max_preparing=2))
 
 
 def test_a_restarted_gateway_serves_the_same_client_again(tmp_path: Path) -> None:
