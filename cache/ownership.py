@@ -22,17 +22,10 @@ from kvasir.cache.block_pool import PUBLIC, IntegrityError
 from kvasir.cache.policy import Policy, PolicyFactory
 from kvasir.cache.run import Run
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import KvAccount
+from kvasir.protocol.messages import KvAccount, Quota
 
 _NEVER = 1 << 62
-
-
-@dataclass(frozen=True, slots=True)
-class Quota:
-    """In blocks. `cap` None: none."""
-
-    floor: int = 0
-    cap: int | None = None
+_NONE = Quota()
 
 
 @dataclass(slots=True, eq=False)
@@ -87,7 +80,7 @@ class Order:
 
     policy: Policy
     account: Account | None = None
-    quota: Quota = Quota()
+    quota: Quota = _NONE
     num_idle: int = 0
     num_blocked: int = 0
 
@@ -204,7 +197,7 @@ class Owners:
 
         `runs`: all there are. O(len(runs)) when an owner gets its first quota or loses it.
         """
-        wanted = {owner: quota for owner, quota in quotas.items() if quota != Quota()}
+        wanted = {owner: quota for owner, quota in quotas.items() if quota != _NONE}
         before = dict(self._own)
         for owner in self._own.keys() - wanted.keys():
             del self._own[owner]

@@ -24,12 +24,12 @@ from math import inf
 from kvasir.cache.block_pool import PUBLIC, BlockPool, IntegrityError
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.cache.events import EventLog, Stored
-from kvasir.cache.ownership import Account, Owners, Quota, check_quotas
+from kvasir.cache.ownership import Account, Owners, check_quotas
 from kvasir.cache.policies.lru import Lru
 from kvasir.cache.policy import Observer, PolicyFactory
 from kvasir.cache.run import BLOCK_IDS, Run
 from kvasir.cache.run_tree import RunTree
-from kvasir.protocol.messages import KvAccount, RetentionHint
+from kvasir.protocol.messages import KvAccount, Quota, RetentionHint
 from kvasir.protocol.tokens import TOKEN_BYTES
 
 

@@ -164,18 +164,17 @@ class Drain(Command, tag="drain"):
     deadline_s: Seconds
 
 
-class KvQuota(Struct, frozen=True, forbid_unknown_fields=True):
-    """A tenant's floor and cap in blocks of this worker's pool. `cap` None: none."""
+class Quota(Struct, frozen=True, forbid_unknown_fields=True):
+    """A tenant's floor and cap in blocks of one worker's pool. `cap` None: none."""
 
-    tenant: Name
     floor: Count = 0
     cap: Annotated[int, Meta(ge=1, le=1 << 53)] | None = None
 
 
 class Quotas(Command, tag="quotas"):
-    """These floors and caps hold from now on, in the place of all before. Tenants that are not named have none."""
+    """These floors and caps, by tenant, hold from now on in the place of all before. A tenant not named has none."""
 
-    quotas: Annotated[list[KvQuota], Meta(max_length=1 << 16)]
+    quotas: Annotated[dict[Name, Quota], Meta(max_length=1 << 16)]
 
 
 class ClearTenant(Command, tag="clear_tenant"):

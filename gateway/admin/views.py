@@ -16,7 +16,7 @@ from kvasir.gateway.tenants.directory import PublishedPrefix, TenantDirectory
 from kvasir.gateway.tenants.quotas import kv_quotas
 from kvasir.gateway.workers.supervisor import Supervisor
 from kvasir.protocol.admin_messages import CacheTenant, CacheWorker, ModelStatus, PrivatePrefix, UsageInfo, WorkerInfo
-from kvasir.protocol.messages import KvQuota
+from kvasir.protocol.messages import Quota
 from kvasir.protocol.prefix import HASH_BYTES
 
 MAX_PRIVATE_PREFIXES = 100  # shown
@@ -73,14 +73,14 @@ class GatewayViews:
     def cache(self) -> list[CacheWorker]:
         tenants = {tenant.id: tenant for tenant in self._directory.tenants()}
 
-        def shown(owner: CacheTenant, quotas: Mapping[str, KvQuota]) -> CacheTenant:
-            quota = quotas.get(owner.tenant, KvQuota(owner.tenant))
+        def shown(owner: CacheTenant, quotas: Mapping[str, Quota]) -> CacheTenant:
+            quota = quotas.get(owner.tenant, Quota())
             name = tenants[owner.tenant].name if owner.tenant in tenants else owner.tenant
             return structs.replace(owner, tenant=name, floor=quota.floor, cap=quota.cap)
 
         found = []
         for cache in self._core.statistics().caches:
-            quotas = {quota.tenant: quota for quota in kv_quotas(tenants.values(), cache.num_blocks)}
+            quotas = kv_quotas(tenants.values(), cache.num_blocks)
             owners = sorted(cache.tenants, key=lambda owner: -owner.num_blocks)
             found.append(structs.replace(cache, tenants=[shown(owner, quotas) for owner in owners]))
         return found

@@ -40,9 +40,9 @@ from kvasir.protocol.messages import (
     Hello,
     Identify,
     KvAccounts,
-    KvQuota,
     Output,
     Pin,
+    Quota,
     Quotas,
     Refused,
     Resync,
@@ -107,7 +107,7 @@ class Core(CoreApi):
         self._requests = Requests(config.queue, config.models, clock())
         self._totals = Totals()
         self._explained: OrderedDict[bytes, list[Decision]] = OrderedDict()
-        self._kv_quotas: Callable[[int], list[KvQuota]] | None = None
+        self._kv_quotas: Callable[[int], dict[str, Quota]] | None = None
         self._pins: Callable[[str, str], list[Pin]] | None = None
         self._savings = Savings(config.block_size)
         self._draining = False
@@ -236,7 +236,7 @@ class Core(CoreApi):
 
     # ---- KV ownership --------------------------------------------------------------------------------------------
 
-    def set_kv_quotas(self, quotas: Callable[[int], list[KvQuota]]) -> None:
+    def set_kv_quotas(self, quotas: Callable[[int], dict[str, Quota]]) -> None:
         """Put floors and caps in force on all workers, those that join later too.
 
         `quotas(num_blocks)` returns them for a pool of that size.

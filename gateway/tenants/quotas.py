@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from kvasir.gateway.tenants.directory import Tenant
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import KvQuota
+from kvasir.protocol.messages import Quota
 
 _KV_SIZE = re.compile(r"[0-9]{1,12}|[0-9]{1,3}(\.[0-9]{1,4})?%")
 
@@ -39,17 +39,16 @@ def kv_blocks(text: str, num_blocks: int) -> int:
     return int(text)
 
 
-def kv_quotas(tenants: Iterable[Tenant], num_blocks: int) -> list[KvQuota]:
-    """Return the floors and caps of `tenants` in blocks of a pool of `num_blocks`; a cap is at least one."""
-    return [
-        KvQuota(
-            tenant.id,
+def kv_quotas(tenants: Iterable[Tenant], num_blocks: int) -> dict[str, Quota]:
+    """Return the floors and caps by tenant id, in blocks of a pool of `num_blocks`; a cap is at least one."""
+    return {
+        tenant.id: Quota(
             kv_blocks(tenant.kv_floor, num_blocks) if tenant.kv_floor else 0,
             max(1, kv_blocks(tenant.kv_cap, num_blocks)) if tenant.kv_cap else None,
         )
         for tenant in tenants
         if tenant.kv_floor or tenant.kv_cap
-    ]
+    }
 
 
 def check_kv_quotas(
@@ -71,14 +70,15 @@ def check_kv_quotas(
         )
     for worker_id, num_blocks in pools.items():
         quotas = kv_quotas(tenants, num_blocks)
-        for tenant, quota in zip(tenants, quotas, strict=True):
+        for tenant in tenants:
+            quota = quotas[tenant.id]
             if quota.cap is not None and quota.floor > quota.cap:
                 raise BadRequest(
                     f"tenant {tenant.name}: the KV floor {tenant.kv_floor} is above the cap {tenant.kv_cap} "
                     f"({quota.floor} and {quota.cap} of the {num_blocks} blocks of worker {worker_id})",
                     param="kv_cap",
                 )
-        total, num_pinned = sum(quota.floor for quota in quotas), (pinned or {}).get(worker_id, 0)
+        total, num_pinned = sum(quota.floor for quota in quotas.values()), (pinned or {}).get(worker_id, 0)
         if total + num_pinned > num_blocks:
             beside = f" and {num_pinned} pinned blocks" if num_pinned else ""
             raise BadRequest(

@@ -10,11 +10,10 @@ import torch
 from kvasir.cache.block_pool import PUBLIC
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.cache.kv_store import KvStore
-from kvasir.cache.ownership import Quota
 from kvasir.cache.policies import POLICIES
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import KvAccount
+from kvasir.protocol.messages import KvAccount, Quota
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import pack_tokens
 

@@ -14,10 +14,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from kvasir.cache.block_pool import PUBLIC
 from kvasir.cache.block_table import BlockTable, Chain
-from kvasir.cache.ownership import Quota
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.cache.run import Run
 from kvasir.protocol.errors import BadRequest
+from kvasir.protocol.messages import Quota
 from kvasir.protocol.tokens import TOKEN_BYTES
 
 SIZE = 1

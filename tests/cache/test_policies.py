@@ -7,13 +7,12 @@ import random
 import pytest
 
 from kvasir.cache.block_table import BlockTable, Chain
-from kvasir.cache.ownership import Quota
 from kvasir.cache.policies import DEFAULT_POLICY, POLICIES
 from kvasir.cache.policies.lru import Lru
 from kvasir.cache.policies.two_heaps import TwoHeaps, TwoHeapsOrder, Visit
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.errors import ConfigurationError
-from kvasir.protocol.messages import CacheHint, RetentionHint
+from kvasir.protocol.messages import CacheHint, Quota, RetentionHint
 from kvasir.protocol.prefix import derive_namespace, derive_root
 from kvasir.worker.options import parse_options
 from kvasir.worker.startup import build

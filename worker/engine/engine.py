@@ -13,7 +13,6 @@ from dataclasses import replace
 from kvasir.cache.block_pool import IntegrityError
 from kvasir.cache.block_table import BlockTable
 from kvasir.cache.events import Stored
-from kvasir.cache.ownership import Quota
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.errors import BadRequest, Overloaded
 from kvasir.protocol.messages import (
@@ -171,7 +170,7 @@ class Engine:
         Raises:
             BadRequest: they do not fit together in this pool; those before stay in force.
         """
-        self._cache.set_quotas({quota.tenant: Quota(quota.floor, quota.cap) for quota in command.quotas})
+        self._cache.set_quotas(command.quotas)
 
     def clear_tenant(self, tenant: str) -> int:
         """Drop what is cached of `tenant` and not in use; return how many blocks that were."""

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvasir.cache.ownership import Quota
 from kvasir.gateway.admin.metrics import render_metrics
 from kvasir.gateway.core.savings import Saving
 from kvasir.gateway.edges.openai_requests import read_completion
@@ -25,8 +24,8 @@ from kvasir.protocol.messages import (
     ClearTenant,
     KvAccount,
     KvAccounts,
-    KvQuota,
     Pin,
+    Quota,
     Quotas,
     RetentionHint,
     Unpin,
@@ -72,12 +71,12 @@ def test_shares_that_fit_as_shares_fit_as_blocks_of_any_pool(shares: list[int], 
             check_kv_quotas(tenants, {"w": num_blocks})
     else:
         check_kv_quotas(tenants, {"w": num_blocks})
-        assert sum(quota.floor for quota in kv_quotas(tenants, num_blocks)) <= num_blocks
+        assert sum(quota.floor for quota in kv_quotas(tenants, num_blocks).values()) <= num_blocks
 
 
 def test_a_share_of_less_than_a_block_is_no_floor_and_a_cap_of_one() -> None:
     check_kv_quotas(tenants := [Tenant(f"t{i}", f"t{i}", kv_floor="9%", kv_cap="9%") for i in range(11)], {"w": 10})
-    assert kv_quotas(tenants, 10)[0] == KvQuota("t0", 0, 1)
+    assert kv_quotas(tenants, 10)[tenants[0].id] == Quota(0, 1)
 
 
 def test_floors_in_blocks_are_checked_against_every_worker() -> None:
@@ -241,9 +240,9 @@ def test_a_store_of_any_older_schema_is_brought_up_to_date(tmp_path: Path, versi
 def test_quotas_reach_workers_that_are_there_and_those_that_join_in_blocks_of_their_pools() -> None:
     bench = Bench()
     first = bench.join("w1", num_blocks=100)
-    bench.core.set_kv_quotas(lambda num_blocks: [KvQuota("a", num_blocks // 5)])
+    bench.core.set_kv_quotas(lambda num_blocks: {"a": Quota(num_blocks // 5)})
     second = bench.join("w2", num_blocks=1000)
-    assert bench.take(Quotas) == [(first, Quotas([KvQuota("a", 20)])), (second, Quotas([KvQuota("a", 200)]))]
+    assert bench.take(Quotas) == [(first, Quotas({"a": Quota(20)})), (second, Quotas({"a": Quota(200)}))]
     assert bench.take(Welcome)[-1][0] == second
     bench.core.set_kv_quotas(lambda _: [])
     assert bench.take(Quotas) == [(first, Quotas([])), (second, Quotas([]))]
@@ -258,7 +257,7 @@ def test_a_worker_that_cannot_be_told_is_lost_and_its_requests_go_on() -> None:
     assert [peer for peer, _ in bench.take()] == [first]
     second = bench.join("w2")
     bench.dead.add(first)
-    bench.core.set_kv_quotas(lambda _: [KvQuota("a", 1)])
+    bench.core.set_kv_quotas(lambda _: {"a": Quota(1)})
     assert [peer for peer, _ in bench.take()] == [second]
     bench.core.check_integrity()
 
@@ -373,8 +372,8 @@ def test_a_pin_that_contradicts_itself_is_refused() -> None:
 def test_a_worker_process_keeps_quotas_reports_accounts_and_clears() -> None:
     with open_gateway() as gateway:
         gateway.welcome()
-        gateway.send(Quotas([KvQuota("a", 2, 4)]))
-        gateway.send(Quotas([KvQuota("a", 1 << 40)]))  # fits no pool: the ones before stay
+        gateway.send(Quotas({"a": Quota(2, 4)}))
+        gateway.send(Quotas({"a": Quota(1 << 40)}))  # fits no pool: the ones before stay
         gateway.send(make_generate(make_prompt(40), 2, req_id=b"long"))
         assert "cap is 4" in gateway.finish(b"long").error
         gateway.send(make_generate(make_prompt(9), 2, req_id=b"short"))
@@ -389,7 +388,7 @@ def test_a_new_session_begins_without_the_pins_and_quotas_of_the_one_before() ->
     rig = Rig(num_blocks=12)
     prefix = make_prompt(4 * SIZE)
     rig.engine.pin(make_pin(prefix, prewarm=True))
-    rig.engine.set_quotas(Quotas([KvQuota("a", 1, 2)]))
+    rig.engine.set_quotas(Quotas({"a": Quota(1, 2)}))
     while rig.engine.has_work:
         rig.step()
     assert rig.engine.kv_accounts().num_pinned == 4

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from kvasir.gateway.core.request import Request
-from kvasir.protocol.messages import Bye, ClearTenant, KvQuota, Load, Pin, Quotas, Sampling, Welcome
+from kvasir.protocol.messages import Bye, ClearTenant, Load, Pin, Quota, Quotas, Sampling, Welcome
 from kvasir.protocol.prefix import split_hashes
 from tests.core_helpers import BLOCK_SIZE, ROOT, Bench, make_hashes, make_submit, output
 
@@ -29,7 +29,7 @@ def test_floors_pins_and_clearing_are_told_only_to_workers_that_can() -> None:
     bench.join("ours")
     bench.join("theirs", **UPSTREAM)
 
-    bench.core.set_kv_quotas(lambda num_blocks: [KvQuota("alpha", 1)])
+    bench.core.set_kv_quotas(lambda num_blocks: {"alpha": Quota(1)})
     bench.core.set_pins(lambda model, worker_id: [pin])
     bench.core.clear_kv("alpha")
     bench.join("theirs too", **UPSTREAM)

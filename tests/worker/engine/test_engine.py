@@ -6,8 +6,7 @@ import time
 import pytest
 
 from kvasir.cache.block_pool import IntegrityError
-from kvasir.cache.ownership import Quota
-from kvasir.protocol.messages import Generate, Sampling
+from kvasir.protocol.messages import Generate, Quota, Sampling
 from kvasir.protocol.prefix import split_hashes
 from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.engine.step import SampleRow, SequenceSlice

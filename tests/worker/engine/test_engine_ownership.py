@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from kvasir.cache.ownership import Quota
+from kvasir.protocol.messages import Quota
 from tests.engine_helpers import SIZE, Rig, expected_tokens, make_generate, make_prompt
 
 

@@ -8,8 +8,7 @@ from collections import Counter
 
 import pytest
 
-from kvasir.cache.ownership import Quota
-from kvasir.protocol.messages import Generate, Sampling, StepReport
+from kvasir.protocol.messages import Generate, Quota, Sampling, StepReport
 from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.oracle_model import OracleStore
 from tests.engine_helpers import SIZE, Rig, Stream, expected_tokens, make_generate, make_prompt

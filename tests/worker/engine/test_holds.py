@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvasir.cache.ownership import Quota
 from kvasir.cache.prefix_cache import PrefixCache
-from kvasir.protocol.messages import Generate, Sampling, StepReport
+from kvasir.protocol.messages import Generate, Quota, Sampling, StepReport
 from kvasir.worker.engine.scheduler import EngineLimits, Plan, schedule
 from kvasir.worker.engine.sequence import Sequence, make_sequence
 from tests.engine_helpers import PUBLIC_SPACE, SIZE, Rig, Stream, expected_tokens, make_generate, make_prompt
