@@ -244,8 +244,8 @@ def test_quotas_reach_workers_that_are_there_and_those_that_join_in_blocks_of_th
     second = bench.join("w2", num_blocks=1000)
     assert bench.take(Quotas) == [(first, Quotas({"a": Quota(20)})), (second, Quotas({"a": Quota(200)}))]
     assert bench.take(Welcome)[-1][0] == second
-    bench.core.set_kv_quotas(lambda _: [])
-    assert bench.take(Quotas) == [(first, Quotas([])), (second, Quotas([]))]
+    bench.core.set_kv_quotas(lambda _: {})
+    assert bench.take(Quotas) == [(first, Quotas({})), (second, Quotas({}))]
     bench.core.clear_kv("a")
     assert [peer for peer, _ in bench.take(ClearTenant)] == [first, second]
 

@@ -21,7 +21,7 @@ from kvasir.protocol.admin_messages import WorkerInfo
 from kvasir.protocol.link import Link, open_router
 from kvasir.protocol.messages import Sampling
 from kvasir.protocol.prefix import hash_prompt, split_hashes
-from kvasir.protocol.tokens import pack_tokens
+from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from kvasir.worker.dial import open_socket
 from kvasir.worker.upstream.http_client import HttpClient
 from kvasir.worker.upstream.options import parse_options
@@ -51,7 +51,7 @@ class Answer:
         assert self.finished is None, "nothing comes after the end"
         if isinstance(event, Delta):
             self.deltas.append(event)
-            self.tokens += list(event.token_ids)
+            self.tokens += unpack_tokens(event.token_ids)
             self.begun.set()
         else:
             self.finished = event
