@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 from kvasir.gateway.core.api import ModelInfo
-from kvasir.gateway.core.worker import DEFAULT_PREFILL_TOKENS_PER_S, Rates, Worker
+from kvasir.gateway.core.worker import Rates, Worker
 from kvasir.gateway.core.worker_checks import Served
 from kvasir.protocol.messages import Hello
 
@@ -26,14 +26,14 @@ class Fleet:
         self.by_peer: dict[bytes, Worker] = {}
         self.served: dict[str, Served] = {}
         self.infos = {name: ModelInfo(name, "", "", 0, 0, 0) for name in sorted(configured)}
+        self._typical_rates: dict[str, Rates] = {}  # by model
         self._epoch = epoch
         self._num_sessions = 0
         self._strangers: dict[bytes, float] = {}  # when unknown peers were last asked who they are
 
     def admit(self, peer: bytes, hello: Hello, now: float) -> Worker:
-        """Let a worker in; its id and `peer` must be free. It starts with the rate of its model's other workers."""
-        siblings = [w.rates.prefill_tokens_per_s for w in self.by_id.values() if w.hello.model == hello.model]
-        rates = Rates(sum(siblings) / len(siblings) if siblings else DEFAULT_PREFILL_TOKENS_PER_S)
+        """Let a worker in; its id and `peer` must be free. It starts with the rate of its model's workers."""
+        rates = Rates(self._typical_rates.setdefault(hello.model, Rates()))
         self._num_sessions += 1
         epoch = self._epoch + self._num_sessions.to_bytes(8, "little")
         worker = Worker(peer, hello, epoch, now, rates, last_report_at=now, last_step_at=now)

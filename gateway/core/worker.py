@@ -18,6 +18,7 @@ from kvasir.protocol.prefix import HASH_BYTES, split_hashes
 
 DEFAULT_PREFILL_TOKENS_PER_S = 5_000.0
 _FORGET = 0.9  # weight of the past per report: rates follow a change within some ten steps
+_FIRST_S = 0.01  # what is expected of a worker weighs as much as one so short prefill
 _MIN_PREFILL_SHARE = 0.1  # of a mixed step's time: what is left when the decode round is taken off is never nothing
 
 WorkerState = Literal["ready", "draining"]
@@ -27,17 +28,21 @@ class Rates:
     """Prefill rate and decode round of one worker, learned from its step reports.
 
     Prefill is a ratio of decayed sums, so that large steps count for more than their number. A step that does both is
-    charged one decode round first; what remains is prefill.
+    charged one decode round first; what remains is prefill. Before its first prefill a worker is expected to be as fast
+    as its model's others: `typical` learns from all of them. Else whoever has not worked yet would seem slow, and get
+    no work.
     """
 
-    def __init__(self, prefill_tokens_per_s: float) -> None:
-        self._tokens = prefill_tokens_per_s * 0.01
-        self._seconds = 0.01
+    def __init__(self, typical: Rates | None = None) -> None:
+        self._typical = typical
+        self._tokens = self._seconds = 0.0
         self.round_s = 0.0
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        return self._tokens / self._seconds
+        if self._seconds:
+            return self._tokens / self._seconds
+        return DEFAULT_PREFILL_TOKENS_PER_S if self._typical is None else self._typical.prefill_tokens_per_s
 
     def learn(self, load: Load) -> None:
         """Take in what one step did."""
@@ -47,10 +52,17 @@ class Rates:
             step_s = load.step_s
             if load.num_decode_tokens:
                 step_s = max(step_s - self.round_s, step_s * _MIN_PREFILL_SHARE)
-            self._tokens = self._tokens * _FORGET + load.num_prefill_tokens
-            self._seconds = self._seconds * _FORGET + step_s
+            self._learn_prefill(load.num_prefill_tokens, step_s)
         elif load.num_decode_tokens:
             self.round_s = load.step_s if not self.round_s else self.round_s * 0.8 + load.step_s * 0.2
+
+    def _learn_prefill(self, num_tokens: int, step_s: float) -> None:
+        if not self._seconds:
+            self._tokens, self._seconds = self.prefill_tokens_per_s * _FIRST_S, _FIRST_S
+        self._tokens = self._tokens * _FORGET + num_tokens
+        self._seconds = self._seconds * _FORGET + step_s
+        if self._typical is not None:
+            self._typical._learn_prefill(num_tokens, step_s)
 
 
 class Attempt(msgspec.Struct, eq=False):
@@ -188,13 +200,14 @@ class Worker:
             attempt.request.is_begun |= attempt.pending.is_begun
             self.backlog.remove(attempt.pending)
             attempt.pending = None
+        if attempt.reserved:
+            self.index.release(attempt.reserved)
+            attempt.reserved = b""
 
     def give_back(self, req_id: bytes) -> Request:
         """Undo `take`: the credit is free again, nothing is expected of the request here. Return it."""
         attempt = self.in_flight.pop(req_id)
         self.prefilled(attempt)
-        if attempt.reserved:
-            self.index.release(attempt.reserved)
         attempt.request.is_held = self.runs_suspect = False
         return attempt.request
 

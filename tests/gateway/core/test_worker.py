@@ -13,27 +13,43 @@ from tests.core_helpers import Bench, make_hashes, output
 
 
 def test_the_prefill_rate_is_a_ratio_of_decayed_sums() -> None:
-    rates = Rates(1_000.0)  # as if 10 tokens had taken 0.01 s
+    rates = Rates()  # as if the usual 5,000 tokens/s had been measured for 0.01 s
     rates.learn(Load(num_prefill_tokens=100, step_s=0.05))
-    assert rates.prefill_tokens_per_s == pytest.approx((0.9 * 10 + 100) / (0.9 * 0.01 + 0.05))
+    assert rates.prefill_tokens_per_s == pytest.approx((0.9 * 50 + 100) / (0.9 * 0.01 + 0.05))
     rates.learn(Load(num_prefill_tokens=100, step_s=0.0))  # no time: says nothing
     rates.learn(Load(step_s=1.0))  # no work: nothing either
-    assert rates.prefill_tokens_per_s == pytest.approx((0.9 * 10 + 100) / (0.9 * 0.01 + 0.05))
+    assert rates.prefill_tokens_per_s == pytest.approx((0.9 * 50 + 100) / (0.9 * 0.01 + 0.05))
     assert rates.round_s == 0.0
 
 
 def test_the_decode_round_is_smoothed_and_taken_off_a_mixed_step() -> None:
-    rates = Rates(1_000.0)
+    rates = Rates()
     rates.learn(Load(num_decode_tokens=4, step_s=0.02))
     assert rates.round_s == 0.02
     rates.learn(Load(num_decode_tokens=4, step_s=0.03))
     assert rates.round_s == pytest.approx(0.8 * 0.02 + 0.2 * 0.03)
     rates.learn(Load(num_prefill_tokens=100, num_decode_tokens=4, step_s=0.122))
-    assert rates.prefill_tokens_per_s == pytest.approx((9 + 100) / (0.009 + 0.1))
-    fast = Rates(1_000.0)
+    assert rates.prefill_tokens_per_s == pytest.approx((45 + 100) / (0.009 + 0.1))
+    fast = Rates()
     fast.learn(Load(num_decode_tokens=4, step_s=0.02))
     fast.learn(Load(num_prefill_tokens=100, num_decode_tokens=4, step_s=0.02))  # a tenth is left for prefill
-    assert fast.prefill_tokens_per_s == pytest.approx((9 + 100) / (0.009 + 0.002))
+    assert fast.prefill_tokens_per_s == pytest.approx((45 + 100) / (0.009 + 0.002))
+
+
+def test_a_worker_that_has_not_worked_yet_is_expected_to_be_as_fast_as_the_others() -> None:
+    bench = Bench()
+    bench.join("w1")
+    bench.join("w2")
+    bench.submit(b"r1", range(100))
+    [(peer, _)] = bench.take()
+    bench.report(peer, load=Load(num_running=1, num_prefill_tokens=90_000, step_s=1.0))
+    rates = [worker.prefill_rate for worker in bench.core.statistics().workers]
+    assert rates[0] == pytest.approx(rates[1])
+    assert rates[0] > 80_000
+    bench.join("w3")
+    bench.report(b"w3", load=Load(num_running=1, num_prefill_tokens=10, step_s=1.0))
+    *_, slow = bench.core.statistics().workers
+    assert slow.prefill_rate < 1_000
 
 
 def test_heat_is_the_prefill_time_sent_and_decays() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvasir.gateway.core.api import Cancel
 from kvasir.gateway.routing.backlog import Backlog, Pending
 from kvasir.gateway.routing.router import Candidate, RouterConfig, choose
-from tests.core_helpers import Bench, make_hashes, output
+from tests.core_helpers import BLOCK_SIZE, Bench, make_hashes, output
 
 CONFIG = RouterConfig()
 RATE = 1_000.0  # tokens/s: a token is a millisecond
@@ -202,6 +202,18 @@ def test_workers_without_credit_of_other_models_or_draining_are_no_candidates() 
     assert [peer for peer, _ in bench.take()] == [b"full", b"leaving", b"free"]
     *_, decision = bench.core.explain(b"r1") or []
     assert [terms.worker_id for terms in decision.terms] == ["free"]
+
+
+def test_what_a_request_has_computed_counts_as_cached_only_as_long_as_it_is_there() -> None:
+    bench = Bench()
+    bench.join("w1")
+    tokens = list(range(40))
+    bench.submit(b"r1", tokens)
+    bench.report(b"w1", output(b"r1", 0, [1], num_cached_tokens=0), event_seq=1, stored=make_hashes(tokens))
+    bench.report(b"w1", event_seq=2, removed=make_hashes(tokens)[16:])  # while it decodes
+    bench.submit(b"r2", tokens)
+    [decision] = bench.core.explain(b"r2") or []
+    assert decision.chosen.num_cached_tokens == BLOCK_SIZE
 
 
 def test_a_cancelled_request_leaves_nothing_that_counts_as_cached() -> None:
