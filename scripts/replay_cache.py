@@ -11,7 +11,7 @@ import gzip
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from pathlib import Path
 
@@ -22,28 +22,33 @@ from kvasir.protocol.messages import CacheHint
 from kvasir.protocol.prefix import derive_namespace, derive_root, extend_chain
 from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens
 
-_ROOT = derive_root(b"replay", "trace", "float32")
-_PUBLIC = derive_namespace(b"replay", "public")
-_SPACE = derive_namespace(b"replay", "tenant", "replay")
+ROOT = derive_root(b"replay", "trace", "float32")
+PUBLIC = derive_namespace(b"replay", "public")
+SPACE = derive_namespace(b"replay", "tenant", "replay")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`time_s` from the start; `block_ids` of the prompt, of which each stands for all before it too."""
+    """`time_s` from the start; `block_ids` of the prompt, of which each stands for all before it too. `session`: which
+    conversation it belongs to, None if the trace does not say."""
 
     time_s: float
     num_tokens: int
     block_ids: list[int]
+    num_output_tokens: int = 1
+    session: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """`block_tokens`: how many tokens a block of the trace has, found from the lengths."""
+    """`block_tokens`: how many tokens a block of the trace has, found from the lengths. Of its distinct blocks
+    `num_whole` are full of them."""
 
     name: str
     requests: list[Request]
     block_tokens: int
     num_distinct: int
+    num_whole: int
     hashes: dict[int, bytes] = field(default_factory=dict)
     tokens: dict[int, bytes] = field(default_factory=dict)
 
@@ -54,15 +59,15 @@ class Trace:
     def chain(self, request: Request) -> Chain:
         """Return the product's identity of the blocks of `request`. What is the same is computed once per trace."""
         chain = Chain(
-            owner="replay", root=_ROOT, public_namespace=_PUBLIC, namespace=_SPACE, num_public_blocks=0, block_size=1
+            owner="replay", root=ROOT, public_namespace=PUBLIC, namespace=SPACE, num_public_blocks=0, block_size=1
         )
-        parent = _ROOT
+        parent = ROOT
         hashes, tokens = self.hashes, self.tokens
         for block_id in request.block_ids:
             digest = hashes.get(block_id)
             if digest is None:
                 tokens[block_id] = pack_tokens((block_id,))
-                digest = hashes[block_id] = extend_chain(parent, _SPACE, tokens[block_id], 1)
+                digest = hashes[block_id] = extend_chain(parent, SPACE, tokens[block_id], 1)
             parent = digest
         chain.hashes = [hashes[block_id] for block_id in request.block_ids]
         chain.tokens = b"".join(tokens[block_id] for block_id in request.block_ids)
@@ -94,7 +99,14 @@ def load_trace(path: Path, limit: int | None = None) -> Trace:
             try:
                 row = json.loads(line)
                 block_ids = [int(block_id) for block_id in row["hash_ids"]]
-                request = Request(float(row["t_ms"]) / 1000, int(row["in_len"]), block_ids)
+                session = row.get("session")
+                request = Request(
+                    float(row["t_ms"]) / 1000,
+                    int(row["in_len"]),
+                    block_ids,
+                    int(row["out_len"]),
+                    None if session is None else int(session),
+                )
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}, line {number}: {error!r}; expected an object with t_ms, in_len, out_len and hash_ids"
@@ -106,7 +118,9 @@ def load_trace(path: Path, limit: int | None = None) -> Trace:
     if not requests:
         raise ValueError(f"{path} holds no request")
     requests = list(_spread(requests))
-    return Trace(path.name.split(".")[0], requests, _block_tokens(requests), len(parents))
+    size = _block_tokens(requests)
+    num_whole = len({block_id for r in requests for block_id in r.block_ids[: r.num_tokens // size]})
+    return Trace(path.name.split(".")[0], requests, size, len(parents), num_whole)
 
 
 def replay(trace: Trace, policy: str, num_blocks: int, *, hints: Sequence[CacheHint] | None = None) -> Result:
@@ -136,23 +150,29 @@ def replay(trace: Trace, policy: str, num_blocks: int, *, hints: Sequence[CacheH
 
 
 def replay_optimum(trace: Trace, num_blocks: int) -> Result:
-    """The most hits that any policy can have, leaf first or not: the block whose next use is farthest goes, the deeper
-    one on a tie. It may decline to keep a block of the request that it has just served.
+    """Replay `trace` as `optimum_hits` says."""
+    start = time.process_time()
+    hits = optimum_hits(trace.requests, num_blocks)
+    num_hit_tokens = sum(
+        min(found * trace.block_tokens, request.num_tokens) for found, request in zip(hits, trace.requests, strict=True)
+    )
+    return Result(sum(hits), num_hit_tokens, time.process_time() - start)
+
+
+def optimum_hits(requests: Sequence[Request], num_blocks: int) -> list[int]:
+    """The most hits that any policy can have, per request, leaf first or not: the block whose next use is farthest
+    goes, the deeper one on a tie. It may decline to keep a block of the request that it has just served.
 
     A block's next use is never later than its child's, so what is kept is closed under parents: the rule costs the
     optimum nothing, and Belady's argument holds. A lazy heap over blocks by next use.
     """
-    requests = trace.requests
     next_use = _next_uses(requests)
-    start = time.process_time()
     key_of: dict[int, int] = {}  # resident blocks -> what they are ordered by: next use, then depth
     heap: list[tuple[int, int]] = []
-    num_hits = num_hit_tokens = 0
+    hits = []
     for request, nexts in zip(requests, next_use, strict=True):
         block_ids = request.block_ids
-        num_found = next((i for i, block_id in enumerate(block_ids) if block_id not in key_of), len(block_ids))
-        num_hits += num_found
-        num_hit_tokens += min(num_found * trace.block_tokens, request.num_tokens)
+        hits.append(next((i for i, block_id in enumerate(block_ids) if block_id not in key_of), len(block_ids)))
         for depth, (block_id, use) in enumerate(zip(block_ids, nexts, strict=True)):
             key = -(use << 24 | depth)
             key_of[block_id] = key
@@ -163,7 +183,7 @@ def replay_optimum(trace: Trace, num_blocks: int) -> Result:
                 del key_of[block_id]
         if len(heap) > 4 * num_blocks + 100_000:
             heap = sorted((key, block_id) for block_id, key in key_of.items())
-    return Result(num_hits, num_hit_tokens, time.process_time() - start)
+    return hits
 
 
 def honest_hints(trace: Trace) -> list[CacheHint]:
@@ -201,8 +221,7 @@ def _spread(requests: list[Request]) -> Iterator[Request]:
             step = requests[last].time_s - stamp
         for i in range(first, last):
             request = requests[i]
-            time_s = stamp + step * (i - first) / (last - first)
-            yield Request(time_s, request.num_tokens, request.block_ids)
+            yield replace(request, time_s=stamp + step * (i - first) / (last - first))
         first = last
 
 
@@ -214,7 +233,7 @@ def _block_tokens(requests: list[Request]) -> int:
     return max(1, round(sum(r.num_tokens for r in requests) / max(1, sum(len(r.block_ids) for r in requests))))
 
 
-def _next_uses(requests: list[Request]) -> list[list[int]]:
+def _next_uses(requests: Sequence[Request]) -> list[list[int]]:
     """Per request and block the number of the next request that uses the block; past the end if none does."""
     seen: dict[int, int] = {}
     never = len(requests)

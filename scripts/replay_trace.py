@@ -1,7 +1,12 @@
-"""The lab: what eviction policies make of a trace of requests, at any capacity, beside the clairvoyant optimum.
+"""The lab: what eviction policies and routing rules make of traces of requests, beside what no rule can beat.
 
     python scripts/replay_trace.py cache --trace FILE... [--policy lru,optimum] [--capacity 1%,5%,10%,25%,50%]
                                          [--jobs N] [--json OUT] [--plot OUT.png]
+    python scripts/replay_trace.py route --trace FILE... [--policy kvasir,sglang,dynamo] [--workers 4,8,16]
+                                         [--capacity 25%] [--load 0.5] [--spread 5] [--tenants 16] [--flood]
+                                         [--jobs N] [--json OUT] [--plot OUT.png]
+
+`route` is described in `scripts/replay_route.py`; the rest of this page is about `cache`.
 
 A trace is JSON Lines, gzipped or not, one request per line: `t_ms`, `in_len`, `out_len` and `hash_ids`, the ids of the
 prompt's blocks, of which each stands for its block and all before it. It is replayed through the product's own cache
@@ -19,14 +24,16 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import replay_route
 from replay_cache import Trace, honest_hints, load_trace, replay, replay_optimum
 
 from kvasir.cache.policies import POLICIES
@@ -50,40 +57,41 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    rows: list[Row] = []
+    rows: list[Any] = []
     try:
         for path in args.trace:
             trace = load_trace(path)
             print(f"{trace.name}: {len(trace.requests):,} requests, {trace.num_distinct:,} distinct blocks", flush=True)
-            of_trace = measure_all(trace, args.policy, args.capacity, args.jobs)
-            print(render(of_trace), flush=True)
+            if args.command == "cache":
+                cells = [partial(measure, trace, policy, c) for policy in args.policy for c in args.capacity]
+            else:
+                cells = [partial(replay_route.measure, trace, cell) for cell in _route_cells(args)]
+            of_trace = run_all(cells, args.jobs)
+            print((render if args.command == "cache" else replay_route.render)(of_trace), flush=True)
             rows += of_trace
     except (OSError, ValueError) as error:
         sys.exit(f"replay_trace: {error}")
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     if args.plot:
-        plot(rows, args.plot)
+        (plot if args.command == "cache" else plot_routes)(rows, args.plot)
 
 
-def measure_all(
-    trace: Trace, policies: Sequence[str], capacities: Sequence[float | int], num_jobs: int = 1
-) -> list[Row]:
-    """Measure every policy at every capacity, in `num_jobs` processes."""
-    cells = [(policy, capacity) for policy in policies for capacity in capacities]
+def run_all(cells: Sequence[Callable[[], Any]], num_jobs: int = 1) -> list[Any]:
+    """Return what every cell returns, in `num_jobs` processes."""
     num_jobs = min(num_jobs, len(cells))
     if num_jobs == 1:
-        return [measure(trace, *cell) for cell in cells]
-    fork = multiprocessing.get_context("fork")  # the trace is there then, and need not be sent
-    with ProcessPoolExecutor(num_jobs, fork, _traces.append, (trace,)) as pool:
-        return list(pool.map(_measure_cell, cells))
+        return [cell() for cell in cells]
+    fork = multiprocessing.get_context("fork")  # the traces are there then, and need not be sent
+    with ProcessPoolExecutor(num_jobs, fork, _cells.extend, (cells,)) as pool:
+        return list(pool.map(_run_cell, range(len(cells))))
 
 
-_traces: list[Trace] = []  # in a process of `measure_all`: the one that it works on, at the end
+_cells: list[Callable[[], Any]] = []  # in a process of `run_all`
 
 
-def _measure_cell(cell: tuple[str, float | int]) -> Row:
-    return measure(_traces[-1], *cell)
+def _run_cell(index: int) -> Any:
+    return _cells[index]()
 
 
 def measure(trace: Trace, policy: str, capacity: float | int) -> Row:
@@ -155,6 +163,27 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def plot_routes(rows: Sequence[replay_route.Row], path: Path) -> None:
+    """Draw the mean time to the first token over the hit rate, one panel per trace, a point per cell, into `path`."""
+    pyplot = _pyplot()
+    traces = list(dict.fromkeys(row.trace for row in rows))
+    figure, panels = pyplot.subplots(1, len(traces), figsize=(5.5 * len(traces), 4.2), squeeze=False)
+    for panel, trace in zip(panels[0], traces, strict=True):
+        for policy in dict.fromkeys(row.policy for row in rows):
+            of_policy = [row for row in rows if (row.trace, row.policy) == (trace, policy)]
+            hits, times = [100 * row.token_hit_rate for row in of_policy], [row.ttft_mean_s for row in of_policy]
+            marker = "x" if policy in replay_route.BOUNDS else "o"
+            panel.plot(hits, times, marker, markersize=6, label=policy)
+            for row, x, y in zip(of_policy, hits, times, strict=True):
+                panel.annotate(f"{row.workers}", (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        panel.set(title=trace, yscale="log", xlabel="token hit rate, %")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("mean time to first token, s (numbers: workers)")
+    panels[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
 def _pyplot() -> Any:
     try:
         import matplotlib  # type: ignore[import-not-found,unused-ignore]
@@ -168,18 +197,67 @@ def _pyplot() -> Any:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="replay_trace.py", description="Replay traces of requests.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser("cache", help="eviction policies")
-    add = command.add_argument
-    add("--trace", nargs="+", type=Path, required=True, metavar="FILE")
+    commands = parser.add_subparsers(dest="command", required=True)
+    cache = commands.add_parser("cache", help="eviction policies")
+    route = commands.add_parser("route", help="routing rules")
+    for command in (cache, route):
+        command.add_argument("--trace", nargs="+", type=Path, required=True, metavar="FILE")
+    add = cache.add_argument
     add("--policy", type=_policies, default=_policies("all"), metavar="NAME,...", help=f"all, or of {_names()}")
     add("--capacity", type=_capacities, default=_capacities("1%,5%,10%,25%,50%"), metavar="SHARE,...", help="5%%, 4096")
-    add("--jobs", type=_jobs, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
-    add("--json", type=Path, metavar="OUT", help="write the rows as a JSON list")
-    add("--plot", type=Path, metavar="OUT.png", help="draw them (needs matplotlib)")
+    add = route.add_argument
+    names, default = ", ".join(replay_route.POLICIES), ",".join(replay_route.DEFAULT_POLICIES)
+    add("--policy", type=_routing_policies, default=_routing_policies(default), metavar="NAME,...", help=f"of {names}")
+    add("--workers", type=_counts, default=[8], metavar="N,...")
+    add("--capacity", type=_capacities, default=_capacities("25%"), metavar="SHARE,...", help="of all workers together")
+    add("--load", type=_loads, default=_loads("0.5"), metavar="LOAD,...", help="0.5, native (the recorded times)")
+    add("--spread", type=_count, default=1, metavar="N", help="run each load at N points within 5%% of it")
+    add("--tenants", type=_count, default=1, metavar="N", help="conversations belong to so many tenants")
+    add("--flood", action="store_true", help="one of the tenants floods")
+    add("--slo", type=float, default=5.0, metavar="SECONDS", help="a first token within it counts as good")
+    add("--step-tokens", type=_count, default=2048, metavar="N", help="prompt tokens in one step of Kvasir's workers")
+    add("--step-ms", type=float, default=0.0, metavar="MS", help="what a step of theirs costs beside its tokens")
+    add("--delay-ms", type=float, default=0.0, metavar="MS", help="one way between the gateway and them")
+    for command in (cache, route):
+        add = command.add_argument
+        add("--jobs", type=_count, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
+        add("--json", type=Path, metavar="OUT", help="write the rows as a JSON list")
+        add("--plot", type=Path, metavar="OUT.png", help="draw them (needs matplotlib)")
     args = parser.parse_args(argv)
+    if args.command == "route" and args.flood and args.tenants < 2:
+        parser.error("--flood needs several tenants: give --tenants 16")
     if args.plot:
         _pyplot()  # before the work, not after it
     return args
+
+
+def _route_cells(args: argparse.Namespace) -> list[replay_route.Cell]:
+    return [
+        replay_route.Cell(
+            policy,
+            num_workers,
+            capacity,
+            point,
+            num_tenants=args.tenants,
+            is_flooded=args.flood,
+            slo_s=args.slo,
+            step_tokens=args.step_tokens,
+            step_s=args.step_ms / 1000,
+            delay_s=args.delay_ms / 1000,
+        )
+        for num_workers in args.workers
+        for capacity in args.capacity
+        for load in args.load
+        for policy in args.policy
+        for point in spread(load, args.spread)
+    ]
+
+
+def spread(load: float | None, count: int) -> list[float | None]:
+    """Return `count` loads evenly from 5 % less to 5 % more than `load`."""
+    if load is None or count == 1:
+        return [load]
+    return [load * (0.95 + 0.1 * i / (count - 1)) for i in range(count)]
 
 
 def _names() -> str:
@@ -196,10 +274,36 @@ def _policies(text: str) -> list[str]:
     return names
 
 
-def _jobs(text: str) -> int:
+def _routing_policies(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if not replay_route.is_policy(name):
+            choice = ", ".join(replay_route.POLICIES)
+            raise argparse.ArgumentTypeError(f"there is no routing policy {name!r}; choose of {choice}")
+    return names
+
+
+def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes; give 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number that can be used here; give 1 or more")
     return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(item) for item in text.split(",")]
+
+
+def _loads(text: str) -> list[float | None]:
+    loads: list[float | None] = []
+    for item in text.split(","):
+        try:
+            load = None if item == "native" else float(item)
+        except ValueError:
+            load = 0.0
+        if load is not None and not 0 < load <= 10:
+            raise argparse.ArgumentTypeError(f"{item!r} is no load; give 0.5, or native for the recorded times")
+        loads.append(load)
+    return loads
 
 
 def _capacities(text: str) -> list[float | int]:

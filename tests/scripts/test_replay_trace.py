@@ -173,7 +173,7 @@ def test_the_share_of_the_gap_is_from_lru_to_the_optimum() -> None:
         (["--capacity", "5%,0"], "'0' is no capacity"),
         (["--capacity", "120%"], "'120%' is no capacity"),
         (["--capacity", "much"], "'much' is no capacity"),
-        (["--jobs", "0"], "'0' is no number of processes"),
+        (["--jobs", "0"], "'0' is no number that can be used here"),
     ],
 )
 def test_senseless_arguments_are_refused(
