@@ -31,6 +31,24 @@ Seconds = Annotated[float, Meta(ge=0)]
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
 
+MAX_ALLOWED_IDS = 8192
+MAX_BAD_WORDS = 128
+
+
+class Constraint(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Which tokens may be drawn: no stop token among the first `min_tokens`; only `allowed_token_ids` if there are any;
+    never the last token of one of `bad_words` where the tokens before it were just generated.
+
+    Where all this together leaves nothing, `allowed_token_ids` alone count.
+    """
+
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
+    allowed_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_ALLOWED_IDS)] = []
+    bad_words: Annotated[
+        list[Annotated[list[TokenId], Meta(min_length=1, max_length=1024)]], Meta(max_length=2 * MAX_BAD_WORDS)
+    ] = []
+
+
 class _Drawing(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What `Sampling` and `SamplingOptions` share. `logprobs`: None = none, n = the chosen token's and the n best.
 
@@ -50,6 +68,7 @@ class Sampling(_Drawing, frozen=True, forbid_unknown_fields=True, omit_defaults=
     `top_k` 0, `top_p` 1 and `min_p` 0 are off.
     """
 
+    constraint: Constraint | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
     top_k: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -58,8 +77,14 @@ class Sampling(_Drawing, frozen=True, forbid_unknown_fields=True, omit_defaults=
 
 
 class SamplingOptions(_Drawing, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """`Sampling` as a client asks for it: None is the model's own default (its `generation_config.json`)."""
+    """`Sampling` as a client asks for it: None is the model's own default (its `generation_config.json`).
 
+    `min_tokens`, `allowed_token_ids` and `bad_words` (texts here) become the `Constraint`.
+    """
+
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
+    allowed_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_ALLOWED_IDS)] = []
+    bad_words: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=MAX_BAD_WORDS)] = []
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None

@@ -267,7 +267,7 @@ class Engine:
             return []
         logits = self._model.forward([piece for _, piece, _ in batch], self._kv)
         rows = [
-            SampleRow(s.sampling, piece.end, s.prompt_ids, s.output_ids)
+            SampleRow(s.sampling, piece.end, s.prompt_ids, s.output_ids, s.stop_token_ids)
             for sequence, piece, forks in batch
             if piece.num_logits
             for s in (*forks, sequence)

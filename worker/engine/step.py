@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,12 +28,14 @@ class SequenceSlice:
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """What one draw needs. `position` is the absolute position that the drawn token will have."""
+    """What one draw needs. `position` is the absolute position that the drawn token will have; `stop_token_ids` would
+    end the sequence."""
 
     params: Sampling
     position: int
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
+    stop_token_ids: Collection[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

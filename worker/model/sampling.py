@@ -5,7 +5,7 @@ float64. A draw therefore depends on the logits, the parameters, the seed and th
 the batch, not on the worker, not on how often the request was moved. Rounding differs between batches in the last bits
 of the logits; that changes a draw only when the uniform falls into that sliver.
 
-What counts, in this order: penalties and bias, temperature, top-k, top-p (over what top-k left), min-p (against the
+What counts, in this order: penalties and bias, the constraint on what may be drawn, temperature, top-k, top-p (over what top-k left), min-p (against the
 most likely token). Equal logits rank by token id. Reported log probabilities are the model's own, before all that.
 
 The tests compare `sample`, which treats whole batches, with a readable duplicate that draws one token.
@@ -14,13 +14,13 @@ The tests compare `sample`, which treats whole batches, with a readable duplicat
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import xxhash
 from torch import Tensor
 
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.messages import Constraint, Sampling
 from kvasir.worker.engine.step import Sampled, SampleRow
 from kvasir.worker.model.memory import memory_errors
 
@@ -69,7 +69,11 @@ def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
 
 def _is_penalised(params: Sampling) -> bool:
     return bool(
-        params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty or params.logit_bias
+        params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.logit_bias
+        or params.constraint
     )
 
 
@@ -78,7 +82,7 @@ def _is_filtered(params: Sampling) -> bool:
 
 
 def _penalise(logits: Tensor, row: SampleRow) -> None:
-    """Apply penalties and bias to `logits` [vocab] in place; ids beyond the vocabulary are passed over."""
+    """Apply penalties, bias and constraint to `logits` [vocab] in place; ids beyond the vocabulary are passed over."""
     params, device = row.params, logits.device
     if params.repetition_penalty != 1.0:
         seen = torch.tensor([*row.prompt_ids, *row.output_ids], dtype=torch.int64, device=device)
@@ -95,6 +99,40 @@ def _penalise(logits: Tensor, row: SampleRow) -> None:
     if changes:
         ids = torch.tensor(list(changes), dtype=torch.int64, device=device)
         logits[ids] += torch.tensor(list(changes.values()), dtype=logits.dtype, device=device)
+    if params.constraint is not None:
+        _constrain(logits, params.constraint, row)
+
+
+def _constrain(logits: Tensor, constraint: Constraint, row: SampleRow) -> None:
+    """Make impossible in `logits` [vocab] what may not be drawn now; see `Constraint` for what happens if all is."""
+    banned = set(row.stop_token_ids) if len(row.output_ids) < constraint.min_tokens else set()
+    for word in constraint.bad_words:
+        *before, last = word
+        if not before or list(row.output_ids[-len(before) :]) == before:
+            banned.add(last)
+    allowed = set(constraint.allowed_token_ids)
+    if not allowed and not banned:
+        return
+    given = logits.clone()
+    if allowed:
+        logits.fill_(-torch.inf)
+        _copy(given, logits, allowed - banned)
+    else:
+        logits[_ids(banned, logits)] = -torch.inf
+    if not logits.amax().isfinite():
+        _copy(given, logits, allowed)
+        if not logits.amax().isfinite():
+            logits.copy_(given)
+
+
+def _copy(given: Tensor, logits: Tensor, token_ids: Iterable[int]) -> None:
+    ids = _ids(token_ids, logits)
+    logits[ids] = given[ids]
+
+
+def _ids(token_ids: Iterable[int], logits: Tensor) -> Tensor:
+    known = [token_id for token_id in token_ids if token_id < logits.shape[0]]
+    return torch.tensor(known, dtype=torch.int64, device=logits.device)
 
 
 def _draw_greedy(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:

@@ -121,6 +121,21 @@ def test_end_of_sequence_and_stop_tokens_end_a_stream_with_that_token() -> None:
         assert stream.finish_reason == ("stop" if length < 30 else "length")
 
 
+def test_the_sampler_is_told_which_tokens_would_end_a_sequence() -> None:
+    rig, told = Rig(eos=7), []
+    draw = rig.model.sample
+
+    def spy(hashes: list[int], rows: list[SampleRow]) -> object:
+        told.extend(row.stop_token_ids for row in rows)
+        return draw(hashes, rows)
+
+    rig.engine._sampler = spy  # type: ignore[assignment]
+    rig.submit(make_generate([1, 2, 3], 1, stop_token_ids=[5], req_id=b"1"))
+    rig.submit(make_generate([1, 2, 3], 1, stop_token_ids=[5], ignore_eos=True, req_id=b"2"))
+    rig.run()
+    assert sorted(map(sorted, told)) == [[5], [5, 7]]
+
+
 def test_the_window_ends_a_stream_with_length() -> None:
     rig = Rig(max_context=20)
     stream = rig.submit(make_generate(make_prompt(15), 100))

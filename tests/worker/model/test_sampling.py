@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.messages import Constraint, Sampling
 from kvasir.worker.engine.step import OutOfMemory, Sampled, SampleRow
 from kvasir.worker.model import sampling
 from kvasir.worker.model.memory import memory_errors
@@ -89,8 +89,9 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, list[SampleRow]]:
             logit_bias=draw(st.sampled_from([{}, {2: -100.0, 4: 1.0, 99_999: 5.0}])),
             seed=draw(st.integers(0, 1 << 62)),
             logprobs=draw(st.sampled_from([None, 0, 3])),
+            constraint=draw(st.sampled_from([None, None, Constraint(3), Constraint(0, [1, 2, 4], [[2], [0, 1]])])),
         )
-        rows.append(SampleRow(params, draw(st.integers(0, 1 << 20)), draw(ids), draw(ids)))
+        rows.append(SampleRow(params, draw(st.integers(0, 1 << 20)), draw(ids), draw(ids), {1, 3}))
     return logits.double(), rows
 
 
@@ -180,6 +181,33 @@ def test_repetition_penalty_covers_prompt_and_output_and_pushes_both_signs_down(
 def test_bias_can_forbid_and_force_tokens() -> None:
     assert set(draws(LOGITS, logit_bias={1: -100.0, 3: -100.0})) == {0, 2, 4, 5}
     assert set(draws(LOGITS, logit_bias={4: 100.0})) == {4}
+
+
+def constrained(constraint: Constraint, output: list[int], stop: frozenset[int] = frozenset({1, 3})) -> set[int]:
+    """Return which tokens are drawn at 300 positions after `output`."""
+    rows = [SampleRow(Sampling(constraint=constraint), position, [], output, stop) for position in range(300)]
+    return {drawn.token_id for drawn in sample(LOGITS.repeat(300, 1), rows) if drawn is not None}
+
+
+def test_no_stop_token_is_drawn_before_min_tokens() -> None:
+    assert constrained(Constraint(min_tokens=2), [9]) == {0, 2, 4, 5}
+    assert constrained(Constraint(min_tokens=2), [9, 9]) == {0, 1, 2, 3, 4, 5}
+
+
+def test_only_allowed_tokens_are_drawn_those_beyond_the_vocabulary_aside() -> None:
+    assert constrained(Constraint(allowed_token_ids=[0, 5, 99_999]), []) == {0, 5}
+
+
+def test_a_bad_word_is_kept_from_its_end_and_only_after_its_beginning() -> None:
+    two, one = Constraint(bad_words=[[7, 8, 1]]), Constraint(bad_words=[[1]])
+    assert 1 not in constrained(two, [6, 7, 8]) and 1 not in constrained(one, [])
+    assert 1 in constrained(two, [7, 8, 6]) and 1 in constrained(two, [8])
+
+
+def test_where_a_constraint_leaves_nothing_the_allowed_tokens_count_alone() -> None:
+    assert constrained(Constraint(5, [1, 3], [[1]]), []) == {1, 3}
+    assert constrained(Constraint(5, bad_words=[[0], [2], [4], [5]]), []) == {0, 1, 2, 3, 4, 5}
+    assert constrained(Constraint(allowed_token_ids=[99_999]), []) == {0, 1, 2, 3, 4, 5}
 
 
 def test_logprobs_are_those_of_the_model_before_temperature_and_penalties() -> None:
