@@ -31,13 +31,42 @@ MAX_CLIENT_FRAME_BYTES = 8 << 20
 CallId = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 ApiKey = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=4 << 20)]
+Json = Annotated[bytes, Meta(max_length=1 << 20)]
 
 
-class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn of a conversation."""
+class ToolCall(Struct, frozen=True, forbid_unknown_fields=True):
+    """One call in an assistant's message. `arguments`: JSON, as the model wrote it."""
+
+    id: Annotated[str, Meta(max_length=256)]
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    arguments: Text
+
+
+class ChatMessage(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One turn of a conversation. `tool_call_id`: the call whose result a message of role "tool" is."""
 
     role: Annotated[str, Meta(min_length=1, max_length=64)]
-    content: Text
+    content: Text | None
+    name: Annotated[str, Meta(max_length=256)] = ""
+    reasoning: Text = ""
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=256)] = []
+    tool_call_id: Annotated[str, Meta(max_length=256)] = ""
+
+
+class ChatOptions(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How the chat template is used. `documents` and `variables` are JSON: a list of objects, and an object of what
+    else the template knows.
+
+    `add_generation_prompt` false leaves the cue for the assistant's answer out; `continue_final_message` leaves the
+    last message open, so that the answer goes on with it. `reasoning_effort` "none" turns thinking off where the
+    template knows only on and off.
+    """
+
+    documents: Json = b""
+    variables: Json = b""
+    reasoning_effort: Annotated[str, Meta(max_length=32)] = ""
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
 
 class Usage(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -56,8 +85,10 @@ class CompletionRequest(ClientMessage, tag="request"):
     """Generate from exactly one of `text`, `messages` (chat template applied) and `token_ids` (packed).
 
     `max_tokens` None: up to the model's window. `want_text`/`want_tokens` choose what the chunks carry; without text
-    the gateway does no detokenisation at all (and `stop` strings are refused). `cache_hint` (None: the
-    tenant's default) and `retention` say what to keep of it in the KV cache.
+    the gateway does no detokenisation at all (and `stop` strings are refused). `include_stop`: what stopped the answer
+    is part of its text; `skip_special_tokens`: special tokens are not. `truncate_prompt_tokens`: keep so many tokens of
+    the prompt's end, -1 as many as fit. `cache_hint` (None: the tenant's default) and `retention` say what to keep of
+    it in the KV cache; with a `cache_salt` it shares the tenant's cache only with requests of the same salt.
     """
 
     id: CallId
@@ -76,6 +107,11 @@ class CompletionRequest(ClientMessage, tag="request"):
     deadline_s: Seconds | None = None
     cache_hint: CacheHint | None = None
     retention: Annotated[list[RetentionHint], Meta(max_length=16)] = []
+    chat: ChatOptions | None = None
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
+    cache_salt: Annotated[str, Meta(max_length=256)] = ""
 
 
 class CancelRequest(ClientMessage, tag="cancel"):

@@ -33,9 +33,12 @@ def derive_root(secret: bytes, fingerprint: str, dtype: str, adapter: str = "") 
     return _keyed(secret, b"kvasir-root", str(SCHEME_VERSION), fingerprint, dtype, adapter)
 
 
-def derive_namespace(secret: bytes, scope: str, name: str = "") -> bytes:
-    """Return the 16-byte namespace of a sharing scope: ("public", ""), ("tenant", id) or ("group", name)."""
-    return _keyed(secret, b"kvasir-space", scope, name)
+def derive_namespace(secret: bytes, scope: str, name: str = "", salt: str = "") -> bytes:
+    """Return the 16-byte namespace of a sharing scope: ("public", ""), ("tenant", id) or ("group", name).
+
+    A `salt` makes one of its own inside that scope: no salt leads from one scope to another.
+    """
+    return _keyed(secret, b"kvasir-space", scope, name, *([salt] if salt else []))
 
 
 def extend_chain(parent: bytes, namespace: bytes, packed_tokens: bytes, block_size: int) -> bytes:

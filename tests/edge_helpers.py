@@ -1,15 +1,21 @@
-"""A core that answers from a script, a directory with two tenants, and the bundled model's text: what edges need."""
+"""What the edges' tests share: a core that answers from a script, two tenants, the bundled model's text, and the HTTP
+routes over them without sockets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from kvasir.gateway.core.api import Cancel, Delta, Finished, ModelInfo, Submit
+from kvasir.gateway.edges.openai_api import HttpApi
 from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.edges.published import Published
+from kvasir.gateway.http.connection import HttpResponse
+from kvasir.gateway.http.parser import HttpRequest
 from kvasir.gateway.tenants.directory import ApiKey, PublishedPrefix, Tenant, TenantDirectory, digest_key
 from kvasir.gateway.text.model_text import ModelText, load_text
 from kvasir.protocol.messages import TokenLogprobs
@@ -20,6 +26,7 @@ DEMO = Path(__file__).resolve().parents[1] / "kvasir" / "demo_model"
 TEXT = load_text(DEMO)
 ALPHA = Tenant("id-alpha", "alpha")
 BETA = Tenant("id-beta", "beta", allowed_models=frozenset({"other"}))
+ANSWER = "def add(a, b):\n    return a + b  # é😀\n"
 KEYS = {"alpha": "kv_k1_secret1", "beta": "kv_k2_secret2"}
 
 
@@ -96,3 +103,82 @@ def make_published(directory: TenantDirectory) -> Published:
 
 def make_preparer(core: FakeCore, directory: TenantDirectory | None = None) -> Preparer:
     return Preparer(core, make_published(directory or make_directory()), TEXTS, SECRET, 16)
+
+
+class FakeExchange:
+    """Collects what is streamed."""
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+        self.has_begun = False
+        self.headers: dict[str, str] = {}
+        self.pieces: list[bytes] = []
+        self.ended = False
+        self.was_cut = False
+
+    def begin(self, status: int, content_type: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+        self.has_begun = True
+        self.status, self.headers = status, {"content-type": content_type, **dict(headers)}
+
+    async def write(self, data: bytes) -> None:
+        self.pieces.append(data)
+
+    async def end(self, data: bytes = b"") -> None:
+        self.pieces.append(data)
+        self.ended = True
+
+    def cut(self) -> None:
+        self.was_cut = True
+
+    def events(self) -> list[Any]:
+        """The decoded events, [DONE] as None."""
+        blocks = b"".join(self.pieces).decode().split("\n\n")
+        assert blocks.pop() == ""
+        assert all(block.startswith("data: ") for block in blocks)
+        return [None if block == "data: [DONE]" else json.loads(block[6:]) for block in blocks]
+
+
+class House:
+    """The routes over a scripted core; `script` gives the token ids of an answer."""
+
+    def __init__(
+        self,
+        script: Callable[[Submit], Sequence[int]] = lambda submit: TEXT.encode(ANSWER),
+        metrics_token: str = "",
+    ) -> None:
+        self.core = FakeCore(script)
+        directory = make_directory()
+        self.lines: list[dict[str, Any]] = []
+        self.api = HttpApi(
+            self.core,
+            make_preparer(self.core, directory),
+            directory,
+            lambda: b"metrics\n",
+            metrics_token=metrics_token,
+            access=lambda event, **fields: self.lines.append(fields),
+        )
+
+    async def ask(
+        self, path: str, body: Any = None, *, method: str = "POST", key: str | None = KEYS["alpha"]
+    ) -> tuple[HttpResponse | None, FakeExchange]:
+        headers = {"host": "x"} if key is None else {"host": "x", "authorization": f"Bearer {key}"}
+        content = b"" if body is None else json.dumps(body).encode()
+        exchange = FakeExchange()
+        request = HttpRequest(method, path, headers, content, keep_alive=True)
+        return await self.api(request, exchange), exchange  # type: ignore[arg-type]
+
+
+def run(main: Callable[[House], Awaitable[None]], house: House | None = None) -> None:
+    async def with_nursery() -> None:
+        used = house or House()
+        async with trio.open_nursery() as nursery:
+            used.core.nursery = nursery
+            await main(used)
+            nursery.cancel_scope.cancel()
+
+    trio.run(with_nursery)
+
+
+def decoded(response: HttpResponse | None) -> Any:
+    assert response is not None
+    return json.loads(response.body)

@@ -16,10 +16,10 @@ from urllib.parse import unquote
 import msgspec
 import trio
 
-from kvasir.gateway.core.api import CoreApi, Finished, ModelInfo
+from kvasir.gateway.core.api import CoreApi, Finished, ModelInfo, Submit
 from kvasir.gateway.edges.answer import Answer, Piece, Waiter
+from kvasir.gateway.edges.openai_answers import ChatWriter, CompletionWriter, Writer, error_object
 from kvasir.gateway.edges.openai_requests import Asked, read_chat, read_completion
-from kvasir.gateway.edges.openai_responses import CHAT, COMPLETION, Form, error_object, usage_of
 from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.http.connection import Exchange, HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
@@ -36,12 +36,13 @@ from kvasir.protocol.errors import (
 )
 
 _encode = msgspec.json.Encoder().encode
-_ROUTES: dict[str, tuple[Callable[[bytes], Asked], Form]] = {
-    "/v1/chat/completions": (read_chat, CHAT),
-    "/v1/completions": (read_completion, COMPLETION),
+_ROUTES: dict[str, tuple[Callable[[bytes], Asked], type[Writer]]] = {
+    "/v1/chat/completions": (read_chat, ChatWriter),
+    "/v1/completions": (read_completion, CompletionWriter),
 }
 QUICK_BODY_BYTES = 32_768  # larger bodies are read in a thread
 MAX_READERS = 2
+MAX_PREPARED = 8  # prompts of one request, before others go first
 
 
 class HttpApi:
@@ -98,12 +99,12 @@ class HttpApi:
         if path in _ROUTES:
             _only(request, "POST")
             tenant = self._authenticate(request, facts)
-            read, form = _ROUTES[path]
+            read, writer_of = _ROUTES[path]
             if len(request.body) <= QUICK_BODY_BYTES:
                 asked = read(request.body)
             else:
                 asked = await trio.to_thread.run_sync(read, request.body, limiter=self._readers, abandon_on_cancel=True)
-            return await self._complete(asked, tenant, form, exchange, facts)
+            return await self._complete(asked, tenant, writer_of, exchange, facts)
         if path == "/v1/models" or path.startswith("/v1/models/"):
             _only(request, "GET", "HEAD")
             return self._models(
@@ -154,33 +155,34 @@ class HttpApi:
         self,
         asked: Asked,
         tenant: Tenant,
-        form: Form,
+        writer_of: type[Writer],
         exchange: Exchange,
         facts: dict[str, object],
     ) -> HttpResponse | None:
         requests = asked.requests
         waiter = Waiter(len(requests), exchange.cut, every_event=asked.stream or bool(requests[0].stop))
         answers = [Answer(self._core, waiter.wake) for _ in requests]
+        submits: list[Submit] = []
         try:
             for request, answer in zip(requests, answers, strict=True):
-                answer.submit = await self._preparer.prepare(request, tenant, answer)
-                answer.detokenizer = self._preparer.detokenizer(request, answer.submit)
-            for answer in answers:
-                assert answer.submit is not None
-                self._core.submit(answer.submit)
+                answer.submit = submit = await self._preparer.prepare(request, tenant, answer)
+                answer.detokenizer = self._preparer.detokenizer(request, submit)
+                submits.append(submit)
+                if len(submits) % MAX_PREPARED == 0:
+                    await trio.lowlevel.checkpoint()  # many prompts let others go first
+            for submit in submits:
+                self._core.submit(submit)
+            writer = writer_of(asked, submits, self._preparer.text(submits[0].model))
             if asked.stream:
-                return await self._stream(
-                    answers, waiter, form, exchange, asked.num_choices, wants_usage=asked.wants_usage
-                )
-            return await self._whole(answers, waiter, form, asked.num_choices)
+                return await self._stream(answers, waiter, writer, exchange)
+            return await self._whole(answers, waiter, writer)
         finally:
-            first = answers[0].submit
-            facts["request"] = None if first is None else first.req_id.hex()
+            facts["request"] = submits[0].req_id.hex() if submits else None
             facts["tokens"] = sum(answer.num_tokens for answer in answers)
             for answer in answers:
                 answer.cancel()
 
-    async def _whole(self, answers: list[Answer], waiter: Waiter, form: Form, num_choices: int) -> HttpResponse:
+    async def _whole(self, answers: list[Answer], waiter: Waiter, writer: Writer) -> HttpResponse:
         pieces = [Piece() for _ in answers]
         while any(piece.finished is None for piece in pieces):
             await waiter.wait()
@@ -190,74 +192,37 @@ class HttpApi:
         for end in ends:
             if end.error is not None:
                 return error_response(end.error)
-        submit = answers[0].submit
-        assert submit is not None
-        text = self._preparer.text(submit.model)
-        choices = [
-            form.choice(index, piece, end.reason, text)
-            for index, (piece, end) in enumerate(zip(pieces, ends, strict=True))
-        ]
-        req_id = submit.req_id.hex()
-        whole = self._envelope(form.id_prefix + req_id, form.whole, submit.model)
-        headers = [("x-kvasir-worker", ends[0].worker_id), ("x-request-id", req_id)]
-        return _json(200, {**whole, "choices": choices, "usage": usage_of(ends, num_choices)}, headers)
+        headers = [("x-kvasir-worker", ends[0].worker_id), ("x-request-id", writer.submits[0].req_id.hex())]
+        return _json(200, writer.whole(pieces, ends), headers)
 
     async def _stream(
-        self,
-        answers: list[Answer],
-        waiter: Waiter,
-        form: Form,
-        exchange: Exchange,
-        num_choices: int,
-        *,
-        wants_usage: bool,
+        self, answers: list[Answer], waiter: Waiter, writer: Writer, exchange: Exchange
     ) -> HttpResponse | None:
-        submit = answers[0].submit
-        assert submit is not None
-        req_id = submit.req_id.hex()
-        text = self._preparer.text(submit.model)
-        envelope = self._envelope(form.id_prefix + req_id, form.chunk, submit.model)
-        more = {"usage": None} if wants_usage else {}
         ends: list[Finished | None] = [None] * len(answers)
-
-        def chunk(choices: list[dict[str, Any]], usage: dict[str, Any]) -> bytes:
-            return b"data: %b\n\n" % _encode({**envelope, "choices": choices, **usage})
-
         await waiter.wait()
         pieces = [answer.take() for answer in answers]
         first = next((piece.finished for piece in pieces if piece.finished and piece.finished.error), None)
         if first is not None and first.error is not None and first.num_output_tokens == 0:
             return error_response(first.error)  # refused before anything was sent: a plain status says it best
-        exchange.begin(
-            200, "text/event-stream; charset=utf-8", [("cache-control", "no-cache"), ("x-request-id", req_id)]
-        )
-        out = [chunk([form.opening(index)], more) for index in range(len(answers))] if form.opening else []
+        headers = [("cache-control", "no-cache"), ("x-request-id", writer.submits[0].req_id.hex())]
+        exchange.begin(200, "text/event-stream; charset=utf-8", headers)
+        out = writer.opening()
         while True:
             for index, piece in enumerate(pieces):
-                if piece.text or piece.logprobs:
-                    out.append(chunk([form.delta(index, piece, text)], more))
+                out += writer.progress(index, piece)
                 end = piece.finished
-                if end is None:
-                    continue
-                ends[index] = end
-                if end.error is not None:
-                    out.append(b"data: %b\n\n" % _encode({"error": error_object(end.error)}))
-                else:
-                    out.append(chunk([form.ending(index, end.reason)], more))
+                if end is not None:
+                    ends[index] = end
+                    out.append(writer.ending(index, end) if end.error is None else writer.failure(end.error))
             if None not in ends:
                 break
             await exchange.write(b"".join(out))
             out = []
             await waiter.wait()
             pieces = [answer.take() for answer in answers]
-        if wants_usage:
-            out.append(chunk([], {"usage": usage_of([end for end in ends if end is not None], num_choices)}))
-        out.append(b"data: [DONE]\n\n")
+        out.append(writer.closing([end for end in ends if end is not None]))
         await exchange.end(b"".join(out))
         return None
-
-    def _envelope(self, answer_id: str, kind: str, model: str) -> dict[str, Any]:
-        return {"id": answer_id, "object": kind, "created": int(time.time()), "model": model}
 
 
 def _bearer(request: HttpRequest) -> str:

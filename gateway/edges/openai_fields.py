@@ -18,7 +18,8 @@ from kvasir.protocol.errors import BadRequest
 Place = Literal["chat", "completions", "message", "stream_options"]
 Verdict = Literal["honoured", "harmless", "refused"]
 _EMPTY: tuple[Any, ...] = (False, 0, "", [], {})
-MAX_VALUE_BYTES = 65_536  # of a field that is honoured, the prompt aside
+MAX_VALUE_BYTES = 65_536  # of a field that is honoured, but for
+_MAX_BYTES = {"messages": 8 << 20, "prompt": 8 << 20, "content": 8 << 20, "documents": 1 << 20}
 
 
 class Row(NamedTuple):
@@ -39,7 +40,7 @@ _MESSAGE: tuple[Place, ...] = ("message",)
 FIELDS: tuple[Row, ...] = (
     Row("model", _BOTH, "honoured", "may be left out by a tenant of one model"),
     Row("messages", _CHAT, "honoured", "text only; through the model's chat template"),
-    Row("prompt", _TEXT, "honoured", "a text, token ids, or up to 16 of either"),
+    Row("prompt", _TEXT, "honoured", "a text, token ids, or several of either, up to 256 choices in all"),
     Row("max_tokens", _BOTH, "honoured", "default: chat up to the window, completions 16"),
     Row("max_completion_tokens", _CHAT, "honoured", "wins over `max_tokens`"),
     Row("temperature top_p top_k min_p repetition_penalty", _BOTH, "honoured", "default: the model's own, see below"),
@@ -49,6 +50,26 @@ FIELDS: tuple[Row, ...] = (
     Row("n", _BOTH, "honoured", "1 to 8"),
     Row("stop", _BOTH, "honoured", "up to 16 strings; not part of the answer"),
     Row("stop_token_ids ignore_eos", _BOTH, "honoured", "vLLM's; up to 256 ids"),
+    Row("include_stop_str_in_output", _BOTH, "honoured", "what stopped the answer is part of it, a stop token too"),
+    Row("min_tokens", _BOTH, "honoured", "nothing ends the answer before, stop strings neither"),
+    Row("allowed_token_ids", _BOTH, "honoured", "up to 8,192; only these are drawn"),
+    Row("bad_words", _BOTH, "honoured", "up to 128; as they begin a text and after a space"),
+    Row("skip_special_tokens", _BOTH, "honoured", "false: special tokens are part of the text"),
+    Row("truncate_prompt_tokens", _BOTH, "honoured", "keeps the prompt's end; -1: as much as fits"),
+    Row("return_token_ids", _BOTH, "honoured", "`token_ids` of choices, `prompt_token_ids`; as vLLM has them"),
+    Row("echo", _TEXT, "honoured", "the prompt comes first; not with `logprobs`"),
+    Row("echo", _CHAT, "honoured", "the assistant's last message comes first, see `continue_final_message`"),
+    Row("add_generation_prompt", _CHAT, "honoured", "false: without the cue for the assistant's answer"),
+    Row("continue_final_message", _CHAT, "honoured", "the answer goes on with the last message"),
+    Row("chat_template_kwargs", _CHAT, "honoured", "variables of the model's template; others are refused"),
+    Row("documents", _CHAT, "honoured", "if the model's template knows them"),
+    Row(
+        "reasoning_effort",
+        _CHAT,
+        "honoured",
+        "if the model's template knows it; `none` turns off thinking where that is a matter of on and off",
+    ),
+    Row("cache_salt", _BOTH, "honoured", "shares cached prefixes only with the tenant's requests of the same salt"),
     Row("stream stream_options", _BOTH, "honoured", "server-sent events"),
     Row("logprobs top_logprobs", _CHAT, "honoured", "up to 20"),
     Row("logprobs", _TEXT, "honoured", "up to 20"),
@@ -56,6 +77,7 @@ FIELDS: tuple[Row, ...] = (
     Row("deadline_s", _BOTH, "honoured", "ours: the request ends with an error after so many seconds"),
     Row("cache_hint retention", _BOTH, "honoured", "ours: what to keep in the KV cache"),
     Row("role content", _MESSAGE, "honoured", "`developer` is `system`; content is text or text parts"),
+    Row("name", _MESSAGE, "honoured", "given to the chat template"),
     Row("include_usage", ("stream_options",), "honoured", "a last chunk with the usage"),
     Row("user safety_identifier metadata store", _BOTH, "harmless", "nothing is stored or passed on"),
     Row("service_tier priority request_id rid", _BOTH, "harmless", "one tier, tenants in turn, request ids of our own"),
@@ -67,13 +89,12 @@ FIELDS: tuple[Row, ...] = (
     ),
     Row("prediction", _BOTH, "harmless", "only makes an answer quicker"),
     Row("parallel_tool_calls", _BOTH, "harmless", "there are no tool calls"),
-    Row("spaces_between_special_tokens", _BOTH, "harmless", "special tokens are not shown"),
+    Row("spaces_between_special_tokens", _BOTH, "harmless", "tokenizers in this format write none"),
     Row("refusal annotations", _MESSAGE, "harmless", "clients send an answer back with them"),
     Row("include_obfuscation", ("stream_options",), "harmless", "only pads the chunks"),
     Row("tools functions", _BOTH, "refused", "tool calls are not supported"),
     Row("tool_choice function_call", _BOTH, "refused", "tool calls are not supported", ("none", "auto")),
     Row("tool_calls tool_call_id function_call", _MESSAGE, "refused", "tool calls are not supported; send their text"),
-    Row("name", _MESSAGE, "refused", "chat templates are given no names; write it into the content"),
     Row("audio reasoning reasoning_content", _MESSAGE, "refused", "only the content is read"),
     Row("response_format", _BOTH, "refused", "only text is generated", (*_EMPTY, {"type": "text"})),
     Row(
@@ -85,20 +106,18 @@ FIELDS: tuple[Row, ...] = (
     ),
     Row("modalities", _BOTH, "refused", "only text is generated", (*_EMPTY, ["text"])),
     Row("audio mm_processor_kwargs media_io_kwargs", _BOTH, "refused", "only text is understood"),
-    Row("web_search_options moderation documents", _BOTH, "refused", "nothing is looked up"),
-    Row("chat_template chat_template_kwargs", _BOTH, "refused", "the model's own template is used as it is"),
-    Row("add_generation_prompt", _CHAT, "refused", "always on", (True,)),
-    Row("continue_final_message", _CHAT, "refused", "a chat goes on with a new message"),
+    Row("web_search_options moderation", _BOTH, "refused", "nothing is looked up"),
+    Row("chat_template", _BOTH, "refused", "the model's own template is used as it is"),
+    Row("chat_template_kwargs documents reasoning_effort", _TEXT, "refused", "text completions use no template"),
     Row("add_special_tokens", _CHAT, "refused", "off for chats: the template writes them", (False,)),
     Row("add_special_tokens", _TEXT, "refused", "on for texts; send token ids instead", (True,)),
     Row(
-        "reasoning_effort reasoning thinking enable_thinking thinking_token_budget thinking_budget verbosity",
+        "reasoning thinking enable_thinking thinking_token_budget thinking_budget verbosity",
         _BOTH,
         "refused",
         "the model's template and sampling know no such setting",
     ),
     Row("include_reasoning separate_reasoning", _BOTH, "refused", "reasoning is not told apart", (*_EMPTY, True)),
-    Row("min_tokens bad_words allowed_token_ids", _BOTH, "refused", "not supported yet"),
     Row("length_penalty", _BOTH, "refused", "there is no beam search", (1,)),
     Row("use_beam_search early_stopping", _BOTH, "refused", "there is no beam search"),
     Row("best_of", _CHAT, "refused", "ask for `n` and choose yourself", (0, 1)),
@@ -112,20 +131,16 @@ FIELDS: tuple[Row, ...] = (
         "refused",
         "this way of sampling or stopping is not supported",
     ),
-    Row("skip_special_tokens", _BOTH, "refused", "special tokens are never shown", (True,)),
-    Row("include_stop_str_in_output no_stop_trim", _BOTH, "refused", "an answer ends before its stop string"),
-    Row("echo suffix", _TEXT, "refused", "an answer holds what was generated; only the end of a text is completed"),
-    Row("echo", _CHAT, "refused", "an answer holds what was generated"),
-    Row("truncate_prompt_tokens", _BOTH, "refused", "a prompt that is too long is refused"),
+    Row("no_stop_trim", _BOTH, "refused", "see `include_stop_str_in_output`"),
+    Row("suffix", _TEXT, "refused", "only the end of a text is completed"),
     Row(
-        "prompt_logprobs logprob_token_ids return_token_ids return_tokens_as_token_ids return_hidden_states",
+        "prompt_logprobs logprob_token_ids return_tokens_as_token_ids return_hidden_states",
         _BOTH,
         "refused",
         "not part of an answer here",
     ),
     Row("continuous_usage_stats", ("stream_options",), "refused", "usage comes in the last chunk"),
     Row("lora_path session_params kv_transfer_params", _BOTH, "refused", "requests name a model and a whole prompt"),
-    Row("cache_salt", _BOTH, "refused", "a tenant's requests share its cache; make a tenant for what must not"),
 )
 
 
@@ -170,8 +185,9 @@ class FieldCheck:
             if value is None or row.verdict == "harmless":
                 continue
             if row.verdict == "honoured":
-                if len(value) > MAX_VALUE_BYTES and name not in ("messages", "prompt", "content"):
-                    raise BadRequest(f"{param} has {len(value)} bytes, {MAX_VALUE_BYTES} are allowed", param=param)
+                most = _MAX_BYTES.get(name, MAX_VALUE_BYTES)
+                if len(value) > most:
+                    raise BadRequest(f"{param} has {len(value)} bytes, {most} are allowed", param=param)
                 kept[name] = value
             elif len(value) > 64 or msgspec.json.decode(value) not in (None, *row.off):
                 raise BadRequest(f"{param} is not supported here: {row.note}; leave it out", param=param)

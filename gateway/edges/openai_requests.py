@@ -13,13 +13,13 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.edges.openai_fields import MAX_VALUE_BYTES, FieldCheck
-from kvasir.protocol.client_messages import ChatMessage, CompletionRequest
+from kvasir.protocol.client_messages import ChatMessage, ChatOptions, CompletionRequest
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import CacheHint, RetentionHint, SamplingOptions
 from kvasir.protocol.tokens import pack_tokens
 
 MAX_CHOICES = 8
-MAX_PROMPTS = 16
+MAX_PROMPTS = 256  # times choices
 MAX_TURNS = 4096
 
 
@@ -37,6 +37,7 @@ class Part(Struct):
 class Turn(Struct, forbid_unknown_fields=True):
     role: Annotated[str, Meta(min_length=1, max_length=64)]
     content: str | list[Part] | None = None
+    name: str = ""
 
 
 class Body(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -62,6 +63,15 @@ class Body(Struct, kw_only=True, forbid_unknown_fields=True):
     deadline_s: float | None = None
     cache_hint: CacheHint | None = None
     retention: Annotated[list[RetentionHint], Meta(max_length=16)] | None = None
+    min_tokens: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    return_token_ids: bool | None = None
+    echo: bool | None = None
+    cache_salt: Annotated[str, Meta(max_length=256)] | None = None
 
 
 class ChatBody(Body, kw_only=True):
@@ -69,6 +79,11 @@ class ChatBody(Body, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    chat_template_kwargs: Raw | None = None
+    documents: Raw | None = None
+    reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class CompletionBody(Body, kw_only=True):
@@ -84,6 +99,8 @@ class Asked(Struct, frozen=True):
     num_choices: int
     stream: bool
     wants_usage: bool
+    echo: bool = False
+    wants_token_ids: bool = False
 
 
 def read_chat(raw: bytes) -> Asked:
@@ -94,7 +111,7 @@ def read_chat(raw: bytes) -> Asked:
     """
     body: ChatBody = _decode(_CHAT, _chat_body, raw)
     messages = [
-        ChatMessage("system" if turn.role == "developer" else turn.role, _text(turn, index))
+        ChatMessage("system" if turn.role == "developer" else turn.role, _text(turn, index), turn.name)
         for index, turn in enumerate(body.messages)
     ]
     num_logprobs = None
@@ -103,7 +120,7 @@ def read_chat(raw: bytes) -> Asked:
     elif body.top_logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return _asked(body, num_logprobs, [{"messages": messages}], max_tokens)
+    return _asked(body, num_logprobs, [{"messages": messages, "chat": _chat_options(body)}], max_tokens)
 
 
 def read_completion(raw: bytes) -> Asked:
@@ -115,8 +132,33 @@ def read_completion(raw: bytes) -> Asked:
     body: CompletionBody = _decode(_COMPLETION, _completion_body, raw)
     if body.best_of is not None and body.best_of > (body.n or 1):
         raise BadRequest("best_of above n is not supported; ask for n and choose yourself", param="best_of")
+    if body.echo and body.logprobs is not None:
+        raise BadRequest("echo with logprobs is not supported: prompts have no log probabilities here", param="echo")
     max_tokens = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default for this route
     return _asked(body, body.logprobs, _prompts(body.prompt), max_tokens)
+
+
+def _chat_options(body: ChatBody) -> ChatOptions | None:
+    """Return how the template is to be used; None where the request says nothing of it."""
+    given: dict[str, Any] = {}
+    if body.chat_template_kwargs is not None:
+        given["variables"] = _object(body.chat_template_kwargs)
+    if body.documents is not None:
+        given["documents"] = _object(body.documents)
+    if body.reasoning_effort:
+        given["reasoning_effort"] = body.reasoning_effort
+    if body.continue_final_message:
+        given["continue_final_message"] = True
+        given["add_generation_prompt"] = bool(body.add_generation_prompt)
+    elif body.add_generation_prompt is False:
+        given["add_generation_prompt"] = False
+    return ChatOptions(**given) if given else None
+
+
+def _object(raw: Raw) -> bytes:
+    """Return JSON that is read later, nothing for what says nothing."""
+    found = bytes(raw)
+    return b"" if found in (b"null", b"{}", b"[]") else found
 
 
 _SAMPLING = ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"]
@@ -162,6 +204,13 @@ def _asked(body: Body, num_logprobs: int | None, prompts: list[dict[str, Any]], 
     num_choices = 1 if body.n is None else body.n
     if not 1 <= num_choices <= MAX_CHOICES:
         raise BadRequest(f"n must be between 1 and {MAX_CHOICES}, not {num_choices}", param="n")
+    if len(prompts) * num_choices > MAX_PROMPTS:
+        raise BadRequest(
+            f"{len(prompts)} prompts of {num_choices} choices are more than the {MAX_PROMPTS} that fit one request",
+            param="prompt",
+        )
+    if body.cache_salt == "":
+        raise BadRequest("cache_salt is empty; leave it out to share the tenant's cache", param="cache_salt")
     sampling = _sampling(body, num_logprobs)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if stop and (len(stop) > 16 or not all(0 < len(each) <= 256 for each in stop)):
@@ -183,12 +232,16 @@ def _asked(body: Body, num_logprobs: int | None, prompts: list[dict[str, Any]], 
             deadline_s=body.deadline_s,
             cache_hint=body.cache_hint,
             retention=body.retention or [],
+            include_stop=bool(body.include_stop_str_in_output),
+            skip_special_tokens=body.skip_special_tokens is not False,
+            truncate_prompt_tokens=body.truncate_prompt_tokens,
+            cache_salt=body.cache_salt or "",
             **prompts[number // num_choices],
         )
         for number in range(len(prompts) * num_choices)
     ]
     wants_usage = body.stream_options is not None and body.stream_options.include_usage
-    return Asked(requests, num_choices, bool(body.stream), wants_usage)
+    return Asked(requests, num_choices, bool(body.stream), wants_usage, bool(body.echo), bool(body.return_token_ids))
 
 
 def _sampling(body: Body, num_logprobs: int | None) -> SamplingOptions:
@@ -200,6 +253,14 @@ def _sampling(body: Body, num_logprobs: int | None) -> SamplingOptions:
         given["logit_bias"] = body.logit_bias
     if num_logprobs is not None:
         given["logprobs"] = num_logprobs
+    if body.min_tokens:
+        given["min_tokens"] = body.min_tokens
+    if body.allowed_token_ids is not None:
+        if not body.allowed_token_ids:
+            raise BadRequest("allowed_token_ids is empty; leave it out to allow all", param="allowed_token_ids")
+        given["allowed_token_ids"] = body.allowed_token_ids
+    if body.bad_words:
+        given["bad_words"] = body.bad_words
     try:
         return msgspec.convert(given, SamplingOptions, strict=False)
     except msgspec.ValidationError as error:

@@ -22,12 +22,12 @@ from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText
 from kvasir.gateway.text.word_cache import Words
 from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
-from kvasir.protocol.messages import MAX_TOKEN_ID, Sampling, SamplingOptions
+from kvasir.protocol.messages import MAX_TOKEN_ID, Constraint, Sampling, SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens, view_tokens
 
 MAX_THREADS = 4
-_SAMPLING = Sampling.__struct_fields__
+_SAMPLING = [name for name in Sampling.__struct_fields__ if name != "constraint"]
 MAX_MEMORIES = 256  # of words, one per model and sharing scope; some megabytes each when full
 
 
@@ -53,7 +53,8 @@ class Preparer:
         self._block_size = block_size
         self._clock = clock
         self._public_namespace = derive_namespace(secret, "public")
-        self._namespace = cache(partial(derive_namespace, secret))
+        self._salted = partial(derive_namespace, secret)  # salts are callers' own: too many to remember
+        self._namespace = cache(self._salted)
         self._root = cache(partial(derive_root, secret))
         self._memories: dict[tuple[str, tuple[str, str]], Words] = {}
         self._threads = trio.CapacityLimiter(MAX_THREADS)
@@ -92,7 +93,13 @@ class Preparer:
         if text is None or not request.want_text:
             return None
         ends = (*submit.stop_token_ids, *(() if submit.ignore_eos else text.eos_token_ids))
-        return text.detokenizer(request.stop, ends)
+        return text.detokenizer(
+            request.stop,
+            () if request.include_stop else ends,
+            keep_stop=request.include_stop,
+            min_tokens=request.sampling.min_tokens,
+            skip_special_tokens=request.skip_special_tokens,
+        )
 
     def text(self, model: str) -> ModelText | None:
         """Return the tokenizer of a model, if it has one."""
@@ -130,10 +137,11 @@ class Preparer:
                 "shorten it",
                 param="prompt",
             )
-        memory = self._memory(info.name, tenant)
+        # A salt is to keep others from learning what was sent, by the clock too.
+        memory = None if request.cache_salt else self._memory(info.name, tenant)
         try:
             if request.messages is not None:
-                return pack_tokens(text.encode_chat(request.messages, memory))
+                return pack_tokens(text.encode_chat(request.messages, memory, request.chat))
             return pack_tokens(text.encode(request.text or "", memory))
         except (UnicodeEncodeError, TypeError):  # the tokenizer calls a lone surrogate no string
             raise BadRequest("the prompt is no valid Unicode text (a lone surrogate); send valid UTF-8") from None
@@ -150,12 +158,16 @@ class Preparer:
         return memory
 
     def _submit(self, request: CompletionRequest, tenant: Tenant, sink: Sink, info: ModelInfo, packed: bytes) -> Submit:
+        if request.truncate_prompt_tokens is not None:
+            packed = _truncate(request, info, packed)
         num_tokens = self._check_prompt(request, info, packed)
         max_tokens = _check_max_tokens(request, info, num_tokens)
-        self._check_sampling(request, info)
+        self._check_sampling(request, info, max_tokens)
         text = self._texts.get(info.name)
         now = self._clock()
-        root, namespace = self._root(info.fingerprint, info.dtype), self._namespace(*tenant.scope)
+        root = self._root(info.fingerprint, info.dtype)
+        salt = request.cache_salt
+        namespace = self._salted(*tenant.scope, salt) if salt else self._namespace(*tenant.scope)
         num_public = 0
         if "public_zone" not in info.lacks:
             num_public = self._published.num_public_tokens(info.name, tenant, packed)
@@ -206,7 +218,12 @@ class Preparer:
             if not 0 <= token_id < vocab_size:
                 raise BadRequest(f"token id {token_id} is not in the vocabulary of {vocab_size} tokens", param=param)
 
-    def _check_sampling(self, request: CompletionRequest, info: ModelInfo) -> None:
+    def _check_sampling(self, request: CompletionRequest, info: ModelInfo, max_tokens: int) -> None:
+        if request.sampling.min_tokens > max_tokens:
+            raise BadRequest(
+                f"min_tokens is {request.sampling.min_tokens}, more than the {max_tokens} that the answer may have",
+                param="min_tokens",
+            )
         self._check_ids(info.name, request.sampling.logit_bias, "logit_bias")
         self._check_ids(info.name, request.stop_token_ids, "stop_token_ids")
         if request.stop and (not request.want_text or self._texts.get(info.name) is None):
@@ -216,6 +233,8 @@ class Preparer:
                 f"retention is not supported for model {info.name!r}, which {info.engine} computes; leave it out",
                 param="retention",
             )
+        if request.sampling.allowed_token_ids:
+            self._check_ids(info.name, request.sampling.allowed_token_ids, "allowed_token_ids")
         if request.deadline_s is not None and not 0 < request.deadline_s < inf:
             raise BadRequest("deadline_s must be a positive number of seconds", param="deadline_s")
 
@@ -223,11 +242,40 @@ class Preparer:
         """Return how to draw: what `options` leave out is the model's default, else that of `Sampling`."""
         text = self._texts.get(model)
         fields = {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
+        if options.min_tokens or options.allowed_token_ids or options.bad_words:
+            fields["constraint"] = _constraint(options, text)
         return Sampling(**fields if text is None else {**text.sampling, **fields})
 
 
+def _constraint(options: SamplingOptions, text: ModelText | None) -> Constraint:
+    if options.bad_words and text is None:
+        raise BadRequest("bad_words need a model with a tokenizer", param="bad_words")
+    words = [] if text is None else [ids for word in options.bad_words for ids in text.word_forms(word)]
+    return Constraint(options.min_tokens, options.allowed_token_ids, words)
+
+
 def _num_chars(request: CompletionRequest) -> int:
-    return len(request.text or "") + sum([len(message.content) for message in request.messages or ()])
+    num_chars = len(request.text or "")
+    for message in request.messages or ():
+        num_chars += len(message.content or "")
+        if message.reasoning or message.tool_calls:
+            num_chars += len(message.reasoning) + sum(len(call.arguments) for call in message.tool_calls)
+    chat = request.chat
+    return num_chars if chat is None else num_chars + len(chat.documents) + len(chat.variables)
+
+
+def _truncate(request: CompletionRequest, info: ModelInfo, packed: bytes) -> bytes:
+    """Return the end of the prompt that `truncate_prompt_tokens` asks for."""
+    count = request.truncate_prompt_tokens
+    assert count is not None
+    if count == 0 or count < -1:
+        raise BadRequest(
+            f"truncate_prompt_tokens is a number of tokens or -1 (as many as fit), not {count}",
+            param="truncate_prompt_tokens",
+        )
+    if count < 0:
+        count = max(1, info.max_context - max(1, request.max_tokens or 1))
+    return packed[-count * TOKEN_BYTES :]
 
 
 def _check_max_tokens(request: CompletionRequest, info: ModelInfo, num_tokens: int) -> int:

@@ -11,16 +11,27 @@ class Detokenizer:
 
     Holds back incomplete characters, and whatever could be the beginning of a stop string. `stopped` is set once a
     stop string was found; the text then ends before it and later tokens are ignored. The pushes together give exactly
-    `ModelText.decode` of all ids, cut at the first stop string. `end_token_ids`: for its user, who does not push them.
+    `ModelText.decode` of all ids, cut at the first stop string (after it with `keep_stop`). Text of the first
+    `min_tokens` tokens is no stop string. `end_token_ids`: for its user, who does not push them.
     """
 
-    __slots__ = ("_held", "_rest", "_stop", "_token_bytes", "end_token_ids", "stopped")
+    __slots__ = ("_held", "_keep_stop", "_num_free", "_rest", "_stop", "_token_bytes", "end_token_ids", "stopped")
 
-    def __init__(self, token_bytes: list[bytes], stop: tuple[str, ...], end_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        token_bytes: list[bytes],
+        stop: tuple[str, ...],
+        end_token_ids: tuple[int, ...],
+        *,
+        keep_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
         self._token_bytes = token_bytes
         self.end_token_ids = end_token_ids
         self._rest = b""  # the beginning of a character
         self._stop = stop
+        self._keep_stop = keep_stop
+        self._num_free = min_tokens if stop else 0  # tokens still to come that end nothing
         self._held = ""
         self.stopped = False
 
@@ -28,11 +39,19 @@ class Detokenizer:
         """Return the text that `token_ids` complete."""
         if self.stopped:
             return ""
+        if self._num_free:
+            free, token_ids = token_ids[: self._num_free], token_ids[self._num_free :]
+            self._num_free -= len(free)
+            return self._decode(free) + (self.push(token_ids) if token_ids else "")
+        text = self._decode(token_ids)
+        return self._until_stop(text) if self._stop else text
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
         token_bytes = self._token_bytes
         data = self._rest + b"".join([token_bytes[token_id] for token_id in token_ids if token_id < len(token_bytes)])
         text, num_used = codecs.utf_8_decode(data, "replace", False)
         self._rest = data[num_used:]
-        return self._until_stop(text) if self._stop else text
+        return text
 
     def finish(self) -> str:
         """Return what was held back: the answer ends here."""
@@ -52,7 +71,7 @@ class Detokenizer:
         if found:
             self.stopped = True
             self._held = ""
-            return text[: min(found)[1]]
+            return text[: min(found)[0 if self._keep_stop else 1]]
         num_held = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]

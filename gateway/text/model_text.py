@@ -1,32 +1,26 @@
 """Text to token ids and back: a model folder's tokenizer, its chat template.
 
 Everything comes from the folder that the workers load their weights from: `tokenizer.json` (read by the `tokenizers`
-library), `tokenizer_config.json` and `chat_template.jinja`. Templates are foreign code: they run in Jinja's immutable
-sandbox.
+library), `tokenizer_config.json` and `chat_template.jinja`.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-import jinja2.exceptions
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-import jinja2.utils
 import msgspec
 from tokenizers import Tokenizer
 
+from kvasir.gateway.text.chat_template import ChatTemplate
 from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.gateway.text.token_bytes import token_bytes_by_id
 from kvasir.gateway.text.word_cache import Words, make_word_cache
-from kvasir.protocol.client_messages import ChatMessage
+from kvasir.protocol.client_messages import ChatMessage, ChatOptions
 from kvasir.protocol.errors import BadRequest, ModelError
 from kvasir.protocol.messages import Sampling
 
@@ -39,21 +33,18 @@ class ModelText:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        template: str | None,
-        tokens: dict[str, str],
+        template: ChatTemplate | None,
         vocab_size: int,
         eos_token_ids: tuple[int, ...] = (),
         sampling: dict[str, Any] | None = None,
     ) -> None:
-        """`tokens`: special tokens that the template may name (`bos_token`, ...). `vocab_size`: ids the model knows.
-        `sampling`: the model's own defaults, of the fields of `Sampling`."""
+        """`vocab_size`: ids the model knows. `sampling`: the model's own defaults, of the fields of `Sampling`."""
         self._tokenizer = tokenizer
         self._token_bytes = token_bytes_by_id(tokenizer, vocab_size)
         self._longest = max(1, *map(len, self._token_bytes))
         self._words = make_word_cache(tokenizer)
         self._around = _around(tokenizer)
-        self._tokens = tokens
-        self._template = None if template is None else _compile(template)
+        self._template = template
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self.sampling = sampling or {}
@@ -80,17 +71,25 @@ class ModelText:
         whole: list[int] = self._tokenizer.encode(text).ids
         return whole
 
-    def encode_chat(self, messages: Sequence[ChatMessage], memory: Words | None = None) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], memory: Words | None = None, options: ChatOptions | None = None
+    ) -> list[int]:
         """Return the token ids of a conversation up to where the assistant's next answer begins; `memory` as `encode`.
 
         Raises:
             BadRequest: as `render_chat`.
         """
-        text = self.render_chat(messages)
+        text = self.render_chat(messages, options)
         ids = self._encode_quickly(text, memory)
         if ids is None:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def word_forms(self, word: str) -> list[list[int]]:
+        """Return the token ids of `word` as it begins a text and after a space, without what goes around a text."""
+        forms = (word.lstrip() or word, " " + word.lstrip())
+        found = [self._tokenizer.encode(form, add_special_tokens=False).ids for form in forms]
+        return [ids for index, ids in enumerate(found) if ids and ids not in found[:index]]
 
     def _encode_quickly(self, text: str, memory: Words | None) -> list[int] | None:
         """Return the ids of a short text; long ones go to the library, which works without Python's lock."""
@@ -98,23 +97,15 @@ class ModelText:
             return None
         return self._words.encode(text, memory)
 
-    def render_chat(self, messages: Sequence[ChatMessage]) -> str:
-        """Return the text of a conversation, the cue for the assistant's answer included.
+    def render_chat(self, messages: Sequence[ChatMessage], options: ChatOptions | None = None) -> str:
+        """Return the text of a conversation, by default with the cue for the assistant's answer.
 
         Raises:
-            BadRequest: no messages, no template, or the template refuses the conversation (with its own words).
+            BadRequest: no template, or as `ChatTemplate.render`.
         """
         if self._template is None:
             raise BadRequest("this model has no chat template; send a plain prompt instead (/v1/completions)")
-        if not messages:
-            raise BadRequest("messages is empty; send at least one message", param="messages")
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return self._template.render(
-                messages=turns, add_generation_prompt=True, tools=None, documents=None, **self._tokens
-            )
-        except Exception as error:  # foreign code: whatever it raises is its way to refuse
-            raise BadRequest(f"the model's chat template refuses these messages: {error}", param="messages") from None
+        return self._template.render(messages, options)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text that `token_ids` add to a text before them, special tokens left out."""
@@ -124,9 +115,27 @@ class ModelText:
         """Return the bytes of one token, which need not be whole characters; none for special tokens."""
         return self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
 
-    def detokenizer(self, stop: Sequence[str] = (), end_token_ids: Sequence[int] = ()) -> Detokenizer:
-        """Return a fresh incremental detokeniser that ends at any of the `stop` strings."""
-        return Detokenizer(self._token_bytes, tuple(stop), tuple(end_token_ids))
+    def detokenizer(
+        self,
+        stop: Sequence[str] = (),
+        end_token_ids: Sequence[int] = (),
+        *,
+        keep_stop: bool = False,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> Detokenizer:
+        """Return a fresh incremental detokeniser that ends at any of the `stop` strings, see `Detokenizer`."""
+        token_bytes = self._token_bytes if skip_special_tokens else self._all_token_bytes
+        return Detokenizer(token_bytes, tuple(stop), tuple(end_token_ids), keep_stop=keep_stop, min_tokens=min_tokens)
+
+    @cached_property
+    def _all_token_bytes(self) -> list[bytes]:
+        """As `_token_bytes`, special tokens by their names."""
+        found = list(self._token_bytes)
+        for token_id, token in self._tokenizer.get_added_tokens_decoder().items():
+            if token.special and token_id < len(found):
+                found[token_id] = token.content.encode()
+        return found
 
 
 def load_text(path: Path) -> ModelText:
@@ -153,8 +162,9 @@ def load_text(path: Path) -> ModelText:
     vocab_size = config.get("vocab_size") or tokenizer.get_vocab_size(with_added_tokens=True)
     try:
         eos = _eos_token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
-        template, sampling = _find_template(path, settings), _sampling_defaults(path, generation)
-        return ModelText(tokenizer, template, tokens, int(vocab_size), eos, sampling)
+        source, sampling = _find_template(path, settings), _sampling_defaults(path, generation)
+        template = None if source is None else ChatTemplate(source, tokens)
+        return ModelText(tokenizer, template, int(vocab_size), eos, sampling)
     except jinja2.TemplateError as error:
         raise ModelError(f"the chat template of {path} cannot be read: {error}; mend or remove it") from None
     except ModelError as error:
@@ -212,21 +222,6 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
     return found
 
 
-def _compile(template: str) -> jinja2.Template:
-    """Compile as the `transformers` library does, so that a template renders the same here."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["dict"] = _make_dict
-    environment.globals["namespace"] = _SafeNamespace
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    compiled = environment.from_string(template)
-    compiled.globals = dict(compiled.globals)  # a ChainMap, which every rendering would walk
-    return compiled
-
-
 def _find_template(path: Path, settings: dict[str, Any]) -> str | None:
     file = path / "chat_template.jinja"
     if file.is_file():
@@ -255,50 +250,3 @@ def _token(value: Any) -> str:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else ""
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what a model is trained on; here it is its content."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        line = next(parser.stream).lineno
-        return [jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)]
-
-
-class _SafeNamespace(jinja2.utils.Namespace):
-    """Jinja's `namespace`, without names that could lead out of the sandbox (as in `transformers`)."""
-
-    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
-        attributes = dict(*args, **kwargs)
-        for name in attributes:
-            _check_attribute(name)
-        super().__init__(attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_attribute(name)
-        super().__setitem__(name, value)
-
-
-def _check_attribute(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
-
-
-def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

@@ -5,8 +5,9 @@ float64. A draw therefore depends on the logits, the parameters, the seed and th
 the batch, not on the worker, not on how often the request was moved. Rounding differs between batches in the last bits
 of the logits; that changes a draw only when the uniform falls into that sliver.
 
-What counts, in this order: penalties and bias, the constraint on what may be drawn, temperature, top-k, top-p (over what top-k left), min-p (against the
-most likely token). Equal logits rank by token id. Reported log probabilities are the model's own, before all that.
+What counts, in this order: penalties and bias, the constraint on what may be drawn, temperature, top-k, top-p (over
+what top-k left), min-p (against the most likely token). Equal logits rank by token id. Reported log probabilities are
+the model's own, before all that.
 
 The tests compare `sample`, which treats whole batches, with a readable duplicate that draws one token.
 """

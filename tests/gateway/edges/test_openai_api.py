@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -12,94 +11,12 @@ import trio.testing
 
 from kvasir.gateway.core.api import Delta, Finished, Submit
 from kvasir.gateway.edges.answer import MAX_WAITING_EVENTS
-from kvasir.gateway.edges.openai_api import HttpApi
-from kvasir.gateway.http.connection import HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.protocol.errors import RequestFailed
 from kvasir.protocol.tokens import pack_tokens
-from tests.edge_helpers import KEYS, TEXT, FakeCore, make_directory, make_preparer
+from tests.edge_helpers import ANSWER, KEYS, TEXT, FakeExchange, House, decoded, run
 
 pytestmark = pytest.mark.timeout(30)
-ANSWER = "def add(a, b):\n    return a + b  # é😀\n"
-
-
-class FakeExchange:
-    """Collects what is streamed."""
-
-    def __init__(self) -> None:
-        self.status: int | None = None
-        self.has_begun = False
-        self.headers: dict[str, str] = {}
-        self.pieces: list[bytes] = []
-        self.ended = False
-        self.was_cut = False
-
-    def begin(self, status: int, content_type: str, headers: Sequence[tuple[str, str]] = ()) -> None:
-        self.has_begun = True
-        self.status, self.headers = status, {"content-type": content_type, **dict(headers)}
-
-    async def write(self, data: bytes) -> None:
-        self.pieces.append(data)
-
-    async def end(self, data: bytes = b"") -> None:
-        self.pieces.append(data)
-        self.ended = True
-
-    def cut(self) -> None:
-        self.was_cut = True
-
-    def events(self) -> list[Any]:
-        """The decoded events, [DONE] as None."""
-        blocks = b"".join(self.pieces).decode().split("\n\n")
-        assert blocks.pop() == ""
-        assert all(block.startswith("data: ") for block in blocks)
-        return [None if block == "data: [DONE]" else json.loads(block[6:]) for block in blocks]
-
-
-class House:
-    """The routes over a scripted core; `script` gives the token ids of an answer."""
-
-    def __init__(
-        self,
-        script: Callable[[Submit], Sequence[int]] = lambda submit: TEXT.encode(ANSWER),
-        metrics_token: str = "",
-    ) -> None:
-        self.core = FakeCore(script)
-        directory = make_directory()
-        self.lines: list[dict[str, Any]] = []
-        self.api = HttpApi(
-            self.core,
-            make_preparer(self.core, directory),
-            directory,
-            lambda: b"metrics\n",
-            metrics_token=metrics_token,
-            access=lambda event, **fields: self.lines.append(fields),
-        )
-
-    async def ask(
-        self, path: str, body: Any = None, *, method: str = "POST", key: str | None = KEYS["alpha"]
-    ) -> tuple[HttpResponse | None, FakeExchange]:
-        headers = {"host": "x"} if key is None else {"host": "x", "authorization": f"Bearer {key}"}
-        content = b"" if body is None else json.dumps(body).encode()
-        exchange = FakeExchange()
-        request = HttpRequest(method, path, headers, content, keep_alive=True)
-        return await self.api(request, exchange), exchange  # type: ignore[arg-type]
-
-
-def run(main: Callable[[House], Awaitable[None]], house: House | None = None) -> None:
-    async def with_nursery() -> None:
-        used = house or House()
-        async with trio.open_nursery() as nursery:
-            used.core.nursery = nursery
-            await main(used)
-            nursery.cancel_scope.cancel()
-
-    trio.run(with_nursery)
-
-
-def decoded(response: HttpResponse | None) -> Any:
-    assert response is not None
-    return json.loads(response.body)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,6 @@ def test_large_values_are_refused_before_they_are_decoded(monkeypatch: pytest.Mo
     decoded: list[object] = []
     real = msgspec.json.decode
     monkeypatch.setattr(msgspec.json, "decode", lambda raw, **kind: decoded.append(kind) or real(raw, **kind))
-    with pytest.raises(BadRequest, match="up to 16 prompts"):
+    with pytest.raises(BadRequest, match="up to 256 prompts"):
         read_completion(b'{"prompt": [' + b"[1]," * 100_000 + b"[1]]}")
     assert len(decoded) == 1, "the names alone"

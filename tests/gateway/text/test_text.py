@@ -131,7 +131,7 @@ def make_sentence_piece(decoder: decoders.Decoder) -> ModelText:
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
     tokenizer.decoder = decoder
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return ModelText(tokenizer, None, {}, len(names) + 8)
+    return ModelText(tokenizer, None, len(names) + 8)
 
 
 SENTENCE_PIECE = make_sentence_piece(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import kvasir.gateway.text.word_cache as word_cache
+from kvasir.gateway.text.chat_template import ChatTemplate
 from kvasir.gateway.text.model_text import ModelText
 from kvasir.gateway.text.word_cache import MAX_NEW_WORDS, make_word_cache
 
@@ -179,7 +180,7 @@ def test_texts_keep_what_the_tokenizer_puts_around_them() -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A <|end|>", special_tokens=[("<|bos|>", bos), ("<|end|>", end)]
     )
-    text = ModelText(tokenizer, "{{ messages[0].content }}", {}, 600)
+    text = ModelText(tokenizer, ChatTemplate("{{ messages[0].content }}", {}), 600)
     for content in ("import os", "", "é", "x" * 10_000):
         plain = tokenizer.encode(content, add_special_tokens=False).ids
         assert text.encode(content) == text.encode(content, {}) == tokenizer.encode(content).ids == [bos, *plain, end]

@@ -1,0 +1,234 @@
+"""What the routes for chat and text completions answer: choices, chunks, usage, log probabilities, error objects."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import msgspec
+
+from kvasir.gateway.core.api import Finished, Submit
+from kvasir.gateway.edges.answer import Piece
+from kvasir.gateway.edges.openai_requests import Asked
+from kvasir.gateway.text.model_text import ModelText
+from kvasir.protocol.errors import BY_CODE, ErrorInfo, KvasirError
+from kvasir.protocol.messages import TokenLogprobs
+from kvasir.protocol.tokens import unpack_tokens, view_tokens
+
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_TYPES |= {405: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error"}
+_FINISH = {"stop": "stop", "length": "length", "abort": "stop"}
+_encode = msgspec.json.Encoder().encode
+
+
+class Writer:
+    """Writes the answer to one request, whole or as server-sent events.
+
+    A streamed one is `opening`, then of each choice any number of `progress` and one `ending` or `failure`, then
+    `closing`.
+    """
+
+    id_prefix: str
+    object: str
+    chunk_object: str
+
+    def __init__(self, asked: Asked, submits: Sequence[Submit], text: ModelText | None) -> None:
+        self.asked = asked
+        self.submits = submits
+        self.text = text
+        self._envelope = {
+            "id": self.id_prefix + submits[0].req_id.hex(),
+            "object": self.chunk_object if asked.stream else self.object,
+            "created": int(time.time()),
+            "model": submits[0].model,
+        }
+        self._more = {"usage": None} if asked.wants_usage else {}
+
+    def whole(self, pieces: Sequence[Piece], ends: Sequence[Finished]) -> dict[str, Any]:
+        """Return the body of an answer that is not streamed."""
+        choices = [self._choice(i, piece, end.reason) for i, (piece, end) in enumerate(zip(pieces, ends, strict=True))]
+        return {**self._envelope, "choices": choices, "usage": usage_of(ends, self.asked.num_choices)}
+
+    def opening(self) -> list[bytes]:
+        """Return the events before anything has come."""
+        raise NotImplementedError
+
+    def progress(self, index: int, piece: Piece) -> list[bytes]:
+        """Return the events of what choice `index` has gained."""
+        raise NotImplementedError
+
+    def ending(self, index: int, end: Finished) -> bytes:
+        """Return the event that ends choice `index`."""
+        raise NotImplementedError
+
+    def failure(self, error: ErrorInfo) -> bytes:
+        """Return the event that ends a choice in an error."""
+        return b"data: %b\n\n" % _encode({"error": error_object(error)})
+
+    def closing(self, ends: Sequence[Finished]) -> bytes:
+        """Return the last events."""
+        done = b"data: [DONE]\n\n"
+        if not self.asked.wants_usage:
+            return done
+        usage = {"usage": usage_of(ends, self.asked.num_choices)}
+        return b"data: %b\n\n%b" % (_encode({**self._envelope, "choices": [], **usage}), done)
+
+    def _choice(self, index: int, piece: Piece, reason: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _chunk(self, choice: dict[str, Any], more: dict[str, Any] | None = None) -> bytes:
+        return b"data: %b\n\n" % _encode({**self._envelope, "choices": [choice], **self._more, **(more or {})})
+
+    def _prompt_ids(self, index: int) -> list[int]:
+        return unpack_tokens(self.submits[index].token_ids)
+
+
+class ChatWriter(Writer):
+    id_prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def whole(self, pieces: Sequence[Piece], ends: Sequence[Finished]) -> dict[str, Any]:
+        body = super().whole(pieces, ends)
+        return {**body, "prompt_token_ids": self._prompt_ids(0)} if self.asked.wants_token_ids else body
+
+    def opening(self) -> list[bytes]:
+        more = {"prompt_token_ids": self._prompt_ids(0)} if self.asked.wants_token_ids else None
+        delta = {"role": "assistant", "content": self._echo()}
+        return [
+            self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, more)
+            for index in range(len(self.submits))
+        ]
+
+    def progress(self, index: int, piece: Piece) -> list[bytes]:
+        wants_ids = self.asked.wants_token_ids and piece.token_ids
+        if not (piece.text or piece.logprobs or wants_ids):
+            return []
+        logprobs = _chat_logprobs(piece, self.text)
+        choice = {"index": index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
+        if wants_ids:
+            choice["token_ids"] = unpack_tokens(piece.token_ids)
+        return [self._chunk(choice)]
+
+    def ending(self, index: int, end: Finished) -> bytes:
+        reason = _FINISH.get(end.reason, end.reason)
+        return self._chunk({"index": index, "delta": {}, "logprobs": None, "finish_reason": reason})
+
+    def _choice(self, index: int, piece: Piece, reason: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": self._echo() + piece.text, "refusal": None}
+        choice = {
+            "index": index,
+            "message": message,
+            "logprobs": _chat_logprobs(piece, self.text),
+            "finish_reason": _FINISH.get(reason, reason),
+        }
+        if self.asked.wants_token_ids:
+            choice["token_ids"] = unpack_tokens(piece.token_ids)
+        return choice
+
+    def _echo(self) -> str:
+        """Return what the answer goes on with, where it is asked for: an assistant's last message."""
+        messages = self.asked.requests[0].messages
+        if not self.asked.echo or not messages or messages[-1].role != "assistant":
+            return ""
+        return messages[-1].content or ""
+
+
+class CompletionWriter(Writer):
+    id_prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
+
+    def opening(self) -> list[bytes]:
+        if not (self.asked.echo or self.asked.wants_token_ids):
+            return []
+        return [
+            self._chunk(
+                {"index": index, "text": self._echo(index), "logprobs": None, "finish_reason": None}
+                | ({"prompt_token_ids": self._prompt_ids(index)} if self.asked.wants_token_ids else {})
+            )
+            for index in range(len(self.submits))
+        ]
+
+    def progress(self, index: int, piece: Piece) -> list[bytes]:
+        wants_ids = self.asked.wants_token_ids and piece.token_ids
+        if not (piece.text or piece.logprobs or wants_ids):
+            return []
+        logprobs = _completion_logprobs(piece, self.text)
+        choice = {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": None}
+        if wants_ids:
+            choice["token_ids"] = unpack_tokens(piece.token_ids)
+        return [self._chunk(choice)]
+
+    def ending(self, index: int, end: Finished) -> bytes:
+        reason = _FINISH.get(end.reason, end.reason)
+        return self._chunk({"index": index, "text": "", "logprobs": None, "finish_reason": reason})
+
+    def _choice(self, index: int, piece: Piece, reason: str) -> dict[str, Any]:
+        choice = {
+            "index": index,
+            "text": self._echo(index) + piece.text,
+            "logprobs": _completion_logprobs(piece, self.text),
+            "finish_reason": _FINISH.get(reason, reason),
+        }
+        if self.asked.wants_token_ids:
+            choice |= {"token_ids": unpack_tokens(piece.token_ids), "prompt_token_ids": self._prompt_ids(index)}
+        return choice
+
+    def _echo(self, index: int) -> str:
+        """Return the prompt, where it is asked for: as it was sent, or what its tokens say."""
+        if not self.asked.echo:
+            return ""
+        request = self.asked.requests[index]
+        if request.text is not None and request.truncate_prompt_tokens is None:
+            return request.text
+        return "" if self.text is None else self.text.decode(self._prompt_ids(index))
+
+
+def usage_of(ends: Sequence[Finished], num_choices: int) -> dict[str, Any]:
+    """Tokens of all choices; a prompt with several choices is counted once, its cached tokens as the first had them."""
+    prompts = ends[::num_choices]
+    num_prompt = sum(end.num_prompt_tokens for end in prompts)
+    num_output = sum(end.num_output_tokens for end in ends)
+    num_cached = sum(end.num_cached_tokens for end in prompts)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
+
+
+def error_object(info: ErrorInfo) -> dict[str, Any]:
+    status = BY_CODE.get(info.code, KvasirError).http_status
+    kind = _TYPES.get(status, "server_error")
+    return {"message": info.message, "type": kind, "param": info.param, "code": info.code}
+
+
+def _chat_logprobs(piece: Piece, text: ModelText | None) -> dict[str, Any] | None:
+    if not piece.logprobs or text is None:
+        return None
+    pairs = zip(view_tokens(piece.token_ids), piece.logprobs, strict=False)
+    return {"content": [_chat_token(text, *pair) for pair in pairs]}
+
+
+def _chat_token(text: ModelText, token_id: int, logprobs: TokenLogprobs) -> dict[str, Any]:
+    top = [_scored(text, candidate, value) for candidate, value in logprobs.top]
+    return {**_scored(text, token_id, logprobs.logprob), "top_logprobs": top}
+
+
+def _scored(text: ModelText, token_id: int, logprob: float) -> dict[str, Any]:
+    piece = text.token_bytes(token_id)
+    return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
+
+
+def _completion_logprobs(piece: Piece, text: ModelText | None) -> dict[str, Any] | None:
+    if not piece.logprobs or text is None:
+        return None
+    tokens = [text.decode([token_id]) for token_id in view_tokens(piece.token_ids)]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [entry.logprob for entry in piece.logprobs],
+        "top_logprobs": [
+            {text.decode([candidate]): value for candidate, value in entry.top} for entry in piece.logprobs
+        ],
+        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=piece.start)),
+    }
