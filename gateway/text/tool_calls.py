@@ -1,0 +1,323 @@
+"""Calls of tools in the text of an answer, found while it comes, in the ways that models write them.
+
+Each parser is a state machine over text: what it finds does not depend on how the text is cut into pieces. White space
+around a call is not part of the content. What looks like a call and turns out to be none is content after all; a call
+whose name is known is a call, however its arguments end.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from typing import Any
+
+from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content, Part, overlap
+from kvasir.gateway.text.call_object import CallObject, JsonValue
+
+Tools = dict[str, dict[str, Any]]
+"""The functions that may be called: JSON schemas of their parameters by name."""
+
+
+class ToolParser(ABC):
+    """Feed it text with `push`, then `finish`. `marks`: special tokens that it must see.
+
+    `is_over`: a call is complete and only one was wanted (`one_call`); what follows is dropped.
+    """
+
+    marks: tuple[str, ...] = ()
+    openers: tuple[str, ...] = ()  # what begins a call in the midst of content
+
+    def __init__(self, tools: Tools, *, one_call: bool = False) -> None:
+        self.num_calls = 0
+        self.is_over = False
+        self._one_call = one_call
+        self._tools = tools
+        self._buffer = ""
+        self._parts: list[Part] = []
+        self._given_back = ""  # what is content if no call follows
+        self._ended = False
+        self._after_call = False
+        self._state: Callable[[], bool] = self._content
+
+    @staticmethod
+    @abstractmethod
+    def opening(name: str) -> str:
+        """Return how a call of `name` begins, so that the model can be made to go on with it; "": of any function."""
+
+    @abstractmethod
+    def _open(self, opener: str) -> None:
+        """Set the state for what follows an opener, which is taken off the buffer."""
+
+    def push(self, text: str) -> list[Part]:
+        """Return what `text` completes."""
+        self._buffer += text
+        while not self.is_over and self._state():
+            pass
+        parts, self._parts = self._parts, []
+        return parts
+
+    def finish(self) -> list[Part]:
+        """Return what was held back: the answer ends here."""
+        self._ended = True
+        return self.push("")
+
+    # ---- states: each takes something off the buffer and says whether to go on
+
+    def _content(self) -> bool:
+        if self._after_call:
+            self._buffer = self._buffer.lstrip()
+        buffer = self._buffer
+        found = [(at, opener) for opener in self.openers if (at := buffer.find(opener)) >= 0]
+        if not found:
+            num_held = 0 if self._ended else _num_held(buffer, self.openers)
+            self._emit(buffer[: len(buffer) - num_held])
+            self._buffer = buffer[len(buffer) - num_held :]
+            return False
+        at, opener = min(found)
+        content = buffer[:at].rstrip()
+        self._given_back = buffer[len(content) : at + len(opener)]
+        self._emit(content)
+        self._buffer = buffer[at + len(opener) :]
+        self._open(opener)
+        return True
+
+    def _emit(self, text: str) -> None:
+        if text:
+            self._after_call = False
+            self._parts.append(Content(text))
+
+    # ---- for the calls
+
+    def _begin(self, name: str) -> bool:
+        """Begin a call; return whether it is one."""
+        self._parts.append(CallBegin(self.num_calls, name))
+        self.num_calls += 1
+        return True
+
+    def _arguments(self, text: str) -> None:
+        if text:
+            self._parts.append(CallArguments(self.num_calls - 1, text))
+
+    def _end_call(self) -> None:
+        self.is_over = self._one_call
+        self._after_call = True
+
+    def _give_back(self) -> bool:
+        """What looked like a call is content."""
+        self._state = self._content
+        self._emit(self._given_back)
+        return True
+
+    def _skip_space(self) -> bool:
+        """Take white space off the buffer; return whether anything is left."""
+        self._buffer = self._buffer.lstrip()
+        return bool(self._buffer)
+
+    def _starts_with(self, mark: str) -> bool | None:
+        """Return whether the buffer starts with `mark`, None while that is open."""
+        if self._buffer.startswith(mark):
+            return True
+        return None if not self._ended and mark.startswith(self._buffer) else False
+
+
+class ObjectParser(ToolParser):
+    """What the formats share that write a call as one JSON object."""
+
+    needs_arguments = False
+
+    def _begin_object(self) -> None:
+        self._object = CallObject(self._begin, self._arguments, needs_arguments=self.needs_arguments)
+        self._state = self._in_object
+
+    def _in_object(self) -> bool:
+        piece, self._buffer = self._buffer, ""
+        self._object.feed(piece)
+        if not self._object.has_begun:
+            self._given_back += piece
+        if self._object.done:
+            self._buffer = self._object.rest
+            self._end_call()
+            self._after_object()
+        elif (self._object.failed or self._ended) and self._object.has_begun:  # a call that breaks off
+            self._buffer = self._object.rest
+            self._end_call()
+            self._after_broken()
+        elif self._object.failed or self._ended:
+            self._buffer = self._object.rest
+            self._given_back = self._given_back[: len(self._given_back) - len(self._buffer)]
+            self._give_back()
+        return self._state != self._in_object
+
+    def _after_object(self) -> None:
+        self._state = self._content
+
+    def _after_broken(self) -> None:
+        self._state = self._content
+
+
+class HermesParser(ObjectParser):
+    """`<tool_call>{"name": …, "arguments": {…}}</tool_call>`: Hermes, Qwen 2.5, Qwen 3."""
+
+    openers = ("<tool_call>",)
+    marks = ("<tool_call>", "</tool_call>")
+
+    @staticmethod
+    def opening(name: str) -> str:
+        return '<tool_call>\n{"name": "' + (f'{name}", "arguments": ' if name else "")
+
+    def _open(self, opener: str) -> None:
+        self._begin_object()
+
+    def _after_object(self) -> None:
+        self._state = self._closing
+
+    def _after_broken(self) -> None:
+        self._state = self._skipping
+
+    def _closing(self) -> bool:
+        if not self._skip_space():
+            return False
+        closes = self._starts_with("</tool_call>")
+        if closes is None:
+            return False
+        if closes:
+            self._buffer = self._buffer[len("</tool_call>") :]
+        self._state = self._content
+        return True
+
+    def _skipping(self) -> bool:
+        """Skip the rest of a call that is no JSON."""
+        before, mark, after = self._buffer.partition("</tool_call>")
+        if mark or self._ended:
+            self._buffer, self._state = after, self._content
+            return True
+        self._buffer = before[len(before) - overlap(before, "</tool_call>") :]
+        return False
+
+
+class LlamaParser(ObjectParser):
+    """`{"name": …, "parameters": {…}}` as the whole answer, several with `;` between: Llama 3.
+
+    The object may follow `<|python_tag|>`. Other JSON is content: only the names of the given tools make a call.
+    """
+
+    marks = openers = ("<|python_tag|>",)
+    needs_arguments = True
+
+    def __init__(self, tools: Tools, *, one_call: bool = False) -> None:
+        super().__init__(tools, one_call=one_call)
+        self._state = self._beginning
+
+    @staticmethod
+    def opening(name: str) -> str:
+        return '{"name": "' + (f'{name}", "parameters": ' if name else "")
+
+    def _open(self, opener: str) -> None:
+        self._state = self._beginning
+
+    def _beginning(self) -> bool:
+        """Nothing but white space has come, or a call has ended."""
+        stripped = self._buffer.lstrip()
+        if not stripped and not self._ended:
+            return False
+        if stripped.startswith("{"):
+            self._given_back = self._buffer[: len(self._buffer) - len(stripped)]
+            self._buffer = stripped
+            self._begin_object()
+        elif self._after_call and stripped.startswith(";"):
+            self._buffer = stripped[1:]
+        else:
+            self._state = self._content
+        return True
+
+    def _begin(self, name: str) -> bool:
+        return name in self._tools and super()._begin(name)
+
+    def _after_object(self) -> None:
+        self._state = self._beginning
+
+
+class MistralParser(ObjectParser):
+    """`[TOOL_CALLS][{"name": …, "arguments": {…}}, …]`, or `[TOOL_CALLS]name[ARGS]{…}` once per call: Mistral."""
+
+    openers = ("[TOOL_CALLS]",)
+    marks = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+    _ends_of_name = ("[ARGS]", "[CALL_ID]", "{")
+
+    @staticmethod
+    def opening(name: str) -> str:
+        return '[TOOL_CALLS][{"name": "' + (f'{name}", "arguments": ' if name else "")
+
+    def _open(self, opener: str) -> None:
+        self._state = self._choose
+
+    def _choose(self) -> bool:
+        if not self._skip_space():
+            return self._ended and self._give_back()
+        if self._buffer[0] == "[":
+            self._given_back += "["
+            self._buffer = self._buffer[1:]
+            self._begin_object()
+        elif self._buffer[0] == "{":
+            self._begin_object()
+        else:
+            self._state = self._name
+        return True
+
+    def _after_object(self) -> None:
+        self._state = self._between
+
+    def _between(self) -> bool:
+        """In a list, after a call."""
+        if not self._skip_space():
+            return False
+        if self._buffer[0] == ",":
+            self._given_back = ","
+            self._buffer = self._buffer[1:]
+            self._begin_object()
+        else:
+            self._buffer = self._buffer.removeprefix("]")
+            self._state = self._content
+        return True
+
+    def _name(self) -> bool:
+        found = [(at, mark) for mark in self._ends_of_name if (at := self._buffer.find(mark)) >= 0]
+        at = min(found)[0] if found else len(self._buffer)
+        name = self._buffer[:at].strip()
+        if len(name) > 256 or len(name.split()) > 1 or ((found or self._ended) and not name):
+            return self._give_back()
+        if not found:
+            return self._ended and self._give_back()
+        self._begin(name)
+        self._buffer = self._buffer[at:]
+        self._value = JsonValue()
+        self._state = self._before_value
+        return True
+
+    def _before_value(self) -> bool:
+        """Skip `[CALL_ID]…` and `[ARGS]`."""
+        at = self._buffer.find("{")
+        if at < 0:
+            if self._ended:
+                self._end_call()
+                self._buffer, self._state = "", self._content
+            return self._ended
+        self._buffer = self._buffer[at:]
+        self._state = self._in_value
+        return True
+
+    def _in_value(self) -> bool:
+        end = self._value.feed(self._buffer)
+        self._arguments(self._buffer[:end])
+        self._buffer = self._buffer[end:]
+        if self._value.done or self._ended:
+            self._end_call()
+            self._state = self._content
+            return True
+        return False
+
+
+def _num_held(text: str, openers: Collection[str]) -> int:
+    """Return how much of the end of `text` may yet not be content: a beginning of an opener, and white space before."""
+    num_held = max((overlap(text, opener) for opener in openers), default=0)
+    return len(text) - len(text[: len(text) - num_held].rstrip())
