@@ -17,6 +17,7 @@ import trio
 
 from kvasir.gateway.app import serve
 from kvasir.gateway.config import GatewayConfig, ModelConfig
+from kvasir.gateway.text.answer_parser import TOOL_PARSERS
 from kvasir.protocol.address import is_private
 from kvasir.protocol.errors import ConfigurationError
 
@@ -42,6 +43,13 @@ def parse(argv: list[str] | None = None) -> GatewayConfig:
     parser.add_argument("--upstream-args", default="", metavar="ARGS", help="passed to what fronts the upstreams")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="local workers per model; 0: they dial in")
     parser.add_argument("--worker-args", default="", metavar="ARGS", help="passed to every local worker")
+    parser.add_argument(
+        "--tool-parser",
+        action="append",
+        default=[],
+        metavar="[MODEL=]NAME",
+        help=f"how a model calls tools: {', '.join(TOOL_PARSERS)}, none (default: auto, from its chat template)",
+    )
     parser.add_argument("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="HTTP edge, or `off`")
     parser.add_argument("--zmq", action="append", default=[], metavar="ENDPOINT", help="further SDK endpoints")
     parser.add_argument("--insecure", action="store_true", help="allow --zmq beyond this machine: keys in the clear")
@@ -56,7 +64,10 @@ def parse(argv: list[str] | None = None) -> GatewayConfig:
         delays = tuple(float(part) for part in args.restart_delays.split(","))
         http = None if args.http == "off" else _address(args.http)
         metrics_token = "" if args.metrics_token_file is None else _token(args.metrics_token_file)
-        models = tuple(_model(text, args.workers, tuple(shlex.split(args.worker_args))) for text in args.model)
+        tool_parsers = _tool_parsers(args.tool_parser)
+        models = tuple(
+            _model(text, args.workers, tuple(shlex.split(args.worker_args)), tool_parsers) for text in args.model
+        )
         models = _with_upstreams(models, args.upstream, tuple(shlex.split(args.upstream_args)))
     except ValueError as error:
         parser.error(str(error))
@@ -123,11 +134,23 @@ def _token(path: Path) -> str:
     return token
 
 
-def _model(text: str, num_workers: int, worker_args: tuple[str, ...]) -> ModelConfig:
+def _tool_parsers(given: list[str]) -> dict[str, str]:
+    """Return the names of tool parsers by model; "" is every other model."""
+    found = {}
+    for text in given:
+        model, _, name = text.rpartition("=")
+        if name not in (*TOOL_PARSERS, "auto", "none"):
+            raise ValueError(f"--tool-parser {text!r}: there are {', '.join(TOOL_PARSERS)}, auto and none")
+        found[model] = name
+    return found
+
+
+def _model(text: str, num_workers: int, worker_args: tuple[str, ...], tool_parsers: dict[str, str]) -> ModelConfig:
     name, equals, path = text.partition("=")
     if not equals or not name or not path:
         raise ValueError(f"--model {text!r} is no NAME=PATH")
-    return ModelConfig(name, Path(path).resolve(), num_workers, worker_args)
+    tool_parser = tool_parsers.get(name, tool_parsers.get("", "auto"))
+    return ModelConfig(name, Path(path).resolve(), num_workers, worker_args, tool_parser=tool_parser)
 
 
 def _with_upstreams(

@@ -172,7 +172,7 @@ def _core_config(config: GatewayConfig, secret: bytes) -> CoreConfig:
 
 
 def _load_text(model: ModelConfig) -> ModelText | None:
-    return None if str(model.path).startswith(ORACLE) else load_text(model.path)
+    return None if str(model.path).startswith(ORACLE) else load_text(model.path, model.tool_parser)
 
 
 async def _watch_signals(stopping: trio.Event, scope: trio.CancelScope) -> None:

@@ -18,6 +18,7 @@ class ModelConfig:
     num_workers: int
     worker_args: tuple[str, ...] = ()
     upstreams: tuple[str, ...] = ()
+    tool_parser: str = "auto"  # how it writes calls of tools, see gateway/text/answer_parser.py
 
 
 @dataclass(frozen=True, slots=True)

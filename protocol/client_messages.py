@@ -10,13 +10,14 @@ working at the next request. `id` is the client's own number for a request, uniq
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
 from kvasir.protocol.codec import Decoder, Message
 from kvasir.protocol.errors import ErrorInfo
 from kvasir.protocol.messages import (
+    MAX_TOKENS,
     CacheHint,
     Name,
     PackedTokens,
@@ -60,8 +61,20 @@ class ChatOptions(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     `add_generation_prompt` false leaves the cue for the assistant's answer out; `continue_final_message` leaves the
     last message open, so that the answer goes on with it. `reasoning_effort` "none" turns thinking off where the
     template knows only on and off.
+
+    `tools`: JSON, a list of functions as OpenAI's chat completions have them. `tool_choice`: "none" leaves them out,
+    "required" makes the answer begin with a call, of `tool_name` if that is given; without `parallel_tool_calls` it
+    ends after one. Reasoning is told apart from the content with `separate_reasoning`, left out without
+    `include_reasoning`, and ended after `max_reasoning_tokens`.
     """
 
+    tools: Json = b""
+    tool_choice: Literal["auto", "none", "required"] = "auto"
+    tool_name: Annotated[str, Meta(max_length=256)] = ""
+    parallel_tool_calls: bool = True
+    separate_reasoning: bool = True
+    include_reasoning: bool = True
+    max_reasoning_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None
     documents: Json = b""
     variables: Json = b""
     reasoning_effort: Annotated[str, Meta(max_length=32)] = ""

@@ -35,11 +35,20 @@ MAX_ALLOWED_IDS = 8192
 MAX_BAD_WORDS = 128
 
 
+class ReasoningBudget(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Reasoning that has not ended with the token `end` after `max_tokens` tokens is ended. It begins after the token
+    `start`; None: with the answer."""
+
+    end: TokenId
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+    start: TokenId | None = None
+
+
 class Constraint(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Which tokens may be drawn: no stop token among the first `min_tokens`; only `allowed_token_ids` if there are any;
     never the last token of one of `bad_words` where the tokens before it were just generated.
 
-    Where all this together leaves nothing, `allowed_token_ids` alone count.
+    Where all this together leaves nothing, `allowed_token_ids` alone count; where `reasoning` ends, nothing else does.
     """
 
     min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
@@ -47,6 +56,7 @@ class Constraint(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     bad_words: Annotated[
         list[Annotated[list[TokenId], Meta(min_length=1, max_length=1024)]], Meta(max_length=2 * MAX_BAD_WORDS)
     ] = []
+    reasoning: ReasoningBudget | None = None
 
 
 class _Drawing(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

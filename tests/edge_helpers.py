@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from tokenizers import Tokenizer
 
 from kvasir.gateway.core.api import Cancel, Delta, Finished, ModelInfo, Submit
 from kvasir.gateway.edges.openai_api import HttpApi
@@ -17,6 +18,8 @@ from kvasir.gateway.edges.published import Published
 from kvasir.gateway.http.connection import HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.gateway.tenants.directory import ApiKey, PublishedPrefix, Tenant, TenantDirectory, digest_key
+from kvasir.gateway.text.answer_parser import find_format
+from kvasir.gateway.text.chat_template import ChatTemplate
 from kvasir.gateway.text.model_text import ModelText, load_text
 from kvasir.protocol.messages import TokenLogprobs
 from kvasir.protocol.tokens import pack_tokens
@@ -101,8 +104,18 @@ def make_published(directory: TenantDirectory) -> Published:
     return Published(FakeCore(lambda submit: []), directory, TEXTS, SECRET, 16)
 
 
-def make_preparer(core: FakeCore, directory: TenantDirectory | None = None) -> Preparer:
-    return Preparer(core, make_published(directory or make_directory()), TEXTS, SECRET, 16)
+def make_preparer(core: FakeCore, directory: TenantDirectory | None = None, text: ModelText = TEXT) -> Preparer:
+    """Return the way in, with `text` for the model "demo"."""
+    return Preparer(core, make_published(directory or make_directory()), {**TEXTS, "demo": text}, SECRET, 16)
+
+
+def make_text(template: str, special: Sequence[str] = (), tool_parser: str = "auto") -> ModelText:
+    """Return the bundled model's tokenizer with another chat template, and further special tokens."""
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(special))
+    tokens = {"bos_token": "<|endoftext|>", "eos_token": "<|end|>"}
+    size, answers = tokenizer.get_vocab_size(), find_format(template, tool_parser)
+    return ModelText(tokenizer, ChatTemplate(template, tokens), size, TEXT.eos_token_ids, answers=answers)
 
 
 class FakeExchange:
@@ -145,13 +158,14 @@ class House:
         self,
         script: Callable[[Submit], Sequence[int]] = lambda submit: TEXT.encode(ANSWER),
         metrics_token: str = "",
+        text: ModelText = TEXT,
     ) -> None:
         self.core = FakeCore(script)
         directory = make_directory()
         self.lines: list[dict[str, Any]] = []
         self.api = HttpApi(
             self.core,
-            make_preparer(self.core, directory),
+            make_preparer(self.core, directory, text),
             directory,
             lambda: b"metrics\n",
             metrics_token=metrics_token,

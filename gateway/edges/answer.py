@@ -9,6 +9,8 @@ import msgspec
 import trio
 
 from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Event, Finished, Submit
+from kvasir.gateway.text.answer_parser import AnswerParser
+from kvasir.gateway.text.answer_parts import Content, Part
 from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.protocol.messages import TokenLogprobs
 from kvasir.protocol.tokens import num_tokens, view_tokens
@@ -20,7 +22,7 @@ MAX_WAITING_EVENTS = 16_384  # about 3 MB of them
 class Piece:
     """What an answer has gained since the last time: final text, its tokens (packed), and perhaps the end.
 
-    `start`: how many characters the answer had before.
+    `start`: how many characters the answer had before. `parts`: of an answer that is parsed, whose content `text` is.
     """
 
     text: str = ""
@@ -28,11 +30,15 @@ class Piece:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: Finished | None = None
     start: int = 0
+    parts: list[Part] = field(default_factory=list)
+    num_reasoning_tokens: int = 0
 
     def extend(self, more: Piece) -> None:
         self.text += more.text
         self.token_ids += more.token_ids
         self.logprobs += more.logprobs
+        self.parts += more.parts
+        self.num_reasoning_tokens += more.num_reasoning_tokens
         self.finished = more.finished or self.finished
 
 
@@ -40,13 +46,15 @@ class Piece:
 class Answer:
     """Sink of one request. `wake` is called at an event when the answer had none yet; `take` empties it.
 
-    After a stop string the core is told to stop and how many tokens the client gets. What it still sends is dropped,
-    and the `Finished` that comes says "stop". Its numbers are always the core's.
+    `parser`: tells reasoning and calls of tools from content; an answer with calls ends with the reason "tool_calls".
+    After a stop string, or the one call that was wanted, the core is told to stop and how many tokens the client gets.
+    What it still sends is dropped, and the `Finished` that comes says so. Its numbers are always the core's.
     """
 
     core: CoreApi
     wake: Callable[[Event], None]
     detokenizer: Detokenizer | None = None
+    parser: AnswerParser | None = None
     submit: Submit | None = None
     num_tokens: int = 0
     num_chars: int = 0
@@ -72,11 +80,15 @@ class Answer:
                 piece.logprobs += event.logprobs
                 self.num_tokens += num_tokens(event.token_ids)
                 if detokenizer is not None:
-                    texts.append(self._text(detokenizer, event))
+                    texts.append(self._text(piece, detokenizer, event))
         if piece.finished is not None and detokenizer is not None:
-            texts.append(detokenizer.finish())
+            texts.append(self._content(piece, detokenizer.finish()))
             if detokenizer.stopped:
                 piece.finished = msgspec.structs.replace(piece.finished, reason="stop", error=None)
+            if self.parser is not None:
+                texts.append(_add_parts(piece, self.parser.finish()))
+                if self.parser.num_calls and piece.finished.reason == "stop":
+                    piece.finished = msgspec.structs.replace(piece.finished, reason="tool_calls")
         piece.token_ids = b"".join(packed)
         piece.text = "".join(texts)
         self.num_chars += len(piece.text)
@@ -88,14 +100,32 @@ class Answer:
             self.is_over = True
             self.core.cancel(Cancel(self.submit.req_id))
 
-    def _text(self, detokenizer: Detokenizer, delta: Delta) -> str:
+    def _text(self, piece: Piece, detokenizer: Detokenizer, delta: Delta) -> str:
         ids = view_tokens(delta.token_ids)
         if ids and ids[-1] in detokenizer.end_token_ids:
             ids = ids[:-1]  # the token that ends an answer is counted, not shown
-        text = detokenizer.push(ids)
+        text = self._content(piece, detokenizer.push(ids), len(ids))
         if detokenizer.stopped and self.submit is not None:
             self.core.cancel(Cancel(self.submit.req_id, "stop", self.num_tokens))
         return text
+
+    def _content(self, piece: Piece, text: str, num_tokens: int = 0) -> str:
+        """Return the content of `text`; `piece` gains all its parts."""
+        parser = self.parser
+        if parser is None:
+            return text
+        was_reasoning = parser.is_reasoning
+        content = _add_parts(piece, parser.push(text))
+        if was_reasoning or parser.is_reasoning:
+            piece.num_reasoning_tokens += num_tokens
+        if parser.is_over and self.detokenizer is not None:
+            self.detokenizer.stopped = True
+        return content
+
+
+def _add_parts(piece: Piece, parts: list[Part]) -> str:
+    piece.parts += parts
+    return "".join([part.text for part in parts if isinstance(part, Content)])
 
 
 class Waiter:

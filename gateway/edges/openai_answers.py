@@ -12,6 +12,7 @@ import msgspec
 from kvasir.gateway.core.api import Finished, Submit
 from kvasir.gateway.edges.answer import Piece
 from kvasir.gateway.edges.openai_requests import Asked
+from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content, Reasoning, joined
 from kvasir.gateway.text.model_text import ModelText
 from kvasir.protocol.errors import BY_CODE, ErrorInfo, KvasirError
 from kvasir.protocol.messages import TokenLogprobs
@@ -19,7 +20,7 @@ from kvasir.protocol.tokens import unpack_tokens, view_tokens
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _TYPES |= {405: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error"}
-_FINISH = {"stop": "stop", "length": "length", "abort": "stop"}
+_FINISH = {"stop": "stop", "length": "length", "abort": "stop", "tool_calls": "tool_calls"}
 _encode = msgspec.json.Encoder().encode
 
 
@@ -44,12 +45,14 @@ class Writer:
             "created": int(time.time()),
             "model": submits[0].model,
         }
+        self.num_reasoning_tokens = 0
         self._more = {"usage": None} if asked.wants_usage else {}
 
     def whole(self, pieces: Sequence[Piece], ends: Sequence[Finished]) -> dict[str, Any]:
         """Return the body of an answer that is not streamed."""
+        self.num_reasoning_tokens = sum(piece.num_reasoning_tokens for piece in pieces)
         choices = [self._choice(i, piece, end.reason) for i, (piece, end) in enumerate(zip(pieces, ends, strict=True))]
-        return {**self._envelope, "choices": choices, "usage": usage_of(ends, self.asked.num_choices)}
+        return {**self._envelope, "choices": choices, "usage": self._usage(ends)}
 
     def opening(self) -> list[bytes]:
         """Return the events before anything has come."""
@@ -72,11 +75,17 @@ class Writer:
         done = b"data: [DONE]\n\n"
         if not self.asked.wants_usage:
             return done
-        usage = {"usage": usage_of(ends, self.asked.num_choices)}
+        usage = {"usage": self._usage(ends)}
         return b"data: %b\n\n%b" % (_encode({**self._envelope, "choices": [], **usage}), done)
 
     def _choice(self, index: int, piece: Piece, reason: str) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _usage(self, ends: Sequence[Finished]) -> dict[str, Any]:
+        usage = usage_of(ends, self.asked.num_choices)
+        if self.num_reasoning_tokens:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.num_reasoning_tokens}
+        return usage
 
     def _chunk(self, choice: dict[str, Any], more: dict[str, Any] | None = None) -> bytes:
         return b"data: %b\n\n" % _encode({**self._envelope, "choices": [choice], **self._more, **(more or {})})
@@ -101,11 +110,13 @@ class ChatWriter(Writer):
         ]
 
     def progress(self, index: int, piece: Piece) -> list[bytes]:
+        self.num_reasoning_tokens += piece.num_reasoning_tokens
         wants_ids = self.asked.wants_token_ids and piece.token_ids
-        if not (piece.text or piece.logprobs or wants_ids):
+        if not (piece.text or piece.parts or piece.logprobs or wants_ids):
             return []
+        delta = self._parsed(index, piece, streamed=True) if piece.parts else {"content": piece.text}
         logprobs = _chat_logprobs(piece, self.text)
-        choice = {"index": index, "delta": {"content": piece.text}, "logprobs": logprobs, "finish_reason": None}
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
         if wants_ids:
             choice["token_ids"] = unpack_tokens(piece.token_ids)
         return [self._chunk(choice)]
@@ -115,7 +126,10 @@ class ChatWriter(Writer):
         return self._chunk({"index": index, "delta": {}, "logprobs": None, "finish_reason": reason})
 
     def _choice(self, index: int, piece: Piece, reason: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": self._echo() + piece.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": self._echo() + piece.text, "refusal": None}
+        if piece.parts:
+            message |= self._parsed(index, piece, streamed=False)
+            message["content"] = self._echo() + piece.text or None
         choice = {
             "index": index,
             "message": message,
@@ -125,6 +139,31 @@ class ChatWriter(Writer):
         if self.asked.wants_token_ids:
             choice["token_ids"] = unpack_tokens(piece.token_ids)
         return choice
+
+    def _parsed(self, index: int, piece: Piece, *, streamed: bool) -> dict[str, Any]:
+        """Return the parts of a piece as a message has them; calls are numbered only where they are streamed."""
+        found: dict[str, Any] = {}
+        calls: dict[int, dict[str, Any]] = {}
+        for part in joined(piece.parts):
+            match part:
+                case Content(text):
+                    found["content"] = found.get("content", "") + text
+                case Reasoning(text):
+                    found["reasoning_content"] = found["reasoning"] = found.get("reasoning", "") + text
+                case CallBegin(number, name):
+                    function = {"name": name, "arguments": ""}
+                    call_id = self._call_id(self.submits[index].req_id, number)
+                    calls[number] = {"id": call_id, "type": "function", "function": function}
+                case CallArguments(number, text):
+                    call = calls.setdefault(number, {"function": {"arguments": ""}})
+                    call["function"]["arguments"] += text
+        if calls:
+            found["tool_calls"] = [{"index": n, **call} if streamed else call for n, call in calls.items()]
+        return found
+
+    def _call_id(self, req_id: bytes, number: int) -> str:
+        parser = None if self.text is None else self.text.answers.tools
+        return "" if parser is None else parser.call_id(req_id, number)
 
     def _echo(self) -> str:
         """Return what the answer goes on with, where it is asked for: an assistant's last message."""

@@ -25,6 +25,7 @@ from kvasir.gateway.http.connection import Exchange, HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.gateway.log import no_log
 from kvasir.gateway.tenants.directory import Tenant, TenantDirectory
+from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import (
     BY_CODE,
     AuthenticationFailed,
@@ -160,13 +161,14 @@ class HttpApi:
         facts: dict[str, object],
     ) -> HttpResponse | None:
         requests = asked.requests
-        waiter = Waiter(len(requests), exchange.cut, every_event=asked.stream or bool(requests[0].stop))
+        waiter = Waiter(len(requests), exchange.cut, every_event=asked.stream or _may_end_early(requests[0]))
         answers = [Answer(self._core, waiter.wake) for _ in requests]
         submits: list[Submit] = []
         try:
             for request, answer in zip(requests, answers, strict=True):
                 answer.submit = submit = await self._preparer.prepare(request, tenant, answer)
-                answer.detokenizer = self._preparer.detokenizer(request, submit)
+                answer.parser = self._preparer.parser(request, submit)
+                answer.detokenizer = self._preparer.detokenizer(request, submit, answer.parser)
                 submits.append(submit)
                 if len(submits) % MAX_PREPARED == 0:
                     await trio.lowlevel.checkpoint()  # many prompts let others go first
@@ -256,6 +258,12 @@ def _only(request: HttpRequest, *methods: str) -> None:
 
 def _json(status: int, content: Any, headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
     return HttpResponse(status, _encode(content), "application/json", headers)
+
+
+def _may_end_early(request: CompletionRequest) -> bool:
+    """Return whether the text of an answer can end it."""
+    chat = request.chat
+    return bool(request.stop) or (chat is not None and (not chat.parallel_tool_calls or bool(chat.tool_name)))
 
 
 def _end(piece: Piece) -> Finished:

@@ -19,7 +19,8 @@ Place = Literal["chat", "completions", "message", "stream_options"]
 Verdict = Literal["honoured", "harmless", "refused"]
 _EMPTY: tuple[Any, ...] = (False, 0, "", [], {})
 MAX_VALUE_BYTES = 65_536  # of a field that is honoured, but for
-_MAX_BYTES = {"messages": 8 << 20, "prompt": 8 << 20, "content": 8 << 20, "documents": 1 << 20}
+_MAX_BYTES = {"messages": 8 << 20, "prompt": 8 << 20, "content": 8 << 20, "documents": 1 << 20, "tools": 1 << 20}
+_MAX_BYTES |= {"tool_calls": 4 << 20, "reasoning": 4 << 20, "reasoning_content": 4 << 20}
 
 
 class Row(NamedTuple):
@@ -62,6 +63,12 @@ FIELDS: tuple[Row, ...] = (
     Row("add_generation_prompt", _CHAT, "honoured", "false: without the cue for the assistant's answer"),
     Row("continue_final_message", _CHAT, "honoured", "the answer goes on with the last message"),
     Row("chat_template_kwargs", _CHAT, "honoured", "variables of the model's template; others are refused"),
+    Row("tools", _CHAT, "honoured", "functions; if the model's template knows them and its calls are known, see below"),
+    Row("tool_choice", _CHAT, "honoured", "`required` and a function's name make the answer begin with a call"),
+    Row("parallel_tool_calls", _CHAT, "honoured", "false: the answer ends after one call"),
+    Row("include_reasoning separate_reasoning", _CHAT, "honoured", "false: left out; false: part of the content"),
+    Row("max_reasoning_tokens thinking_token_budget", _CHAT, "honoured", "then the reasoning is ended"),
+    Row("enable_thinking", _CHAT, "honoured", "a variable of the model's template, see `chat_template_kwargs`"),
     Row("documents", _CHAT, "honoured", "if the model's template knows them"),
     Row(
         "reasoning_effort",
@@ -78,6 +85,8 @@ FIELDS: tuple[Row, ...] = (
     Row("cache_hint retention", _BOTH, "honoured", "ours: what to keep in the KV cache"),
     Row("role content", _MESSAGE, "honoured", "`developer` is `system`; content is text or text parts"),
     Row("name", _MESSAGE, "honoured", "given to the chat template"),
+    Row("tool_calls tool_call_id", _MESSAGE, "honoured", "given to the chat template; arguments as an object"),
+    Row("reasoning_content reasoning", _MESSAGE, "honoured", "given to the chat template"),
     Row("include_usage", ("stream_options",), "honoured", "a last chunk with the usage"),
     Row("user safety_identifier metadata store", _BOTH, "harmless", "nothing is stored or passed on"),
     Row("service_tier priority request_id rid", _BOTH, "harmless", "one tier, tenants in turn, request ids of our own"),
@@ -88,14 +97,16 @@ FIELDS: tuple[Row, ...] = (
         "prefixes are cached and found without it",
     ),
     Row("prediction", _BOTH, "harmless", "only makes an answer quicker"),
-    Row("parallel_tool_calls", _BOTH, "harmless", "there are no tool calls"),
+    Row("parallel_tool_calls", _TEXT, "harmless", "there are no tool calls"),
     Row("spaces_between_special_tokens", _BOTH, "harmless", "tokenizers in this format write none"),
     Row("refusal annotations", _MESSAGE, "harmless", "clients send an answer back with them"),
     Row("include_obfuscation", ("stream_options",), "harmless", "only pads the chunks"),
-    Row("tools functions", _BOTH, "refused", "tool calls are not supported"),
-    Row("tool_choice function_call", _BOTH, "refused", "tool calls are not supported", ("none", "auto")),
-    Row("tool_calls tool_call_id function_call", _MESSAGE, "refused", "tool calls are not supported; send their text"),
-    Row("audio reasoning reasoning_content", _MESSAGE, "refused", "only the content is read"),
+    Row("functions", _CHAT, "refused", "use `tools`"),
+    Row("function_call", _CHAT, "refused", "use `tool_choice`", (*_EMPTY, "none", "auto")),
+    Row("function_call", _MESSAGE, "refused", "use `tool_calls`"),
+    Row("tools functions", _TEXT, "refused", "tools need a chat"),
+    Row("tool_choice function_call", _TEXT, "refused", "tools need a chat", (*_EMPTY, "none", "auto")),
+    Row("audio", _MESSAGE, "refused", "only text is understood"),
     Row("response_format", _BOTH, "refused", "only text is generated", (*_EMPTY, {"type": "text"})),
     Row(
         "structured_outputs guided_json guided_regex guided_choice guided_grammar guided_json_object "
@@ -112,12 +123,18 @@ FIELDS: tuple[Row, ...] = (
     Row("add_special_tokens", _CHAT, "refused", "off for chats: the template writes them", (False,)),
     Row("add_special_tokens", _TEXT, "refused", "on for texts; send token ids instead", (True,)),
     Row(
-        "reasoning thinking enable_thinking thinking_token_budget thinking_budget verbosity",
+        "reasoning thinking thinking_budget verbosity",
         _BOTH,
         "refused",
-        "the model's template and sampling know no such setting",
+        "see `reasoning_effort`, `enable_thinking`, `max_reasoning_tokens`",
     ),
-    Row("include_reasoning separate_reasoning", _BOTH, "refused", "reasoning is not told apart", (*_EMPTY, True)),
+    Row(
+        "enable_thinking thinking_token_budget max_reasoning_tokens include_reasoning separate_reasoning",
+        _TEXT,
+        "refused",
+        "only the answers to chats are parsed",
+        (*_EMPTY, True),
+    ),
     Row("length_penalty", _BOTH, "refused", "there is no beam search", (1,)),
     Row("use_beam_search early_stopping", _BOTH, "refused", "there is no beam search"),
     Row("best_of", _CHAT, "refused", "ask for `n` and choose yourself", (0, 1)),

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import secrets
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.edges.openai_fields import MAX_VALUE_BYTES, FieldCheck
-from kvasir.protocol.client_messages import ChatMessage, ChatOptions, CompletionRequest
+from kvasir.protocol.client_messages import ChatMessage, ChatOptions, CompletionRequest, ToolCall
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import CacheHint, RetentionHint, SamplingOptions
 from kvasir.protocol.tokens import pack_tokens
@@ -34,10 +34,37 @@ class Part(Struct):
     text: str = ""
 
 
+class Function(Struct):
+    """What a call in an assistant's message calls. `arguments`: JSON, which some clients send as an object."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    arguments: str | dict[str, Any] = ""
+
+
+class Call(Struct):
+    function: Function
+    id: str = ""
+
+
 class Turn(Struct, forbid_unknown_fields=True):
     role: Annotated[str, Meta(min_length=1, max_length=64)]
     content: str | list[Part] | None = None
-    name: str = ""
+    name: str | None = None
+    tool_calls: Annotated[list[Call], Meta(max_length=256)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class NamedFunction(Struct):
+    name: str
+
+
+class NamedTool(Struct):
+    """`tool_choice` of one function."""
+
+    function: NamedFunction
+    type: Literal["function"] = "function"
 
 
 class Body(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -79,11 +106,19 @@ class ChatBody(Body, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    chat_template_kwargs: Raw | None = None
-    documents: Raw | None = None
+    chat_template_kwargs: Raw = Raw()
+    documents: Raw = Raw()
     reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: Raw = Raw()
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
+    max_reasoning_tokens: int | None = None
+    thinking_token_budget: int | None = None
+    enable_thinking: bool | None = None
 
 
 class CompletionBody(Body, kw_only=True):
@@ -110,10 +145,7 @@ def read_chat(raw: bytes) -> Asked:
         BadRequest: no valid JSON, out of range, unknown or not supported; `param` names the field.
     """
     body: ChatBody = _decode(_CHAT, _chat_body, raw)
-    messages = [
-        ChatMessage("system" if turn.role == "developer" else turn.role, _text(turn, index), turn.name)
-        for index, turn in enumerate(body.messages)
-    ]
+    messages = [_message(turn, index) for index, turn in enumerate(body.messages)]
     num_logprobs = None
     if body.logprobs:
         num_logprobs = body.top_logprobs or 0
@@ -141,18 +173,40 @@ def read_completion(raw: bytes) -> Asked:
 def _chat_options(body: ChatBody) -> ChatOptions | None:
     """Return how the template is to be used; None where the request says nothing of it."""
     given: dict[str, Any] = {}
-    if body.chat_template_kwargs is not None:
-        given["variables"] = _object(body.chat_template_kwargs)
-    if body.documents is not None:
-        given["documents"] = _object(body.documents)
+    for name in ("tools", "documents"):
+        if raw := _object(getattr(body, name)):
+            given[name] = raw
+    if variables := _variables(body):
+        given["variables"] = variables
     if body.reasoning_effort:
         given["reasoning_effort"] = body.reasoning_effort
+    if isinstance(body.tool_choice, NamedTool):
+        given |= {"tool_choice": "required", "tool_name": body.tool_choice.function.name[:256]}
+    elif body.tool_choice is not None:
+        given["tool_choice"] = body.tool_choice
+    for name in ("parallel_tool_calls", "include_reasoning", "separate_reasoning"):
+        if getattr(body, name) is False:
+            given[name] = False
+    budget = body.thinking_token_budget if body.max_reasoning_tokens is None else body.max_reasoning_tokens
+    if budget is not None:
+        given["max_reasoning_tokens"] = budget
     if body.continue_final_message:
         given["continue_final_message"] = True
         given["add_generation_prompt"] = bool(body.add_generation_prompt)
     elif body.add_generation_prompt is False:
         given["add_generation_prompt"] = False
     return ChatOptions(**given) if given else None
+
+
+def _variables(body: ChatBody) -> bytes:
+    raw = _object(body.chat_template_kwargs)
+    if body.enable_thinking is None:
+        return raw
+    try:
+        given = msgspec.json.decode(raw or b"{}", type=dict[str, Raw])
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"chat_template_kwargs: {error}", param="chat_template_kwargs") from None
+    return msgspec.json.encode({"enable_thinking": body.enable_thinking, **given})
 
 
 def _object(raw: Raw) -> bytes:
@@ -306,16 +360,37 @@ def _pack(token_ids: list[int]) -> bytes:
         raise BadRequest("prompt holds something that is no token id", param="prompt") from None
 
 
-def _text(turn: Turn, index: int) -> str:
-    if isinstance(turn.content, str):
-        return turn.content
+def _message(turn: Turn, index: int) -> ChatMessage:
+    role = "system" if turn.role == "developer" else turn.role
+    content = turn.content if isinstance(turn.content, str) else _joined(turn, index)
+    if not (turn.name or turn.tool_calls or turn.tool_call_id or turn.reasoning or turn.reasoning_content):
+        return ChatMessage(role, content)
+    calls = [ToolCall(call.id[:256], call.function.name, _arguments(call.function)) for call in turn.tool_calls or ()]
+    reasoning = turn.reasoning_content or turn.reasoning or ""
+    return ChatMessage(role, content, (turn.name or "")[:256], reasoning, calls, (turn.tool_call_id or "")[:256])
+
+
+def _joined(turn: Turn, index: int) -> str | None:
+    """Return the content of parts; none is right only beside calls of tools."""
     if not turn.content:
+        if turn.role == "tool" and turn.content is not None:
+            return ""
+        if turn.tool_calls:
+            return None
         param = f"messages[{index}].content"
         raise BadRequest(f"messages[{index}] has no content; send a text or leave the message out", param=param)
     for part in turn.content:
-        if part.type != "text":
-            raise BadRequest(f"content of type {part.type!r} is not supported; send text", param="messages")
-    return "".join(part.text for part in turn.content)
+        if not isinstance(part, Part) or part.type != "text":
+            raise BadRequest(
+                f"content of type {getattr(part, 'type', '')!r} is not supported; send text", param="messages"
+            )
+    return "".join(part.text for part in turn.content if isinstance(part, Part))
+
+
+def _arguments(function: Function) -> str:
+    if isinstance(function.arguments, str):
+        return function.arguments
+    return msgspec.json.encode(function.arguments).decode()
 
 
 def _mix(seed: int, choice: int) -> int:

@@ -12,11 +12,13 @@ from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from math import inf
 
+import msgspec
 import trio
 
 from kvasir.gateway.core.api import CoreApi, ModelInfo, Sink, Submit
 from kvasir.gateway.edges.published import Published
 from kvasir.gateway.tenants.directory import Tenant
+from kvasir.gateway.text.answer_parser import AnswerParser
 from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText
 from kvasir.gateway.text.word_cache import Words
@@ -24,9 +26,10 @@ from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
 from kvasir.protocol.messages import MAX_TOKEN_ID, Constraint, Sampling, SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
-from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens, view_tokens
+from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens, unpack_tokens, view_tokens
 
 MAX_THREADS = 4
+TAIL_BYTES = 64
 _SAMPLING = [name for name in Sampling.__struct_fields__ if name != "constraint"]
 MAX_MEMORIES = 256  # of words, one per model and sharing scope; some megabytes each when full
 
@@ -87,8 +90,19 @@ class Preparer:
         )
         return self._submit(request, tenant, sink, info, packed)
 
-    def detokenizer(self, request: CompletionRequest, submit: Submit) -> Detokenizer | None:
-        """Return what turns the answer into text, None if only token ids are wanted."""
+    def parser(self, request: CompletionRequest, submit: Submit) -> AnswerParser | None:
+        """Return what finds the parts of the answer to a conversation, None if it is all content."""
+        text = self._texts.get(submit.model)
+        if text is None or request.messages is None or not request.want_text:
+            return None
+        if request.chat is None and text.answers.reasoning is None:
+            return None
+        return text.parser(request.messages, request.chat, _tail(submit.token_ids))
+
+    def detokenizer(
+        self, request: CompletionRequest, submit: Submit, parser: AnswerParser | None = None
+    ) -> Detokenizer | None:
+        """Return what turns the answer into text, for `parser` if there is one; None if only token ids are wanted."""
         text = self._texts.get(submit.model)
         if text is None or not request.want_text:
             return None
@@ -99,6 +113,7 @@ class Preparer:
             keep_stop=request.include_stop,
             min_tokens=request.sampling.min_tokens,
             skip_special_tokens=request.skip_special_tokens,
+            for_parser=parser is not None,
         )
 
     def text(self, model: str) -> ModelText | None:
@@ -164,6 +179,11 @@ class Preparer:
         max_tokens = _check_max_tokens(request, info, num_tokens)
         self._check_sampling(request, info, max_tokens)
         text = self._texts.get(info.name)
+        sampling = self._sampling(request.sampling, info.name)
+        if text is not None and request.chat is not None and request.chat.max_reasoning_tokens is not None:
+            budget = text.reasoning_budget(request.messages or (), request.chat, _tail(packed))
+            constraint = msgspec.structs.replace(sampling.constraint or Constraint(), reasoning=budget)
+            sampling = msgspec.structs.replace(sampling, constraint=constraint)
         now = self._clock()
         root = self._root(info.fingerprint, info.dtype)
         salt = request.cache_salt
@@ -183,7 +203,7 @@ class Preparer:
             num_public_tokens=num_public,
             namespace=namespace,
             max_tokens=max_tokens,
-            sampling=self._sampling(request.sampling, info.name),
+            sampling=sampling,
             sink=sink,
             arrived=now,
             deadline=None if request.deadline_s is None else now + request.deadline_s,
@@ -254,6 +274,11 @@ def _constraint(options: SamplingOptions, text: ModelText | None) -> Constraint:
     return Constraint(options.min_tokens, options.allowed_token_ids, words)
 
 
+def _tail(packed: bytes) -> list[int]:
+    """Return the last tokens of a prompt, enough to see whether it ends in an open reasoning."""
+    return unpack_tokens(packed[-TAIL_BYTES:])
+
+
 def _num_chars(request: CompletionRequest) -> int:
     num_chars = len(request.text or "")
     for message in request.messages or ():
@@ -261,7 +286,7 @@ def _num_chars(request: CompletionRequest) -> int:
         if message.reasoning or message.tool_calls:
             num_chars += len(message.reasoning) + sum(len(call.arguments) for call in message.tool_calls)
     chat = request.chat
-    return num_chars if chat is None else num_chars + len(chat.documents) + len(chat.variables)
+    return num_chars if chat is None else num_chars + len(chat.tools) + len(chat.documents) + len(chat.variables)
 
 
 def _truncate(request: CompletionRequest, info: ModelInfo, packed: bytes) -> bytes:

@@ -237,7 +237,8 @@ class ZmqEdge:
 
     def _submit(self, call: _Call, submit: Submit) -> None:
         call.answer.submit = submit
-        call.answer.detokenizer = self._preparer.detokenizer(call.request, submit)
+        call.answer.parser = self._preparer.parser(call.request, submit)
+        call.answer.detokenizer = self._preparer.detokenizer(call.request, submit, call.answer.parser)
         self._core.submit(submit)
 
     def _open(self, call: _Call) -> None:

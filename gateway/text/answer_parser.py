@@ -45,7 +45,7 @@ def _find_tools(template: str) -> str:
         return "qwen3_coder"
     if "[TOOL_CALLS]" in template:
         return "mistral"
-    if "<tool_call>" in template and "arguments" in template:
+    if "<tool_call>" in template and "arguments" in template and "<arg_key>" not in template:
         return "hermes"
     if "<|start_header_id|>" in template and ("<|python_tag|>" in template or '"parameters": ' in template):
         return "llama3"
@@ -101,7 +101,6 @@ class AnswerParser:
         """`keep_reasoning` false: it is told apart and left out."""
         self._reasoning, self._tools = reasoning, tools
         self._keep_reasoning = keep_reasoning
-        self._begun: list[Part] = []
 
     @property
     def is_reasoning(self) -> bool:
@@ -116,11 +115,6 @@ class AnswerParser:
         """Whether nothing that may follow is wanted."""
         return self._tools is not None and self._tools.is_over
 
-    def begin_with(self, text: str) -> None:
-        """Take `text`, with which the prompt ends, as the beginning of the answer."""
-        assert self._tools is not None
-        self._begun = self._tools.push(text)
-
     def push(self, text: str) -> list[Part]:
         """Return the parts that `text` completes."""
         return self._add(*(("", text) if self._reasoning is None else self._reasoning.push(text)))
@@ -131,7 +125,7 @@ class AnswerParser:
         return parts if self._tools is None else parts + self._tools.finish()
 
     def _add(self, reasoning: str, text: str) -> list[Part]:
-        parts, self._begun = self._begun, []
+        parts: list[Part] = []
         if reasoning and self._keep_reasoning:
             parts.append(Reasoning(reasoning))
         if self._tools is not None:

@@ -20,7 +20,8 @@ import jinja2.sandbox
 import jinja2.utils
 import msgspec
 
-from kvasir.protocol.client_messages import ChatMessage, ChatOptions
+from kvasir.gateway.text.tool_schemas import read_tools
+from kvasir.protocol.client_messages import ChatMessage, ChatOptions, ToolCall
 from kvasir.protocol.errors import BadRequest
 
 _OURS = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
@@ -31,18 +32,20 @@ _OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark; a template that
 class ChatTemplate:
     """One model's template, compiled. Immutable; `render` may be called from any thread."""
 
-    def __init__(self, source: str, tokens: dict[str, str]) -> None:
-        """`tokens`: special tokens that the template may name (`bos_token`, ...).
+    def __init__(self, source: str, tokens: dict[str, str], tool_source: str | None = None) -> None:
+        """`tokens`: special tokens that the template may name (`bos_token`, ...). `tool_source`: of another template,
+        for requests with tools.
 
         Raises:
             jinja2.TemplateError: the template cannot be compiled.
         """
-        environment = _make_environment()
-        self.source = source
+        self.source = tool_source or source
         self._tokens = tokens
-        self._variables = jinja2.meta.find_undeclared_variables(environment.parse(source)) - set(environment.globals)
-        self._compiled = environment.from_string(source)
-        self._compiled.globals = dict(self._compiled.globals)  # a ChainMap, which every rendering would walk
+        self._compiled, self._variables = _compile(source)
+        self._with_tools, variables = (
+            (self._compiled, self._variables) if tool_source is None else _compile(tool_source)
+        )
+        self._knows_tools = "tools" in variables
 
     def knows(self, variable: str) -> bool:
         """Return whether the template reads `variable`."""
@@ -60,6 +63,8 @@ class ChatTemplate:
         turns = [_turn(message) for message in messages]
         if options is None:
             return self._render(turns, None, _PLAIN, {})
+        if options.tools and options.tool_choice != "none" and not self._knows_tools:
+            raise BadRequest("the model's chat template knows no tools; leave them out", param="tools")
         documents = self._documents(options)
         more = self._more_variables(options)
         if not options.continue_final_message:
@@ -71,11 +76,13 @@ class ChatTemplate:
         return self._render_open_ended(turns, documents, options, more)
 
     def _render(self, turns: list[dict[str, Any]], documents: Any, options: ChatOptions, more: dict[str, Any]) -> str:
+        tools = None if options.tool_choice == "none" or not options.tools else read_tools(options.tools) or None
+        template = self._compiled if tools is None else self._with_tools
         try:
-            return self._compiled.render(
+            return template.render(
                 messages=turns,
                 add_generation_prompt=options.add_generation_prompt,
-                tools=None,
+                tools=tools,
                 documents=documents,
                 **self._tokens,
                 **more,
@@ -138,7 +145,21 @@ def _turn(message: ChatMessage) -> dict[str, Any]:
         turn["name"] = message.name
     if message.reasoning:
         turn |= {"reasoning_content": message.reasoning, "thinking": message.reasoning, "reasoning": message.reasoning}
+    if message.tool_calls:
+        turn["tool_calls"] = [_call(call) for call in message.tool_calls]
+    if message.tool_call_id:
+        turn["tool_call_id"] = message.tool_call_id
     return turn
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    """Return a call as templates expect it: with arguments as an object, if they are one."""
+    arguments: Any = call.arguments
+    try:
+        arguments = msgspec.json.decode(call.arguments or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):  # what the model wrote is no JSON
+        pass
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def _decode_json(raw: bytes, kind: Any, param: str) -> Any:
@@ -148,6 +169,15 @@ def _decode_json(raw: bytes, kind: Any, param: str) -> Any:
         raise BadRequest(f"{param}: {error}", param=param) from None
     except RecursionError:
         raise BadRequest(f"{param} is nested too deeply", param=param) from None
+
+
+def _compile(source: str) -> tuple[jinja2.Template, set[str]]:
+    """Return a template, and the variables that it reads."""
+    environment = _make_environment()
+    variables = jinja2.meta.find_undeclared_variables(environment.parse(source)) - set(environment.globals)
+    compiled = environment.from_string(source)
+    compiled.globals = dict(compiled.globals)  # a ChainMap, which every rendering would walk
+    return compiled, variables
 
 
 def _make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:

@@ -7,7 +7,7 @@ library), `tokenizer_config.json` and `chat_template.jinja`.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ import jinja2
 import msgspec
 from tokenizers import Tokenizer
 
+from kvasir.gateway.text.answer_parser import AnswerFormat, AnswerParser, ReasoningParser, find_format
 from kvasir.gateway.text.chat_template import ChatTemplate
 from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.gateway.text.token_bytes import token_bytes_by_id
+from kvasir.gateway.text.tool_calls import ToolParser
+from kvasir.gateway.text.tool_schemas import read_tools, schemas_of
 from kvasir.gateway.text.word_cache import Words, make_word_cache
 from kvasir.protocol.client_messages import ChatMessage, ChatOptions
 from kvasir.protocol.errors import BadRequest, ModelError
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.messages import ReasoningBudget, Sampling
 
 QUICK_CHARS = 8_192  # longer texts belong into a thread: the library takes about 3 ms for so many
 
@@ -37,8 +40,10 @@ class ModelText:
         vocab_size: int,
         eos_token_ids: tuple[int, ...] = (),
         sampling: dict[str, Any] | None = None,
+        answers: AnswerFormat | None = None,
     ) -> None:
-        """`vocab_size`: ids the model knows. `sampling`: the model's own defaults, of the fields of `Sampling`."""
+        """`vocab_size`: ids the model knows. `sampling`: the model's own defaults, of the fields of `Sampling`.
+        `answers`: how it writes reasoning and calls of tools."""
         self._tokenizer = tokenizer
         self._token_bytes = token_bytes_by_id(tokenizer, vocab_size)
         self._longest = max(1, *map(len, self._token_bytes))
@@ -48,6 +53,7 @@ class ModelText:
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self.sampling = sampling or {}
+        self.answers = answers or AnswerFormat()
 
     def max_chars(self, num_tokens: int) -> int:
         """Return a length in characters that no text of `num_tokens` tokens reaches.
@@ -80,6 +86,8 @@ class ModelText:
             BadRequest: as `render_chat`.
         """
         text = self.render_chat(messages, options)
+        if options is not None:
+            text += self._forced(text, options)
         ids = self._encode_quickly(text, memory)
         if ids is None:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -123,23 +131,122 @@ class ModelText:
         keep_stop: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        for_parser: bool = False,
     ) -> Detokenizer:
-        """Return a fresh incremental detokeniser that ends at any of the `stop` strings, see `Detokenizer`."""
-        token_bytes = self._token_bytes if skip_special_tokens else self._all_token_bytes
+        """Return a fresh incremental detokeniser that ends at any of the `stop` strings, see `Detokenizer`.
+
+        `for_parser`: an `AnswerParser` reads the text, which must see the special tokens that begin and end its parts.
+        """
+        token_bytes = self._parser_token_bytes if for_parser else self._token_bytes
+        if not skip_special_tokens:
+            token_bytes = self._all_token_bytes
         return Detokenizer(token_bytes, tuple(stop), tuple(end_token_ids), keep_stop=keep_stop, min_tokens=min_tokens)
+
+    def parser(
+        self, messages: Sequence[ChatMessage], options: ChatOptions | None, prompt_ids: Sequence[int]
+    ) -> AnswerParser | None:
+        """Return what finds the parts of the answer to a conversation, None if it is all content.
+
+        `options` are those that `encode_chat` has taken, `prompt_ids` the last tokens of what came of it.
+        """
+        tools = None
+        if options is not None and options.tools and options.tool_choice != "none":
+            tools = self._tool_parser(options)
+        marks = self.answers.reasoning
+        if marks is None or (options is not None and not options.separate_reasoning):
+            return None if tools is None else AnswerParser(None, tools)
+        is_forced = options is not None and options.tool_choice == "required"
+        is_open = self._is_reasoning_open(marks, messages, options, prompt_ids)
+        reasoning = None if is_forced else ReasoningParser(*marks, is_open=is_open)
+        return AnswerParser(reasoning, tools, keep_reasoning=options is None or options.include_reasoning)
+
+    def _tool_parser(self, options: ChatOptions) -> ToolParser | None:
+        schemas = schemas_of(read_tools(options.tools))
+        if self.answers.tools is None or not schemas:
+            return None
+        parser = self.answers.tools(schemas, one_call=not options.parallel_tool_calls or bool(options.tool_name))
+        if options.tool_choice == "required":
+            parser.begin_with(parser.opening(options.tool_name))
+        return parser
+
+    def _forced(self, text: str, options: ChatOptions) -> str:
+        """Return what makes the answer to the prompt `text` a call of a tool: how one begins, after any reasoning.
+
+        Raises:
+            BadRequest: how the model calls tools is not known, there are none to call, or `tool_name` is none of them.
+        """
+        names = schemas_of(read_tools(options.tools)) if options.tools and options.tool_choice != "none" else {}
+        if names and self.answers.tools is None:
+            raise BadRequest(
+                "how this model calls tools is not known here; the operator can say so with --tool-parser",
+                param="tools",
+            )
+        if options.tool_choice != "required":
+            return ""
+        if self.answers.tools is None or not names or (options.tool_name and options.tool_name not in names):
+            known = ", ".join(names) or "none"
+            raise BadRequest(
+                f"tool_choice asks for {options.tool_name or 'a tool'!r}; the tools are: {known}", param="tool_choice"
+            )
+        start, end = self.answers.reasoning or ("", "")
+        closing = f"{end}\n\n" if start and text.rstrip().endswith(start) else ""
+        return closing + self.answers.tools.opening(options.tool_name)
+
+    def reasoning_budget(
+        self, messages: Sequence[ChatMessage], options: ChatOptions, prompt_ids: Sequence[int]
+    ) -> ReasoningBudget:
+        """Return what ends the reasoning of an answer after `options.max_reasoning_tokens`; arguments as for `parser`.
+
+        Raises:
+            BadRequest: the model does not reason, or not between two tokens.
+        """
+        marks = self.answers.reasoning
+        start, end = (None, None) if marks is None else map(self._tokenizer.token_to_id, marks)
+        if marks is None or start is None or end is None or options.max_reasoning_tokens is None:
+            raise BadRequest(
+                "this model has no tokens that begin and end its reasoning; leave max_reasoning_tokens out",
+                param="max_reasoning_tokens",
+            )
+        is_open = self._is_reasoning_open(marks, messages, options, prompt_ids)
+        return ReasoningBudget(end, options.max_reasoning_tokens, None if is_open else start)
+
+    def _is_reasoning_open(
+        self,
+        marks: tuple[str, str],
+        messages: Sequence[ChatMessage],
+        options: ChatOptions | None,
+        prompt_ids: Sequence[int],
+    ) -> bool:
+        """Return whether the answer begins amidst reasoning: the prompt ends in its mark, or is a message with it."""
+        names = self._all_token_bytes
+        tail = b"".join([names[token_id] for token_id in prompt_ids if token_id < len(names)])
+        if tail.decode("utf-8", "replace").rstrip().endswith(marks[0]):
+            return True
+        if options is None or not options.continue_final_message:
+            return False
+        content = messages[-1].content or ""
+        return content.rfind(marks[0]) > content.rfind(marks[1])
 
     @cached_property
     def _all_token_bytes(self) -> list[bytes]:
         """As `_token_bytes`, special tokens by their names."""
+        return self._with_special_tokens(None)
+
+    @cached_property
+    def _parser_token_bytes(self) -> list[bytes]:
+        """As `_token_bytes`, with those special tokens that the parser of answers must see."""
+        return self._with_special_tokens(self.answers.marks)
+
+    def _with_special_tokens(self, names: Collection[str] | None) -> list[bytes]:
         found = list(self._token_bytes)
         for token_id, token in self._tokenizer.get_added_tokens_decoder().items():
-            if token.special and token_id < len(found):
+            if token.special and token_id < len(found) and (names is None or token.content in names):
                 found[token_id] = token.content.encode()
         return found
 
 
-def load_text(path: Path) -> ModelText:
-    """Read the tokenizer and the chat template of a model folder.
+def load_text(path: Path, tool_parser: str = "auto") -> ModelText:
+    """Read the tokenizer and the chat template of a model folder. `tool_parser`: as `find_format` takes it.
 
     Raises:
         ModelError: no folder, no tokenizer.json, or one that cannot be read; names the file and says what now.
@@ -162,9 +269,10 @@ def load_text(path: Path) -> ModelText:
     vocab_size = config.get("vocab_size") or tokenizer.get_vocab_size(with_added_tokens=True)
     try:
         eos = _eos_token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
-        source, sampling = _find_template(path, settings), _sampling_defaults(path, generation)
-        template = None if source is None else ChatTemplate(source, tokens)
-        return ModelText(tokenizer, template, int(vocab_size), eos, sampling)
+        sources, sampling = _find_templates(path, settings), _sampling_defaults(path, generation)
+        template = None if sources is None else ChatTemplate(sources[0], tokens, sources[1])
+        answers = None if template is None else find_format(template.source, tool_parser)
+        return ModelText(tokenizer, template, int(vocab_size), eos, sampling, answers)
     except jinja2.TemplateError as error:
         raise ModelError(f"the chat template of {path} cannot be read: {error}; mend or remove it") from None
     except ModelError as error:
@@ -222,15 +330,17 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
     return found
 
 
-def _find_template(path: Path, settings: dict[str, Any]) -> str | None:
+def _find_templates(path: Path, settings: dict[str, Any]) -> tuple[str, str | None] | None:
+    """Return the chat template, and the one for requests with tools if that is another."""
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text("utf-8")
+        return file.read_text("utf-8"), None
     template = _read_json(path / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if isinstance(template, list):  # several named ones
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        default, with_tools = named.get("default"), named.get("tool_use")
+        return (default, with_tools if isinstance(with_tools, str) else None) if isinstance(default, str) else None
+    return (template, None) if isinstance(template, str) else None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -48,6 +48,15 @@ class ToolParser(ABC):
     def _open(self, opener: str) -> None:
         """Set the state for what follows an opener, which is taken off the buffer."""
 
+    @staticmethod
+    def call_id(req_id: bytes, index: int) -> str:
+        """Return the id of a call of the answer to `req_id`."""
+        return f"call_{req_id.hex()[:24]}{index}"
+
+    def begin_with(self, text: str) -> None:
+        """Take `text`, with which the prompt ends, as the beginning of the answer."""
+        self._parts = self.push(text)
+
     def push(self, text: str) -> list[Part]:
         """Return what `text` completes."""
         self._buffer += text
@@ -110,8 +119,10 @@ class ToolParser(ABC):
 
     def _skip_space(self) -> bool:
         """Take white space off the buffer; return whether anything is left."""
-        self._buffer = self._buffer.lstrip()
-        return bool(self._buffer)
+        rest = self._buffer.lstrip()
+        self._given_back += self._buffer[: len(self._buffer) - len(rest)]
+        self._buffer = rest
+        return bool(rest)
 
     def _starts_with(self, mark: str) -> bool | None:
         """Return whether the buffer starts with `mark`, None while that is open."""
@@ -247,6 +258,11 @@ class MistralParser(ObjectParser):
     @staticmethod
     def opening(name: str) -> str:
         return '[TOOL_CALLS][{"name": "' + (f'{name}", "arguments": ' if name else "")
+
+    @staticmethod
+    def call_id(req_id: bytes, index: int) -> str:
+        """Nine letters and digits: these models' templates refuse others."""
+        return f"{int.from_bytes(req_id[:4]):08x}"[-7:] + f"{index:02x}"[-2:]
 
     def _open(self, opener: str) -> None:
         self._state = self._choose

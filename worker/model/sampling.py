@@ -21,7 +21,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from kvasir.protocol.messages import Constraint, Sampling
+from kvasir.protocol.messages import Constraint, ReasoningBudget, Sampling
 from kvasir.worker.engine.step import Sampled, SampleRow
 from kvasir.worker.model.memory import memory_errors
 
@@ -106,6 +106,12 @@ def _penalise(logits: Tensor, row: SampleRow) -> None:
 
 def _constrain(logits: Tensor, constraint: Constraint, row: SampleRow) -> None:
     """Make impossible in `logits` [vocab] what may not be drawn now; see `Constraint` for what happens if all is."""
+    if constraint.reasoning is not None and _is_used_up(constraint.reasoning, row.output_ids):
+        end = constraint.reasoning.end
+        if end < logits.shape[0]:
+            logits.fill_(-torch.inf)
+            logits[end] = 0.0
+            return
     banned = set(row.stop_token_ids) if len(row.output_ids) < constraint.min_tokens else set()
     for word in constraint.bad_words:
         *before, last = word
@@ -124,6 +130,15 @@ def _constrain(logits: Tensor, constraint: Constraint, row: SampleRow) -> None:
         _copy(given, logits, allowed)
         if not logits.amax().isfinite():
             logits.copy_(given)
+
+
+def _is_used_up(budget: ReasoningBudget, output_ids: Sequence[int]) -> bool:
+    """Return whether the next token has to end the reasoning."""
+    if len(output_ids) < budget.max_tokens or budget.end in output_ids:
+        return False
+    if budget.start is None:
+        return True
+    return budget.start in output_ids and len(output_ids) - output_ids.index(budget.start) > budget.max_tokens
 
 
 def _copy(given: Tensor, logits: Tensor, token_ids: Iterable[int]) -> None:

@@ -44,25 +44,46 @@ def test_what_constrains_the_draw_reaches_the_worker_in_token_ids() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "param"),
+    ("fields", "param", "words"),
     [
-        ({"min_tokens": 101}, "min_tokens"),
-        ({"min_tokens": -1}, "min_tokens"),
-        ({"allowed_token_ids": []}, "allowed_token_ids"),
-        ({"allowed_token_ids": [1 << 30]}, "allowed_token_ids"),
-        ({"bad_words": [""]}, "bad_words"),
-        ({"bad_words": ["x"] * 129}, "bad_words"),
-        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
-        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
-        ({"cache_salt": ""}, "cache_salt"),
-        ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs"),
-        ({"documents": [{"text": "x"}]}, "documents"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
-        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"min_tokens": 101}, "min_tokens", "more than the 100"),
+        ({"min_tokens": -1}, "min_tokens", ">= 0"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "is empty"),
+        ({"allowed_token_ids": [1 << 30]}, "allowed_token_ids", "not in the vocabulary"),
+        ({"bad_words": [""]}, "bad_words", "length >= 1"),
+        ({"bad_words": ["x"] * 129}, "bad_words", "length <= 128"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "not 0"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "not -2"),
+        ({"cache_salt": ""}, "cache_salt", "is empty"),
+        ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "no variable 'x'"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "Expected `object`"),
+        ({"enable_thinking": True, "chat_template_kwargs": [1]}, "chat_template_kwargs", "Expected `object`"),
+        ({"enable_thinking": True}, "chat_template_kwargs", "no variable 'enable_thinking'"),
+        ({"documents": [{"text": "x"}]}, "documents", "knows no documents"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "knows no reasoning_effort"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "needs"),
     ],
 )
-def test_wrong_values_are_refused_with_their_field(fields: dict[str, Any], param: str) -> None:
-    assert refused({**CHAT, **fields})[0] == param
+def test_wrong_values_are_refused_with_their_field(fields: dict[str, Any], param: str, words: str) -> None:
+    found, message = refused({**CHAT, **fields})
+    assert found == param and words in message
+
+
+def test_null_and_nothing_are_as_if_left_out() -> None:
+    names = (
+        "tools",
+        "documents",
+        "chat_template_kwargs",
+        "min_tokens",
+        "bad_words",
+        "cache_salt",
+        "echo",
+        "tool_choice",
+    )
+    assert ask({**CHAT, **dict.fromkeys(names)})[1].token_ids == ask(CHAT)[1].token_ids
+    assert (
+        ask({**CHAT, "tools": [], "documents": [], "chat_template_kwargs": {}})[1].token_ids == ask(CHAT)[1].token_ids
+    )
 
 
 def test_echo_puts_the_prompt_first_whole_and_streamed() -> None:

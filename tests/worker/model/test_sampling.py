@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvasir.protocol.messages import Constraint, Sampling
+from kvasir.protocol.messages import Constraint, ReasoningBudget, Sampling
 from kvasir.worker.engine.step import OutOfMemory, Sampled, SampleRow
 from kvasir.worker.model import sampling
 from kvasir.worker.model.memory import memory_errors
@@ -202,6 +202,18 @@ def test_a_bad_word_is_kept_from_its_end_and_only_after_its_beginning() -> None:
     two, one = Constraint(bad_words=[[7, 8, 1]]), Constraint(bad_words=[[1]])
     assert 1 not in constrained(two, [6, 7, 8]) and 1 not in constrained(one, [])
     assert 1 in constrained(two, [7, 8, 6]) and 1 in constrained(two, [8])
+
+
+@pytest.mark.parametrize("start", [None, 0])
+def test_reasoning_is_ended_when_its_budget_is_used_up_and_then_no_more(start: int | None) -> None:
+    constraint = Constraint(bad_words=[[4]], reasoning=ReasoningBudget(4, 2, start))
+    begun = [] if start is None else [0]
+    free = {0, 1, 2, 3, 5}
+    assert constrained(constraint, [*begun, 5]) == free
+    assert constrained(constraint, [*begun, 5, 5]) == {4}
+    assert constrained(constraint, [*begun, 5, 5, 4]) == free
+    if start is not None:
+        assert constrained(constraint, [5, 5, 5, 5]) == free, "this answer does not reason"
 
 
 def test_where_a_constraint_leaves_nothing_the_allowed_tokens_count_alone() -> None:
