@@ -51,6 +51,13 @@ def parse(argv: list[str] | None = None) -> GatewayConfig:
         help=f"how a model calls tools: {', '.join(TOOL_PARSERS)}, none (default: auto, from its chat template)",
     )
     parser.add_argument("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="HTTP edge, or `off`")
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="whose pages may call the HTTP edge, or `*`",
+    )
     parser.add_argument("--zmq", action="append", default=[], metavar="ENDPOINT", help="further SDK endpoints")
     parser.add_argument("--insecure", action="store_true", help="allow --zmq beyond this machine: keys in the clear")
     parser.add_argument("--metrics-token-file", type=Path, metavar="FILE", help="serve /metrics to who sends its text")
@@ -86,6 +93,7 @@ def parse(argv: list[str] | None = None) -> GatewayConfig:
         run_dir=(args.run_dir or args.state_dir / "run").resolve(),
         models=models,
         http=http,
+        cors_origins=tuple(args.cors_origin),
         metrics_token=metrics_token,
         access_log=not args.no_access_log,
         zmq_endpoints=tuple(args.zmq),

@@ -26,7 +26,8 @@ from kvasir.gateway.admin.views import GatewayViews
 from kvasir.gateway.config import GatewayConfig, ModelConfig
 from kvasir.gateway.core.core import Core, CoreConfig
 from kvasir.gateway.core.worker_checks import LivenessConfig
-from kvasir.gateway.edges.openai_api import HttpApi
+from kvasir.gateway.edges.cors import Cors
+from kvasir.gateway.edges.http_api import HttpApi
 from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.edges.published import Published
 from kvasir.gateway.edges.zmq_edge import ZmqEdge
@@ -96,6 +97,8 @@ async def serve(config: GatewayConfig) -> None:
             lambda: render_metrics(core.statistics(), server.statistics),
             metrics_token=config.metrics_token,
             access=access,
+            cors=Cors(config.cors_origins),
+            version=_version(),
         )
         server = HttpServer(api, http_limits)
         listeners = [] if config.http is None else await open_listeners(*config.http)

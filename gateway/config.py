@@ -29,6 +29,7 @@ class GatewayConfig:
     run_dir: Path  # sockets, made anew at every start; laid out as kvasir/paths.py says
     models: tuple[ModelConfig, ...]
     http: tuple[str, int] | None = ("127.0.0.1", 8000)
+    cors_origins: tuple[str, ...] = ()  # whose pages may call the HTTP routes; "*": all
     metrics_token: str = ""  # what a scraper of /metrics sends; empty: metrics are off
     access_log: bool = True  # one line per request
     zmq_endpoints: tuple[str, ...] = ()

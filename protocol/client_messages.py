@@ -65,7 +65,8 @@ class ChatOptions(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     `tools`: JSON, a list of functions as OpenAI's chat completions have them. `tool_choice`: "none" leaves them out,
     "required" makes the answer begin with a call, of `tool_name` if that is given; without `parallel_tool_calls` it
     ends after one. Reasoning is told apart from the content with `separate_reasoning`, left out without
-    `include_reasoning`, and ended after `max_reasoning_tokens`.
+    `include_reasoning`, and ended after `max_reasoning_tokens`. `is_lenient`: a model that does not reason, or not so,
+    is no reason to refuse `reasoning_effort` and `max_reasoning_tokens`.
     """
 
     tools: Json = b""
@@ -78,6 +79,7 @@ class ChatOptions(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     documents: Json = b""
     variables: Json = b""
     reasoning_effort: Annotated[str, Meta(max_length=32)] = ""
+    is_lenient: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 

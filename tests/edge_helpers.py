@@ -12,7 +12,7 @@ import trio
 from tokenizers import Tokenizer
 
 from kvasir.gateway.core.api import Cancel, Delta, Finished, ModelInfo, Submit
-from kvasir.gateway.edges.openai_api import HttpApi
+from kvasir.gateway.edges.http_api import HttpApi
 from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.edges.published import Published
 from kvasir.gateway.http.connection import HttpResponse

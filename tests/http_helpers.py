@@ -12,7 +12,7 @@ import openai
 import trio
 
 from kvasir.gateway.core.api import Submit
-from kvasir.gateway.edges.openai_api import HttpApi
+from kvasir.gateway.edges.http_api import HttpApi
 from kvasir.gateway.http.connection import HttpLimits
 from kvasir.gateway.http.server import HttpServer, open_listeners
 from kvasir.gateway.text.model_text import ModelText

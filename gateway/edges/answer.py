@@ -32,6 +32,7 @@ class Piece:
     start: int = 0
     parts: list[Part] = field(default_factory=list)
     num_reasoning_tokens: int = 0
+    stop_string: str | None = None  # that ended the answer
 
     def extend(self, more: Piece) -> None:
         self.text += more.text
@@ -40,6 +41,7 @@ class Piece:
         self.parts += more.parts
         self.num_reasoning_tokens += more.num_reasoning_tokens
         self.finished = more.finished or self.finished
+        self.stop_string = more.stop_string or self.stop_string
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +87,7 @@ class Answer:
             texts.append(self._content(piece, detokenizer.finish()))
             if detokenizer.stopped:
                 piece.finished = msgspec.structs.replace(piece.finished, reason="stop", error=None)
+                piece.stop_string = detokenizer.stop_string
             if self.parser is not None:
                 texts.append(_add_parts(piece, self.parser.finish()))
                 if self.parser.num_calls and piece.finished.reason == "stop":

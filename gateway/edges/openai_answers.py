@@ -7,94 +7,82 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-import msgspec
-
 from kvasir.gateway.core.api import Finished, Submit
 from kvasir.gateway.edges.answer import Piece
 from kvasir.gateway.edges.openai_requests import Asked
+from kvasir.gateway.edges.writer import Writer, encode_json, error_object
 from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content, Reasoning, joined
 from kvasir.gateway.text.model_text import ModelText
-from kvasir.protocol.errors import BY_CODE, ErrorInfo, KvasirError
+from kvasir.protocol.errors import ErrorInfo
 from kvasir.protocol.messages import TokenLogprobs
 from kvasir.protocol.tokens import unpack_tokens, view_tokens
 
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-_TYPES |= {405: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error"}
 _FINISH = {"stop": "stop", "length": "length", "abort": "stop", "tool_calls": "tool_calls"}
-_encode = msgspec.json.Encoder().encode
 
 
-class Writer:
-    """Writes the answer to one request, whole or as server-sent events.
-
-    A streamed one is `opening`, then of each choice any number of `progress` and one `ending` or `failure`, then
-    `closing`.
-    """
+class OpenAiWriter(Writer):
+    """What chats and text completions share."""
 
     id_prefix: str
     object: str
     chunk_object: str
 
-    def __init__(self, asked: Asked, submits: Sequence[Submit], text: ModelText | None) -> None:
-        self.asked = asked
-        self.submits = submits
-        self.text = text
+    def __init__(self, asked: Asked, submits: Sequence[Submit], text: ModelText | None, block_size: int) -> None:
+        super().__init__(asked, submits, text, block_size)
         self._envelope = {
             "id": self.id_prefix + submits[0].req_id.hex(),
             "object": self.chunk_object if asked.stream else self.object,
             "created": int(time.time()),
             "model": submits[0].model,
+            "system_fingerprint": f"fp_{submits[0].root[:6].hex()}",  # of weights, dtype and adapter, keyed
         }
-        self.num_reasoning_tokens = 0
         self._more = {"usage": None} if asked.wants_usage else {}
 
     def whole(self, pieces: Sequence[Piece], ends: Sequence[Finished]) -> dict[str, Any]:
-        """Return the body of an answer that is not streamed."""
         self.num_reasoning_tokens = sum(piece.num_reasoning_tokens for piece in pieces)
         choices = [self._choice(i, piece, end.reason) for i, (piece, end) in enumerate(zip(pieces, ends, strict=True))]
         return {**self._envelope, "choices": choices, "usage": self._usage(ends)}
 
-    def opening(self) -> list[bytes]:
-        """Return the events before anything has come."""
-        raise NotImplementedError
-
-    def progress(self, index: int, piece: Piece) -> list[bytes]:
-        """Return the events of what choice `index` has gained."""
-        raise NotImplementedError
-
-    def ending(self, index: int, end: Finished) -> bytes:
-        """Return the event that ends choice `index`."""
-        raise NotImplementedError
-
     def failure(self, error: ErrorInfo) -> bytes:
-        """Return the event that ends a choice in an error."""
-        return b"data: %b\n\n" % _encode({"error": error_object(error)})
+        return b"data: %b\n\n" % encode_json({"error": error_object(error)})
 
     def closing(self, ends: Sequence[Finished]) -> bytes:
-        """Return the last events."""
         done = b"data: [DONE]\n\n"
         if not self.asked.wants_usage:
             return done
         usage = {"usage": self._usage(ends)}
-        return b"data: %b\n\n%b" % (_encode({**self._envelope, "choices": [], **usage}), done)
+        return b"data: %b\n\n%b" % (encode_json({**self._envelope, "choices": [], **usage}), done)
 
     def _choice(self, index: int, piece: Piece, reason: str) -> dict[str, Any]:
         raise NotImplementedError
 
     def _usage(self, ends: Sequence[Finished]) -> dict[str, Any]:
-        usage = usage_of(ends, self.asked.num_choices)
+        """Tokens of all choices; a prompt with several choices is counted once, its cached tokens as the first had
+        them."""
+        indexes = range(0, len(ends), self.asked.num_choices)
+        num_prompt = sum([ends[index].num_prompt_tokens for index in indexes])
+        num_output = sum([end.num_output_tokens for end in ends])
+        usage: dict[str, Any] = {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {
+                "cached_tokens": sum([ends[index].num_cached_tokens for index in indexes]),
+                "cache_write_tokens": sum([self.num_written(index, ends[index]) for index in indexes]),
+            },
+        }
         if self.num_reasoning_tokens:
             usage["completion_tokens_details"] = {"reasoning_tokens": self.num_reasoning_tokens}
         return usage
 
     def _chunk(self, choice: dict[str, Any], more: dict[str, Any] | None = None) -> bytes:
-        return b"data: %b\n\n" % _encode({**self._envelope, "choices": [choice], **self._more, **(more or {})})
+        return b"data: %b\n\n" % encode_json({**self._envelope, "choices": [choice], **self._more, **(more or {})})
 
     def _prompt_ids(self, index: int) -> list[int]:
         return unpack_tokens(self.submits[index].token_ids)
 
 
-class ChatWriter(Writer):
+class ChatWriter(OpenAiWriter):
     id_prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def whole(self, pieces: Sequence[Piece], ends: Sequence[Finished]) -> dict[str, Any]:
@@ -152,18 +140,13 @@ class ChatWriter(Writer):
                     found["reasoning_content"] = found["reasoning"] = found.get("reasoning", "") + text
                 case CallBegin(number, name):
                     function = {"name": name, "arguments": ""}
-                    call_id = self._call_id(self.submits[index].req_id, number)
-                    calls[number] = {"id": call_id, "type": "function", "function": function}
+                    calls[number] = {"id": self.call_id(index, number), "type": "function", "function": function}
                 case CallArguments(number, text):
                     call = calls.setdefault(number, {"function": {"arguments": ""}})
                     call["function"]["arguments"] += text
         if calls:
             found["tool_calls"] = [{"index": n, **call} if streamed else call for n, call in calls.items()]
         return found
-
-    def _call_id(self, req_id: bytes, number: int) -> str:
-        parser = None if self.text is None else self.text.answers.tools
-        return "" if parser is None else parser.call_id(req_id, number)
 
     def _echo(self) -> str:
         """Return what the answer goes on with, where it is asked for: an assistant's last message."""
@@ -173,7 +156,7 @@ class ChatWriter(Writer):
         return messages[-1].content or ""
 
 
-class CompletionWriter(Writer):
+class CompletionWriter(OpenAiWriter):
     id_prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def opening(self) -> list[bytes]:
@@ -220,26 +203,6 @@ class CompletionWriter(Writer):
         if request.text is not None and request.truncate_prompt_tokens is None:
             return request.text
         return "" if self.text is None else self.text.decode(self._prompt_ids(index))
-
-
-def usage_of(ends: Sequence[Finished], num_choices: int) -> dict[str, Any]:
-    """Tokens of all choices; a prompt with several choices is counted once, its cached tokens as the first had them."""
-    prompts = ends[::num_choices]
-    num_prompt = sum(end.num_prompt_tokens for end in prompts)
-    num_output = sum(end.num_output_tokens for end in ends)
-    num_cached = sum(end.num_cached_tokens for end in prompts)
-    return {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_output,
-        "total_tokens": num_prompt + num_output,
-        "prompt_tokens_details": {"cached_tokens": num_cached},
-    }
-
-
-def error_object(info: ErrorInfo) -> dict[str, Any]:
-    status = BY_CODE.get(info.code, KvasirError).http_status
-    kind = _TYPES.get(status, "server_error")
-    return {"message": info.message, "type": kind, "param": info.param, "code": info.code}
 
 
 def _chat_logprobs(piece: Piece, text: ModelText | None) -> dict[str, Any] | None:

@@ -15,11 +15,12 @@ from msgspec import Raw
 
 from kvasir.protocol.errors import BadRequest
 
-Place = Literal["chat", "completions", "message", "stream_options"]
+Place = Literal["chat", "completions", "message", "stream_options", "responses", "anthropic"]
 Verdict = Literal["honoured", "harmless", "refused"]
 _EMPTY: tuple[Any, ...] = (False, 0, "", [], {})
 MAX_VALUE_BYTES = 65_536  # of a field that is honoured, but for
 _MAX_BYTES = {"messages": 8 << 20, "prompt": 8 << 20, "content": 8 << 20, "documents": 1 << 20, "tools": 1 << 20}
+_MAX_BYTES |= {"input": 8 << 20, "instructions": 4 << 20, "system": 4 << 20}
 _MAX_BYTES |= {"tool_calls": 4 << 20, "reasoning": 4 << 20, "reasoning_content": 4 << 20}
 
 
@@ -164,8 +165,8 @@ FIELDS: tuple[Row, ...] = (
 class FieldCheck:
     """Checks the names of the fields of one kind of object, and that none changes the answer unheard."""
 
-    def __init__(self, place: Place) -> None:
-        self._rows = {name: row for row in FIELDS if place in row.places for name in row.names.split()}
+    def __init__(self, place: Place, rows: tuple[Row, ...] = FIELDS) -> None:
+        self._rows = {name: row for row in rows if place in row.places for name in row.names.split()}
         self.honoured = [name for name, row in self._rows.items() if row.verdict == "honoured"]
         names = [(name, Raw, None) for name in self._rows]
         self._type = msgspec.defstruct(place, names, forbid_unknown_fields=True)

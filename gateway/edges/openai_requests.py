@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from kvasir.gateway.edges.chat_turns import NamedTool, Turn, message_of
 from kvasir.gateway.edges.openai_fields import MAX_VALUE_BYTES, FieldCheck
-from kvasir.protocol.client_messages import ChatMessage, ChatOptions, CompletionRequest, ToolCall
+from kvasir.protocol.client_messages import ChatOptions, CompletionRequest
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import CacheHint, RetentionHint, SamplingOptions
 from kvasir.protocol.tokens import pack_tokens
@@ -27,69 +29,35 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_usage: bool = False
 
 
-class Part(Struct):
-    """One part of a message's content; only text is understood."""
-
-    type: str
-    text: str = ""
-
-
-class Function(Struct):
-    """What a call in an assistant's message calls. `arguments`: JSON, which some clients send as an object."""
-
-    name: Annotated[str, Meta(min_length=1, max_length=256)]
-    arguments: str | dict[str, Any] = ""
-
-
-class Call(Struct):
-    function: Function
-    id: str = ""
-
-
-class Turn(Struct, forbid_unknown_fields=True):
-    role: Annotated[str, Meta(min_length=1, max_length=64)]
-    content: str | list[Part] | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[Call], Meta(max_length=256)] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-
-class NamedFunction(Struct):
-    name: str
-
-
-class NamedTool(Struct):
-    """`tool_choice` of one function."""
-
-    function: NamedFunction
-    type: Literal["function"] = "function"
-
-
-class Body(Struct, kw_only=True, forbid_unknown_fields=True):
-    """What both routes share."""
+class CommonBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What the bodies of all routes share."""
 
     model: str = ""
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    n: int | None = None
     stream: bool | None = None
+    seed: int | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+    deadline_s: float | None = None
+    cache_hint: CacheHint | None = None
+    retention: Annotated[list[RetentionHint], Meta(max_length=16)] | None = None
+    cache_salt: Annotated[str, Meta(max_length=256)] | None = None
+
+
+class Body(CommonBody, kw_only=True):
+    """What chat and text completions share."""
+
+    max_tokens: int | None = None
+    n: int | None = None
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    deadline_s: float | None = None
-    cache_hint: CacheHint | None = None
-    retention: Annotated[list[RetentionHint], Meta(max_length=16)] | None = None
     min_tokens: int | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
@@ -98,7 +66,6 @@ class Body(Struct, kw_only=True, forbid_unknown_fields=True):
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = None
     echo: bool | None = None
-    cache_salt: Annotated[str, Meta(max_length=256)] | None = None
 
 
 class ChatBody(Body, kw_only=True):
@@ -128,7 +95,10 @@ class CompletionBody(Body, kw_only=True):
 
 
 class Asked(Struct, frozen=True):
-    """What one HTTP request asks for: a request per prompt and choice, prompt by prompt."""
+    """What one HTTP request asks for: a request per prompt and choice, prompt by prompt.
+
+    `shown`: what the answer repeats of it.
+    """
 
     requests: list[CompletionRequest]
     num_choices: int
@@ -136,6 +106,7 @@ class Asked(Struct, frozen=True):
     wants_usage: bool
     echo: bool = False
     wants_token_ids: bool = False
+    shown: dict[str, Any] = {}
 
 
 def read_chat(raw: bytes) -> Asked:
@@ -144,15 +115,24 @@ def read_chat(raw: bytes) -> Asked:
     Raises:
         BadRequest: no valid JSON, out of range, unknown or not supported; `param` names the field.
     """
-    body: ChatBody = _decode(_CHAT, _chat_body, raw)
-    messages = [_message(turn, index) for index, turn in enumerate(body.messages)]
+    return asked_of_chat(decode_body(_CHAT, _chat_body, raw, _check_turns))
+
+
+def asked_of_chat(body: ChatBody, *, is_lenient: bool = False) -> Asked:
+    """Return what the body of a chat asks for. `is_lenient`: see `ChatOptions`.
+
+    Raises:
+        BadRequest: something is out of range; `param` names the field.
+    """
+    messages = [message_of(turn, index) for index, turn in enumerate(body.messages)]
     num_logprobs = None
     if body.logprobs:
         num_logprobs = body.top_logprobs or 0
     elif body.top_logprobs:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    return _asked(body, num_logprobs, [{"messages": messages, "chat": _chat_options(body)}], max_tokens)
+    options = _chat_options(body, is_lenient)
+    return _asked(body, num_logprobs, [{"messages": messages, "chat": options}], max_tokens)
 
 
 def read_completion(raw: bytes) -> Asked:
@@ -161,7 +141,7 @@ def read_completion(raw: bytes) -> Asked:
     Raises:
         BadRequest: as `read_chat`.
     """
-    body: CompletionBody = _decode(_COMPLETION, _completion_body, raw)
+    body: CompletionBody = decode_body(_COMPLETION, _completion_body, raw, _check_options)
     if body.best_of is not None and body.best_of > (body.n or 1):
         raise BadRequest("best_of above n is not supported; ask for n and choose yourself", param="best_of")
     if body.echo and body.logprobs is not None:
@@ -170,7 +150,7 @@ def read_completion(raw: bytes) -> Asked:
     return _asked(body, body.logprobs, _prompts(body.prompt), max_tokens)
 
 
-def _chat_options(body: ChatBody) -> ChatOptions | None:
+def _chat_options(body: ChatBody, is_lenient: bool) -> ChatOptions | None:
     """Return how the template is to be used; None where the request says nothing of it."""
     given: dict[str, Any] = {}
     for name in ("tools", "documents"):
@@ -195,7 +175,7 @@ def _chat_options(body: ChatBody) -> ChatOptions | None:
         given["add_generation_prompt"] = bool(body.add_generation_prompt)
     elif body.add_generation_prompt is False:
         given["add_generation_prompt"] = False
-    return ChatOptions(**given) if given else None
+    return ChatOptions(**given, is_lenient=is_lenient) if given else None
 
 
 def _variables(body: ChatBody) -> bytes:
@@ -224,14 +204,28 @@ _chat_body = msgspec.json.Decoder(_CHAT.with_harmless(ChatBody, _turns, _options
 _completion_body = msgspec.json.Decoder(_COMPLETION.with_harmless(CompletionBody, _options))
 
 
-def _decode(fields: FieldCheck, decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
-    """Return the typed body: at once if all its fields are honoured or harmless, else by the table."""
+def decode_body(
+    fields: FieldCheck,
+    decoder: msgspec.json.Decoder[Any],
+    raw: bytes,
+    check: Callable[[dict[str, Any]], None] = lambda kept: None,
+) -> Any:
+    """Return the typed body: at once if all its fields are honoured or harmless, else by the table. `check` does for
+    objects inside the body what `fields` does for it.
+
+    Raises:
+        BadRequest: as `read_chat`.
+    """
     try:
         try:
             body = decoder.decode(raw) if len(raw) <= MAX_VALUE_BYTES else None
         except msgspec.ValidationError:
             body = None  # the table says better what is wrong
-        return body or decoder.decode(_honoured(fields, raw))
+        if body is None:
+            kept: dict[str, Any] = fields.honoured_of(raw)
+            check(kept)
+            body = decoder.decode(msgspec.json.encode(kept))
+        return body
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         param = path.rstrip("`").lstrip(".") or None
@@ -242,16 +236,18 @@ def _decode(fields: FieldCheck, decoder: msgspec.json.Decoder[Any], raw: bytes) 
         raise BadRequest("the body is nested too deeply") from None
 
 
-def _honoured(fields: FieldCheck, raw: bytes) -> bytes:
-    kept: dict[str, Any] = fields.honoured_of(raw)
+def _check_turns(kept: dict[str, Any]) -> None:
     if "messages" in kept:
         turns = msgspec.json.decode(kept["messages"], type=list[Raw])
         if len(turns) <= MAX_TURNS:  # more are refused for their number
             kept["messages"] = [_TURN.honoured_of(turn, f"messages[{index}].") for index, turn in enumerate(turns)]
+    _check_options(kept)
+
+
+def _check_options(kept: dict[str, Any]) -> None:
     options = kept.get("stream_options")
     if options is not None and bytes(options) != b"null":
         kept["stream_options"] = _OPTIONS.honoured_of(options, "stream_options.")
-    return msgspec.json.encode(kept)
 
 
 def _asked(body: Body, num_logprobs: int | None, prompts: list[dict[str, Any]], max_tokens: int | None) -> Asked:
@@ -358,39 +354,6 @@ def _pack(token_ids: list[int]) -> bytes:
         return pack_tokens(token_ids)
     except (OverflowError, TypeError):
         raise BadRequest("prompt holds something that is no token id", param="prompt") from None
-
-
-def _message(turn: Turn, index: int) -> ChatMessage:
-    role = "system" if turn.role == "developer" else turn.role
-    content = turn.content if isinstance(turn.content, str) else _joined(turn, index)
-    if not (turn.name or turn.tool_calls or turn.tool_call_id or turn.reasoning or turn.reasoning_content):
-        return ChatMessage(role, content)
-    calls = [ToolCall(call.id[:256], call.function.name, _arguments(call.function)) for call in turn.tool_calls or ()]
-    reasoning = turn.reasoning_content or turn.reasoning or ""
-    return ChatMessage(role, content, (turn.name or "")[:256], reasoning, calls, (turn.tool_call_id or "")[:256])
-
-
-def _joined(turn: Turn, index: int) -> str | None:
-    """Return the content of parts; none is right only beside calls of tools."""
-    if not turn.content:
-        if turn.role == "tool" and turn.content is not None:
-            return ""
-        if turn.tool_calls:
-            return None
-        param = f"messages[{index}].content"
-        raise BadRequest(f"messages[{index}] has no content; send a text or leave the message out", param=param)
-    for part in turn.content:
-        if not isinstance(part, Part) or part.type != "text":
-            raise BadRequest(
-                f"content of type {getattr(part, 'type', '')!r} is not supported; send text", param="messages"
-            )
-    return "".join(part.text for part in turn.content if isinstance(part, Part))
-
-
-def _arguments(function: Function) -> str:
-    if isinstance(function.arguments, str):
-        return function.arguments
-    return msgspec.json.encode(function.arguments).decode()
 
 
 def _mix(seed: int, choice: int) -> int:

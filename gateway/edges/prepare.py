@@ -53,7 +53,7 @@ class Preparer:
         self._core = core
         self._published = published
         self._texts = texts
-        self._block_size = block_size
+        self.block_size = block_size
         self._clock = clock
         self._public_namespace = derive_namespace(secret, "public")
         self._salted = partial(derive_namespace, secret)  # salts are callers' own: too many to remember
@@ -84,11 +84,35 @@ class Preparer:
         submit = self.prepare_nowait(request, tenant, sink)
         if submit is not None:
             return submit
+        info, packed = await self.tokenize(request, tenant)
+        return self._submit(request, tenant, sink, info, packed)
+
+    async def tokenize(self, request: CompletionRequest, tenant: Tenant) -> tuple[ModelInfo, bytes]:
+        """Return the model that `request` names and its prompt as packed token ids; a long text in a thread.
+
+        Raises:
+            UnknownModel, PermissionDenied, BadRequest, PromptTooLong, Unavailable: as `prepare_nowait`.
+        """
         info = self._find_model(request.model, tenant)
-        packed = await trio.to_thread.run_sync(
+        if _num_chars(request) <= QUICK_CHARS:
+            return info, self._encode(info, request, tenant)
+        return info, await trio.to_thread.run_sync(
             self._encode, info, request, tenant, limiter=self._threads, abandon_on_cancel=True
         )
-        return self._submit(request, tenant, sink, info, packed)
+
+    def detokenize(self, model: str, token_ids: list[int], tenant: Tenant) -> str:
+        """Return the text of `token_ids`, special tokens by their names.
+
+        Raises:
+            UnknownModel, PermissionDenied, Unavailable: as `prepare_nowait`.
+            BadRequest: a model without a tokenizer, or an id that is not in its vocabulary.
+        """
+        info = self._find_model(model, tenant)
+        text = self._texts.get(info.name)
+        if text is None:
+            raise BadRequest(f"model {info.name!r} has no tokenizer here", param="model")
+        self._check_ids(info.name, token_ids, "tokens")
+        return text.decode_all(token_ids)
 
     def parser(self, request: CompletionRequest, submit: Submit) -> AnswerParser | None:
         """Return what finds the parts of the answer to a conversation, None if it is all content."""
@@ -148,9 +172,8 @@ class Preparer:
         num_chars = _num_chars(request)
         if num_chars > text.max_chars(info.max_context):
             raise PromptTooLong(
-                f"a prompt of {num_chars} characters cannot fit the {info.max_context} tokens of model {info.name!r}; "
-                "shorten it",
-                param="prompt",
+                f"{_window(info)}; a prompt of {num_chars} characters cannot fit: shorten it",
+                param=_prompt_field(request),
             )
         # A salt is to keep others from learning what was sent, by the clock too.
         memory = None if request.cache_salt else self._memory(info.name, tenant)
@@ -182,8 +205,9 @@ class Preparer:
         sampling = self._sampling(request.sampling, info.name)
         if text is not None and request.chat is not None and request.chat.max_reasoning_tokens is not None:
             budget = text.reasoning_budget(request.messages or (), request.chat, _tail(packed))
-            constraint = msgspec.structs.replace(sampling.constraint or Constraint(), reasoning=budget)
-            sampling = msgspec.structs.replace(sampling, constraint=constraint)
+            if budget is not None:
+                constraint = msgspec.structs.replace(sampling.constraint or Constraint(), reasoning=budget)
+                sampling = msgspec.structs.replace(sampling, constraint=constraint)
         now = self._clock()
         root = self._root(info.fingerprint, info.dtype)
         salt = request.cache_salt
@@ -191,7 +215,7 @@ class Preparer:
         num_public = 0
         if "public_zone" not in info.lacks:
             num_public = self._published.num_public_tokens(info.name, tenant, packed)
-        hashes = hash_prompt(root, self._public_namespace, namespace, packed, num_public, self._block_size)
+        hashes = hash_prompt(root, self._public_namespace, namespace, packed, num_public, self.block_size)
         return Submit(
             req_id=os.urandom(16),
             tenant_id=tenant.id,
@@ -223,9 +247,8 @@ class Preparer:
         num_tokens = len(packed) // TOKEN_BYTES
         if num_tokens >= info.max_context:
             raise PromptTooLong(
-                f"the prompt has {num_tokens} tokens, model {info.name!r} takes {info.max_context} with at least one "
-                "left for the answer; shorten it",
-                param="prompt",
+                f"{_window(info)}; the prompt has {num_tokens} tokens, which leaves none for the answer: shorten it",
+                param=_prompt_field(request),
             )
         if request.token_ids is not None:
             self._check_ids(info.name, (max(view_tokens(packed)),), "prompt")  # none can be negative
@@ -289,6 +312,15 @@ def _num_chars(request: CompletionRequest) -> int:
     return num_chars if chat is None else num_chars + len(chat.tools) + len(chat.documents) + len(chat.variables)
 
 
+def _window(info: ModelInfo) -> str:
+    """Return how long a request may be, in the words by which clients know this error."""
+    return f"This model's maximum context length is {info.max_context} tokens"
+
+
+def _prompt_field(request: CompletionRequest) -> str:
+    return "prompt" if request.messages is None else "messages"
+
+
 def _truncate(request: CompletionRequest, info: ModelInfo, packed: bytes) -> bytes:
     """Return the end of the prompt that `truncate_prompt_tokens` asks for."""
     count = request.truncate_prompt_tokens
@@ -311,8 +343,7 @@ def _check_max_tokens(request: CompletionRequest, info: ModelInfo, num_tokens: i
         raise BadRequest(f"max_tokens must be at least 1, not {request.max_tokens}", param="max_tokens")
     if request.max_tokens > left:
         raise PromptTooLong(
-            f"the prompt has {num_tokens} tokens and max_tokens is {request.max_tokens}, together more than the "
-            f"{info.max_context} of model {info.name!r}; ask for at most {left}",
+            f"{_window(info)}; the prompt has {num_tokens}, max_tokens is {request.max_tokens}: ask for at most {left}",
             param="max_tokens",
         )
     return request.max_tokens

@@ -132,7 +132,7 @@ class ChatTemplate:
             return {"reasoning_effort": effort, **found}
         if effort and self.knows("enable_thinking"):
             return {"enable_thinking": effort != "none", **found}
-        if effort:
+        if effort and not options.is_lenient:
             raise BadRequest(
                 "the model's chat template knows no reasoning_effort; leave it out", param="reasoning_effort"
             )

@@ -15,7 +15,10 @@ class Detokenizer:
     `min_tokens` tokens is no stop string. `end_token_ids`: for its user, who does not push them.
     """
 
-    __slots__ = ("_held", "_keep_stop", "_num_free", "_rest", "_stop", "_token_bytes", "end_token_ids", "stopped")
+    __slots__ = (
+        *("_held", "_keep_stop", "_num_free", "_rest", "_stop", "_token_bytes"),
+        *("end_token_ids", "stop_string", "stopped"),
+    )
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class Detokenizer:
         self._num_free = min_tokens if stop else 0  # tokens still to come that end nothing
         self._held = ""
         self.stopped = False
+        self.stop_string: str | None = None  # that was found
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Return the text that `token_ids` complete."""
@@ -71,7 +75,9 @@ class Detokenizer:
         if found:
             self.stopped = True
             self._held = ""
-            return text[: min(found)[0 if self._keep_stop else 1]]
+            end, begin = min(found)
+            self.stop_string = text[begin:end]
+            return text[: end if self._keep_stop else begin]
         num_held = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]

@@ -119,6 +119,11 @@ class ModelText:
         """Return the text that `token_ids` add to a text before them, special tokens left out."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """As `decode`, special tokens by their names."""
+        names = self._all_token_bytes
+        return b"".join([names[token_id] for token_id in token_ids if token_id < len(names)]).decode("utf-8", "replace")
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token, which need not be whole characters; none for special tokens."""
         return self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
@@ -194,8 +199,9 @@ class ModelText:
 
     def reasoning_budget(
         self, messages: Sequence[ChatMessage], options: ChatOptions, prompt_ids: Sequence[int]
-    ) -> ReasoningBudget:
+    ) -> ReasoningBudget | None:
         """Return what ends the reasoning of an answer after `options.max_reasoning_tokens`; arguments as for `parser`.
+        None for a model that does not reason, if the options are lenient.
 
         Raises:
             BadRequest: the model does not reason, or not between two tokens.
@@ -203,6 +209,8 @@ class ModelText:
         marks = self.answers.reasoning
         start, end = (None, None) if marks is None else map(self._tokenizer.token_to_id, marks)
         if marks is None or start is None or end is None or options.max_reasoning_tokens is None:
+            if options.is_lenient:
+                return None
             raise BadRequest(
                 "this model has no tokens that begin and end its reasoning; leave max_reasoning_tokens out",
                 param="max_reasoning_tokens",
@@ -218,9 +226,7 @@ class ModelText:
         prompt_ids: Sequence[int],
     ) -> bool:
         """Return whether the answer begins amidst reasoning: the prompt ends in its mark, or is a message with it."""
-        names = self._all_token_bytes
-        tail = b"".join([names[token_id] for token_id in prompt_ids if token_id < len(names)])
-        if tail.decode("utf-8", "replace").rstrip().endswith(marks[0]):
+        if self.decode_all(prompt_ids).rstrip().endswith(marks[0]):
             return True
         if options is None or not options.continue_final_message:
             return False

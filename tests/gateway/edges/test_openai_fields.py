@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from kvasir.gateway.edges.anthropic_requests import MessagesBody, read_messages
+from kvasir.gateway.edges.chat_turns import Turn
+from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
 from kvasir.gateway.edges.openai_fields import FIELDS, FieldCheck, Row
 from kvasir.gateway.edges.openai_requests import (
     MAX_PROMPTS,
     ChatBody,
     CompletionBody,
     StreamOptions,
-    Turn,
     read_chat,
     read_completion,
 )
+from kvasir.gateway.edges.responses_requests import ResponsesBody, read_responses
 from kvasir.protocol.errors import BadRequest
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "api.md"
@@ -32,6 +36,14 @@ def completion(**more: Any) -> bytes:
     return json.dumps({"prompt": "x", **more}).encode()
 
 
+READERS: dict[str, tuple[Callable[[bytes], object], dict[str, Any]]] = {
+    "chat": (read_chat, {"messages": [{"role": "user", "content": "x"}]}),
+    "completions": (read_completion, {"prompt": "x"}),
+    "responses": (read_responses, {"input": "x"}),
+    "anthropic": (read_messages, {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}),
+}
+
+
 def docs_line(row: Row) -> str:
     names = " ".join(f"`{name}`" for name in row.names.split())
     return f"| {names} | {', '.join(row.places)} | {row.verdict} | {row.note} |"
@@ -39,7 +51,7 @@ def docs_line(row: Row) -> str:
 
 def test_the_docs_show_the_table_row_by_row() -> None:
     lines = [line for line in DOCS.read_text().splitlines() if line.startswith("| `")]
-    assert lines == [docs_line(row) for row in FIELDS]
+    assert lines == [docs_line(row) for row in (*FIELDS, *DIALECT_FIELDS)]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +61,8 @@ def test_the_docs_show_the_table_row_by_row() -> None:
         (FieldCheck("completions"), CompletionBody),
         (FieldCheck("message"), Turn),
         (FieldCheck("stream_options"), StreamOptions),
+        (FieldCheck("responses", DIALECT_FIELDS), ResponsesBody),
+        (FieldCheck("anthropic", DIALECT_FIELDS), MessagesBody),
     ],
 )
 def test_what_is_called_honoured_is_what_has_a_type(check: FieldCheck, body: type) -> None:
@@ -56,7 +70,7 @@ def test_what_is_called_honoured_is_what_has_a_type(check: FieldCheck, body: typ
 
 
 def test_every_refused_field_is_refused_by_name_and_passes_with_what_changes_nothing() -> None:
-    for row in FIELDS:
+    for row in (*FIELDS, *DIALECT_FIELDS):
         for place in row.places:
             for name in row.names.split() if row.verdict == "refused" else ():
 
@@ -65,11 +79,8 @@ def test_every_refused_field_is_refused_by_name_and_passes_with_what_changes_not
                         return read_chat(chat(messages=[{"role": "user", "content": "x", name: value}]))
                     if place == "stream_options":
                         return read_chat(chat(stream=True, stream_options={name: value}))
-                    return (
-                        read_chat(chat(**{name: value}))
-                        if place == "chat"
-                        else read_completion(completion(**{name: value}))
-                    )
+                    read_place, body = READERS[place]
+                    return read_place(json.dumps({**body, name: value}).encode())
 
                 with pytest.raises(BadRequest, match=f"{name} is not supported here") as caught:
                     read({"some": "thing"})

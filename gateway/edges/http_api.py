@@ -1,26 +1,34 @@
-"""The OpenAI-compatible routes: bind a request to its tenant, prepare and submit it, write what comes back.
+"""The HTTP routes: bind a request to its tenant, prepare and submit it, write what comes back in the client's dialect.
 
-A whole answer wakes its connection once, when the last choice has ended (or at every step if it has stop strings,
-which must be looked for as the text comes). A streamed one is woken at most once per engine step, and writes all that
-came meanwhile in one go. A client that goes away cancels the task that serves it, and with it its requests.
+A whole answer wakes its connection once, when the last choice has ended (or at every step if its text may end it,
+which must be looked for as it comes). A streamed one is woken at most once per engine step, and writes all that came
+meanwhile in one go. A client that goes away cancels the task that serves it, and with it its requests.
 """
 
 from __future__ import annotations
 
 import hmac
+import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
-import msgspec
 import trio
 
 from kvasir.gateway.core.api import CoreApi, Finished, ModelInfo, Submit
 from kvasir.gateway.edges.answer import Answer, Piece, Waiter
-from kvasir.gateway.edges.openai_answers import ChatWriter, CompletionWriter, Writer, error_object
+from kvasir.gateway.edges.anthropic_answers import AnthropicWriter
+from kvasir.gateway.edges.anthropic_requests import read_count, read_messages
+from kvasir.gateway.edges.cors import Cors
+from kvasir.gateway.edges.openai_answers import ChatWriter, CompletionWriter
 from kvasir.gateway.edges.openai_requests import Asked, read_chat, read_completion
 from kvasir.gateway.edges.prepare import Preparer
+from kvasir.gateway.edges.responses_answers import ResponsesWriter
+from kvasir.gateway.edges.responses_requests import read_responses
+from kvasir.gateway.edges.token_routes import read_detokenize, read_tokenize, tokenized
+from kvasir.gateway.edges.writer import Writer, encode_json
 from kvasir.gateway.http.connection import Exchange, HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.gateway.log import no_log
@@ -34,16 +42,33 @@ from kvasir.protocol.errors import (
     MethodNotAllowed,
     NotFound,
     PermissionDenied,
+    UnknownModel,
 )
+from kvasir.protocol.tokens import TOKEN_BYTES
 
-_encode = msgspec.json.Encoder().encode
-_ROUTES: dict[str, tuple[Callable[[bytes], Asked], type[Writer]]] = {
+Reader = Callable[[bytes], Asked]
+_ROUTES: dict[str, tuple[Reader, type[Writer]]] = {
     "/v1/chat/completions": (read_chat, ChatWriter),
     "/v1/completions": (read_completion, CompletionWriter),
+    "/v1/responses": (read_responses, ResponsesWriter),
+    "/v1/messages": (read_messages, AnthropicWriter),
 }
+_ANTHROPIC = "/v1/messages"  # and below: in its dialect, errors too
+_TOKEN_ROUTES = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 QUICK_BODY_BYTES = 32_768  # larger bodies are read in a thread
 MAX_READERS = 2
 MAX_PREPARED = 8  # prompts of one request, before others go first
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Exchange:
+    """One request on its way: `facts` gains what the access log says of it, `headers` are those of every answer."""
+
+    request: HttpRequest
+    stream: Exchange
+    facts: dict[str, object]
+    headers: list[tuple[str, str]]
 
 
 class HttpApi:
@@ -63,6 +88,8 @@ class HttpApi:
         metrics_token: str = "",
         access: Callable[..., None] = no_log,
         started_at: float | None = None,
+        cors: Cors | None = None,
+        version: str = "unknown",
     ) -> None:
         self._core = core
         self._preparer = preparer
@@ -72,18 +99,20 @@ class HttpApi:
         self._metrics_token = metrics_token
         self._access = access
         self._created = int(time.time() if started_at is None else started_at)
+        self._cors = cors or Cors(())
+        self._version = version
 
     async def __call__(self, request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
-        """Answer one request; every `KvasirError` becomes an OpenAI-style error object with its status."""
+        """Answer one request; every `KvasirError` becomes an error object of its dialect, with its status."""
         began = trio.current_time()
         facts: dict[str, object] = {}
         response = None
+        headers = self._cors.headers(request)
         try:
-            response = await self._route(request, exchange, facts)
-        except _WrongMethod as error:
-            response = error_response(error.info(), [("allow", ", ".join(error.methods))])
+            response = await self._route(_Exchange(request, exchange, facts, headers))
         except KvasirError as error:
-            response = error_response(error.info())
+            more = [("allow", ", ".join(error.methods))] if isinstance(error, _WrongMethod) else []
+            response = error_response(error.info(), request.path, _request_id(facts), more)
         except trio.Cancelled:
             facts["cut"] = True
             raise
@@ -92,25 +121,30 @@ class HttpApi:
             ms = round((trio.current_time() - began) * 1000)
             method, path = request.method, request.path[:120]
             self._access("request", edge="http", method=method, path=path, status=status, **facts, ms=ms)
+        if response is not None:
+            response.headers = [*response.headers, *_id_headers(request.path, facts), *headers]
         return response
 
-    async def _route(self, request: HttpRequest, exchange: Exchange, facts: dict[str, object]) -> HttpResponse | None:
-        """Answer one request; `facts` gains what the access log says of it."""
-        path = request.path
+    async def _route(self, call: _Exchange) -> HttpResponse | None:
+        request, path = call.request, call.request.path
+        if request.method == "OPTIONS" and (preflight := self._cors.preflight(request)) is not None:
+            return preflight
         if path in _ROUTES:
             _only(request, "POST")
-            tenant = self._authenticate(request, facts)
+            tenant = self._authenticate(call)
             read, writer_of = _ROUTES[path]
-            if len(request.body) <= QUICK_BODY_BYTES:
-                asked = read(request.body)
-            else:
-                asked = await trio.to_thread.run_sync(read, request.body, limiter=self._readers, abandon_on_cancel=True)
-            return await self._complete(asked, tenant, writer_of, exchange, facts)
+            return await self._complete(await self._read(read, request.body), tenant, writer_of, call)
+        if path in _TOKEN_ROUTES:
+            _only(request, "POST")
+            return await self._tokens(self._authenticate(call), request)
         if path == "/v1/models" or path.startswith("/v1/models/"):
             _only(request, "GET", "HEAD")
-            return self._models(
-                self._authenticate(request, facts), unquote(path.removeprefix("/v1/models").removeprefix("/"))
-            )
+            name = unquote(path.removeprefix("/v1/models").removeprefix("/"))
+            return self._models(self._authenticate(call), name)
+        if path == "/version":
+            _only(request, "GET", "HEAD")
+            self._authenticate(call)
+            return _json(200, {"version": self._version})
         if path == "/health":
             _only(request, "GET", "HEAD")
             return self._health()
@@ -118,17 +152,23 @@ class HttpApi:
             _only(request, "GET", "HEAD")
             self._check_scraper(request)
             return HttpResponse(200, self._metrics(), "text/plain; version=0.0.4; charset=utf-8")
-        raise NotFound(f"there is nothing at {path[:120]!r}; see /v1/models, /v1/chat/completions, /v1/completions")
+        raise NotFound(f"there is nothing at {path[:120]!r}; see /v1/models and docs/api.md")
+
+    async def _read(self, read: Callable[[bytes], T], body: bytes) -> T:
+        """Return the body that `read` makes of it, a large one in a thread."""
+        if len(body) <= QUICK_BODY_BYTES:
+            return read(body)
+        return await trio.to_thread.run_sync(read, body, limiter=self._readers, abandon_on_cancel=True)
 
     def _check_scraper(self, request: HttpRequest) -> None:
         if not self._metrics_token:
             raise PermissionDenied("metrics are off; start the gateway with --metrics-token-file")
-        if not hmac.compare_digest(_bearer(request).encode(), self._metrics_token.encode()):
+        if not hmac.compare_digest(_key(request).encode(), self._metrics_token.encode()):
             raise AuthenticationFailed("metrics need the token of --metrics-token-file; send `Bearer TOKEN`")
 
-    def _authenticate(self, request: HttpRequest, facts: dict[str, object]) -> Tenant:
-        tenant = self._directory.authenticate(_bearer(request))
-        facts["tenant"] = tenant.id
+    def _authenticate(self, call: _Exchange) -> Tenant:
+        tenant = self._directory.authenticate(_key(call.request))
+        call.facts["tenant"] = tenant.id
         return tenant
 
     def _models(self, tenant: Tenant, name: str) -> HttpResponse:
@@ -139,8 +179,7 @@ class HttpApi:
             if info.name == name:
                 return _json(200, self._card(info))
         served = ", ".join(info.name for info in mine) or "none"
-        info_ = ErrorInfo("model_not_found", f"model {name[:80]!r} is not served here; served: {served}", "model")
-        return error_response(info_)
+        raise UnknownModel(f"model {name[:80]!r} is not served here; served: {served}", param="model")
 
     def _card(self, info: ModelInfo) -> dict[str, Any]:
         card = {"id": info.name, "object": "model", "created": self._created, "owned_by": "kvasir"}
@@ -152,16 +191,25 @@ class HttpApi:
             return _json(200, {"status": "ok", "workers": models})
         return _json(503, {"status": "no workers", "workers": models}, [("retry-after", "2")])
 
+    async def _tokens(self, tenant: Tenant, request: HttpRequest) -> HttpResponse:
+        """Answer what asks for tokens only."""
+        if request.path == "/detokenize":
+            body = await self._read(read_detokenize, request.body)
+            return _json(200, {"prompt": self._preparer.detokenize(body.model, body.tokens, tenant)})
+        if request.path == "/tokenize":
+            wanted, wants_texts = await self._read(read_tokenize, request.body)
+            info, packed = await self._preparer.tokenize(wanted, tenant)
+            return _json(200, tokenized(packed, info, self._preparer.text(info.name), wants_texts=wants_texts))
+        asked = await self._read(read_count, request.body)
+        _, packed = await self._preparer.tokenize(asked.requests[0], tenant)
+        return _json(200, {"input_tokens": len(packed) // TOKEN_BYTES})
+
     async def _complete(
-        self,
-        asked: Asked,
-        tenant: Tenant,
-        writer_of: type[Writer],
-        exchange: Exchange,
-        facts: dict[str, object],
+        self, asked: Asked, tenant: Tenant, writer_of: type[Writer], call: _Exchange
     ) -> HttpResponse | None:
         requests = asked.requests
-        waiter = Waiter(len(requests), exchange.cut, every_event=asked.stream or _may_end_early(requests[0]))
+        every_event = asked.stream or _may_end_early(requests[0])
+        waiter = Waiter(len(requests), call.stream.cut, every_event=every_event)
         answers = [Answer(self._core, waiter.wake) for _ in requests]
         submits: list[Submit] = []
         try:
@@ -172,19 +220,20 @@ class HttpApi:
                 submits.append(submit)
                 if len(submits) % MAX_PREPARED == 0:
                     await trio.lowlevel.checkpoint()  # many prompts let others go first
+            call.facts["request"] = submits[0].req_id.hex()
             for submit in submits:
                 self._core.submit(submit)
-            writer = writer_of(asked, submits, self._preparer.text(submits[0].model))
+            text, block_size = self._preparer.text(submits[0].model), self._preparer.block_size
+            writer = writer_of(asked, submits, text, block_size)
             if asked.stream:
-                return await self._stream(answers, waiter, writer, exchange)
-            return await self._whole(answers, waiter, writer)
+                return await self._stream(answers, waiter, writer, call)
+            return await self._whole(answers, waiter, writer, call)
         finally:
-            facts["request"] = submits[0].req_id.hex() if submits else None
-            facts["tokens"] = sum(answer.num_tokens for answer in answers)
+            call.facts["tokens"] = sum([answer.num_tokens for answer in answers])
             for answer in answers:
                 answer.cancel()
 
-    async def _whole(self, answers: list[Answer], waiter: Waiter, writer: Writer) -> HttpResponse:
+    async def _whole(self, answers: list[Answer], waiter: Waiter, writer: Writer, call: _Exchange) -> HttpResponse:
         pieces = [Piece() for _ in answers]
         while any(piece.finished is None for piece in pieces):
             await waiter.wait()
@@ -193,21 +242,21 @@ class HttpApi:
         ends = [_end(piece) for piece in pieces]
         for end in ends:
             if end.error is not None:
-                return error_response(end.error)
-        headers = [("x-kvasir-worker", ends[0].worker_id), ("x-request-id", writer.submits[0].req_id.hex())]
-        return _json(200, writer.whole(pieces, ends), headers)
+                return error_response(end.error, call.request.path, _request_id(call.facts))
+        return _json(200, writer.whole(pieces, ends), [("x-kvasir-worker", ends[0].worker_id)])
 
     async def _stream(
-        self, answers: list[Answer], waiter: Waiter, writer: Writer, exchange: Exchange
+        self, answers: list[Answer], waiter: Waiter, writer: Writer, call: _Exchange
     ) -> HttpResponse | None:
         ends: list[Finished | None] = [None] * len(answers)
         await waiter.wait()
         pieces = [answer.take() for answer in answers]
         first = next((piece.finished for piece in pieces if piece.finished and piece.finished.error), None)
         if first is not None and first.error is not None and first.num_output_tokens == 0:
-            return error_response(first.error)  # refused before anything was sent: a plain status says it best
-        headers = [("cache-control", "no-cache"), ("x-request-id", writer.submits[0].req_id.hex())]
-        exchange.begin(200, "text/event-stream; charset=utf-8", headers)
+            # Refused before anything was sent: a plain status says it best.
+            return error_response(first.error, call.request.path, _request_id(call.facts))
+        headers = [("cache-control", "no-cache"), *_id_headers(call.request.path, call.facts), *call.headers]
+        call.stream.begin(200, "text/event-stream; charset=utf-8", headers)
         out = writer.opening()
         while True:
             for index, piece in enumerate(pieces):
@@ -218,31 +267,46 @@ class HttpApi:
                     out.append(writer.ending(index, end) if end.error is None else writer.failure(end.error))
             if None not in ends:
                 break
-            await exchange.write(b"".join(out))
+            await call.stream.write(b"".join(out))
             out = []
             await waiter.wait()
             pieces = [answer.take() for answer in answers]
         out.append(writer.closing([end for end in ends if end is not None]))
-        await exchange.end(b"".join(out))
+        await call.stream.end(b"".join(out))
         return None
 
 
-def _bearer(request: HttpRequest) -> str:
+def _key(request: HttpRequest) -> str:
+    """Return the API key that a request brings, as OpenAI's or as Anthropic's clients send it."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     if key and scheme.lower() != "bearer":
         raise AuthenticationFailed(f"authorization scheme {scheme[:20]!r} is not known; send `Bearer KEY`")
-    return key.strip()
+    return key.strip() or request.headers.get("x-api-key", "").strip()
 
 
-def error_response(info: ErrorInfo, more_headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
-    """Return an error as its HTTP status and OpenAI-style object."""
+def _request_id(facts: dict[str, object]) -> str:
+    """Return the id of a request: the one that `kvasir explain` takes, or a new one where nothing was submitted."""
+    return str(facts.setdefault("request", os.urandom(16).hex()))
+
+
+def _id_headers(path: str, facts: dict[str, object]) -> list[tuple[str, str]]:
+    request_id = _request_id(facts)
+    found = [("x-request-id", request_id)]
+    return [*found, ("request-id", request_id)] if path.startswith(_ANTHROPIC) else found
+
+
+def error_response(
+    info: ErrorInfo, path: str, request_id: str, more_headers: Sequence[tuple[str, str]] = ()
+) -> HttpResponse:
+    """Return an error as its HTTP status and the object that clients of `path` expect."""
     status = BY_CODE.get(info.code, KvasirError).http_status
     headers = list(more_headers)
     if info.retry_after_s is not None:
         headers.append(("retry-after", str(max(1, round(info.retry_after_s)))))
     if status == 401:
         headers.append(("www-authenticate", "Bearer"))
-    return _json(status, {"error": error_object(info)}, headers)
+    writer_of = AnthropicWriter if path.startswith(_ANTHROPIC) else ChatWriter
+    return _json(status, writer_of.error(info, status, request_id), headers)
 
 
 class _WrongMethod(MethodNotAllowed):
@@ -257,7 +321,7 @@ def _only(request: HttpRequest, *methods: str) -> None:
 
 
 def _json(status: int, content: Any, headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
-    return HttpResponse(status, _encode(content), "application/json", headers)
+    return HttpResponse(status, encode_json(content), "application/json", headers)
 
 
 def _may_end_early(request: CompletionRequest) -> bool:

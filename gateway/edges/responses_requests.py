@@ -1,0 +1,174 @@
+"""The body of `/v1/responses`, and the chat that it asks for. Nothing is stored: each request brings all its items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn
+from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
+from kvasir.gateway.edges.openai_fields import FieldCheck
+from kvasir.gateway.edges.openai_requests import MAX_TURNS, Asked, ChatBody, CommonBody, asked_of_chat, decode_body
+from kvasir.protocol.errors import BadRequest
+
+
+class InputPart(Struct):
+    """One part of a message, of a call's output, or of reasoning."""
+
+    type: str
+    text: str = ""
+
+
+class InputItem(Struct):
+    """One item of the input; which fields count is up to `type`."""
+
+    type: str = "message"
+    role: str = ""
+    content: str | list[InputPart] | None = None
+    summary: list[InputPart] | None = None
+    call_id: str = ""
+    name: str = ""
+    arguments: str = ""
+    output: str | list[InputPart] = ""
+
+
+class ReasoningOptions(Struct):
+    effort: str | None = None
+
+
+class ChosenTool(Struct):
+    name: str
+    type: Literal["function"] = "function"
+
+
+class ResponsesBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
+    input: str | Annotated[list[InputItem], Meta(max_length=MAX_TURNS)]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    tools: Raw = Raw()
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: ReasoningOptions | None = None
+    chat_template_kwargs: Raw = Raw()
+    max_reasoning_tokens: int | None = None
+    enable_thinking: bool | None = None
+
+
+def read_responses(raw: bytes) -> Asked:
+    """Read the body of a request for a response. Takes long for a large one: call it in a thread then.
+
+    Raises:
+        BadRequest: no valid JSON, out of range, unknown or not supported; `param` names the field.
+    """
+    body: ResponsesBody = decode_body(_CHECK, _decoder, raw)
+    turns = turns_of(body.input)
+    if body.instructions:
+        turns.insert(0, Turn("system", body.instructions))
+    choice = body.tool_choice
+    tools = _tools(body.tools)
+    chat = ChatBody(
+        messages=turns,
+        max_completion_tokens=body.max_output_tokens,
+        tools=Raw(msgspec.json.encode([{"type": "function", "function": tool} for tool in tools])) if tools else Raw(),
+        tool_choice=NamedTool(NamedFunction(choice.name)) if isinstance(choice, ChosenTool) else choice,
+        parallel_tool_calls=body.parallel_tool_calls,
+        reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
+        chat_template_kwargs=body.chat_template_kwargs,
+        max_reasoning_tokens=body.max_reasoning_tokens,
+        enable_thinking=body.enable_thinking,
+        **{name: getattr(body, name) for name in CommonBody.__struct_fields__},
+    )
+    shown = {
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "tool_choice": {"type": "function", "name": choice.name}
+        if isinstance(choice, ChosenTool)
+        else choice or "auto",
+        "tools": [{"type": "function", "strict": False, **tool} for tool in tools],
+    }
+    return msgspec.structs.replace(asked_of_chat(chat, is_lenient=True), shown=shown)
+
+
+def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:
+    """Return the input as turns of a chat: neighbouring items of the assistant are one turn.
+
+    Raises:
+        BadRequest: an item of a type that cannot be read here; says which.
+    """
+    if isinstance(given, str):
+        return [Turn("user", given)]
+    turns: list[Turn] = []
+    open_turn: Turn | None = None  # the assistant's last one, which may grow
+    for index, item in enumerate(given):
+        where = f"input[{index}]"
+        if item.type == "reasoning":
+            if open_turn is None or open_turn.content or open_turn.tool_calls:
+                open_turn = Turn("assistant")
+                turns.append(open_turn)
+            open_turn.reasoning = _text(item.content or item.summary or "", where)
+        elif item.type == "message" and item.role == "assistant":
+            if open_turn is None or open_turn.content or open_turn.tool_calls:
+                open_turn = Turn("assistant")
+                turns.append(open_turn)
+            open_turn.content = _text(item.content or "", where)
+        elif item.type == "function_call":
+            if open_turn is None:
+                open_turn = Turn("assistant")
+                turns.append(open_turn)
+            call = Call(Function(item.name, item.arguments), item.call_id)
+            open_turn.tool_calls = [*(open_turn.tool_calls or ()), call]
+        else:
+            open_turn = None
+            turns.append(_other_turn(item, where))
+    return turns
+
+
+_CHECK = FieldCheck("responses", DIALECT_FIELDS)
+_decoder = msgspec.json.Decoder(_CHECK.with_harmless(ResponsesBody))
+
+
+def _other_turn(item: InputItem, where: str) -> Turn:
+    if item.type == "message":
+        if not item.role:
+            raise BadRequest(f"{where} has no role", param=f"{where}.role")
+        return Turn(item.role, _text(item.content or "", where))
+    if item.type == "function_call_output":
+        return (
+            Turn("tool", [], tool_call_id=item.call_id)
+            if not item.output
+            else Turn("tool", _text(item.output, where), tool_call_id=item.call_id)
+        )
+    raise BadRequest(
+        f"{where} is of type {item.type[:40]!r}; messages, reasoning, function calls and their outputs are read here",
+        param=where,
+    )
+
+
+def _text(content: str | Sequence[InputPart], where: str) -> str:
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if part.type not in ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal"):
+            raise BadRequest(f"{where}: content of type {part.type[:40]!r} is not supported; send text", param=where)
+    return "".join(part.text for part in content)
+
+
+def _tools(raw: Raw) -> list[dict[str, Any]]:
+    """Return the functions among the tools; other kinds are refused."""
+    if not raw or bytes(raw) == b"null":
+        return []
+    try:
+        tools = msgspec.json.decode(raw, type=list[dict[str, Any]])
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"tools: {error}", param="tools") from None
+    for index, tool in enumerate(tools):
+        if tool.pop("type", None) != "function":
+            raise BadRequest(f"tools[{index}] is no function; only functions can be called", param=f"tools[{index}]")
+        tool.pop("strict", None)
+    return tools

@@ -1,0 +1,169 @@
+"""The smaller routes, and what every answer of the HTTP edge has: request ids, CORS, keys, errors by method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvasir.gateway.edges.cors import Cors
+from kvasir.gateway.http.parser import HttpRequest
+from tests.edge_helpers import KEYS, TEXT, FakeExchange, House, decoded, run
+
+CHAT = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
+
+
+async def send(house: House, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> Any:
+    return await house.api(HttpRequest(method, path, {"host": "x", **headers}, body, keep_alive=True), FakeExchange())  # type: ignore[arg-type]
+
+
+def test_texts_and_chats_are_tokenised_as_their_prompts_and_back() -> None:
+    async def main(house: House) -> None:
+        response, _ = await house.ask("/tokenize", {"model": "demo", "prompt": "import os", "return_token_strs": True})
+        answer = decoded(response)
+        assert answer["tokens"] == TEXT.encode("import os") and answer["count"] == len(answer["tokens"])
+        assert "".join(answer["token_strs"]) == "import os" and answer["max_model_len"] == 2048
+        chat = decoded((await house.ask("/tokenize", {"messages": CHAT["messages"], "model": "demo"}))[0])
+        await house.ask("/v1/chat/completions", CHAT)
+        assert chat["count"] == house.core.submits[0].num_prompt_tokens and chat["token_strs"] is None
+        back = decoded((await house.ask("/detokenize", {"model": "demo", "tokens": chat["tokens"]}))[0])
+        assert back == {"prompt": "<|user|>x<|end|><|assistant|>"}
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {"prompt": "x", "messages": []}, "prompt"),
+        ("/tokenize", {"prompt": "x", "add_special_tokens": False}, "add_special_tokens"),
+        ("/tokenize", {"prompt": 3}, "prompt"),
+        ("/tokenize", {"model": "other", "prompt": "x"}, "prompt"),
+        ("/detokenize", {"tokens": [1 << 40]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": ["x"]}, "tokens[0]"),
+        ("/detokenize", {"model": "other", "tokens": [1]}, "model"),
+        ("/detokenize", {}, None),
+    ],
+)
+def test_what_cannot_be_tokenised_is_refused_with_its_field(path: str, body: dict[str, Any], param: str | None) -> None:
+    async def main(house: House) -> None:
+        response, _ = await house.ask(path, {"model": "demo", **body})
+        assert response is not None and response.status == 400
+        assert decoded(response)["error"]["param"] == param
+
+    run(main)
+
+
+def test_the_version_and_every_new_route_need_a_key_in_either_header() -> None:
+    async def main(house: House) -> None:
+        response = await send(house, "GET", "/version", {"x-api-key": KEYS["alpha"]})
+        assert decoded(response) == {"version": "unknown"}
+        for path in ("/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/tokenize", "/detokenize"):
+            for headers in ({}, {"x-api-key": "wrong"}, {"authorization": "Bearer wrong", "x-api-key": KEYS["alpha"]}):
+                assert (await send(house, "POST", path, headers, b"{}")).status == 401
+        assert not house.core.submits
+
+    run(main)
+
+
+def test_every_answer_has_a_request_id_that_the_log_knows() -> None:
+    house = House()
+
+    async def main(house: House) -> None:
+        for path, body, method in (
+            ("/v1/chat/completions", CHAT, "POST"),
+            ("/v1/chat/completions", {**CHAT, "n": 99}, "POST"),
+            ("/v1/models", None, "GET"),
+            ("/v1/models", None, "DELETE"),
+            ("/gone", None, "GET"),
+            ("/health", None, "GET"),
+        ):
+            response, _ = await house.ask(path, body, method=method)
+            assert response is not None
+            [request_id] = [value for name, value in response.headers if name == "x-request-id"]
+            assert len(request_id) == 32
+        _, exchange = await house.ask("/v1/chat/completions", {**CHAT, "stream": True})
+        assert exchange.headers["x-request-id"] == house.core.submits[-1].req_id.hex()
+        first = house.core.submits[0].req_id.hex()
+        assert house.lines[0]["request"] == first and house.lines[1]["request"] != first
+
+    run(main, house)
+
+
+def test_answers_carry_a_fingerprint_of_what_computed_them() -> None:
+    async def main(house: House) -> None:
+        whole = decoded((await house.ask("/v1/chat/completions", CHAT))[0])
+        _, exchange = await house.ask("/v1/chat/completions", {**CHAT, "stream": True})
+        fingerprints = {event["system_fingerprint"] for event in exchange.events() if event}
+        assert fingerprints == {whole["system_fingerprint"]} and len(whole["system_fingerprint"]) == 15
+
+    run(main)
+
+
+def test_a_wrong_method_is_a_clients_error_of_a_known_type() -> None:
+    async def main(house: House) -> None:
+        response, _ = await house.ask("/v1/chat/completions", method="GET")
+        assert response is not None and response.status == 405
+        assert decoded(response)["error"]["type"] == "invalid_request_error"
+
+    run(main)
+
+
+def test_a_prompt_that_is_too_long_is_told_as_clients_know_it() -> None:
+    async def main(house: House) -> None:
+        long = {**CHAT, "messages": [{"role": "user", "content": "x y " * 2000}]}
+        for path, body, param in (
+            ("/v1/chat/completions", long, "messages"),
+            ("/v1/completions", {"model": "demo", "prompt": "x y " * 2000}, "prompt"),
+            ("/v1/chat/completions", {**CHAT, "max_tokens": 5000}, "max_tokens"),
+        ):
+            response, _ = await house.ask(path, body)
+            assert response is not None and response.status == 400
+            error = decoded(response)["error"]
+            assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+            assert error["message"].startswith("This model's maximum context length is 2048 tokens")
+
+    run(main)
+
+
+# ---- CORS --------------------------------------------------------------------------------------------------------
+
+ORIGIN = "https://chat.example.org"
+PREFLIGHT = {
+    "origin": ORIGIN,
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization, content-type",
+}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "shown"), [([ORIGIN], ORIGIN), (["*"], "*"), (["https://other"], None), ([], None)]
+)
+def test_pages_of_allowed_origins_may_ask_and_no_others(allowed: list[str], shown: str | None) -> None:
+    async def main(house: House) -> None:
+        house.api._cors = Cors(allowed)
+        response = await send(house, "OPTIONS", "/v1/chat/completions", PREFLIGHT)
+        headers = dict(response.headers)
+        assert headers.get("access-control-allow-origin") == shown
+        assert response.status == (405 if shown is None else 204)
+        assert headers.get("access-control-allow-headers") == (None if shown is None else "authorization, content-type")
+        key = {"authorization": f"Bearer {KEYS['alpha']}", "origin": ORIGIN}
+        for path, status in (("/v1/models", 200), ("/gone", 404)):
+            answer = await send(house, "GET", path, key)
+            assert answer.status == status and dict(answer.headers).get("access-control-allow-origin") == shown
+        assert ("vary" in headers) == (allowed not in ([], ["*"]))
+
+    run(main)
+
+
+def test_streams_carry_the_headers_too_and_odd_header_names_are_not_repeated() -> None:
+    async def main(house: House) -> None:
+        house.api._cors = Cors(["*"])
+        _, exchange = await house.ask("/v1/chat/completions", {**CHAT, "stream": True})
+        assert exchange.headers["access-control-allow-origin"] == "*"
+        odd = {**PREFLIGHT, "access-control-request-headers": 'x"<script>'}
+        response = await send(house, "OPTIONS", "/v1/chat/completions", odd)
+        assert response.status == 204 and "access-control-allow-headers" not in dict(response.headers)
+
+    run(main)
