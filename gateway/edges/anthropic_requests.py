@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from kvasir.gateway.edges.cache_intent import CacheControl, hint_of
 from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn
 from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
 from kvasir.gateway.edges.openai_fields import FieldCheck
@@ -20,6 +21,7 @@ class TextBlock(Struct):
 
     type: str
     text: str = ""
+    cache_control: CacheControl | None = None
 
 
 class Block(Struct):
@@ -33,6 +35,7 @@ class Block(Struct):
     input: dict[str, Any] = {}
     tool_use_id: str = ""
     content: str | list[TextBlock] | None = None
+    cache_control: CacheControl | None = None
 
 
 class Message(Struct):
@@ -47,6 +50,7 @@ class Tool(Struct):
     input_schema: dict[str, Any] = {}
     description: str | None = None
     type: str | None = None
+    cache_control: CacheControl | None = None
 
 
 class ToolChoice(Struct):
@@ -74,6 +78,7 @@ class MessagesBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    cache_control: CacheControl | None = None
 
 
 def read_messages(raw: bytes) -> Asked:
@@ -110,12 +115,22 @@ def _asked(body: MessagesBody) -> Asked:
         max_reasoning_tokens=None if thinking is None else thinking.budget_tokens,
         **common,
     )
-    return asked_of_chat(chat, is_lenient=True)
+    return asked_of_chat(chat, hint_of(None, None, has_breakpoint=_has_breakpoint(body)), is_lenient=True)
 
 
 _CHOICES: dict[str, Any] = {"auto": None, "any": "required", "none": "none"}
 _CHECK = FieldCheck("anthropic", DIALECT_FIELDS)
 _decoder = msgspec.json.Decoder(_CHECK.with_harmless(MessagesBody))
+
+
+def _has_breakpoint(body: MessagesBody) -> bool:
+    blocks: list[TextBlock | Block | Tool] = [*(body.tools or ())]
+    if body.system is not None and not isinstance(body.system, str):
+        blocks += body.system
+    for message in body.messages:
+        if not isinstance(message.content, str):
+            blocks += message.content
+    return body.cache_control is not None or any(block.cache_control is not None for block in blocks)
 
 
 def _turns(body: MessagesBody) -> list[Turn]:

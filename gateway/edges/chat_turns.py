@@ -7,15 +7,18 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from kvasir.gateway.edges.cache_intent import CacheControl
 from kvasir.protocol.client_messages import ChatMessage, ToolCall
 from kvasir.protocol.errors import BadRequest
 
 
 class Part(Struct):
-    """One part of a message's content; only text is understood."""
+    """One part of a message's content; only text is understood. The last two mark what is to be cached up to here."""
 
     type: str
     text: str = ""
+    cache_control: CacheControl | None = None
+    prompt_cache_breakpoint: Any = None
 
 
 class Function(Struct):

@@ -29,16 +29,12 @@ DIALECT_FIELDS: tuple[Row, ...] = (
         "thinking output_config", _ANTHROPIC, "honoured", "type, `budget_tokens` and `effort`, if the model knows them"
     ),
     Row("chat_template_kwargs max_reasoning_tokens enable_thinking", _RESPONSES, "honoured", "as for chats"),
+    Row("prompt_cache_options prompt_cache_retention", _RESPONSES, "honoured", "as a `cache_hint`, see below"),
+    Row("cache_control", _ANTHROPIC, "honoured", "here and on blocks: as a `cache_hint`, see below"),
     Row("metadata service_tier", _BOTH, "harmless", "nothing is stored; one tier"),
     Row("user safety_identifier store stream_options", _RESPONSES, "harmless", "nothing is stored or padded"),
     Row("max_tool_calls", _RESPONSES, "harmless", "bounds tools of the server's own, of which there are none"),
-    Row(
-        "prompt_cache_key prompt_cache_retention prompt_cache_options",
-        _RESPONSES,
-        "harmless",
-        "prefixes are found without",
-    ),
-    Row("cache_control", _ANTHROPIC, "harmless", "prefixes are cached and found without it"),
+    Row("prompt_cache_key", _RESPONSES, "harmless", "prefixes are found without it"),
     Row("speed inference_geo user_profile_id workspace_id betas", _ANTHROPIC, "harmless", "one box, one speed"),
     Row(
         "previous_response_id conversation background prompt",

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
+import msgspec
 import trio
 
 from kvasir.gateway.core.api import CoreApi, Finished, ModelInfo, Submit
 from kvasir.gateway.edges.answer import Answer, Piece, Waiter
 from kvasir.gateway.edges.anthropic_answers import AnthropicWriter
 from kvasir.gateway.edges.anthropic_requests import read_count, read_messages
+from kvasir.gateway.edges.cache_intent import says_final
 from kvasir.gateway.edges.cors import Cors
 from kvasir.gateway.edges.openai_answers import ChatWriter, CompletionWriter
 from kvasir.gateway.edges.openai_requests import Asked, read_chat, read_completion
@@ -208,6 +210,8 @@ class HttpApi:
         self, asked: Asked, tenant: Tenant, writer_of: type[Writer], call: _Exchange
     ) -> HttpResponse | None:
         requests = asked.requests
+        if asked.may_close and says_final(call.request.headers):
+            requests = [msgspec.structs.replace(request, cache_hint="closing") for request in requests]
         every_event = asked.stream or _may_end_early(requests[0])
         waiter = Waiter(len(requests), call.stream.cut, every_event=every_event)
         answers = [Answer(self._core, waiter.wake) for _ in requests]

@@ -84,6 +84,12 @@ FIELDS: tuple[Row, ...] = (
     Row("best_of", _TEXT, "honoured", "up to `n`, where it chooses nothing"),
     Row("deadline_s", _BOTH, "honoured", "ours: the request ends with an error after so many seconds"),
     Row("cache_hint retention", _BOTH, "honoured", "ours: what to keep in the KV cache"),
+    Row(
+        "prompt_cache_options prompt_cache_retention cache_control",
+        _CHAT,
+        "honoured",
+        "as a `cache_hint` where there is none, see below",
+    ),
     Row("role content", _MESSAGE, "honoured", "`developer` is `system`; content is text or text parts"),
     Row("name", _MESSAGE, "honoured", "given to the chat template"),
     Row("tool_calls tool_call_id", _MESSAGE, "honoured", "given to the chat template; arguments as an object"),
@@ -91,11 +97,9 @@ FIELDS: tuple[Row, ...] = (
     Row("include_usage", ("stream_options",), "honoured", "a last chunk with the usage"),
     Row("user safety_identifier metadata store", _BOTH, "harmless", "nothing is stored or passed on"),
     Row("service_tier priority request_id rid", _BOTH, "harmless", "one tier, tenants in turn, request ids of our own"),
+    Row("prompt_cache_key session_id", _BOTH, "harmless", "prefixes are found without it"),
     Row(
-        "prompt_cache_key prompt_cache_retention prompt_cache_options cache_control session_id",
-        _BOTH,
-        "harmless",
-        "prefixes are cached and found without it",
+        "prompt_cache_retention prompt_cache_options cache_control", _TEXT, "harmless", "prefixes are cached without it"
     ),
     Row("prediction", _BOTH, "harmless", "only makes an answer quicker"),
     Row("parallel_tool_calls", _TEXT, "harmless", "there are no tool calls"),

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from kvasir.gateway.edges.cache_intent import CacheControl, PromptCacheOptions, Retention, hint_of
 from kvasir.gateway.edges.chat_turns import NamedTool, Turn, message_of
 from kvasir.gateway.edges.openai_fields import MAX_VALUE_BYTES, FieldCheck
 from kvasir.protocol.client_messages import ChatOptions, CompletionRequest
@@ -86,6 +87,9 @@ class ChatBody(Body, kw_only=True):
     max_reasoning_tokens: int | None = None
     thinking_token_budget: int | None = None
     enable_thinking: bool | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
+    prompt_cache_retention: Retention | None = None
+    cache_control: CacheControl | None = None
 
 
 class CompletionBody(Body, kw_only=True):
@@ -97,7 +101,7 @@ class CompletionBody(Body, kw_only=True):
 class Asked(Struct, frozen=True):
     """What one HTTP request asks for: a request per prompt and choice, prompt by prompt.
 
-    `shown`: what the answer repeats of it.
+    `shown`: what the answer repeats of it. `may_close`: a header may say that its conversation ends.
     """
 
     requests: list[CompletionRequest]
@@ -107,6 +111,7 @@ class Asked(Struct, frozen=True):
     echo: bool = False
     wants_token_ids: bool = False
     shown: dict[str, Any] = {}
+    may_close: bool = False
 
 
 def read_chat(raw: bytes) -> Asked:
@@ -115,11 +120,13 @@ def read_chat(raw: bytes) -> Asked:
     Raises:
         BadRequest: no valid JSON, out of range, unknown or not supported; `param` names the field.
     """
-    return asked_of_chat(decode_body(_CHAT, _chat_body, raw, _check_turns))
+    body: ChatBody = decode_body(_CHAT, _chat_body, raw, _check_turns)
+    hint = hint_of(body.prompt_cache_options, body.prompt_cache_retention, has_breakpoint=_has_breakpoint(body))
+    return asked_of_chat(body, hint)
 
 
-def asked_of_chat(body: ChatBody, *, is_lenient: bool = False) -> Asked:
-    """Return what the body of a chat asks for. `is_lenient`: see `ChatOptions`.
+def asked_of_chat(body: ChatBody, hint: CacheHint | None = None, *, is_lenient: bool = False) -> Asked:
+    """Return what the body of a chat asks for. `hint`: in others' words, ours wins; `is_lenient`: see `ChatOptions`.
 
     Raises:
         BadRequest: something is out of range; `param` names the field.
@@ -132,7 +139,7 @@ def asked_of_chat(body: ChatBody, *, is_lenient: bool = False) -> Asked:
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     options = _chat_options(body, is_lenient)
-    return _asked(body, num_logprobs, [{"messages": messages, "chat": options}], max_tokens)
+    return _asked(body, num_logprobs, [{"messages": messages, "chat": options}], max_tokens, hint)
 
 
 def read_completion(raw: bytes) -> Asked:
@@ -148,6 +155,17 @@ def read_completion(raw: bytes) -> Asked:
         raise BadRequest("echo with logprobs is not supported: prompts have no log probabilities here", param="echo")
     max_tokens = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default for this route
     return _asked(body, body.logprobs, _prompts(body.prompt), max_tokens)
+
+
+def _has_breakpoint(body: ChatBody) -> bool:
+    if body.cache_control is not None:
+        return True
+    for turn in body.messages:
+        if turn.content is not None and not isinstance(turn.content, str):
+            for part in turn.content:
+                if part.cache_control is not None or part.prompt_cache_breakpoint is not None:
+                    return True
+    return False
 
 
 def _chat_options(body: ChatBody, is_lenient: bool) -> ChatOptions | None:
@@ -250,7 +268,13 @@ def _check_options(kept: dict[str, Any]) -> None:
         kept["stream_options"] = _OPTIONS.honoured_of(options, "stream_options.")
 
 
-def _asked(body: Body, num_logprobs: int | None, prompts: list[dict[str, Any]], max_tokens: int | None) -> Asked:
+def _asked(
+    body: Body,
+    num_logprobs: int | None,
+    prompts: list[dict[str, Any]],
+    max_tokens: int | None,
+    hint: CacheHint | None = None,
+) -> Asked:
     num_choices = 1 if body.n is None else body.n
     if not 1 <= num_choices <= MAX_CHOICES:
         raise BadRequest(f"n must be between 1 and {MAX_CHOICES}, not {num_choices}", param="n")
@@ -280,7 +304,7 @@ def _asked(body: Body, num_logprobs: int | None, prompts: list[dict[str, Any]], 
             stop_token_ids=stop_token_ids,
             ignore_eos=bool(body.ignore_eos),
             deadline_s=body.deadline_s,
-            cache_hint=body.cache_hint,
+            cache_hint=body.cache_hint or hint,
             retention=body.retention or [],
             include_stop=bool(body.include_stop_str_in_output),
             skip_special_tokens=body.skip_special_tokens is not False,
@@ -291,7 +315,15 @@ def _asked(body: Body, num_logprobs: int | None, prompts: list[dict[str, Any]], 
         for number in range(len(prompts) * num_choices)
     ]
     wants_usage = body.stream_options is not None and body.stream_options.include_usage
-    return Asked(requests, num_choices, bool(body.stream), wants_usage, bool(body.echo), bool(body.return_token_ids))
+    return Asked(
+        requests,
+        num_choices,
+        bool(body.stream),
+        wants_usage,
+        bool(body.echo),
+        bool(body.return_token_ids),
+        may_close=body.cache_hint is None and hint != "one_shot",
+    )
 
 
 def _sampling(body: Body, num_logprobs: int | None) -> SamplingOptions:

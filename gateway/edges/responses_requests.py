@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from kvasir.gateway.edges.cache_intent import PromptCacheOptions, Retention, hint_of
 from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn
 from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
 from kvasir.gateway.edges.openai_fields import FieldCheck
@@ -20,6 +21,7 @@ class InputPart(Struct):
 
     type: str
     text: str = ""
+    prompt_cache_breakpoint: Any = None
 
 
 class InputItem(Struct):
@@ -55,6 +57,8 @@ class ResponsesBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
     chat_template_kwargs: Raw = Raw()
     max_reasoning_tokens: int | None = None
     enable_thinking: bool | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
+    prompt_cache_retention: Retention | None = None
 
 
 def read_responses(raw: bytes) -> Asked:
@@ -92,7 +96,8 @@ def read_responses(raw: bytes) -> Asked:
         else choice or "auto",
         "tools": [{"type": "function", "strict": False, **tool} for tool in tools],
     }
-    return msgspec.structs.replace(asked_of_chat(chat, is_lenient=True), shown=shown)
+    hint = hint_of(body.prompt_cache_options, body.prompt_cache_retention, has_breakpoint=_has_breakpoint(body.input))
+    return msgspec.structs.replace(asked_of_chat(chat, hint, is_lenient=True), shown=shown)
 
 
 def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:
@@ -131,6 +136,13 @@ def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:
 
 _CHECK = FieldCheck("responses", DIALECT_FIELDS)
 _decoder = msgspec.json.Decoder(_CHECK.with_harmless(ResponsesBody))
+
+
+def _has_breakpoint(given: str | Sequence[InputItem]) -> bool:
+    if isinstance(given, str):
+        return False
+    lists = [item.content for item in given if item.content is not None and not isinstance(item.content, str)]
+    return any(part.prompt_cache_breakpoint is not None for parts in lists for part in parts)
 
 
 def _other_turn(item: InputItem, where: str) -> Turn:
