@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, Literal, Protocol, Self, Unpack, overload
 
+from kvasir._answers import Chunk, Completion
 from kvasir._pump import Pump
-from kvasir._session import (
-    BaseClient,
-    BaseStream,
-    Chunk,
-    Completion,
-    Messages,
-    Options,
-    encode_request,
-    models_of,
-)
+from kvasir._requests import Messages, Options, encode_request
+from kvasir._session import BaseClient, BaseStream, models_of
 from kvasir.protocol.client_messages import ModelCard, ModelsRequest
 from kvasir.protocol.codec import Message
 from kvasir.protocol.errors import DeadlineExceeded, KvasirError
@@ -117,9 +110,9 @@ class AsyncStream(BaseStream):
     garbage.) For one task at a time.
     """
 
-    def __init__(self, pump: Pump, call_id: int, frame: bytes, timeout_s: float) -> None:
+    def __init__(self, pump: Pump, frames: Mapping[int, bytes], timeout_s: float) -> None:
         self._mailbox = _open_mailbox()
-        super().__init__(pump, call_id, frame, timeout_s, self._mailbox)
+        super().__init__(pump, frames, timeout_s, self._mailbox)
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
@@ -127,8 +120,10 @@ class AsyncStream(BaseStream):
     async def __anext__(self) -> Chunk:
         if self._ended:
             raise StopAsyncIteration
+        chunk = None
         try:
-            chunk = self._assembly.add(await self._mailbox.get(self._timeout_s))
+            while chunk is None and not self._answers.is_complete:
+                chunk = self._answers.add(await self._mailbox.get(self._timeout_s))
         except BaseException:
             self._cancel()
             raise

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Self, Unpack, overload
 
+from kvasir._answers import Chunk, Completion
 from kvasir._pump import Pump
-from kvasir._session import (
-    BaseClient,
-    BaseStream,
-    Chunk,
-    Completion,
-    Messages,
-    Options,
-    encode_request,
-    models_of,
-)
+from kvasir._requests import Messages, Options, encode_request
+from kvasir._session import BaseClient, BaseStream, models_of
 from kvasir.protocol.client_messages import ModelCard, ModelsRequest
 from kvasir.protocol.codec import Message
 from kvasir.protocol.errors import DeadlineExceeded, KvasirError
@@ -109,9 +102,9 @@ class Stream(BaseStream):
     request. For one thread at a time.
     """
 
-    def __init__(self, pump: Pump, call_id: int, frame: bytes, timeout_s: float) -> None:
+    def __init__(self, pump: Pump, frames: Mapping[int, bytes], timeout_s: float) -> None:
         self._mailbox: queue.SimpleQueue[Message | KvasirError] = queue.SimpleQueue()
-        super().__init__(pump, call_id, frame, timeout_s, self._mailbox)
+        super().__init__(pump, frames, timeout_s, self._mailbox)
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -119,8 +112,10 @@ class Stream(BaseStream):
     def __next__(self) -> Chunk:
         if self._ended:
             raise StopIteration
+        chunk = None
         try:
-            chunk = self._assembly.add(_get(self._mailbox, self._timeout_s))
+            while chunk is None and not self._answers.is_complete:
+                chunk = self._answers.add(_get(self._mailbox, self._timeout_s))
         except BaseException:
             self._cancel()
             raise

@@ -146,13 +146,41 @@ class GatewayMessage(Message, tag_field="type"):
     """Gateway -> client."""
 
 
+class TextPart(Struct, frozen=True, forbid_unknown_fields=True, tag="text"):
+    """Text for the user."""
+
+    text: str
+
+
+class ReasoningPart(Struct, frozen=True, forbid_unknown_fields=True, tag="reasoning"):
+    """Text that the model thinks aloud before it answers."""
+
+    text: str
+
+
+class ToolCallPart(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="tool_call"):
+    """Call number `index` begins, with `id` and `name`, or has more `arguments`: JSON, as the model writes it."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+AnswerPart = TextPart | ReasoningPart | ToolCallPart
+
+
 class CompletionChunk(GatewayMessage, tag="chunk"):
-    """New text and/or tokens, in order, each delivered exactly once."""
+    """New text and/or tokens, in order, each delivered exactly once.
+
+    `parts`: of the answer of a model that reasons or may call tools, in order; `text` is empty then.
+    """
 
     id: CallId
     text: str = ""
     token_ids: PackedTokens = b""
     logprobs: list[TokenLogprobs] = []
+    parts: list[AnswerPart] = []
 
 
 class CompletionDone(GatewayMessage, tag="done"):

@@ -1,7 +1,7 @@
 """What clients already say about caching, in the words of other APIs, as a cache hint of ours.
 
 Times are not kept: in replays of traces a time to live was worth nothing, and the one bit that nothing follows was
-worth nearly everything (`cache_hint` `closing` or `one_shot`). So what says that becomes a hint, and all else is `open`.
+worth nearly everything (`cache_hint` `closing` or `one_shot`). So what says that becomes a hint; all else is `open`.
 """
 
 from __future__ import annotations

@@ -17,11 +17,13 @@ import msgspec
 import trio
 
 from kvasir.gateway.core.api import Cancel, CoreApi, Event, Submit
-from kvasir.gateway.edges.answer import Answer
+from kvasir.gateway.edges.answer import Answer, Piece
 from kvasir.gateway.edges.outbox import Outbox, OutboxLimits, Peer
 from kvasir.gateway.log import log, no_log
+from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content, Reasoning, joined
 from kvasir.protocol.client_messages import (
     CLIENT_MESSAGES,
+    AnswerPart,
     CallId,
     CancelRequest,
     CompletionChunk,
@@ -31,6 +33,9 @@ from kvasir.protocol.client_messages import (
     ModelCard,
     ModelList,
     ModelsRequest,
+    ReasoningPart,
+    TextPart,
+    ToolCallPart,
     Usage,
 )
 from kvasir.protocol.codec import encode
@@ -336,9 +341,10 @@ class ZmqEdge:
             return
         piece = call.answer.take()
         request = call.request
-        if piece.text or (piece.token_ids and request.want_tokens):
-            token_ids = piece.token_ids if request.want_tokens else b""
-            self._send(call, CompletionChunk(request.id, piece.text, token_ids, piece.logprobs))
+        if piece.parts or piece.text or (piece.token_ids and request.want_tokens):
+            packed = piece.token_ids if request.want_tokens else b""
+            text, parts = ("", _parts_of(call, piece)) if piece.parts else (piece.text, [])
+            self._send(call, CompletionChunk(request.id, text, packed, piece.logprobs, parts))
         end = piece.finished
         if end is not None:
             self._close(call)
@@ -349,6 +355,24 @@ class ZmqEdge:
 
     def _send(self, call: _Call, message: GatewayMessage) -> None:
         self._outbox.post(call.peer, call.request.id, encode(message))
+
+
+def _parts_of(call: _Call, piece: Piece) -> list[AnswerPart]:
+    """Return the parts of a piece as they travel."""
+    found: list[AnswerPart] = []
+    for part in joined(piece.parts):
+        match part:
+            case Content(text):
+                found.append(TextPart(text))
+            case Reasoning(text):
+                found.append(ReasoningPart(text))
+            case CallBegin(index, name):
+                parser, submit = call.answer.parser, call.answer.submit
+                call_id = "" if parser is None or submit is None else parser.call_id(submit.req_id, index)
+                found.append(ToolCallPart(index, call_id, name))
+            case CallArguments(index, text):
+                found.append(ToolCallPart(index, arguments=text))
+    return found
 
 
 def _internal_error(bug: Exception) -> KvasirError:

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from kvasir._session import Completion
+from kvasir._answers import Completion
 from kvasir.cli.demo_keys import find_key
 from kvasir.cli.output import ID_CHARS, example, harmless, make_console, plain
 from kvasir.client import Client

@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from kvasir._session import Completion
+from kvasir._answers import Completion
 from kvasir.cli.admin_client import ask
 from kvasir.cli.chat import choose_model
 from kvasir.cli.demo_keys import obtain_key

@@ -356,7 +356,7 @@ def test_what_cannot_be_sent_is_refused_at_once(client: Client, prompt, options,
         client.generate(prompt, **options)
 
 
-@pytest.mark.parametrize("message", [{"role": "user"}, "hi", {"role": "user", "content": "x", "name": "y"}])
+@pytest.mark.parametrize("message", [{"role": "user"}, "hi", {"role": "user", "content": "x", "nam": "y"}])
 def test_malformed_chat_messages_are_refused_at_once(client: Client, message) -> None:
     with pytest.raises(errors.BadRequest, match="message"):
         client.chat([message])

@@ -37,6 +37,8 @@ from kvasir.protocol.link import open_router
 from kvasir.protocol.messages import TokenLogprobs
 from kvasir.protocol.profile import LinkProfile
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
+from tests.chat_templates import FAMILIES
+from tests.edge_helpers import make_text
 
 pytestmark = pytest.mark.timeout(60)
 SECRET = b"s" * 32
@@ -778,3 +780,30 @@ def test_a_restarted_gateway_serves_the_same_client_again(tmp_path: Path) -> Non
     trio.run(serve, second)
     assert isinstance(outcome[0], errors.ConnectionLost)
     assert outcome[1] == [7, 8]
+
+
+def test_an_answer_with_reasoning_and_calls_comes_in_parts_through_the_sdk(run) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    text = make_text(FAMILIES["qwen3"], ["<think>", "</think>"])
+    answer = '<think>Hm.</think>Let me.\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+
+    async def main(house: House) -> None:
+        def reply(submit: Submit) -> None:
+            for token_id in text._tokenizer.encode(answer, add_special_tokens=False).ids:
+                house.core.deliver(submit, [token_id])
+            house.core.finish(submit, "stop", 9)
+
+        house.edge._preparer._texts = {"demo": text}
+        house.core.on_submit = reply
+        async with AsyncClient(house.endpoint, ALPHA_KEY[1], timeout_s=10) as client:
+            messages = [{"role": "user", "content": "Add."}]
+            whole = await client.chat(messages, model="demo", tools=[tool])
+            assert (whole.text, whole.reasoning, whole.finish_reason) == ("Let me.", "Hm.", "tool_calls")
+            [call] = whole.tool_calls
+            assert (call.name, call.arguments) == ("add", '{"a": 1}') and call.id.startswith("call_")
+            await client.chat([*messages, whole.message], model="demo", tools=[tool], tool_choice="add")
+            with pytest.raises(errors.BadRequest, match="tools are: add"):
+                await client.chat(messages, model="demo", tools=[tool], tool_choice="gone")
+        await house.settled()
+
+    run(main)
