@@ -30,7 +30,7 @@ class ResponsesWriter(Writer):
 
     def whole(self, pieces: Sequence[Piece], ends: Sequence[Finished]) -> dict[str, Any]:
         self.progress(0, pieces[0])
-        self._close()
+        self.ending(0, ends[0])
         return self._response(ends[0])
 
     def opening(self) -> list[bytes]:
@@ -55,11 +55,11 @@ class ResponsesWriter(Writer):
         return out
 
     def ending(self, index: int, end: Finished) -> bytes:
-        return b"".join(self._close())
+        return b"".join(self._close("incomplete" if end.reason == "length" else "completed"))
 
     def failure(self, error: ErrorInfo) -> bytes:
         self._failed = error
-        return b"".join(self._close())
+        return b"".join(self._close("incomplete"))
 
     def closing(self, ends: Sequence[Finished]) -> bytes:
         response = self._response(ends[0])
@@ -88,13 +88,13 @@ class ResponsesWriter(Writer):
         out.append(self._event("response.output_item.added", {"output_index": len(self._items) - 1, "item": item}))
         return out
 
-    def _close(self) -> list[bytes]:
+    def _close(self, status: str = "completed") -> list[bytes]:
         """End the item that is open, if one is."""
         if not self._is_open:
             return []
         self._is_open = False
         item, text, place = self._items[-1], "".join(self._texts), self._place()
-        item["status"] = "completed"
+        item["status"] = status
         if item["type"] == "function_call":
             item["arguments"] = text
             done = {**place, "name": item["name"], "arguments": text}

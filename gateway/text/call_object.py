@@ -12,6 +12,7 @@ _SPACE = " \t\r\n"
 _NEXT = re.compile(r'["{}\[\]]')
 _NEXT_IN_STRING = re.compile(r'["\\]')
 _SCALAR_END = re.compile(r"[,}\]\s]")
+MAX_KEY_CHARS = 256  # a longer one makes no call: it would be looked at again with every token
 ARGUMENTS = ("arguments", "parameters")
 
 
@@ -76,7 +77,7 @@ class CallObject:
         self._state = self._open
         self._key = ""
         self._value = JsonValue()
-        self._collected = ""
+        self._collected: list[str] = []
         self._name: str | None = None
         self._arguments: str | None = None  # that came before the name, or that have to be decoded
 
@@ -95,9 +96,9 @@ class CallObject:
             return False
         if self.rest[0] == "}":
             return self._close()
-        found = _STRING.match(self.rest)
+        found = _STRING.match(self.rest, 0, MAX_KEY_CHARS)
         if found is None:
-            self.failed = not _OPEN_STRING.fullmatch(self.rest)
+            self.failed = len(self.rest) >= MAX_KEY_CHARS or not _OPEN_STRING.fullmatch(self.rest)
             return False
         self._key = _decode_string(found[0]) or ""
         self.rest = self.rest[found.end() :]
@@ -110,7 +111,7 @@ class CallObject:
     def _begin_value(self) -> bool:
         if not self._skip_space():
             return False
-        self._value, self._collected = JsonValue(), ""
+        self._value, self._collected = JsonValue(), []
         self._state = self._read_value
         if self._key in ARGUMENTS and self._name is not None and self.rest[0] == "{" and not self.has_begun:
             self._begin(self._name)
@@ -118,15 +119,16 @@ class CallObject:
         return True
 
     def _read_value(self) -> bool:
-        self._collected += self._take_value()
+        self._collected.append(self._take_value())
         if not self._value.done:
             return False
+        collected, self._collected = "".join(self._collected), []
         if self._key == "name":
-            self._name = _decode_string(self._collected)
+            self._name = _decode_string(collected)
             self.failed = not self._name
         elif self._key in ARGUMENTS:
             # Some models write the arguments as a string of JSON.
-            self._arguments = _decode_string(self._collected) or self._collected
+            self._arguments = _decode_string(collected) or collected
         if self._name and self._arguments is not None and not self.has_begun:
             self._begin(self._name)
             if self.has_begun:

@@ -18,6 +18,7 @@ _CALL, _CALL_END = "<tool_call>", "</tool_call>"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
 _ENDS_OF_VALUE = (_PARAMETER_END, f"\n{_PARAMETER}", f"\n{_FUNCTION_END}")  # the first is sometimes left out
+_LONGEST = max(map(len, _ENDS_OF_VALUE))
 
 
 class QwenCoderParser(ToolParser):
@@ -86,11 +87,14 @@ class QwenCoderParser(ToolParser):
         self._num_parameters += 1
         self._buffer = rest
         self._is_begun = False
+        self._num_searched = 0
         self._state = self._value
         return True
 
     def _value(self) -> bool:
-        found = [(at, mark) for mark in _ENDS_OF_VALUE if (at := self._buffer.find(mark)) >= 0]
+        start = max(0, self._num_searched - _LONGEST)
+        found = [(at, mark) for mark in _ENDS_OF_VALUE if (at := self._buffer.find(mark, start)) >= 0]
+        self._num_searched = len(self._buffer)
         if not found:
             if self._kind == "string":
                 self._stream_string()
@@ -117,7 +121,7 @@ class QwenCoderParser(ToolParser):
             self._arguments('"')
             self._is_begun = True
         self._arguments(_escaped(text))
-        self._buffer = rest
+        self._buffer, self._num_searched = rest, len(rest)
 
     def _rest_of_value(self, text: str) -> str:
         """Return the JSON of a value, or of the rest of a string."""

@@ -67,6 +67,7 @@ def test_sequence_numbers_count_the_events_and_an_answer_that_is_cut_is_incomple
         last = events[-1]
         assert last.type == "response.incomplete" and last.response.status == "incomplete"
         assert last.response.incomplete_details.reason == "max_output_tokens"
+        assert last.response.output[0].status == "incomplete"
 
     with_openai(work)
 
