@@ -115,13 +115,24 @@ class RetentionHint(Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
 CacheHint = Literal["one_shot", "open", "closing"]
 """What a client may say about a request: nothing follows it, the conversation goes on, this was its last turn."""
 
-Lack = Literal["public_zone", "owners", "pins", "retention", "resumed_penalties", "resumed_draws"]
+Lack = Literal[
+    "public_zone",
+    "owners",
+    "pins",
+    "retention",
+    "resumed_penalties",
+    "resumed_draws",
+    "logprobs",
+    "bad_words",
+    "max_reasoning_tokens",
+]
 """What a worker that fronts another engine cannot do.
 
 public_zone: share published prefixes between tenants; prompts are hashed in the tenant's namespace throughout.
 owners: floors, caps, and clearing what one tenant has cached. pins, retention: keep chosen blocks.
 resumed_penalties: go on from prompt + delivered tokens where penalties look at what was generated.
 resumed_draws: go on with a sampled request and draw the tokens that the worker before would have drawn.
+logprobs, bad_words, max_reasoning_tokens: the request fields of that name.
 """
 
 

@@ -73,6 +73,19 @@ class _Exchange:
     headers: list[tuple[str, str]]
 
 
+_NOT_SERVED = {  # routes of other servers, by how they begin
+    "/v1/embeddings": "models generate text here, and embed none",
+    "/v1/images": "models generate text here, and no images",
+    "/v1/audio": "models generate text here, and no sound",
+    "/v1/moderations": "nothing is moderated here",
+    "/v1/rerank": "models generate text here, and rank none",
+    "/v1/score": "models generate text here, and rank none",
+    "/v1/batches": "requests are answered as they come",
+    "/v1/files": "no files are kept here",
+    "/v1/fine_tuning": "models are served here, not trained",
+}
+
+
 class HttpApi:
     """Handler of an `HttpServer`.
 
@@ -154,6 +167,9 @@ class HttpApi:
             _only(request, "GET", "HEAD")
             self._check_scraper(request)
             return HttpResponse(200, self._metrics(), "text/plain; version=0.0.4; charset=utf-8")
+        refused = next((what for start, what in _NOT_SERVED.items() if path.startswith(start)), None)
+        if refused is not None:
+            raise NotFound(f"{path[:120]!r} is not supported: {refused}")
         raise NotFound(f"there is nothing at {path[:120]!r}; see /v1/models and docs/api.md")
 
     async def _read(self, read: Callable[[bytes], T], body: bytes) -> T:

@@ -203,8 +203,9 @@ class Preparer:
         self._check_sampling(request, info, max_tokens)
         text = self._texts.get(info.name)
         sampling = self._sampling(request.sampling, info.name)
-        if text is not None and request.chat is not None and request.chat.max_reasoning_tokens is not None:
-            budget = text.reasoning_budget(request.messages or (), request.chat, _tail(packed))
+        chat = request.chat if "max_reasoning_tokens" not in info.lacks else None
+        if text is not None and chat is not None and chat.max_reasoning_tokens is not None:
+            budget = text.reasoning_budget(request.messages or (), chat, _tail(packed))
             if budget is not None:
                 constraint = msgspec.structs.replace(sampling.constraint or Constraint(), reasoning=budget)
                 sampling = msgspec.structs.replace(sampling, constraint=constraint)
@@ -271,11 +272,12 @@ class Preparer:
         self._check_ids(info.name, request.stop_token_ids, "stop_token_ids")
         if request.stop and (not request.want_text or self._texts.get(info.name) is None):
             raise BadRequest("stop strings need text; ask for text or use stop_token_ids", param="stop")
-        if request.retention and "retention" in info.lacks:
-            raise BadRequest(
-                f"retention is not supported for model {info.name!r}, which {info.engine} computes; leave it out",
-                param="retention",
-            )
+        for field in info.lacks:
+            if _asks_for(request, field):
+                raise BadRequest(
+                    f"{field} is not supported for model {info.name!r}, which {info.engine} computes; leave it out",
+                    param=field,
+                )
         if request.sampling.allowed_token_ids:
             self._check_ids(info.name, request.sampling.allowed_token_ids, "allowed_token_ids")
         if request.deadline_s is not None and not 0 < request.deadline_s < inf:
@@ -300,6 +302,21 @@ def _constraint(options: SamplingOptions, text: ModelText | None) -> Constraint:
 def _tail(packed: bytes) -> list[int]:
     """Return the last tokens of a prompt, enough to see whether it ends in an open reasoning."""
     return unpack_tokens(packed[-TAIL_BYTES:])
+
+
+def _asks_for(request: CompletionRequest, field: str) -> bool:
+    """Return whether a request uses a field that some engines lack."""
+    match field:
+        case "retention":
+            return bool(request.retention)
+        case "logprobs":
+            return request.sampling.logprobs is not None
+        case "bad_words":
+            return bool(request.sampling.bad_words)
+        case "max_reasoning_tokens":
+            chat = request.chat
+            return chat is not None and chat.max_reasoning_tokens is not None and not chat.is_lenient
+    return False
 
 
 def _num_chars(request: CompletionRequest) -> int:

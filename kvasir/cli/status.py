@@ -36,6 +36,9 @@ _LACKS = {  # of `messages.Lack`: what follows "has no"
     "pins": "pins",
     "retention": "retention",
     "resumed_penalties": "hand-over of requests with presence or frequency penalties",
+    "bad_words": "bad_words",
+    "max_reasoning_tokens": "max_reasoning_tokens",
+    "logprobs": "logprobs",
     "resumed_draws": "equal draws after a hand-over of sampled requests",
 }
 _STATE_COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "lost": "red"}

@@ -38,7 +38,9 @@ from kvasir.worker.upstream.reporter import Reporter
 from kvasir.worker.upstream.server import Facts, Server, event_endpoints
 from kvasir.worker.upstream.streams import Streams
 
-LACKS: list[Lack] = ["public_zone", "owners", "pins", "retention", "resumed_penalties", "resumed_draws"]
+_CACHE_LACKS: list[Lack] = ["public_zone", "owners", "pins", "retention"]
+_DRAWING_LACKS: list[Lack] = ["resumed_penalties", "resumed_draws", "bad_words", "max_reasoning_tokens"]
+_COMPLETIONS_LACKS: list[Lack] = ["logprobs"]
 DEFAULT_MAX_REQUESTS = 128
 DEFAULT_STEP_TOKENS = 2048
 HELLO_RETRY_S = 2.0
@@ -328,5 +330,5 @@ def make_hello(options: Options, worker_id: str, facts: Facts) -> Hello:
         pid=os.getpid(),
         engine=f"vllm {facts.version}"[:256],
         hit_blocks=ratio,
-        lacks=LACKS,
+        lacks=[*_CACHE_LACKS, *_DRAWING_LACKS, *([] if facts.has_generate else _COMPLETIONS_LACKS)],
     )

@@ -16,7 +16,7 @@ import msgspec
 
 from kvasir.protocol.errors import ConfigurationError
 from kvasir.protocol.messages import Generate, Sampling, TokenLogprobs
-from kvasir.protocol.tokens import unpack_tokens
+from kvasir.protocol.tokens import num_tokens, unpack_tokens
 
 GENERATE = "/inference/v1/generate"
 COMPLETIONS = "/v1/completions"
@@ -25,7 +25,7 @@ QUEUE_FULL = 503
 DONE = b"[DONE]"
 _DEFAULTS = Sampling()
 _PASSED_ON = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
-_TRANSLATED = ("top_k", "logit_bias", "logprobs")
+_TRANSLATED = ("top_k", "logit_bias", "logprobs", "constraint")
 
 
 class TopLogprob(msgspec.Struct, gc=False):
@@ -221,6 +221,9 @@ def unsupported(sampling: Sampling, *, has_generate: bool) -> str | None:
     """Return what is asked of the drawing that the server cannot do, None if it can do all of it."""
     if sampling.logprobs is not None and not has_generate:
         return f"logprobs need {GENERATE}; start the upstream with --enable-scale-out"
+    constraint = sampling.constraint
+    if constraint is not None and (constraint.bad_words or constraint.reasoning):
+        return "bad_words and max_reasoning_tokens are not supported by the engine of this model"
     for name in sampling.__struct_fields__:
         is_known = name in _PASSED_ON or name in _TRANSLATED
         if not is_known and getattr(sampling, name) != getattr(_DEFAULTS, name):
@@ -240,6 +243,11 @@ def generate_body(command: Generate, model: str, request_id: str, *, has_generat
         drawing["top_k"] = sampling.top_k
     if sampling.logit_bias:
         drawing["logit_bias"] = {str(token_id): bias for token_id, bias in sampling.logit_bias.items()}
+    if sampling.constraint is not None:
+        num_delivered = num_tokens(command.token_ids) - command.num_prompt_tokens  # prompt, there
+        drawing["min_tokens"] = max(0, sampling.constraint.min_tokens - num_delivered)
+        if sampling.constraint.allowed_token_ids:
+            drawing["allowed_token_ids"] = sampling.constraint.allowed_token_ids
     if command.stop_token_ids:
         drawing["stop_token_ids"] = command.stop_token_ids
     if sampling.logprobs is not None:

@@ -150,7 +150,7 @@ def test_wrong_bodies_and_paths_are_answered_with_an_error_object() -> None:
                 assert got == status, answer
                 message = json.loads(answer)["error"]["message"]
                 assert any(word in message for word in words.split("|")), message
-            for path, status in (("/nothing", 404), ("/v1/models", 405)):
+            for path, status in (("/nothing", 404), ("/v1/embeddings", 404), ("/v1/models", 405)):
                 got, _, answer = await edge.post(path, {})
                 assert got == status and json.loads(answer)["error"]["message"]
             answer = await edge.raw(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")

@@ -13,7 +13,7 @@ import trio
 from kvasir.gateway.core.api import Delta, Finished, Submit
 from kvasir.gateway.edges.answer import Answer
 from kvasir.gateway.tenants.directory import PublishedPrefix, Tenant
-from kvasir.protocol.client_messages import ChatMessage, CompletionRequest
+from kvasir.protocol.client_messages import ChatMessage, ChatOptions, CompletionRequest
 from kvasir.protocol.errors import BadRequest, KvasirError, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
 from kvasir.protocol.messages import RetentionHint, SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt, split_hashes
@@ -36,7 +36,7 @@ def prepare(request: CompletionRequest, tenant: Tenant = ALPHA, prefixes: tuple[
 
 def prepare_for_vllm(request: CompletionRequest, prefixes: tuple[PublishedPrefix, ...] = ()) -> Submit:
     core = FakeCore(lambda submit: [])
-    lacks = frozenset({"public_zone", "retention"})
+    lacks = frozenset({"public_zone", "retention", "bad_words", "logprobs", "max_reasoning_tokens"})
     core.infos["demo"] = msgspec.structs.replace(core.infos["demo"], engine="vllm", lacks=lacks)
     return trio.run(make_preparer(core, make_directory(prefixes)).prepare, request, ALPHA, Nowhere())
 
@@ -68,10 +68,19 @@ def test_an_engine_without_a_public_zone_gets_the_whole_prompt_in_the_tenants_na
     assert submit.prefix_hashes == hash_prompt(root, b"", own, submit.token_ids, 0, 16)
 
 
-def test_retention_is_refused_by_name_where_the_engine_cannot_retain() -> None:
-    with pytest.raises(BadRequest, match="retention is not supported for model 'demo', which vllm computes") as caught:
-        prepare_for_vllm(ask(text=SYSTEM, retention=[RetentionHint()]))
-    assert caught.value.param == "retention"
+@pytest.mark.parametrize(
+    ("field", "asked"),
+    [
+        ("retention", {"retention": [RetentionHint()]}),
+        ("bad_words", {"sampling": SamplingOptions(bad_words=["no"])}),
+        ("logprobs", {"sampling": SamplingOptions(logprobs=0)}),
+        ("max_reasoning_tokens", {"chat": ChatOptions(max_reasoning_tokens=5)}),
+    ],
+)
+def test_what_an_engine_lacks_is_refused_by_name(field: str, asked: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match=f"{field} is not supported for model 'demo', which vllm computes") as caught:
+        prepare_for_vllm(ask(text=SYSTEM, **asked))
+    assert caught.value.param == field
 
 
 @pytest.mark.parametrize("form", ["text", "chat"])

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from kvasir.protocol.errors import ConfigurationError
-from kvasir.protocol.messages import Generate, Sampling
+from kvasir.protocol.messages import Constraint, Generate, Sampling
 from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.upstream import vllm
 
@@ -130,8 +130,18 @@ def test_the_salt_is_the_namespace_and_every_parameter_is_passed_on() -> None:
     assert all(other[name] == value for name, value in drawn.items() if name != "detokenize")
 
 
+def test_a_minimum_counts_what_earlier_attempts_have_delivered() -> None:
+    sampling = Sampling(constraint=Constraint(min_tokens=5, allowed_token_ids=[7, 8]))
+    command = make_generate(sampling, token_ids=pack_tokens([1, 2, 3, 7, 8]))
+    drawn = msgspec.json.decode(vllm.generate_body(command, "qwen", "id", has_generate=True))["sampling_params"]
+    assert (drawn["min_tokens"], drawn["allowed_token_ids"]) == (3, [7, 8])
+    assert vllm.unsupported(sampling, has_generate=True) is None
+    assert "bad_words" in str(vllm.unsupported(Sampling(constraint=Constraint(bad_words=[[1]])), has_generate=True))
+
+
 def test_every_field_of_sampling_is_passed_translated_or_refused_by_name() -> None:
-    changed = {"logit_bias": {1: 1.0}, "logprobs": 1, "seed": 3, "temperature": 0.3, "top_k": 4}
+    changed: dict[str, Any] = {"logit_bias": {1: 1.0}, "logprobs": 1, "seed": 3, "temperature": 0.3, "top_k": 4}
+    changed["constraint"] = Constraint(min_tokens=1)
     for name in Sampling.__struct_fields__:
         if name in vllm._PASSED_ON or name in vllm._TRANSLATED:
             sampling = Sampling(**{name: changed.get(name, 0.5)})
