@@ -11,7 +11,8 @@ import gc
 import os
 import resource
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,9 +22,12 @@ import trio
 import zmq
 
 from kvasir.gateway.admin.admin import Admin, open_admin_link
+from kvasir.gateway.admin.expiry import end_expired
 from kvasir.gateway.admin.metrics import render_metrics
 from kvasir.gateway.admin.views import GatewayViews
 from kvasir.gateway.config import GatewayConfig, ModelConfig
+from kvasir.gateway.core.admission import Bill
+from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.core import Core, CoreConfig
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.edges.cors import Cors
@@ -33,6 +37,9 @@ from kvasir.gateway.edges.published import Published
 from kvasir.gateway.edges.zmq_edge import ZmqEdge
 from kvasir.gateway.http.connection import HttpLimits
 from kvasir.gateway.http.server import HttpServer, open_listeners
+from kvasir.gateway.ledger.accounts import load_accounts
+from kvasir.gateway.ledger.database import open_ledger
+from kvasir.gateway.ledger.writer import LedgerWriter
 from kvasir.gateway.lock import hold_lock
 from kvasir.gateway.log import AccessLog, log, no_log
 from kvasir.gateway.tenants.directory import TenantDirectory
@@ -43,11 +50,13 @@ from kvasir.gateway.workers.port import WorkerPort
 from kvasir.gateway.workers.supervisor import Supervisor
 from kvasir.protocol.address import is_loopback
 from kvasir.protocol.client_messages import MAX_CLIENT_FRAME_BYTES
+from kvasir.protocol.errors import KvasirError
 from kvasir.protocol.link import open_router
 from kvasir.protocol.prefix import derive_namespace, derive_root
 from kvasir.protocol.profile import LinkProfile
 
 RESERVED_DESCRIPTORS = 256  # for ZeroMQ's peers, workers' pipes, files: libzmq aborts when accept finds none left
+LAST_COMMIT_S = 5.0
 LAST_WORDS_MS = 500  # for what the last requests got before a stop
 ORACLE = "oracle:"  # the test model: no folder, no tokenizer
 
@@ -70,6 +79,17 @@ async def serve(config: GatewayConfig) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = stack.enter_context(_zmq_context())
         texts = {model.name: _load_text(model) for model in config.models}
         directory = TenantDirectory(store.secret, store.load())
+        database = open_ledger(config.state_dir)
+        stack.callback(database.close)
+        token = trio.lowlevel.current_trio_token()
+
+        def tell(bills: Sequence[Bill], error: KvasirError | None) -> None:
+            with suppress(trio.RunFinishedError):  # a disk that hung until after the end
+                token.run_sync_soon(core.reserved, bills, error)
+
+        ledger = LedgerWriter(database, tell)
+        billing = Billing(directory.terms, directory.price, ledger)
+        load_accounts(database, billing.admission, time.time())
 
         port = WorkerPort(open_router(context, [config.worker_endpoint]))
         core = Core(
@@ -78,6 +98,7 @@ async def serve(config: GatewayConfig) -> None:
             trio.current_time,
             epoch=os.urandom(8),
             notify=lambda notice: supervisor.notice(notice),
+            billing=billing,
         )
         core.set_kv_quotas(lambda num_blocks: kv_quotas(directory.tenants(), num_blocks))
         supervisor = Supervisor(config, core)
@@ -94,7 +115,7 @@ async def serve(config: GatewayConfig) -> None:
             core,
             preparer,
             directory,
-            lambda: render_metrics(core.statistics(), server.statistics),
+            lambda: render_metrics(core.statistics(), server.statistics, ledger.statistics()),
             metrics_token=config.metrics_token,
             access=access,
             cors=Cors(config.cors_origins),
@@ -103,14 +124,25 @@ async def serve(config: GatewayConfig) -> None:
         server = HttpServer(api, http_limits)
         listeners = [] if config.http is None else await open_listeners(*config.http)
         stopping = trio.Event()
-        views = GatewayViews(config, core, published, supervisor, directory, stopping.set)
+        views = GatewayViews(
+            config,
+            core,
+            published,
+            supervisor,
+            directory,
+            billing,
+            stopping.set,
+            max_http_connections=http_limits.max_connections,
+        )
         admin = Admin(open_admin_link(context, config.admin_endpoint), directory, store, views, version=_version())
 
         async with trio.open_nursery() as outer:
             outer.start_soon(_watch_signals, stopping, outer.cancel_scope)
             async with supervisor.running(), trio.open_nursery() as middle:
+                ledger.start()
                 await middle.start(port.run, core)
                 middle.start_soon(access_log.run)
+                middle.start_soon(end_expired, directory, views)
                 async with trio.open_nursery() as edges:
                     await edges.start(admin.run)
                     await edges.start(edge.run)
@@ -131,6 +163,8 @@ async def serve(config: GatewayConfig) -> None:
                             await trio.sleep(0.05)
                     edge.flush()
                     edges.cancel_scope.cancel()
+                with trio.move_on_after(LAST_COMMIT_S, shield=True):
+                    await trio.to_thread.run_sync(ledger.stop, LAST_COMMIT_S)
                 middle.cancel_scope.cancel()
             outer.cancel_scope.cancel()
     log("stopped")

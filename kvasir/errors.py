@@ -3,6 +3,7 @@
 from kvasir.protocol.errors import (
     AuthenticationFailed,
     BadRequest,
+    BudgetExceeded,
     ConfigurationError,
     ConnectionLost,
     DeadlineExceeded,
@@ -11,6 +12,7 @@ from kvasir.protocol.errors import (
     Overloaded,
     PermissionDenied,
     PromptTooLong,
+    RateLimited,
     RequestFailed,
     TooLarge,
     Unavailable,
@@ -20,6 +22,7 @@ from kvasir.protocol.errors import (
 __all__ = [
     "AuthenticationFailed",
     "BadRequest",
+    "BudgetExceeded",
     "ConfigurationError",
     "ConnectionLost",
     "DeadlineExceeded",
@@ -28,6 +31,7 @@ __all__ = [
     "Overloaded",
     "PermissionDenied",
     "PromptTooLong",
+    "RateLimited",
     "RequestFailed",
     "TooLarge",
     "Unavailable",

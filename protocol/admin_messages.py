@@ -7,6 +7,7 @@ interface; unlike other messages they carry their defaults.
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, field
@@ -14,7 +15,8 @@ from msgspec import Meta, Struct, field
 from kvasir.protocol.client_messages import Text
 from kvasir.protocol.codec import Decoder, Message
 from kvasir.protocol.errors import ErrorInfo
-from kvasir.protocol.messages import CacheHint, Name
+from kvasir.protocol.messages import CacheHint, Name, Seconds
+from kvasir.protocol.terms import Price, Terms, TermsChange
 
 MAX_ADMIN_FRAME_BYTES = 8 << 20
 Label = Annotated[str, Meta(max_length=256)]
@@ -55,16 +57,31 @@ class TenantSetStatus(AdminCommand, tag="tenant_set_status", kw_only=True):
     active: bool
 
 
+class TenantRename(AdminCommand, tag="tenant_rename", kw_only=True):
+    """Give a tenant another name; its keys, cache and usage stay."""
+
+    name: Name
+    new_name: Name
+
+
+class TenantDelete(AdminCommand, tag="tenant_delete", kw_only=True):
+    """Delete a tenant and its keys for good, end what it runs and drop what is cached of it. Its usage stays."""
+
+    name: Name
+
+
 class TenantSet(AdminCommand, tag="tenant_set", kw_only=True):
     """Change a tenant's settings; None leaves one as it is, "none" lifts it.
 
     `kv_floor`, `kv_cap`: "512" is blocks, "20%" a share. `cache_hint`: of requests that bring none of their own.
+    `terms`: limits and budgets over all its keys.
     """
 
     name: Name
     kv_floor: Label | None = None
     kv_cap: Label | None = None
     cache_hint: CacheHint | Literal["none"] | None = None
+    terms: TermsChange = TermsChange()
 
 
 class CacheQuery(AdminCommand, tag="cache"):
@@ -78,10 +95,23 @@ class CacheClear(AdminCommand, tag="cache_clear", kw_only=True):
 
 
 class KeyCreate(AdminCommand, tag="key_create", kw_only=True):
-    """Make an API key for a tenant."""
+    """Make an API key for a tenant. `valid_s`: it expires after so many seconds; None: never.
+
+    `terms`: its own limits and budgets, beside the tenant's.
+    """
 
     tenant: Name
     label: Label = ""
+    valid_s: Seconds | None = None
+    terms: TermsChange = TermsChange()
+
+
+class KeySet(AdminCommand, tag="key_set", kw_only=True):
+    """Change a key's own limits and budgets, or when it expires: `valid_s` from now, "none" for never."""
+
+    key_id: Name
+    valid_s: Seconds | Literal["none"] | None = None
+    terms: TermsChange = TermsChange()
 
 
 class KeyList(AdminCommand, tag="key_list"):
@@ -90,10 +120,57 @@ class KeyList(AdminCommand, tag="key_list"):
     tenant: Name | None = None
 
 
-class KeyRevoke(AdminCommand, tag="key_revoke", kw_only=True):
-    """Stop a key for good."""
+class KeyRotate(AdminCommand, tag="key_rotate", kw_only=True):
+    """Give a key another secret; the old one works for `overlap_s` more. Its id, terms and usage stay."""
 
     key_id: Name
+    overlap_s: Seconds = 0.0
+
+
+class KeyRevoke(AdminCommand, tag="key_revoke", kw_only=True):
+    """Stop a key for good and end what it runs."""
+
+    key_id: Name
+
+
+class PriceSet(AdminCommand, tag="price_set", kw_only=True):
+    """Set what a model's tokens cost from now on; None: nothing."""
+
+    model: Name
+    price: Price | None
+
+
+class PriceList(AdminCommand, tag="price_list"):
+    """All prices."""
+
+
+class UsageQuery(AdminCommand, tag="usage", kw_only=True):
+    """What was used, per tenant and `by` something. Days are numbers since 1 January 1970, UTC, both included.
+
+    `first_day` None: 30 days ago. `last_day` None: today.
+    """
+
+    by: Literal["tenant", "key", "model", "day"] = "tenant"
+    tenant: Name | None = None
+    key: Name | None = None
+    first_day: int | None = None
+    last_day: int | None = None
+
+
+class AuditQuery(AdminCommand, tag="audit_log", kw_only=True):
+    """The last rows of the audit trail."""
+
+    last: Annotated[int, Meta(ge=1, le=10_000)] = 100
+
+
+class AuditVerify(AdminCommand, tag="audit_verify"):
+    """Check that no row of the audit trail was changed, inserted or taken out."""
+
+
+class Backup(AdminCommand, tag="backup", kw_only=True):
+    """Copy databases and secret into a new folder on the gateway's machine."""
+
+    folder: Annotated[str, Meta(min_length=1, max_length=4096)]
 
 
 class PrefixPublish(AdminCommand, tag="prefix_publish", kw_only=True):
@@ -174,6 +251,7 @@ class TenantInfo(Struct, frozen=True, forbid_unknown_fields=True):
     kv_floor: str = ""
     kv_cap: str = ""
     cache_hint: CacheHint | None = None
+    terms: Terms = Terms()
 
 
 class KeyInfo(Struct, frozen=True, forbid_unknown_fields=True):
@@ -184,6 +262,43 @@ class KeyInfo(Struct, frozen=True, forbid_unknown_fields=True):
     label: str
     created_at: float
     revoked_at: float | None = None
+    expires_at: float | None = None
+    terms: Terms = Terms()
+    old_secret_until: float | None = None
+
+
+class PriceInfo(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a model's tokens cost, per token in `terms.MONEY_UNITS`."""
+
+    model: str
+    price: Price
+
+
+class UsageRow(Struct, forbid_unknown_fields=True):
+    """What was used; `key`, `model` and `day` are empty where all are summed up. `cost` in `terms.MONEY_UNITS`."""
+
+    tenant: str
+    key: str = ""
+    model: str = ""
+    day: str = ""
+    num_requests: int = 0
+    num_refused: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    cost: int = 0
+
+
+class AuditRow(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who did what to whom, and how that was before and after."""
+
+    seq: int
+    time: float
+    actor: str
+    command: str
+    subject: str
+    before: Any
+    after: Any
 
 
 class PrefixInfo(Struct, frozen=True, forbid_unknown_fields=True):
@@ -311,6 +426,11 @@ class PrivatePrefix(Struct, frozen=True, forbid_unknown_fields=True):
     hits: int
 
 
+def date_of_day(day: int) -> str:
+    """Return a day's date, "2026-01-31", given its number since 1 January 1970."""
+    return date.fromordinal(date(1970, 1, 1).toordinal() + day).isoformat()
+
+
 # ---- replies -----------------------------------------------------------------------------------------------------
 
 
@@ -380,7 +500,8 @@ class CacheReply(AdminReply, tag="cache"):
 
 
 class StatusReply(AdminReply, tag="status"):
-    """The whole house. `pid` and `version` are the gateway's, `endpoints` what clients can dial."""
+    """The whole house. `pid` and `version` are the gateway's, `endpoints` what clients can dial, `bounds` what it holds
+    at most. `ledger_error`: why nothing new is admitted, empty while the ledger can be written."""
 
     workers: list[WorkerInfo] = []
     models: list[ModelStatus] = []
@@ -390,6 +511,34 @@ class StatusReply(AdminReply, tag="status"):
     uptime_s: float = 0.0
     draining: bool = False
     endpoints: dict[str, str] = {}
+    bounds: dict[str, int] = {}
+    ledger_error: str = ""
+
+
+class PricesReply(AdminReply, tag="prices"):
+    """Prices by model."""
+
+    prices: list[PriceInfo]
+
+
+class UsageReply(AdminReply, tag="usage"):
+    """Usage of the days from `first_day` to `last_day`."""
+
+    rows: list[UsageRow]
+    first_day: int
+    last_day: int
+
+
+class AuditReply(AdminReply, tag="audit_log"):
+    """Rows of the audit trail, oldest first."""
+
+    rows: list[AuditRow]
+
+
+class AuditVerified(AdminReply, tag="audit_verified"):
+    """The audit trail is whole."""
+
+    num_rows: int
 
 
 class ExplainReply(AdminReply, tag="explained"):
@@ -405,11 +554,21 @@ AnyCommand = (
     | TenantShow
     | TenantSetStatus
     | TenantSet
+    | TenantRename
+    | TenantDelete
     | CacheQuery
     | CacheClear
     | KeyCreate
     | KeyList
     | KeyRevoke
+    | KeySet
+    | KeyRotate
+    | PriceSet
+    | PriceList
+    | UsageQuery
+    | AuditQuery
+    | AuditVerify
+    | Backup
     | PrefixPublish
     | PrefixList
     | PrefixRemove
@@ -429,6 +588,10 @@ AnyReply = (
     | PrefixesReply
     | CacheReply
     | StatusReply
+    | PricesReply
+    | UsageReply
+    | AuditReply
+    | AuditVerified
     | ExplainReply
 )
 ADMIN_COMMANDS: Decoder[AnyCommand] = Decoder(AnyCommand, max_bytes=MAX_ADMIN_FRAME_BYTES)

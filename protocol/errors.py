@@ -110,6 +110,20 @@ class Overloaded(KvasirError):
     http_status = 429
 
 
+class RateLimited(KvasirError):
+    """The caller has reached one of its limits: try again after `retry_after_s`."""
+
+    code = "rate_limit_exceeded"
+    http_status = 429
+
+
+class BudgetExceeded(KvasirError):
+    """The caller's budget is used up; `retry_after_s` is when its window ends."""
+
+    code = "insufficient_quota"
+    http_status = 429
+
+
 class Unavailable(KvasirError):
     """No worker can take the request now (starting, lost, draining)."""
 

@@ -1,6 +1,7 @@
 """CPU microseconds of the core per request, in process: submit, route, encode nothing, take in the report, finish.
 
-`python scripts/bench_core.py` prints one line per number of workers; `--profile` prints where the time goes.
+`python scripts/bench_core.py` prints one line per number of workers; `--profile` prints where the time goes. `--ledger`
+runs without and with limits, budgets and a ledger on disk, in turn: a batch of 32 is one commit, whose CPU is counted.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ import cProfile
 import os
 import pstats
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kvasir.gateway.core.api import Event, Submit
+from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.core import Core, CoreConfig
-from kvasir.protocol import PROTOCOL_VERSION
+from kvasir.gateway.ledger.database import open_ledger
+from kvasir.gateway.ledger.writer import LedgerWriter
+from kvasir.protocol import PROTOCOL_VERSION, terms
 from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, Sampling, StepReport
 from kvasir.protocol.prefix import hash_prompt
 from kvasir.protocol.tokens import pack_tokens
@@ -35,7 +40,7 @@ class CountingSink:
         self.num_events += 1
 
 
-def run(num_workers: int, num_requests: int, num_tokens: int) -> tuple[float, float]:
+def run(num_workers: int, num_requests: int, num_tokens: int, ledger_dir: Path | None = None) -> tuple[float, float]:
     """Return (median, 5th percentile) of the CPU microseconds per request over batches of 32.
 
     Every batch is submitted at once and answered in one report per worker. Half of each prompt is common to all. The
@@ -46,7 +51,13 @@ def run(num_workers: int, num_requests: int, num_tokens: int) -> tuple[float, fl
     def send(peer: bytes, command: Command) -> None:
         outbox.append((peer, command))
 
-    core = Core(CoreConfig(b"p" * 16), send, time.monotonic, epoch=b"bench")
+    billing, ledger = None, None
+    if ledger_dir is not None:
+        limits, budget = terms.Limits(10**9, 10**12, 10**12, 10**6), terms.Budget("money", "month", 10**15)
+        granted = terms.Terms(limits, (budget,))
+        ledger = LedgerWriter(open_ledger(ledger_dir), lambda bills, error: core.reserved(bills, error))
+        billing = Billing(lambda payer_id: granted, lambda model: terms.Price(2_500, 250, 10_000), ledger)
+    core = Core(CoreConfig(b"p" * 16), send, time.monotonic, epoch=b"bench", billing=billing)
     for i in range(num_workers):
         core.worker_hello(b"%d" % i, _hello(i))
     sink, answer = CountingSink(), pack_tokens(range(8))
@@ -58,6 +69,8 @@ def run(num_workers: int, num_requests: int, num_tokens: int) -> tuple[float, fl
         begun = time.thread_time()
         for submit in submits:
             core.submit(submit)
+        if ledger is not None:
+            ledger.commit()
         took_s = time.thread_time() - begun
         outputs: dict[bytes, list[Output]] = {}
         for peer, command in outbox:
@@ -71,6 +84,10 @@ def run(num_workers: int, num_requests: int, num_tokens: int) -> tuple[float, fl
         begun = time.thread_time()
         for peer, report in reports:
             core.worker_report(peer, report)
+        if ledger is not None:
+            for submit in submits:
+                core.sent(submit.req_id, 8)
+                core.closed(submit.req_id)
         batch_s.append(took_s + time.thread_time() - begun)
     assert sink.num_events == 2 * num_requests and core.num_unfinished == 0
     batch_s.sort()
@@ -98,6 +115,7 @@ def _submit(number: int, num_tokens: int, sink: CountingSink) -> Submit:
         max_tokens=8,
         sampling=Sampling(),
         sink=sink,
+        key_id="key",
         arrived=time.monotonic(),
         deadline=time.monotonic() + 600.0,
     )
@@ -108,6 +126,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20_000 // BATCH * BATCH)
     parser.add_argument("--tokens", type=int, default=64, help="per prompt")
+    parser.add_argument("--ledger", action="store_true", help="with and without limits, budgets and ledger, in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="with --ledger")
     parser.add_argument("--profile", action="store_true", help="profile one run")
     parser.add_argument("--workers", type=int, default=2, help="of the profiled run")
     args = parser.parse_args()
@@ -115,6 +135,16 @@ def main() -> None:
         with cProfile.Profile() as profile:
             run(args.workers, args.requests, args.tokens)
         pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+        return
+    if args.ledger:
+        for round_ in range(args.rounds):
+            with tempfile.TemporaryDirectory(prefix="kvb") as folder:
+                off = run(args.workers, args.requests, args.tokens)
+                on = run(args.workers, args.requests, args.tokens, Path(folder))
+            print(
+                f"round {round_ + 1}: {off[0]:.1f} us per request without, {on[0]:.1f} with; "
+                f"at best {off[1]:.1f} and {on[1]:.1f}"
+            )
         return
     for num_workers in (1, 2, 4, 8):
         median, low = run(num_workers, args.requests, args.tokens)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvasir.gateway.core.api import Delta, Event, Finished, Submit
+from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.core import Core, CoreConfig
 from kvasir.gateway.core.notices import Notice
 from kvasir.protocol import PROTOCOL_VERSION
@@ -92,7 +93,7 @@ class Bench:
     """A core with nothing real around it. `sent` holds what was sent; peers in `dead` cannot be reached, which the core
     is told when a call of it has returned (`settle`)."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, *, billing: Billing | None = None, **config: Any) -> None:
         self.now = 100.0
         self.sent: list[tuple[bytes, Command]] = []
         self.dead: set[bytes] = set()
@@ -101,7 +102,14 @@ class Bench:
         self.steps: dict[bytes, int] = {}
         self.sinks: dict[bytes, RecordingSink] = {}
         values: dict[str, Any] = {"public_namespace": PUBLIC, "block_size": BLOCK_SIZE, **config}
-        self.core = Core(CoreConfig(**values), self._send, lambda: self.now, epoch=b"epoch", notify=self.notices.append)
+        self.core = Core(
+            CoreConfig(**values),
+            self._send,
+            lambda: self.now,
+            epoch=b"epoch",
+            notify=self.notices.append,
+            billing=billing,
+        )
 
     def _send(self, peer: bytes, command: Command) -> None:
         encode(command)

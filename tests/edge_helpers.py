@@ -11,13 +11,13 @@ from typing import Any
 import trio
 from tokenizers import Tokenizer
 
-from kvasir.gateway.core.api import Cancel, Delta, Finished, ModelInfo, Submit
+from kvasir.gateway.core.api import Cancel, Delta, Finished, ModelInfo, Standing, Submit
 from kvasir.gateway.edges.http_api import HttpApi
 from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.edges.published import Published
 from kvasir.gateway.http.connection import HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
-from kvasir.gateway.tenants.directory import ApiKey, PublishedPrefix, Tenant, TenantDirectory, digest_key
+from kvasir.gateway.tenants.directory import ApiKey, Caller, PublishedPrefix, Tenant, TenantDirectory, digest_key
 from kvasir.gateway.text.answer_parser import find_format
 from kvasir.gateway.text.chat_template import ChatTemplate
 from kvasir.gateway.text.model_text import ModelText, load_text
@@ -30,6 +30,7 @@ TEXT = load_text(DEMO)
 ALPHA = Tenant("id-alpha", "alpha")
 BETA = Tenant("id-beta", "beta", allowed_models=frozenset({"other"}))
 ANSWER = "def add(a, b):\n    return a + b  # é😀\n"
+CALLER = Caller(ALPHA, "k1")
 KEYS = {"alpha": "kv_k1_secret1", "beta": "kv_k2_secret2"}
 
 
@@ -53,17 +54,21 @@ class FakeCore:
         self.fail: Finished | None = None
         self.submits: list[Submit] = []
         self.cancels: list[Cancel] = []
+        self.sent_tokens: dict[bytes, int] = {}
+        self.closed_ids: set[bytes] = set()
+        self.standings: dict[str, Standing] = {}
         self.cancelled = trio.Event()
         self.nursery: trio.Nursery | None = None
         info = ModelInfo("demo", "f" * 32, "float32", 16, max_context, 2)
         self.infos = {"demo": info, "other": ModelInfo("other", "e" * 32, "float32", 16, 64, 0)}
         self._open: dict[bytes, Submit] = {}
 
-    def submit(self, submit: Submit) -> None:
-        self.submits.append(submit)
-        self._open[submit.req_id] = submit
+    def submit(self, *submits: Submit) -> None:
         assert self.nursery is not None
-        self.nursery.start_soon(self._answer, submit)
+        for submit in submits:
+            self.submits.append(submit)
+            self._open[submit.req_id] = submit
+            self.nursery.start_soon(self._answer, submit)
 
     def cancel(self, cancel: Cancel) -> None:
         self.cancels.append(cancel)
@@ -74,8 +79,17 @@ class FakeCore:
                 Finished(cancel.req_id, cancel.reason, submit.num_prompt_tokens, cancel.num_output_tokens or 0)
             )
 
+    def sent(self, req_id: bytes, num_output_tokens: int) -> None:
+        self.sent_tokens[req_id] = num_output_tokens
+
+    def closed(self, req_id: bytes) -> None:
+        self.closed_ids.add(req_id)
+
     def models(self) -> dict[str, ModelInfo]:
         return self.infos
+
+    def standing(self, tenant_id: str, key_id: str) -> Standing | None:
+        return self.standings.get(tenant_id)
 
     async def _answer(self, submit: Submit) -> None:
         count = 0

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from kvasir.gateway.core.counters import HistogramStatistics
 from kvasir.gateway.core.statistics import CoreStatistics
 from kvasir.gateway.http.connection import HttpStatistics
+from kvasir.gateway.ledger.writer import LedgerStatistics
 
 Labels = Mapping[str, str]
 Sample = tuple[Labels, float]
@@ -70,7 +71,7 @@ _TENANT_COUNTERS = {
 }
 
 
-def render_metrics(core: CoreStatistics, http: HttpStatistics | None) -> bytes:
+def render_metrics(core: CoreStatistics, http: HttpStatistics | None, ledger: LedgerStatistics | None = None) -> bytes:
     """Return all metrics. Tenants appear by id: names are for people and may change."""
     lines: list[str] = []
     _table(lines, "kvasir_", "counter", _TOTALS, [({}, core.totals)])
@@ -98,6 +99,10 @@ def render_metrics(core: CoreStatistics, http: HttpStatistics | None) -> bytes:
     _table(lines, "kvasir_tenant_", "counter", _TENANT_COUNTERS, tenants)
     _table(lines, "kvasir_kv_", "gauge", _KV_GAUGES, owners)
     _table(lines, "kvasir_kv_", "counter", _KV_COUNTERS, owners)
+    if ledger is not None:
+        _add(lines, "kvasir_ledger_writable", "gauge", "1 while rows can be written.", [({}, int(ledger.is_writable))])
+        _add(lines, "kvasir_ledger_commits_total", "counter", "Commits of the ledger.", [({}, ledger.num_commits)])
+        _add(lines, "kvasir_ledger_waiting", "gauge", "Rows that wait to be written.", [({}, ledger.num_waiting)])
     if http is not None:
         by_status = [({"status": str(status)}, count) for status, count in sorted(http.by_status.items())]
         _add(lines, "kvasir_http_responses_total", "counter", "HTTP answers by status.", by_status)

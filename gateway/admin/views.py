@@ -9,13 +9,16 @@ import msgspec
 from msgspec import structs
 
 from kvasir.gateway.config import GatewayConfig
+from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.core import Core
 from kvasir.gateway.core.savings import Saving
 from kvasir.gateway.edges.published import Published
+from kvasir.gateway.edges.zmq_edge import EdgeLimits
 from kvasir.gateway.tenants.directory import PublishedPrefix, TenantDirectory
 from kvasir.gateway.tenants.quotas import kv_quotas
 from kvasir.gateway.workers.supervisor import Supervisor
 from kvasir.protocol.admin_messages import CacheTenant, CacheWorker, ModelStatus, PrivatePrefix, UsageInfo, WorkerInfo
+from kvasir.protocol.errors import AuthenticationFailed
 from kvasir.protocol.messages import Quota
 from kvasir.protocol.prefix import HASH_BYTES
 
@@ -32,13 +35,18 @@ class GatewayViews:
         published: Published,
         supervisor: Supervisor,
         directory: TenantDirectory,
+        billing: Billing,
         stop: Callable[[], None],
+        *,
+        max_http_connections: int = 0,
     ) -> None:
         self._config = config
         self._core = core
         self._published = published
         self._supervisor = supervisor
         self._directory = directory
+        self._billing = billing
+        self._max_http_connections = max_http_connections
         self._stop = stop
 
     def workers(self) -> list[WorkerInfo]:
@@ -117,6 +125,24 @@ class GatewayViews:
             PrivatePrefix(names.get(tenant_id, tenant_id), model, saving.num_tokens, saving.num_hits)
             for tenant_id, model, saving in self._core.savings.top_private(MAX_PRIVATE_PREFIXES)
         ]
+
+    def end_requests(self, payer_id: str, reason: str) -> None:
+        self._core.end_requests(payer_id, AuthenticationFailed(reason))
+
+    def forget(self, payer_id: str) -> None:
+        self._billing.admission.forget(payer_id)
+
+    def bounds(self) -> dict[str, int]:
+        queue, edge = self._core.queue_config, EdgeLimits()
+        return {
+            "requests waiting": queue.max_queued,
+            "requests waiting per tenant": queue.max_queued_per_tenant,
+            "calls per ZeroMQ client": edge.max_calls_per_client,
+            "HTTP connections": self._max_http_connections,
+        }
+
+    def ledger_error(self) -> str:
+        return self._billing.ledger_error
 
     def clear_kv(self, tenant_id: str) -> None:
         self._core.clear_kv(tenant_id)

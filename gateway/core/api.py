@@ -18,8 +18,10 @@ class Submit(msgspec.Struct, frozen=True):
     """A checked request, ready for the queue.
 
     `token_ids` packed; `prefix_hashes` packed, one per full block, hashed with `root`, the public zone of
-    `num_public_tokens` and then `namespace`. `tenant_id` owns its blocks and its place in the queue. `deadline`:
-    absolute time or None. `sink` gets every event of this request. `vocab_size`: its answer's token ids must be below.
+    `num_public_tokens` and then `namespace`. `tenant_id` owns its blocks and its place in the queue; it pays for it,
+    and so does `key_id`, the key it came with. `deadline`: absolute time or None. `sink` gets every event of this
+    request. `vocab_size`: its answer's token ids must be below. `is_open_ended`: nobody asked for the `max_tokens`,
+    which are what the model's window allows. `counts_prompt` is false for all choices of a prompt but the first.
     """
 
     req_id: bytes
@@ -41,6 +43,9 @@ class Submit(msgspec.Struct, frozen=True):
     cache_hint: CacheHint | None = None
     retention: tuple[RetentionHint, ...] = ()
     vocab_size: int = MAX_TOKEN_ID + 1
+    key_id: str = ""
+    is_open_ended: bool = False
+    counts_prompt: bool = True
 
 
 class Cancel(msgspec.Struct, frozen=True):
@@ -106,14 +111,43 @@ class ModelInfo(msgspec.Struct, frozen=True):
     lacks: frozenset[str] = frozenset()
 
 
+class Allowance(msgspec.Struct, frozen=True):
+    """How much of a limit per minute is left, and in how many seconds all of it is."""
+
+    limit: int
+    remaining: int
+    reset_s: float
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """What a caller may still ask for: the nearest of its limits of requests, and of tokens; None: no such limit."""
+
+    requests: Allowance | None
+    tokens: Allowance | None
+
+
 class CoreApi(Protocol):
     """The core as edges see it. All calls are synchronous and cheap, from any task of the gateway's Trio thread."""
 
-    def submit(self, submit: Submit) -> None:
-        """Queue a request. Refusals (queue full, no such model) arrive as `Finished` with an error, never raised."""
+    def submit(self, *submits: Submit) -> None:
+        """Queue what one API request asks for: a request per prompt and choice, paid for together.
+
+        Refusals (queue full, a limit, no such model) arrive as `Finished` with an error, never raised.
+        """
 
     def cancel(self, cancel: Cancel) -> None:
         """Stop a request; unknown or finished ids are ignored."""
 
+    def sent(self, req_id: bytes, num_output_tokens: int) -> None:
+        """Note how many tokens of an answer its client has been sent for sure: all that a gateway that is killed now
+        will have billed. Unknown ids are ignored."""
+
+    def closed(self, req_id: bytes) -> None:
+        """Note that the client of a request has been sent its end, or wants none. Every request that was submitted must
+        be closed, after its `Finished` or a `Cancel`; unknown ids are ignored."""
+
     def models(self) -> dict[str, ModelInfo]:
         """Return the models that are served or configured, by name."""
+
+    def standing(self, tenant_id: str, key_id: str) -> Standing | None:
+        """Return what is left of a caller's limits; None: it has none."""

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
-from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Finished, ModelInfo, Submit
+from kvasir.gateway.core.admission import Bill
+from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Finished, ModelInfo, Standing, Submit
+from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.counters import Totals
 from kvasir.gateway.core.endings import deadline_exceeded, end_of_penalties, end_without_worker, last_word, misfit
 from kvasir.gateway.core.fleet import Fleet
@@ -52,7 +54,7 @@ from kvasir.protocol.messages import (
     Welcome,
 )
 from kvasir.protocol.prefix import HASH_BYTES
-from kvasir.protocol.tokens import num_tokens
+from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens
 
 _DRAINING = Unavailable("the gateway is shutting down; send the request to another one, or again in a minute")
 _PROBE = Abort(b"\0", 0)  # nobody's request: workers ignore it, but a dead link cannot take it
@@ -87,7 +89,7 @@ class Core(CoreApi):
     `worker_unreachable`, which peers could not take them.
 
     `clock` returns monotonic seconds, the same that `Submit.arrived` and `.deadline` are in. `epoch`: random bytes per
-    boot of the gateway, at most 24.
+    boot of the gateway, at most 24. `billing` None: nobody has limits or budgets.
     """
 
     def __init__(
@@ -98,31 +100,44 @@ class Core(CoreApi):
         *,
         epoch: bytes,
         notify: Callable[[Notice], None] = _ignore,
+        billing: Billing | None = None,
     ) -> None:
         self._config = config
         self._send = send
         self._clock = clock
         self.notify = notify
         self._fleet = Fleet(epoch, config.models)
-        self._requests = Requests(config.queue, config.models, clock())
+        self._billing = billing or Billing()
+        self._requests = Requests(config.queue, config.models, clock(), self._billing)
         self._totals = Totals()
         self._explained: OrderedDict[bytes, list[Decision]] = OrderedDict()
         self._kv_quotas: Callable[[int], dict[str, Quota]] | None = None
         self._pins: Callable[[str, str], list[Pin]] | None = None
         self._savings = Savings(config.block_size)
+        self._held: dict[bytes, list[tuple[Worker, Output]]] = {}  # by bill, until its row is written
         self._draining = False
         self._ticked_at = clock()
 
     # ---- edges ---------------------------------------------------------------------------------------------------
 
-    def submit(self, submit: Submit) -> None:
-        """Queue a request and dispatch it if a worker has a credit. A refusal is a `Finished` with an error."""
+    def submit(self, *submits: Submit) -> None:
+        """Queue the requests of one API request and dispatch them to workers that have credits.
+
+        A refusal is a `Finished` with an error.
+        """
         now = self._clock()
-        entered = _DRAINING if self._draining else self._requests.enter(submit, now)
-        if isinstance(entered, KvasirError):
-            submit.sink.put(Finished(submit.req_id, "error", 0, 0, error=entered.info()))
-        else:
-            self._dispatch(self._requests.models[submit.model], now)
+        admitted = _DRAINING if self._draining else self._billing.admit(submits, now)
+        for index, submit in enumerate(submits):
+            share = admitted if isinstance(admitted, KvasirError) else admitted[index]
+            entered = self._requests.enter(submit, share, now)
+            if isinstance(entered, KvasirError):
+                submit.sink.put(Finished(submit.req_id, "error", 0, 0, error=entered.info()))
+        if isinstance(admitted, KvasirError):
+            return
+        self._billing.enter(admitted)
+        for name in {submit.model for submit in submits}:
+            if name in self._requests.models:
+                self._dispatch(self._requests.models[name], now)
 
     def cancel(self, cancel: Cancel) -> None:
         """Finish a request with `cancel.reason`; its worker is told. Unknown and finished ids are ignored."""
@@ -131,9 +146,21 @@ class Core(CoreApi):
             request.num_told = cancel.num_output_tokens
             self._stop(request, cancel.reason)
 
+    def sent(self, req_id: bytes, num_output_tokens: int) -> None:
+        """Note how many tokens of an answer its client has been sent for sure. Unknown ids are ignored."""
+        self._billing.sent(req_id, num_output_tokens)
+
+    def closed(self, req_id: bytes) -> None:
+        """Note that the client of a request has been sent its end, or wants none. Unknown ids are ignored."""
+        self._billing.closed(req_id)
+
     def models(self) -> dict[str, ModelInfo]:
         """Return what is served or configured, by name. A model that never had a worker has no fingerprint yet."""
         return self._fleet.infos
+
+    def standing(self, tenant_id: str, key_id: str) -> Standing | None:
+        """Return what is left of a caller's limits; None: it has none."""
+        return self._billing.standing(tenant_id, key_id, self._clock())
 
     # ---- workers -------------------------------------------------------------------------------------------------
 
@@ -233,6 +260,7 @@ class Core(CoreApi):
             self._give_up_waiting(model, now)
             self._dispatch(model, now)
         self._requests.measure_rate(now)
+        self._billing.tick()
 
     # ---- KV ownership --------------------------------------------------------------------------------------------
 
@@ -375,6 +403,34 @@ class Core(CoreApi):
         self.notify(Broken(request.submit.req_id, "".join(traceback.format_exception(bug))))
         self._stop(request, "error", KvasirError("the gateway failed on this request; its log says how"))
 
+    def end_requests(self, payer_id: str, error: KvasirError) -> None:
+        """End everything of a tenant or key, by its id, with `error`."""
+        for request in self._requests.of_payer(payer_id):
+            self._stop(request, "error", error)
+
+    @property
+    def queue_config(self) -> QueueConfig:
+        """How many requests may wait."""
+        return self._config.queue
+
+    # ---- the ledger ----------------------------------------------------------------------------------------------
+
+    def reserved(self, bills: Sequence[Bill], error: KvasirError | None = None) -> None:
+        """Go on with the requests of `bills`, whose rows are on disk; or end them with `error`.
+
+        Nothing that a worker says of a request is taken in before its row is written; it is held until then.
+        """
+        now = self._clock()
+        for bill in bills:
+            bill.is_written = True
+            for req_id in bill.req_ids if error is not None else ():
+                request = self._requests.get(req_id)
+                if request is not None:
+                    self._stop(request, "error", error)
+            for worker, output in self._held.pop(bill.bill_id, ()):
+                self._outputs(worker, [output], now)
+                self._dispatch(self._requests.models[worker.hello.model], now)
+
     # ---- workers' reports ----------------------------------------------------------------------------------------
 
     def _step(self, worker: Worker, report: StepReport, now: float) -> None:
@@ -384,10 +440,18 @@ class Core(CoreApi):
         if not worker.index.apply(report.event_seq, report.stored, report.removed):
             self._totals.num_resyncs += 1
             self._send(worker.peer, Resync())
-        for output in report.outputs:
+        self._outputs(worker, report.outputs, now)
+
+    def _outputs(self, worker: Worker, outputs: Sequence[Output], now: float) -> None:
+        """Take in what a worker has computed, until something is wrong with it: the worker is lost then."""
+        for output in outputs:
             attempt = worker.in_flight.get(output.req_id)
             if attempt is None or attempt.request.attempt != output.attempt:
                 self._count_stale(worker)
+                continue
+            bill = attempt.request.share.bill
+            if not bill.is_written:
+                self._held.setdefault(bill.bill_id, []).append((worker, output))
                 continue
             try:
                 violation = self._output(worker, attempt, output, now)
@@ -435,10 +499,20 @@ class Core(CoreApi):
         worker.prefilled(attempt)
         if request.first_token_at is None:
             request.first_token_at = now
+            request.share.num_cached = request.num_cached_tokens or 0
             self._requests.models[request.submit.model].counters.ttft_s.add(now - request.submit.arrived)
-        request.delivered += output.token_ids
-        worker.counters.output_tokens += num_tokens(output.token_ids)
-        request.submit.sink.put(Delta(output.req_id, output.token_ids, output.logprobs))
+        share, num_before, num_new = request.share, request.num_delivered, num_tokens(output.token_ids)
+        worker.counters.output_tokens += num_new
+        if num_before + num_new <= share.num_granted or self._billing.cover(share, num_before + num_new, now):
+            request.delivered += output.token_ids
+            request.submit.sink.put(Delta(output.req_id, output.token_ids, output.logprobs))
+            return
+        num_covered = share.num_granted - num_before
+        if num_covered:  # the limits and budgets end here, in the midst of an output
+            covered = output.token_ids[: num_covered * TOKEN_BYTES]
+            request.delivered += covered
+            request.submit.sink.put(Delta(output.req_id, covered, output.logprobs[:num_covered]))
+        self._stop(request, "length")
 
     def _end_attempt(self, worker: Worker, request: Request, output: Output, now: float) -> None:
         """Finish a request with its worker's last word, or queue it again if the worker hands it back."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from kvasir.gateway.core.admission import Share, free_share
 from kvasir.gateway.core.api import Finished, Submit
 from kvasir.protocol.errors import ErrorInfo
 from kvasir.protocol.messages import Generate
@@ -38,6 +39,7 @@ class Request(msgspec.Struct, eq=False):
     first_token_at: float | None = None
     num_cached_tokens: int | None = None  # of the first attempt that said so
     cached_is_guess: bool = False  # until the engine tells
+    share: Share = msgspec.field(default_factory=free_share)  # of what its API request has reserved
     num_told: int | None = None  # how many of the delivered tokens the client gets, if not all
 
     @property

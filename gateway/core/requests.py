@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
 
-from kvasir.gateway.core.api import Submit
+from kvasir.gateway.core.admission import Share
+from kvasir.gateway.core.api import Finished, Submit
+from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.counters import ModelCounters
 from kvasir.gateway.core.request import Request
 from kvasir.gateway.core.tenant_queue import TenantQueue
@@ -61,7 +63,8 @@ class Model:
 class Requests:
     """Requests from `enter` to `finish`; a finished one stays until `release` while a worker still holds it."""
 
-    def __init__(self, config: QueueConfig, models: Iterable[str], now: float) -> None:
+    def __init__(self, config: QueueConfig, models: Iterable[str], now: float, billing: Billing) -> None:
+        self._billing = billing
         self.models: dict[str, Model] = {name: Model(name, now) for name in sorted(models)}
         self.tenants: dict[str, UsageInfo] = {}
         self.num_queued = 0
@@ -85,17 +88,20 @@ class Requests:
         request = self._requests.get(req_id)
         return None if request is None or request.state == "closed" else request
 
-    def enter(self, submit: Submit, now: float) -> Request | KvasirError:
-        """Queue a new request, or return why it is refused."""
+    def enter(self, submit: Submit, share: Share | KvasirError, now: float) -> Request | KvasirError:
+        """Queue a new request, or return why it is refused: as billing has it, or here."""
         tenant = self.tenants.get(submit.tenant_id)
         if tenant is None:
             tenant = self.tenants[submit.tenant_id] = UsageInfo()
         tenant.num_requests += 1
-        error = self._refusal(submit, tenant)
+        error = share if isinstance(share, KvasirError) else self._refusal(submit, tenant)
         if error is not None:
             tenant.num_refused += 1
+            if isinstance(share, Share):
+                self._billing.finished(share, Finished(submit.req_id, "refused", 0, 0))
             return error
-        request = Request(submit, submit.token_ids, submit.prefix_hashes, now)
+        assert isinstance(share, Share)
+        request = Request(submit, submit.token_ids, submit.prefix_hashes, now, share=share)
         self._requests[submit.req_id] = request
         if submit.deadline is not None and submit.deadline < self._next_deadline:
             self._next_deadline = submit.deadline
@@ -146,11 +152,20 @@ class Requests:
         tenant.num_finished[reason] = tenant.num_finished.get(reason, 0) + 1
         self.models[submit.model].counters.num_finished += 1
         self._num_finished += 1
+        self._billing.finished(request.share, finished)
         submit.sink.put(finished)
 
     def release(self, request: Request) -> None:
         """Forget a closed request, which no worker holds any more."""
         del self._requests[request.submit.req_id]
+
+    def of_payer(self, payer_id: str) -> list[Request]:
+        """Return the unfinished requests of a tenant or key."""
+        return [
+            request
+            for request in self._requests.values()
+            if request.state != "closed" and payer_id in (request.submit.tenant_id, request.submit.key_id)
+        ]
 
     def take_late(self, now: float) -> list[Request]:
         """Return all requests past their deadline, still in their states. A scan when the first one is due: cheaper

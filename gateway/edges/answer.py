@@ -59,6 +59,7 @@ class Answer:
     parser: AnswerParser | None = None
     submit: Submit | None = None
     num_tokens: int = 0
+    num_sent: int = 0  # of them, as far as the kernel or the client's link has taken them
     num_chars: int = 0
     is_over: bool = False
     _events: list[Event] = field(default_factory=list)
@@ -97,11 +98,24 @@ class Answer:
         self.num_chars += len(piece.text)
         return piece
 
+    def sent(self) -> None:
+        """Note that the client has been sent all that was taken."""
+        if self.num_tokens > self.num_sent and self.submit is not None:
+            self.num_sent = self.num_tokens
+            self.core.sent(self.submit.req_id, self.num_sent)
+
+    def close(self) -> None:
+        """The client has been sent the end: tell the core. Idempotent."""
+        if self.submit is not None:
+            self.core.closed(self.submit.req_id)
+
     def cancel(self) -> None:
-        """Nobody wants the rest: tell the core, unless it has ended. Idempotent."""
-        if self.submit is not None and not self.is_over:
-            self.is_over = True
-            self.core.cancel(Cancel(self.submit.req_id))
+        """Nobody wants the rest: tell the core, unless it has ended. What was sent is paid for. Idempotent."""
+        if self.submit is not None:
+            if not self.is_over:
+                self.is_over = True
+                self.core.cancel(Cancel(self.submit.req_id, num_output_tokens=self.num_sent))
+            self.core.closed(self.submit.req_id)
 
     def _text(self, piece: Piece, detokenizer: Detokenizer, delta: Delta) -> str:
         ids = view_tokens(delta.token_ids)

@@ -10,7 +10,7 @@ from kvasir.gateway.http.parser import HttpRequest
 
 Headers = list[tuple[str, str]]
 _NAMES = re.compile(r"[A-Za-z0-9, -]{1,2048}")
-_EXPOSED = "x-request-id, x-kvasir-worker, request-id, retry-after"
+_EXPOSED = "x-request-id, x-kvasir-worker, request-id, retry-after, retry-after-ms"
 
 
 class Cors:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
@@ -24,6 +25,7 @@ from kvasir.gateway.edges.anthropic_answers import AnthropicWriter
 from kvasir.gateway.edges.anthropic_requests import read_count, read_messages
 from kvasir.gateway.edges.cache_intent import says_final
 from kvasir.gateway.edges.cors import Cors
+from kvasir.gateway.edges.limit_headers import retry_headers, standing_headers
 from kvasir.gateway.edges.openai_answers import ChatWriter, CompletionWriter
 from kvasir.gateway.edges.openai_requests import Asked, read_chat, read_completion
 from kvasir.gateway.edges.prepare import Preparer
@@ -34,7 +36,7 @@ from kvasir.gateway.edges.writer import Writer, encode_json
 from kvasir.gateway.http.connection import Exchange, HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.gateway.log import no_log
-from kvasir.gateway.tenants.directory import Tenant, TenantDirectory
+from kvasir.gateway.tenants.directory import Caller, Tenant, TenantDirectory
 from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import (
     BY_CODE,
@@ -146,16 +148,16 @@ class HttpApi:
             return preflight
         if path in _ROUTES:
             _only(request, "POST")
-            tenant = self._authenticate(call)
+            caller = self._authenticate(call)
             read, writer_of = _ROUTES[path]
-            return await self._complete(await self._read(read, request.body), tenant, writer_of, call)
+            return await self._complete(await self._read(read, request.body), caller, writer_of, call)
         if path in _TOKEN_ROUTES:
             _only(request, "POST")
-            return await self._tokens(self._authenticate(call), request)
+            return await self._tokens(self._authenticate(call).tenant, request)
         if path == "/v1/models" or path.startswith("/v1/models/"):
             _only(request, "GET", "HEAD")
             name = unquote(path.removeprefix("/v1/models").removeprefix("/"))
-            return self._models(self._authenticate(call), name)
+            return self._models(self._authenticate(call).tenant, name)
         if path == "/version":
             _only(request, "GET", "HEAD")
             self._authenticate(call)
@@ -184,10 +186,10 @@ class HttpApi:
         if not hmac.compare_digest(_key(request).encode(), self._metrics_token.encode()):
             raise AuthenticationFailed("metrics need the token of --metrics-token-file; send `Bearer TOKEN`")
 
-    def _authenticate(self, call: _Exchange) -> Tenant:
-        tenant = self._directory.authenticate(_key(call.request))
-        call.facts["tenant"] = tenant.id
-        return tenant
+    def _authenticate(self, call: _Exchange) -> Caller:
+        caller = self._directory.authenticate(_key(call.request))
+        call.facts["tenant"] = caller.tenant.id
+        return caller
 
     def _models(self, tenant: Tenant, name: str) -> HttpResponse:
         mine = [info for info in self._core.models().values() if tenant.may_use(info.name)]
@@ -223,7 +225,7 @@ class HttpApi:
         return _json(200, {"input_tokens": len(packed) // TOKEN_BYTES})
 
     async def _complete(
-        self, asked: Asked, tenant: Tenant, writer_of: type[Writer], call: _Exchange
+        self, asked: Asked, caller: Caller, writer_of: type[Writer], call: _Exchange
     ) -> HttpResponse | None:
         requests = asked.requests
         if asked.may_close and says_final(call.request.headers):
@@ -234,24 +236,33 @@ class HttpApi:
         submits: list[Submit] = []
         try:
             for request, answer in zip(requests, answers, strict=True):
-                answer.submit = submit = await self._preparer.prepare(request, tenant, answer)
+                answer.submit = submit = await self._preparer.prepare(request, caller, answer)
                 answer.parser = self._preparer.parser(request, submit)
                 answer.detokenizer = self._preparer.detokenizer(request, submit, answer.parser)
+                if len(submits) % asked.num_choices:  # of a prompt with several choices, the first one counts it
+                    answer.submit = submit = msgspec.structs.replace(submit, counts_prompt=False)
                 submits.append(submit)
                 if len(submits) % MAX_PREPARED == 0:
                     await trio.lowlevel.checkpoint()  # many prompts let others go first
             call.facts["request"] = submits[0].req_id.hex()
-            for submit in submits:
-                self._core.submit(submit)
+            self._core.submit(*submits)
+            call.headers.extend(standing_headers(self._core.standing(caller.tenant.id, caller.key_id)))
             text, block_size = self._preparer.text(submits[0].model), self._preparer.block_size
             writer = writer_of(asked, submits, text, block_size)
             if asked.stream:
-                return await self._stream(answers, waiter, writer, call)
-            return await self._whole(answers, waiter, writer, call)
+                response = await self._stream(answers, waiter, writer, call)
+            else:
+                response = await self._whole(answers, waiter, writer, call)
+        except BaseException:
+            _end_all(answers)
+            raise
         finally:
             call.facts["tokens"] = sum([answer.num_tokens for answer in answers])
-            for answer in answers:
-                answer.cancel()
+        if response is None:
+            _end_all(answers)
+        else:
+            response.on_sent = partial(_end_all, answers)
+        return response
 
     async def _whole(self, answers: list[Answer], waiter: Waiter, writer: Writer, call: _Exchange) -> HttpResponse:
         pieces = [Piece() for _ in answers]
@@ -288,12 +299,20 @@ class HttpApi:
             if None not in ends:
                 break
             await call.stream.write(b"".join(out))
+            for answer in answers:
+                answer.sent()
             out = []
             await waiter.wait()
             pieces = [answer.take() for answer in answers]
         out.append(writer.closing([end for end in ends if end is not None]))
         await call.stream.end(b"".join(out))
         return None
+
+
+def _end_all(answers: list[Answer]) -> None:
+    """All has been sent, or cannot be: cancel what an error has left running, and close all."""
+    for answer in answers:
+        answer.cancel()
 
 
 def _key(request: HttpRequest) -> str:
@@ -320,9 +339,7 @@ def error_response(
 ) -> HttpResponse:
     """Return an error as its HTTP status and the object that clients of `path` expect."""
     status = BY_CODE.get(info.code, KvasirError).http_status
-    headers = list(more_headers)
-    if info.retry_after_s is not None:
-        headers.append(("retry-after", str(max(1, round(info.retry_after_s)))))
+    headers = [*more_headers, *retry_headers(info)]
     if status == 401:
         headers.append(("www-authenticate", "Bearer"))
     writer_of = AnthropicWriter if path.startswith(_ANTHROPIC) else ChatWriter

@@ -17,7 +17,7 @@ import trio
 
 from kvasir.gateway.core.api import CoreApi, ModelInfo, Sink, Submit
 from kvasir.gateway.edges.published import Published
-from kvasir.gateway.tenants.directory import Tenant
+from kvasir.gateway.tenants.directory import Caller, Tenant
 from kvasir.gateway.text.answer_parser import AnswerParser
 from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText
@@ -62,8 +62,8 @@ class Preparer:
         self._memories: dict[tuple[str, tuple[str, str]], Words] = {}
         self._threads = trio.CapacityLimiter(MAX_THREADS)
 
-    def prepare_nowait(self, request: CompletionRequest, tenant: Tenant, sink: Sink) -> Submit | None:
-        """Return `request` of `tenant` as a checked `Submit` with a fresh id, whose events will go to `sink`.
+    def prepare_nowait(self, request: CompletionRequest, caller: Caller, sink: Sink) -> Submit | None:
+        """Return `request` of `caller` as a checked `Submit` with a fresh id, whose events will go to `sink`.
 
         None if its text is too long to tokenise it in the loop: `prepare` it then.
 
@@ -71,21 +71,22 @@ class Preparer:
             UnknownModel, PermissionDenied, BadRequest, PromptTooLong: the request is wrong; `param` names the field.
             Unavailable: the model is configured, but none of its workers has ever come up yet.
         """
+        tenant = caller.tenant
         info = self._find_model(request.model, tenant)
         if (request.text, request.messages, request.token_ids).count(None) != 2:
             raise BadRequest("give exactly one of text, messages and token_ids", param="prompt")
         if _num_chars(request) > QUICK_CHARS:
             return None
-        return self._submit(request, tenant, sink, info, self._encode(info, request, tenant))
+        return self._submit(request, caller, sink, info, self._encode(info, request, tenant))
 
-    async def prepare(self, request: CompletionRequest, tenant: Tenant, sink: Sink) -> Submit:
+    async def prepare(self, request: CompletionRequest, caller: Caller, sink: Sink) -> Submit:
         """As `prepare_nowait`, tokenising a long text in a thread. A checkpoint only then. Cancelled, it returns at
         once; the thread ends by itself, unheard."""
-        submit = self.prepare_nowait(request, tenant, sink)
+        submit = self.prepare_nowait(request, caller, sink)
         if submit is not None:
             return submit
-        info, packed = await self.tokenize(request, tenant)
-        return self._submit(request, tenant, sink, info, packed)
+        info, packed = await self.tokenize(request, caller.tenant)
+        return self._submit(request, caller, sink, info, packed)
 
     async def tokenize(self, request: CompletionRequest, tenant: Tenant) -> tuple[ModelInfo, bytes]:
         """Return the model that `request` names and its prompt as packed token ids; a long text in a thread.
@@ -195,7 +196,8 @@ class Preparer:
         self._memories[key] = memory  # the last used one last
         return memory
 
-    def _submit(self, request: CompletionRequest, tenant: Tenant, sink: Sink, info: ModelInfo, packed: bytes) -> Submit:
+    def _submit(self, request: CompletionRequest, caller: Caller, sink: Sink, info: ModelInfo, packed: bytes) -> Submit:
+        tenant = caller.tenant
         if request.truncate_prompt_tokens is not None:
             packed = _truncate(request, info, packed)
         num_tokens = self._check_prompt(request, info, packed)
@@ -237,6 +239,8 @@ class Preparer:
             cache_hint=request.cache_hint or tenant.cache_hint,
             retention=tuple(request.retention),
             vocab_size=MAX_TOKEN_ID + 1 if text is None else text.vocab_size,
+            key_id=caller.key_id,
+            is_open_ended=request.max_tokens is None,
         )
 
     def _check_prompt(self, request: CompletionRequest, info: ModelInfo, packed: bytes) -> int:

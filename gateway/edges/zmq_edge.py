@@ -44,7 +44,7 @@ from kvasir.protocol.link import Link, LinkClosed
 
 if TYPE_CHECKING:
     from kvasir.gateway.edges.prepare import Preparer
-    from kvasir.gateway.tenants.directory import Tenant, TenantDirectory
+    from kvasir.gateway.tenants.directory import Caller, TenantDirectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +195,10 @@ class ZmqEdge:
     def _begin(self, peer: Peer[_Call], request: CompletionRequest) -> None:
         self._num_requests += 1
         try:
-            tenant = self._directory.authenticate(request.api_key)
+            caller = self._directory.authenticate(request.api_key)
             self._check_room(peer, request.id)
             call = _Call(peer, request, self._core, self._mark)
-            submit = self._preparer.prepare_nowait(request, tenant, call.answer)
+            submit = self._preparer.prepare_nowait(request, caller, call.answer)
             if submit is None and self._num_preparing >= self._limits.max_preparing:
                 raise Overloaded("too many long texts are being tokenised; try again", retry_after_s=1.0)
             self._open(call)
@@ -206,7 +206,7 @@ class ZmqEdge:
                 self._submit(call, submit)
             else:
                 self._num_preparing += 1
-                self._nursery.start_soon(self._prepare, call, request, tenant)
+                self._nursery.start_soon(self._prepare, call, request, caller)
         except KvasirError as error:
             self._refuse(peer, request.id, error)
         except Exception as bug:  # one request must not end everybody else's
@@ -225,10 +225,10 @@ class ZmqEdge:
                 retry_after_s=1.0,
             )
 
-    async def _prepare(self, call: _Call, request: CompletionRequest, tenant: Tenant) -> None:
+    async def _prepare(self, call: _Call, request: CompletionRequest, caller: Caller) -> None:
         """Tokenise a long text in a thread, then submit it, unless it was cancelled meanwhile."""
         try:
-            submit = await self._preparer.prepare(request, tenant, call.answer)
+            submit = await self._preparer.prepare(request, caller, call.answer)
             if not call.closed:
                 self._submit(call, submit)
         except Exception as problem:
@@ -254,6 +254,7 @@ class ZmqEdge:
     def _close(self, call: _Call) -> None:
         self._num_open -= 1
         call.closed = True
+        call.answer.close()
         call.peer.calls.pop(call.request.id, None)
         self._outbox.release(call.peer)
 
@@ -284,7 +285,7 @@ class ZmqEdge:
 
     def _list_models(self, request: ModelsRequest) -> ModelList:
         try:
-            tenant = self._directory.authenticate(request.api_key)
+            tenant = self._directory.authenticate(request.api_key).tenant
         except KvasirError as error:
             self._num_refused += 1
             return ModelList(request.id, error=error.info())
@@ -345,6 +346,7 @@ class ZmqEdge:
             packed = piece.token_ids if request.want_tokens else b""
             text, parts = ("", _parts_of(call, piece)) if piece.parts else (piece.text, [])
             self._send(call, CompletionChunk(request.id, text, packed, piece.logprobs, parts))
+            call.answer.sent()
         end = piece.finished
         if end is not None:
             self._close(call)

@@ -40,12 +40,13 @@ class HttpLimits(MessageLimits):
 
 @dataclass(slots=True)
 class HttpResponse:
-    """A whole answer."""
+    """A whole answer. `on_sent` is called when it has been written, or the client is gone."""
 
     status: int
     body: bytes = b""
     content_type: str = "application/json"
     headers: Sequence[tuple[str, str]] = ()
+    on_sent: Callable[[], None] | None = None
 
 
 @dataclass(slots=True)
@@ -297,7 +298,11 @@ class Connection:
         if response is not None:
             length = b"content-length: %d\r\n" % len(response.body)
             head = self.head(request, response.status, response.content_type, response.headers, length)
-            await self.send(head if request.method == "HEAD" else head + response.body)
+            try:
+                await self.send(head if request.method == "HEAD" else head + response.body)
+            finally:
+                if response.on_sent is not None:
+                    response.on_sent()
         self._answering = False
         self._since = trio.current_time()
         if self._num_held:

@@ -13,20 +13,30 @@ import json
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 
-from kvasir.gateway.tenants.directory import ApiKey, Change, PublishedPrefix, RemovePrefix, Tenant
+from kvasir.gateway.sqlite import explained, transaction
+from kvasir.gateway.tenants.directory import (
+    ApiKey,
+    Change,
+    ModelPrice,
+    PublishedPrefix,
+    RemovePrefix,
+    RemoveTenant,
+    Tenant,
+)
 from kvasir.protocol.errors import StoreError
+from kvasir.protocol.terms import NO_TERMS, Price, Terms
 
 DATABASE_NAME = "kvasir.db"
 SECRET_NAME = "secret"
 DEPLOYMENT_SECRET_BYTES = 32
-_NEEDS_ACCESS = "the gateway's user needs read and write access to it and its directory"
 
 # Schema version n is what the first n entries make. Released entries are never edited, only followed by new ones.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -55,6 +65,17 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     ),
     ("ALTER TABLE tenants ADD COLUMN cache_hint TEXT CHECK (cache_hint IN ('one_shot', 'open', 'closing'))",),
     ("ALTER TABLE prefixes ADD COLUMN pinned_on TEXT",),
+    (
+        "ALTER TABLE tenants ADD COLUMN terms TEXT NOT NULL DEFAULT '{}'",
+        "ALTER TABLE api_keys ADD COLUMN terms TEXT NOT NULL DEFAULT '{}'",
+        "ALTER TABLE api_keys ADD COLUMN expires_at REAL",
+    ),
+    ("CREATE TABLE prices (model TEXT PRIMARY KEY, price TEXT NOT NULL) STRICT",),
+    (
+        "ALTER TABLE api_keys ADD COLUMN old_digest BLOB NOT NULL DEFAULT x''",
+        "ALTER TABLE api_keys ADD COLUMN old_until REAL",
+        "CREATE TABLE former_tenants (id TEXT PRIMARY KEY, name TEXT NOT NULL, deleted_at REAL NOT NULL) STRICT",
+    ),
 )
 
 
@@ -101,8 +122,11 @@ class Store:
         Raises:
             StoreError: nothing was written.
         """
-        with _explained(self._path), _transaction(self._connection) as connection:
+        with explained(self._path), transaction(self._connection) as connection:
             for change in changes:
+                if isinstance(change, RemoveTenant):
+                    connection.execute("DELETE FROM api_keys WHERE tenant_id = ?", (change.id,))
+                    connection.execute("DELETE FROM tenants WHERE id = ?", (change.id,))
                 statement, values = _upsert(change)
                 connection.execute(statement, values)
             row = connection.execute("SELECT seq, digest FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
@@ -119,30 +143,37 @@ class Store:
         Raises:
             StoreError: the database cannot be read.
         """
-        with _explained(self._path):
+        with explained(self._path):
             query = self._connection.execute
             records: list[Change] = []
             for row in query(
-                "SELECT id, name, status, sharing, allowed_models, created_at, kv_floor, kv_cap, cache_hint "
+                "SELECT id, name, status, sharing, allowed_models, created_at, kv_floor, kv_cap, cache_hint, terms "
                 "FROM tenants ORDER BY rowid"
             ):
-                tenant_id, name, status, sharing, models, created_at, *settings = row
-                records.append(Tenant(tenant_id, name, status, sharing, _parse_set(models), created_at, *settings))
+                tenant_id, name, status, sharing, models, created_at, *settings, terms = row
+                tenant = Tenant(tenant_id, name, status, sharing, _parse_set(models), created_at, *settings)
+                records.append(replace(tenant, terms=_parse_terms(terms)))
             for row in query(
-                "SELECT id, tenant_id, digest, label, created_at, revoked_at FROM api_keys ORDER BY rowid"
+                "SELECT id, tenant_id, digest, label, created_at, revoked_at, expires_at, terms, old_digest, old_until "
+                "FROM api_keys ORDER BY rowid"
             ):
-                records.append(ApiKey(*row))
+                *fields, terms, old_digest, old_until = row
+                key = replace(ApiKey(*fields), old_digest=old_digest, old_until=old_until)
+                records.append(replace(key, terms=_parse_terms(terms)))
             for row in query(
                 "SELECT name, text, tenant_ids, created_at, pinned, pinned_on FROM prefixes ORDER BY created_at, rowid"
             ):
                 name, text, tenant_ids, created_at, pinned, workers = row
                 tenants, pinned_on = _parse_set(tenant_ids), _parse_set(workers)
                 records.append(PublishedPrefix(name, text, tenants, created_at, bool(pinned), pinned_on))
+            records += [RemoveTenant(*row) for row in query("SELECT id, name, deleted_at FROM former_tenants")]
+            for model, price in query("SELECT model, price FROM prices ORDER BY model"):
+                records.append(ModelPrice(model, msgspec.json.decode(price, type=Price)))
             return records
 
     def audit(self, last: int = 1000) -> list[AuditEntry]:
         """Return the last audit rows, oldest first."""
-        with _explained(self._path):
+        with explained(self._path):
             rows = self._connection.execute(
                 "SELECT time, actor, command, subject, before, after, seq FROM audit ORDER BY seq DESC LIMIT ?", (last,)
             ).fetchall()
@@ -155,7 +186,7 @@ class Store:
             StoreError: a row was changed, inserted or taken out; says which.
         """
         digest, expected = b"", 0
-        with _explained(self._path):
+        with explained(self._path):
             rows = self._connection.execute(
                 "SELECT time, actor, command, subject, before, after, seq, digest FROM audit ORDER BY seq"
             ).fetchall()
@@ -166,6 +197,20 @@ class Store:
             if entry.seq != expected or digest != stored:
                 raise StoreError(f"the audit trail in {self._path} was altered at row {entry.seq}; restore a backup")
         return expected
+
+    @property
+    def state_dir(self) -> Path:
+        """Where the database and the secret are."""
+        return self._path.parent
+
+    def backup(self, path: Path) -> None:
+        """Write a copy to `path`, which does not exist.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        with explained(path), contextlib.closing(sqlite3.connect(self._path, timeout=5.0)) as connection:
+            connection.execute("VACUUM INTO ?", (str(path),))
 
     def close(self) -> None:
         self._connection.close()
@@ -182,11 +227,11 @@ def open_store(state_dir: Path) -> Store:
         raise StoreError(f"the state directory {state_dir} does not exist; create it or choose another")
     path = state_dir / DATABASE_NAME
     secret = _load_secret(state_dir / SECRET_NAME, is_new=not path.exists())
-    with _explained(path):
+    with explained(path):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite alone says "unable to open" for every reason
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
     try:
-        with _explained(path):
+        with explained(path):
             _prepare(path, connection, secret)
     except BaseException:
         connection.close()
@@ -245,7 +290,7 @@ def _prepare(path: Path, connection: sqlite3.Connection, secret: bytes) -> None:
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
     # Always writes something: a read-only file or a full disk is noticed at the start, not at the first change.
-    with _transaction(connection):
+    with transaction(connection):
         for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
             for statement in statements:
                 connection.execute(statement)
@@ -257,52 +302,16 @@ def _prepare(path: Path, connection: sqlite3.Connection, secret: bytes) -> None:
         connection.execute("INSERT OR REPLACE INTO meta VALUES ('secret_mark', ?)", (mark,))
 
 
-@contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield connection
-        connection.execute("COMMIT")
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):  # an error may have ended the transaction by itself
-            connection.execute("ROLLBACK")
-        raise
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what SQLite and the system say into a `StoreError`: which file, what, what now."""
-    try:
-        yield
-    except (sqlite3.Error, OSError, ValueError) as error:
-        said = str(error)
-        match getattr(error, "sqlite_errorcode", 0) & 0xFF:  # the primary code
-            case sqlite3.SQLITE_NOTADB:
-                text = "is not a SQLite database; move it away or choose another state directory"
-            case sqlite3.SQLITE_CORRUPT:
-                text = f"is damaged ({said}); restore a backup"
-            case sqlite3.SQLITE_READONLY:
-                text = f"cannot be written ({said}); {_NEEDS_ACCESS}"
-            case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-                text = "is locked by another process; stop whatever has it open"
-            case _ if isinstance(error, OSError):
-                text = f"cannot be written ({error.strerror}); {_NEEDS_ACCESS}"
-            case _ if isinstance(error, ValueError):
-                text = f"is damaged ({said}); restore a backup"
-            case _:
-                text = f"cannot be used: {said}; check the disk and the file"
-        raise StoreError(f"{path} {text}") from None
-
-
 def _upsert(change: Change) -> tuple[str, tuple[Any, ...]]:
     match change:
         case Tenant():
             return (
                 "INSERT INTO tenants "
-                "(id, name, status, sharing, allowed_models, created_at, kv_floor, kv_cap, cache_hint) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET name = excluded.name, "
+                "(id, name, status, sharing, allowed_models, created_at, kv_floor, kv_cap, cache_hint, terms) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET name = excluded.name, "
                 "status = excluded.status, sharing = excluded.sharing, allowed_models = excluded.allowed_models, "
-                "kv_floor = excluded.kv_floor, kv_cap = excluded.kv_cap, cache_hint = excluded.cache_hint",
+                "kv_floor = excluded.kv_floor, kv_cap = excluded.kv_cap, cache_hint = excluded.cache_hint, "
+                "terms = excluded.terms",
                 (
                     change.id,
                     change.name,
@@ -313,13 +322,25 @@ def _upsert(change: Change) -> tuple[str, tuple[Any, ...]]:
                     change.kv_floor,
                     change.kv_cap,
                     change.cache_hint,
+                    _dump_terms(change.terms),
                 ),
             )
         case ApiKey():
             return (
-                "INSERT INTO api_keys VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
-                "label = excluded.label, revoked_at = excluded.revoked_at",
-                (change.id, change.tenant_id, change.digest, change.label, change.created_at, change.revoked_at),
+                "INSERT OR REPLACE INTO api_keys (id, tenant_id, digest, label, created_at, revoked_at, expires_at, "
+                "terms, old_digest, old_until) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    change.id,
+                    change.tenant_id,
+                    change.digest,
+                    change.label,
+                    change.created_at,
+                    change.revoked_at,
+                    change.expires_at,
+                    _dump_terms(change.terms),
+                    change.old_digest,
+                    change.old_until,
+                ),
             )
         case PublishedPrefix():
             return (
@@ -336,6 +357,15 @@ def _upsert(change: Change) -> tuple[str, tuple[Any, ...]]:
             )
         case RemovePrefix():
             return "DELETE FROM prefixes WHERE name = ?", (change.name,)
+        case RemoveTenant():
+            return "INSERT INTO former_tenants VALUES (?, ?, ?)", (change.id, change.name, change.deleted_at)
+        case ModelPrice(model, None):
+            return "DELETE FROM prices WHERE model = ?", (model,)
+        case ModelPrice():
+            return "INSERT OR REPLACE INTO prices VALUES (?, ?)", (
+                change.model,
+                msgspec.json.encode(change.price).decode(),
+            )
 
 
 def _dump_set(items: frozenset[str] | None) -> str | None:
@@ -344,6 +374,15 @@ def _dump_set(items: frozenset[str] | None) -> str | None:
 
 def _parse_set(text: str | None) -> frozenset[str] | None:
     return None if text is None else frozenset(json.loads(text))
+
+
+def _dump_terms(terms: Terms) -> str:
+    return msgspec.json.encode(terms).decode()
+
+
+def _parse_terms(text: str) -> Terms:
+    terms = msgspec.json.decode(text, type=Terms)
+    return NO_TERMS if terms == NO_TERMS else terms
 
 
 def _chain(secret: bytes, previous: bytes, entry: AuditEntry) -> bytes:

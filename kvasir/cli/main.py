@@ -22,11 +22,13 @@ except ModuleNotFoundError as missing:  # the SDK alone installs neither
 from kvasir.cli.cache import cache
 from kvasir.cli.chat import chat
 from kvasir.cli.demo import demo
+from kvasir.cli.keys import key
 from kvasir.cli.output import example
 from kvasir.cli.processes import gateway, worker
 from kvasir.cli.status import explain, models, status
-from kvasir.cli.tenants import key, prefix, tenant
+from kvasir.cli.tenants import prefix, tenant
 from kvasir.cli.up import down, up
+from kvasir.cli.usage import audit, backup, price, usage
 from kvasir.protocol.errors import KvasirError
 
 EXIT_ERROR = 2
@@ -54,7 +56,8 @@ def cli() -> None:
     """LLM serving on boxes you own: tenants, prefix-routed workers, a paged KV cache."""
 
 
-for command in (up, down, chat, demo, status, models, tenant, key, prefix, cache, explain, gateway, worker):
+money = (usage, price, audit, backup)
+for command in (up, down, chat, demo, status, models, tenant, key, prefix, cache, explain, *money, gateway, worker):
     cli.add_command(command)
 
 

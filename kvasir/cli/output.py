@@ -18,6 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from kvasir.protocol.admin_messages import Done
+from kvasir.protocol.errors import BadRequest
+
 F = TypeVar("F", bound=Callable[..., Any])
 ID_CHARS = 8  # of a request's id as shown: `kvasir explain` takes the beginning of one
 PIPE_WIDTH = 160  # a pipe has no width; tables should not be folded for a width that nobody has
@@ -38,6 +41,25 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")(command)
 
 
+def yes_option(command: F) -> F:
+    """Add `--yes` (argument `yes`) to a command that cannot be undone."""
+    return click.option("--yes", is_flag=True, help="Do not ask whether you are sure.")(command)
+
+
+def confirm(yes: bool, question: str) -> None:
+    """Ask the operator, unless it said `--yes`.
+
+    Raises:
+        BadRequest: nobody can be asked, since stdin is no terminal.
+        click.Abort: the answer was no.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise BadRequest("this cannot be undone, and nobody is at a terminal to confirm it; add --yes")
+    click.confirm(question, abort=True, err=True)
+
+
 def example(text: str) -> Callable[[F], F]:
     """Put an example at the end of a command's help. Goes below `@click.command`."""
 
@@ -55,6 +77,14 @@ def print_json(value: Any) -> None:
     if isinstance(value, msgspec.Struct) and isinstance(plain, dict):
         plain.pop("type", None)
     click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
+
+
+def print_done(reply: Done, as_json: bool, text: str) -> None:
+    """Print that a command took effect."""
+    if as_json:
+        print_json(reply)
+    else:
+        click.echo(text + ("" if reply.changed else " (it was already)"))
 
 
 class Rows:

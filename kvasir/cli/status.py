@@ -118,6 +118,11 @@ def render_status(reply: am.StatusReply) -> RenderableType:
     ]
     if reply.tenants:
         parts += ["", tenant_table(reply.tenants, is_live=True)]
+    if reply.ledger_error:
+        parts.insert(1, Text(f"new requests are refused: {plain(reply.ledger_error)}", "red"))
+    if reply.bounds:
+        at_most = ", ".join(f"{bound} {name}" for name, bound in reply.bounds.items())
+        parts += ["", Text(f"at most {at_most}", "dim")]
     return Group(*parts)
 
 

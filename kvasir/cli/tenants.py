@@ -1,23 +1,41 @@
-"""`kvasir tenant`, `kvasir key` and `kvasir prefix`: all through the admin socket, effective at once."""
+"""`kvasir tenant` and `kvasir prefix`: all through the admin socket, effective at once."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Literal, get_args
 
 import click
 
 from kvasir.cli.admin_client import ask
-from kvasir.cli.output import Rows, age, count, example, facts, json_option, make_console, percent, plain, print_json
+from kvasir.cli.keys import print_keys
+from kvasir.cli.output import (
+    Rows,
+    age,
+    confirm,
+    count,
+    example,
+    facts,
+    json_option,
+    make_console,
+    percent,
+    plain,
+    print_done,
+    print_json,
+    yes_option,
+)
+from kvasir.cli.terms import terms_lines, terms_options
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import CacheHint
+from kvasir.protocol.terms import TermsChange
 
 
 @click.group()
 @example("kvasir tenant create acme")
 def tenant() -> None:
-    """Make, list, show, disable and enable tenants."""
+    """Make, list, show, change, rename, disable, enable and delete tenants."""
 
 
 @tenant.command("create")
@@ -94,6 +112,7 @@ def tenant_show(name: str, as_json: bool) -> None:
         ("models", "all" if info.allowed_models is None else ", ".join(info.allowed_models)),
         ("KV floor, cap", f"{info.kv_floor or 'none'}, {info.kv_cap or 'none'}"),
         ("cache hint", info.cache_hint or "none"),
+        *terms_lines(info.terms),
         ("created", f"{age(info.created_at)} ago"),
         ("requests", f"{usage.num_requests} ({usage.num_running} running, {usage.num_waiting} waiting)"),
         ("prompt tokens", f"{usage.prompt_tokens}, {percent(usage.cached_tokens, usage.prompt_tokens)} cached"),
@@ -101,7 +120,7 @@ def tenant_show(name: str, as_json: bool) -> None:
     )
     make_console().print(facts(lines))
     click.echo()
-    _print_keys(reply.keys)
+    print_keys(reply.keys)
 
 
 @tenant.command("set")
@@ -114,21 +133,30 @@ def tenant_show(name: str, as_json: bool) -> None:
     help="What to take a request for that brings no cache_hint of its own: nothing follows it, its conversation goes "
     "on, this was its last turn.",
 )
+@terms_options
 @json_option
 @example(
-    "kvasir tenant set acme --kv-floor 20% --kv-cap 50%\nkvasir tenant set acme --kv-cap none --cache-hint one_shot"
+    "kvasir tenant set acme --kv-floor 20% --kv-cap 50%\nkvasir tenant set acme --kv-cap none --cache-hint one_shot\n"
+    "kvasir tenant set acme --requests-per-min 600 --max-concurrent 32 --token-budget 5M/month"
 )
 def tenant_set(
-    name: str, kv_floor: str | None, kv_cap: str | None, cache_hint: CacheHint | Literal["none"] | None, as_json: bool
+    name: str,
+    kv_floor: str | None,
+    kv_cap: str | None,
+    cache_hint: CacheHint | Literal["none"] | None,
+    terms: TermsChange,
+    as_json: bool,
 ) -> None:
-    """Change a tenant's share of every worker's KV memory and its default hint, at once.
+    """Change a tenant's share of every worker's KV memory, its default hint, its limits and budgets, at once.
 
-    Floors that do not fit together are refused.
+    Floors that do not fit together are refused. Limits and budgets count all its keys together; "none" lifts one. A
+    whole minute's worth may come at once; a day and a month are those of the calendar in UTC.
     """
-    if kv_floor is None and kv_cap is None and cache_hint is None:
-        raise BadRequest("say what to change: --kv-floor SIZE, --kv-cap SIZE, --cache-hint HINT")
-    reply = ask(am.TenantSet(name=name, kv_floor=kv_floor, kv_cap=kv_cap, cache_hint=cache_hint), am.Done)
-    _print_done(reply, as_json, f"tenant {name} is set")
+    command = am.TenantSet(name=name, kv_floor=kv_floor, kv_cap=kv_cap, cache_hint=cache_hint, terms=terms)
+    if command == am.TenantSet(name=name):
+        raise BadRequest("say what to change, such as --kv-cap 50% or --token-budget 5M/month; see --help")
+    reply = ask(command, am.Done)
+    print_done(reply, as_json, f"tenant {name} is set")
 
 
 @tenant.command("disable")
@@ -136,8 +164,8 @@ def tenant_set(
 @json_option
 @example("kvasir tenant disable acme")
 def tenant_disable(name: str, as_json: bool) -> None:
-    """Disable a tenant: its keys stop working with the next request."""
-    _print_done(ask(am.TenantSetStatus(name=name, active=False), am.Done), as_json, f"tenant {name} is disabled")
+    """Disable a tenant: its keys stop working with the next request, and what it runs ends at once."""
+    print_done(ask(am.TenantSetStatus(name=name, active=False), am.Done), as_json, f"tenant {name} is disabled")
 
 
 @tenant.command("enable")
@@ -146,52 +174,29 @@ def tenant_disable(name: str, as_json: bool) -> None:
 @example("kvasir tenant enable acme")
 def tenant_enable(name: str, as_json: bool) -> None:
     """Enable a disabled tenant again, with the keys it had."""
-    _print_done(ask(am.TenantSetStatus(name=name, active=True), am.Done), as_json, f"tenant {name} is active")
+    print_done(ask(am.TenantSetStatus(name=name, active=True), am.Done), as_json, f"tenant {name} is active")
 
 
-@click.group()
-@example("kvasir key create acme")
-def key() -> None:
-    """Make, list and revoke API keys."""
-
-
-@key.command("create")
-@click.argument("tenant")
-@click.option("--label", metavar="TEXT", default="", help="A note to know the key by, such as who has it.")
+@tenant.command("rename")
+@click.argument("name")
+@click.argument("new_name")
 @json_option
-@example('kvasir key create acme --label "nightly job"')
-def key_create(tenant: str, label: str, as_json: bool) -> None:
-    """Make an API key for TENANT and print it: the only time that it is shown."""
-    reply = ask(am.KeyCreate(tenant=tenant, label=label), am.KeyCreated)
-    if as_json:
-        print_json(reply)
-        return
-    click.echo(reply.key)
-    make_console(stderr=True).print("[yellow]Keep it now: only a hash is stored, it is never shown again.[/yellow]")
+@example("kvasir tenant rename acme acme-research")
+def tenant_rename(name: str, new_name: str, as_json: bool) -> None:
+    """Give a tenant another name. Its keys, cache and usage stay."""
+    reply = ask(am.TenantRename(name=name, new_name=new_name), am.Done)
+    print_done(reply, as_json, f"tenant {name} is called {new_name} now")
 
 
-@key.command("list")
-@click.argument("tenant", required=False)
+@tenant.command("delete")
+@click.argument("name")
+@yes_option
 @json_option
-@example("kvasir key list\nkvasir key list acme")
-def key_list(tenant: str | None, as_json: bool) -> None:
-    """List the keys of TENANT, or of all tenants."""
-    reply = ask(am.KeyList(tenant=tenant), am.KeysReply)
-    if as_json:
-        print_json(reply)
-    else:
-        _print_keys(reply.keys)
-
-
-@key.command("revoke")
-@click.argument("key_id", metavar="KEYID")
-@json_option
-@example("kvasir key revoke 3f9a1c20b7de")
-def key_revoke(key_id: str, as_json: bool) -> None:
-    """Revoke a key for good: it stops working with the next request."""
-    # Given a whole key, only its id is sent on: the secret has no business in another process.
-    wanted = key_id.split("_")[1] if key_id.startswith("kv_") else key_id
-    _print_done(ask(am.KeyRevoke(key_id=wanted or key_id), am.Done), as_json, f"key {wanted} is revoked")
+@example("kvasir tenant delete acme --yes")
+def tenant_delete(name: str, yes: bool, as_json: bool) -> None:
+    """Delete a tenant and its keys for good. What it runs ends at once, what is cached of it goes; its usage stays."""
+    confirm(yes, f"Delete tenant {name} and all its keys for good?")
+    print_done(ask(am.TenantDelete(name=name), am.Done), as_json, f"tenant {name} is deleted")
 
 
 @click.group()
@@ -202,7 +207,7 @@ def prefix() -> None:
 
 @prefix.command("publish")
 @click.argument("name")
-@click.option("--file", "path", type=click.Path(path_type=Path), required=True, help="The text, UTF-8.")
+@click.option("--file", "path", type=click.Path(path_type=Path), required=True, help="The text, UTF-8; - is stdin.")
 @click.option("--tenant", "tenants", metavar="T", multiple=True, help="Only for this tenant; repeatable. Default: all.")
 @click.option("--replace", is_flag=True, help="Replace what is published under NAME.")
 @json_option
@@ -212,7 +217,7 @@ def prefix() -> None:
 def prefix_publish(name: str, path: Path, tenants: tuple[str, ...], replace: bool, as_json: bool) -> None:
     """Publish the text in a file as NAME: system prompts and prompts that begin with it share their cached blocks."""
     try:
-        text = path.read_bytes().decode()
+        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
     except OSError as error:
         raise BadRequest(f"cannot read {path}: {error.strerror}; name a readable text file") from None
     except UnicodeDecodeError as error:
@@ -258,7 +263,7 @@ def prefix_pin(name: str, workers: tuple[str, ...], prewarm: bool, as_json: bool
     chosen before.
     """
     reply = ask(am.PrefixPin(name=name, prewarm=prewarm, workers=list(workers) or None), am.Done)
-    _print_done(reply, as_json, f"prefix {name} is pinned on {', '.join(sorted(set(workers))) or 'all workers'}")
+    print_done(reply, as_json, f"prefix {name} is pinned on {', '.join(sorted(set(workers))) or 'all workers'}")
 
 
 @prefix.command("unpin")
@@ -267,7 +272,7 @@ def prefix_pin(name: str, workers: tuple[str, ...], prewarm: bool, as_json: bool
 @example("kvasir prefix unpin support")
 def prefix_unpin(name: str, as_json: bool) -> None:
     """Let a pinned text's blocks go, on all workers, when room is needed."""
-    _print_done(ask(am.PrefixPin(name=name, pinned=False), am.Done), as_json, f"prefix {name} is not pinned any more")
+    print_done(ask(am.PrefixPin(name=name, pinned=False), am.Done), as_json, f"prefix {name} is not pinned any more")
 
 
 @prefix.command("remove")
@@ -276,7 +281,7 @@ def prefix_unpin(name: str, as_json: bool) -> None:
 @example("kvasir prefix remove support")
 def prefix_remove(name: str, as_json: bool) -> None:
     """Stop sharing a published text."""
-    _print_done(ask(am.PrefixRemove(name=name), am.Done), as_json, f"prefix {name} is removed")
+    print_done(ask(am.PrefixRemove(name=name), am.Done), as_json, f"prefix {name} is removed")
 
 
 def pinned_on(info: am.PrefixInfo | am.CachePrefix) -> str:
@@ -284,24 +289,6 @@ def pinned_on(info: am.PrefixInfo | am.CachePrefix) -> str:
     if not info.pinned:
         return "–"
     return "all workers" if info.pinned_on is None else plain(", ".join(info.pinned_on))
-
-
-def _print_keys(keys: list[am.KeyInfo]) -> None:
-    if not keys:
-        click.echo("no keys yet; make one with: kvasir key create TENANT")
-        return
-    table = Rows("key id", "tenant", "label", "state", "created")
-    for info in keys:
-        state = "active" if info.revoked_at is None else "[red]revoked[/red]"
-        table.add_row(plain(info.id), plain(info.tenant), plain(info.label), state, f"{age(info.created_at)} ago")
-    make_console().print(table)
-
-
-def _print_done(reply: am.Done, as_json: bool, text: str) -> None:
-    if as_json:
-        print_json(reply)
-    else:
-        click.echo(text + ("" if reply.changed else " (it was already)"))
 
 
 def _tokens(info: am.PrefixInfo) -> str:

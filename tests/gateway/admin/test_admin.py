@@ -50,6 +50,8 @@ class FakeHouse:
 
     def __init__(self) -> None:
         self.cleared: list[str] = []
+        self.ended: list[tuple[str, str]] = []
+        self.forgotten: list[str] = []
         self.prewarmed: list[str | None] = []
         self.tokenised: list[str] = []
         self.names = ["demo-0"]
@@ -96,6 +98,18 @@ class FakeHouse:
 
     def private_prefixes(self) -> list[am.PrivatePrefix]:
         return [am.PrivatePrefix("acme", "demo", 12_345, 17), am.PrivatePrefix("acme", "demo", 100, 1)]
+
+    def end_requests(self, payer_id: str, reason: str) -> None:
+        self.ended.append((payer_id, reason))
+
+    def forget(self, payer_id: str) -> None:
+        self.forgotten.append(payer_id)
+
+    def bounds(self) -> dict[str, int]:
+        return {"requests waiting": 10_000}
+
+    def ledger_error(self) -> str:
+        return ""
 
     def clear_kv(self, tenant_id: str) -> None:
         self.cleared.append(tenant_id)
@@ -184,9 +198,9 @@ def test_a_key_works_at_once_and_after_a_restart_until_it_is_revoked(home: Path)
     with open_office(home) as office:
         tenant = office.ask(am.TenantCreate(name="acme", group="g", allowed_models=["demo"]), am.TenantReply).tenant
         created = office.ask(am.KeyCreate(tenant="acme", label="laptop"), am.KeyCreated)
-        assert office.directory.authenticate(created.key).id == tenant.id
+        assert office.directory.authenticate(created.key).tenant.id == tenant.id
     with open_office(home) as office:
-        known = office.directory.authenticate(created.key)
+        known = office.directory.authenticate(created.key).tenant
         assert (known.id, known.scope, known.allowed_models) == (tenant.id, ("group", "g"), frozenset({"demo"}))
         assert office.ask(am.KeyRevoke(key_id=created.id), am.Done).changed
         with pytest.raises(AuthenticationFailed):

@@ -12,6 +12,7 @@ from kvasir.gateway.admin.metrics import render_metrics
 from kvasir.gateway.core.counters import Histogram, Totals
 from kvasir.gateway.core.statistics import CoreStatistics, ModelStatistics
 from kvasir.gateway.http.connection import HttpStatistics
+from kvasir.gateway.ledger.writer import LedgerStatistics
 from kvasir.protocol.admin_messages import UsageInfo
 
 _NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
@@ -109,3 +110,14 @@ def test_a_histogram_counts_up_to_all_of_its_values(latencies: list[float]) -> N
         assert count == sum(latency <= bound for latency in latencies)
     assert float("inf") in buckets
     assert samples["kvasir_ttft_seconds_count", frozenset({("model", "demo")})] == len(latencies)
+
+
+def test_the_ledger_says_whether_it_can_be_written() -> None:
+    core = CoreStatistics(False, Totals(), [], [], {})
+    families = parse(render_metrics(core, None, LedgerStatistics(False, 7, 3)).decode())
+    values = {name: list(families[f"kvasir_ledger_{name}"].samples.values()) for name in _LEDGER}
+    assert values == {"writable": [0.0], "commits_total": [7.0], "waiting": [3.0]}
+    assert "kvasir_ledger_writable" not in parse(render_metrics(core, None).decode())
+
+
+_LEDGER = ("writable", "commits_total", "waiting")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -10,9 +11,9 @@ import openai
 import pytest
 import trio
 
-from kvasir.gateway.core.api import Finished
+from kvasir.gateway.core.api import Allowance, Finished, Standing
 from kvasir.gateway.http.connection import HttpLimits
-from kvasir.protocol.errors import Overloaded
+from kvasir.protocol.errors import BudgetExceeded, Overloaded, RateLimited
 from tests.edge_helpers import ANSWER, FakeCore
 from tests.http_helpers import open_edge, post_bytes, with_openai
 
@@ -70,7 +71,8 @@ def test_the_openai_client_gets_typed_errors() -> None:
         for stream in (False, True):
             with pytest.raises(openai.RateLimitError, match="queue is full") as refused:
                 api.chat.completions.create(**chat(stream=stream))
-            assert refused.value.response.headers["retry-after"] == "7"
+            headers = refused.value.response.headers
+            assert (headers["retry-after"], headers["retry-after-ms"]) == ("8", "7200")
 
     with_openai(work)
 
@@ -82,6 +84,50 @@ def test_the_openai_client_gets_typed_errors() -> None:
     with_openai(stranger, key="kv_k1_wrong")
 
 
+def test_limits_are_told_as_openai_s_clients_read_them_on_answers_streams_and_refusals() -> None:
+    def work(api: openai.OpenAI, core: FakeCore) -> None:
+        core.standings["id-alpha"] = Standing(Allowance(600, 599, 0.1), Allowance(20_000, 0, 61.5))
+        expected = {"limit-requests": "600", "remaining-requests": "599", "reset-requests": "100ms"}
+        expected |= {"limit-tokens": "20000", "remaining-tokens": "0", "reset-tokens": "1m1.5s"}
+        with api.chat.completions.with_streaming_response.create(**chat(stream=True)) as streamed:
+            for headers in (api.chat.completions.with_raw_response.create(**chat()).headers, streamed.headers):
+                assert {name: headers[f"x-ratelimit-{name}"] for name in expected} == expected
+        core.fail = Finished(b"", "error", 0, 0, error=RateLimited("too many", retry_after_s=0.05).info())
+        with pytest.raises(openai.RateLimitError) as refused:
+            api.chat.completions.create(**chat())
+        headers = refused.value.response.headers
+        assert (headers["retry-after"], headers["retry-after-ms"]) == ("1", "50")
+        assert headers["x-ratelimit-remaining-tokens"] == "0" and refused.value.code == "rate_limit_exceeded"
+        core.fail = Finished(b"", "error", 0, 0, error=BudgetExceeded("all spent", retry_after_s=86_400.0).info())
+        with pytest.raises(openai.RateLimitError, match="all spent") as refused:
+            api.with_options(max_retries=2).chat.completions.create(**chat())
+        assert refused.value.response.headers["x-should-retry"] == "false"
+        assert refused.value.code == "insufficient_quota" and len(core.submits) == 4, "it was tried again"
+
+    with_openai(work)
+
+
+def test_the_core_is_told_of_every_answer_that_it_is_over_after_it_was_written() -> None:
+    def work(api: openai.OpenAI, core: FakeCore) -> None:
+        def wait_until_closed(num: int) -> None:
+            deadline = time.monotonic() + 10
+            while len(core.closed_ids) < num and time.monotonic() < deadline:
+                time.sleep(0.002)  # the client may have the answer before the write has returned
+            assert core.closed_ids == {submit.req_id for submit in core.submits} and len(core.submits) == num
+
+        api.chat.completions.create(**chat(n=2))
+        wait_until_closed(2)
+        with api.chat.completions.create(**chat(stream=True)) as stream:
+            assert sum(1 for _ in stream) > 1
+        wait_until_closed(3)
+        core.fail = Finished(b"", "error", 0, 0, error=Overloaded("full").info())
+        with pytest.raises(openai.RateLimitError):
+            api.chat.completions.create(**chat())
+        wait_until_closed(4)
+
+    with_openai(work)
+
+
 def test_choices_draw_from_their_own_seeds_and_the_prompt_is_counted_once() -> None:
     def work(api: openai.OpenAI, core: FakeCore) -> None:
         answer = api.chat.completions.create(**chat(n=3, seed=1, max_tokens=4))
@@ -89,6 +135,7 @@ def test_choices_draw_from_their_own_seeds_and_the_prompt_is_counted_once() -> N
         assert len({submit.sampling.seed for submit in core.submits}) == 3
         assert answer.usage.completion_tokens == 12
         assert answer.usage.prompt_tokens == core.submits[0].num_prompt_tokens
+        assert [submit.counts_prompt for submit in core.submits] == [True, False, False]
 
     with_openai(work)
 

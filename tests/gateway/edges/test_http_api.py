@@ -211,6 +211,35 @@ def test_an_error_in_mid_stream_is_sent_as_an_event_and_before_it_as_a_status() 
     run(main)
 
 
+def test_a_stream_tells_the_core_how_much_was_written_and_a_cancelled_one_pays_for_no_more() -> None:
+    async def main(house: House) -> None:
+        class Slow(FakeExchange):
+            async def write(self, data: bytes) -> None:
+                if self.pieces:
+                    await trio.sleep_forever()
+                self.pieces.append(data)
+
+        submits: list[Submit] = []
+        house.core.submit = submits.append  # type: ignore[method-assign]
+        body = json.dumps({"model": "demo", "prompt": "x", "stream": True}).encode()
+        request = HttpRequest(
+            "POST", "/v1/completions", {"authorization": f"Bearer {KEYS['alpha']}"}, body, keep_alive=True
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(house.api, request, Slow())
+            await trio.testing.wait_all_tasks_blocked()
+            [submit] = submits
+            for num in (2, 3):  # the first are written, the others not
+                submit.sink.put(Delta(submit.req_id, pack_tokens(TEXT.encode("import os")[:1] * num)))
+                await trio.testing.wait_all_tasks_blocked()
+            assert house.core.sent_tokens == {submit.req_id: 2}
+            nursery.cancel_scope.cancel()
+        assert [(cancel.req_id, cancel.num_output_tokens) for cancel in house.core.cancels] == [(submit.req_id, 2)]
+        assert house.core.closed_ids == {submit.req_id}
+
+    run(main)
+
+
 def test_a_stream_whose_client_does_not_read_is_cut_before_it_grows_without_bound() -> None:
     async def main(house: House) -> None:
         blocked = trio.Event()

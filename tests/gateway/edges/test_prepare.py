@@ -12,13 +12,13 @@ import trio
 
 from kvasir.gateway.core.api import Delta, Finished, Submit
 from kvasir.gateway.edges.answer import Answer
-from kvasir.gateway.tenants.directory import PublishedPrefix, Tenant
+from kvasir.gateway.tenants.directory import Caller, PublishedPrefix, Tenant
 from kvasir.protocol.client_messages import ChatMessage, ChatOptions, CompletionRequest
 from kvasir.protocol.errors import BadRequest, KvasirError, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
 from kvasir.protocol.messages import RetentionHint, SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt, split_hashes
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
-from tests.edge_helpers import ALPHA, BETA, SECRET, TEXT, FakeCore, make_directory, make_preparer
+from tests.edge_helpers import ALPHA, BETA, CALLER, SECRET, TEXT, FakeCore, make_directory, make_preparer
 
 SYSTEM = "You are a careful assistant who knows the standard library of Python by heart. " * 8
 
@@ -31,14 +31,14 @@ class Nowhere:
 def prepare(request: CompletionRequest, tenant: Tenant = ALPHA, prefixes: tuple[PublishedPrefix, ...] = ()) -> Submit:
     preparer = make_preparer(FakeCore(lambda submit: []), make_directory(prefixes))
     preparer._clock = lambda: 100.0
-    return trio.run(preparer.prepare, request, tenant, Nowhere())
+    return trio.run(preparer.prepare, request, Caller(tenant, "k1"), Nowhere())
 
 
 def prepare_for_vllm(request: CompletionRequest, prefixes: tuple[PublishedPrefix, ...] = ()) -> Submit:
     core = FakeCore(lambda submit: [])
     lacks = frozenset({"public_zone", "retention", "bad_words", "logprobs", "max_reasoning_tokens"})
     core.infos["demo"] = msgspec.structs.replace(core.infos["demo"], engine="vllm", lacks=lacks)
-    return trio.run(make_preparer(core, make_directory(prefixes)).prepare, request, ALPHA, Nowhere())
+    return trio.run(make_preparer(core, make_directory(prefixes)).prepare, request, CALLER, Nowhere())
 
 
 def ask(**fields: Any) -> CompletionRequest:
@@ -155,7 +155,7 @@ def test_models_are_refused_to_tenants_that_may_not_use_them_or_while_they_load(
     core = FakeCore(lambda submit: [])
     core.infos["demo"] = type(core.infos["demo"])("demo", "", "", 16, 0, 0)
     with pytest.raises(Unavailable, match="still being loaded"):
-        make_preparer(core).prepare_nowait(ask(text="x"), ALPHA, Nowhere())
+        make_preparer(core).prepare_nowait(ask(text="x"), CALLER, Nowhere())
 
 
 def test_a_long_text_is_tokenised_in_a_thread_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,13 +164,13 @@ def test_a_long_text_is_tokenised_in_a_thread_with_the_same_result(monkeypatch: 
 
     async def main() -> None:
         preparer = make_preparer(core)
-        assert preparer.prepare_nowait(ask(text="short"), ALPHA, Nowhere()) is not None
-        assert preparer.prepare_nowait(request, ALPHA, Nowhere()) is None
+        assert preparer.prepare_nowait(ask(text="short"), CALLER, Nowhere()) is not None
+        assert preparer.prepare_nowait(request, CALLER, Nowhere()) is None
         with pytest.raises(UnknownModel):
-            preparer.prepare_nowait(ask(text=request.text, model="gone"), ALPHA, Nowhere())
-        threaded = await preparer.prepare(request, ALPHA, Nowhere())
+            preparer.prepare_nowait(ask(text=request.text, model="gone"), CALLER, Nowhere())
+        threaded = await preparer.prepare(request, CALLER, Nowhere())
         monkeypatch.setattr("kvasir.gateway.edges.prepare.QUICK_CHARS", len(request.text or ""))
-        inline = preparer.prepare_nowait(request, ALPHA, Nowhere())
+        inline = preparer.prepare_nowait(request, CALLER, Nowhere())
         assert inline is not None
         assert (threaded.token_ids, threaded.prefix_hashes) == (inline.token_ids, inline.prefix_hashes)
         assert threaded.req_id != inline.req_id
@@ -207,7 +207,7 @@ def test_the_token_that_ended_an_answer_is_not_shown_whether_it_is_special_or_no
         preparer._clock = lambda: 0.0
         request = ask(text="x", ignore_eos=ignore_eos)
         answer = Answer(core, lambda event: None)
-        answer.submit = preparer.prepare_nowait(request, ALPHA, answer)
+        answer.submit = preparer.prepare_nowait(request, CALLER, answer)
         assert answer.submit is not None
         answer.detokenizer = preparer.detokenizer(request, answer.submit)
         answer.put(Delta(answer.submit.req_id, pack_tokens(ids)))

@@ -41,7 +41,7 @@ def assert_refused(directory: TenantDirectory, api_key: str | None, words: str |
 
 
 def test_a_key_opens_its_own_tenant() -> None:
-    assert DIRECTORY.authenticate(TEXT) is ACME
+    assert DIRECTORY.authenticate(TEXT).tenant is ACME
     assert TEXT.startswith(f"kv_{KEY.id}_") and len(TEXT.rpartition("_")[2]) == 64
 
 
@@ -51,7 +51,7 @@ def test_an_altered_key_opens_nothing(data: st.DataObject) -> None:
     end = data.draw(st.integers(at, min(len(TEXT), at + 3)))
     altered = TEXT[:at] + data.draw(st.text(max_size=3)) + TEXT[end:]
     if altered == TEXT:
-        assert DIRECTORY.authenticate(altered) is ACME
+        assert DIRECTORY.authenticate(altered).tenant is ACME
     else:
         assert_refused(DIRECTORY, altered)
 
@@ -82,7 +82,7 @@ def test_a_disabled_tenant_is_told_so_only_with_a_valid_key() -> None:
     assert_refused(directory, text, "acme is disabled")
     assert "disabled" not in assert_refused(directory, text + "0")
     directory.apply(ACME)
-    assert directory.authenticate(text) is ACME
+    assert directory.authenticate(text).tenant is ACME
 
 
 def test_a_key_of_another_deployment_opens_nothing() -> None:

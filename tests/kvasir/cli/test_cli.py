@@ -102,7 +102,7 @@ def test_every_command_explains_itself_with_an_example_that_parses(path: tuple[s
 def test_tenants_keys_and_prefixes_from_the_command_line(office: Office, home: Path, capsys: Any) -> None:
     tenant_id = kvasir(capsys, "tenant", "create", "acme", "--group", "g", "--allow-model", "demo")[0].strip()
     created = kvasir_json(capsys, "key", "create", "acme", "--label", "laptop")
-    assert office.directory.authenticate(created["key"]).id == tenant_id
+    assert office.directory.authenticate(created["key"]).tenant.id == tenant_id
     assert set(created) == {"id", "key", "tenant", "label"}
     out, err = kvasir(capsys, "key", "create", "acme")
     assert out.startswith("kv_") and len(out.splitlines()) == 1 and "never shown again" in err
@@ -198,7 +198,18 @@ def test_a_table_leaves_out_minor_columns_and_then_becomes_records() -> None:
 
 def test_json_of_status_keeps_its_fields(office: Office, capsys: Any) -> None:
     status = kvasir_json(capsys, "status")
-    assert set(status) == {"workers", "models", "tenants", "pid", "version", "uptime_s", "draining", "endpoints"}
+    assert set(status) == {
+        "workers",
+        "models",
+        "tenants",
+        "pid",
+        "version",
+        "uptime_s",
+        "draining",
+        "endpoints",
+        "bounds",
+        "ledger_error",
+    }
     assert {"id", "model", "state", "pid", "num_running", "num_waiting", "num_free_blocks"} <= set(status["workers"][0])
 
 
@@ -214,7 +225,7 @@ def test_json_of_status_keeps_its_fields(office: Office, capsys: Any) -> None:
         (["prefix", "publish", "p", "--file", sys.executable], ["not UTF-8"]),
         (["tenant", "set", "nobody", "--cache-hint", "open"], ["nobody", "kvasir tenant list"]),
         (["tenant", "set", "nobody", "--cache-hint", "often"], ["--cache-hint", "one_shot", "none"]),
-        (["tenant", "set", "nobody"], ["say what to change", "--cache-hint"]),
+        (["tenant", "set", "nobody"], ["say what to change", "--token-budget"]),
         (["prefix", "remove", "p"], ["kvasir prefix list"]),
         (["prefix", "pin", "p"], ["'p'", "kvasir prefix list"]),
         (["prefix", "unpin", "p"], ["'p'", "kvasir prefix list"]),
@@ -440,7 +451,7 @@ class SmallModel:
         self.num_requests = 0
 
     def client(self, endpoint: str, key: str, **_: Any) -> Any:
-        tenant = self.office.directory.authenticate(key).name
+        tenant = self.office.directory.authenticate(key).tenant.name
 
         def generate(text: str, **options: Any) -> SimpleNamespace:
             return self._answer("" if self.leaks else tenant, text, len(text))
@@ -510,9 +521,9 @@ def test_the_demonstration_key_is_kept_and_made_anew_when_it_was_revoked(
     assert demo_keys.key_path("demo").stat().st_mode & 0o777 == 0o600
     kvasir(capsys, "key", "revoke", first.split("_")[1])
     second = demo_keys.obtain_key("demo")
-    assert second != first and office.directory.authenticate(second).name == "demo"
+    assert second != first and office.directory.authenticate(second).tenant.name == "demo"
     demo_keys.key_path("demo").write_text("nonsense")
-    assert office.directory.authenticate(demo_keys.obtain_key("demo")).name == "demo"
+    assert office.directory.authenticate(demo_keys.obtain_key("demo")).tenant.name == "demo"
     assert demo_keys.find_key("kv_given_one") == "kv_given_one"
 
 

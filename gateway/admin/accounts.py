@@ -1,0 +1,275 @@
+"""The operator's commands about tenants, keys and prices, decided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Literal
+
+from msgspec import to_builtins
+
+from kvasir.gateway.admin.verdict import Gateway, Verdict, check_room
+from kvasir.gateway.tenants.directory import (
+    ApiKey,
+    ModelPrice,
+    RemoveTenant,
+    Tenant,
+    TenantDirectory,
+    check_name,
+    issue_key,
+    new_tenant_id,
+)
+from kvasir.gateway.tenants.quotas import check_kv_size
+from kvasir.protocol import admin_messages as am
+from kvasir.protocol.errors import Conflict, NotFound
+from kvasir.protocol.messages import CacheHint
+
+TenantCommand = (
+    am.TenantCreate
+    | am.TenantList
+    | am.TenantShow
+    | am.TenantSetStatus
+    | am.TenantSet
+    | am.TenantRename
+    | am.TenantDelete
+)
+KeyCommand = am.KeyCreate | am.KeyList | am.KeySet | am.KeyRotate | am.KeyRevoke
+
+
+def decide_tenant(directory: TenantDirectory, command: TenantCommand, now: float, gateway: Gateway) -> Verdict:
+    """Return what a command about tenants comes to. Changes nothing; draws ids.
+
+    Raises:
+        BadRequest, NotFound, Conflict: refused; says what now.
+    """
+    match command:
+        case am.TenantCreate():
+            return _create_tenant(directory, command, now)
+        case am.TenantList():
+            return Verdict(am.TenantsReply(tenant_infos(directory)))
+        case am.TenantShow():
+            tenant = directory.tenant(command.name)
+            return Verdict(am.TenantReply(_tenant_info(directory, tenant), _key_infos(directory, [tenant])))
+        case am.TenantSetStatus():
+            return _set_status(directory, command, gateway)
+        case am.TenantSet():
+            return _set_tenant(directory, command, gateway)
+        case am.TenantRename():
+            return _rename_tenant(directory, command)
+        case am.TenantDelete():
+            return _delete_tenant(directory, command, now, gateway)
+
+
+def decide_key(directory: TenantDirectory, command: KeyCommand, now: float, gateway: Gateway) -> Verdict:
+    """Return what a command about keys comes to. Changes nothing; draws keys and ids.
+
+    Raises:
+        NotFound, Conflict: refused; says what now.
+    """
+    match command:
+        case am.KeyCreate():
+            tenant = directory.tenant(command.tenant)
+            key, text = issue_key(directory.deployment_secret, tenant.id, command.label, now)
+            expires_at = None if command.valid_s is None else now + command.valid_s
+            key = replace(key, expires_at=expires_at, terms=command.terms.apply(key.terms))
+            reply = am.KeyCreated(key.id, text, tenant.name, key.label)
+            return Verdict(reply, (key,), tenant.name, None, _key_record(key))
+        case am.KeyList():
+            tenants = directory.tenants() if command.tenant is None else [directory.tenant(command.tenant)]
+            return Verdict(am.KeysReply(_key_infos(directory, tenants)))
+        case am.KeySet():
+            return _set_key(directory, command, now)
+        case am.KeyRotate():
+            return _rotate_key(directory, command, now)
+        case am.KeyRevoke():
+            return _revoke_key(directory, command, now, gateway)
+
+
+def decide_price(directory: TenantDirectory, command: am.PriceSet | am.PriceList) -> Verdict:
+    """Return what a command about prices comes to. Changes nothing.
+
+    Raises:
+        NotFound: there is no such price to take away.
+    """
+    if isinstance(command, am.PriceList):
+        prices = [am.PriceInfo(model, price) for model, price in sorted(directory.prices.items())]
+        return Verdict(am.PricesReply(prices))
+    before = directory.prices.get(command.model)
+    if before == command.price:
+        if before is None:
+            raise NotFound(f"model {command.model!r} has no price; `kvasir price list` shows those there are")
+        return Verdict(am.Done(changed=False))
+    change = ModelPrice(command.model, command.price)
+    return Verdict(am.Done(), (change,), command.model, to_builtins(before), to_builtins(command.price))
+
+
+def _create_tenant(directory: TenantDirectory, command: am.TenantCreate, now: float) -> Verdict:
+    check_name(command.name, "tenant")
+    if any(tenant.name == command.name for tenant in directory.tenants()):
+        raise Conflict(f"a tenant called {command.name!r} exists already; choose another name or use that one")
+    sharing = "private" if command.group is None else f"group:{check_name(command.group, 'group')}"
+    allowed = None if command.allowed_models is None else frozenset(command.allowed_models)
+    tenant = Tenant(new_tenant_id(), command.name, "active", sharing, allowed, now)
+    return Verdict(
+        am.TenantReply(_tenant_info(directory, tenant)), (tenant,), tenant.name, None, _tenant_record(tenant)
+    )
+
+
+def _set_tenant(directory: TenantDirectory, command: am.TenantSet, gateway: Gateway) -> Verdict:
+    before = directory.tenant(command.name)
+    after = replace(
+        before,
+        kv_floor=before.kv_floor if command.kv_floor is None else check_kv_size(command.kv_floor, "kv_floor"),
+        kv_cap=before.kv_cap if command.kv_cap is None else check_kv_size(command.kv_cap, "kv_cap"),
+        cache_hint=before.cache_hint if command.cache_hint is None else _hint(command.cache_hint),
+        terms=command.terms.apply(before.terms),
+    )
+    if before == after:
+        return Verdict(am.Done(changed=False))
+    if (before.kv_floor, before.kv_cap) != (after.kv_floor, after.kv_cap):
+        others = [tenant for tenant in directory.tenants() if tenant.id != before.id]
+        check_room([*others, after], directory.prefixes, gateway)
+    records = _tenant_record(before), _tenant_record(after)
+    return Verdict(am.Done(), (after,), after.name, *records, gateway.kv_changed)
+
+
+def _set_key(directory: TenantDirectory, command: am.KeySet, now: float) -> Verdict:
+    before = directory.key(command.key_id)
+    if before.revoked_at is not None:
+        raise Conflict(f"key {before.id} is revoked for good; make a new one with `kvasir key create`")
+    after = replace(before, terms=command.terms.apply(before.terms))
+    if command.valid_s is not None:
+        after = replace(after, expires_at=None if command.valid_s == "none" else now + command.valid_s)
+    if before == after:
+        return Verdict(am.Done(changed=False))
+    return Verdict(am.Done(), (after,), _owner(directory, before), _key_record(before), _key_record(after))
+
+
+def _set_status(directory: TenantDirectory, command: am.TenantSetStatus, gateway: Gateway) -> Verdict:
+    before = directory.tenant(command.name)
+    after = replace(before, status="active" if command.active else "disabled")
+    if before == after:
+        return Verdict(am.Done(changed=False))
+
+    def effect() -> None:
+        if not command.active:
+            gateway.end_requests(after.id, f"tenant {after.name} was disabled; ask the operator to enable it")
+
+    return Verdict(am.Done(), (after,), after.name, _tenant_record(before), _tenant_record(after), effect)
+
+
+def _rename_tenant(directory: TenantDirectory, command: am.TenantRename) -> Verdict:
+    before = directory.tenant(command.name)
+    check_name(command.new_name, "tenant")
+    if command.new_name == before.name:
+        return Verdict(am.Done(changed=False))
+    if any(tenant.name == command.new_name for tenant in directory.tenants()):
+        raise Conflict(f"a tenant called {command.new_name!r} exists already; choose another name")
+    after = replace(before, name=command.new_name)
+    return Verdict(am.Done(), (after,), after.name, _tenant_record(before), _tenant_record(after))
+
+
+def _delete_tenant(directory: TenantDirectory, command: am.TenantDelete, now: float, gateway: Gateway) -> Verdict:
+    tenant = directory.tenant(command.name)
+    keys = directory.keys_of(tenant.id)
+
+    def effect() -> None:
+        gateway.end_requests(tenant.id, f"tenant {tenant.name} was deleted")
+        gateway.clear_kv(tenant.id)
+        gateway.kv_changed()
+        for payer_id in (tenant.id, *(key.id for key in keys)):
+            gateway.forget(payer_id)
+
+    change = RemoveTenant(tenant.id, tenant.name, now)
+    before = _tenant_record(tenant) | {"keys": [key.id for key in keys]}
+    return Verdict(am.Done(), (change,), tenant.name, before, None, effect)
+
+
+def _revoke_key(directory: TenantDirectory, command: am.KeyRevoke, now: float, gateway: Gateway) -> Verdict:
+    key = directory.key(command.key_id)
+    if key.revoked_at is not None:
+        return Verdict(am.Done(changed=False))
+    revoked = replace(key, revoked_at=now, old_digest=b"", old_until=None)
+
+    def effect() -> None:
+        gateway.end_requests(key.id, "this API key was revoked; ask the operator for a new one")
+
+    return Verdict(am.Done(), (revoked,), _owner(directory, key), _key_record(key), _key_record(revoked), effect)
+
+
+def _rotate_key(directory: TenantDirectory, command: am.KeyRotate, now: float) -> Verdict:
+    before = directory.key(command.key_id)
+    if not before.is_live(now):
+        raise Conflict(f"key {before.id} is revoked or has expired; make a new one with `kvasir key create`")
+    fresh, text = issue_key(directory.deployment_secret, before.tenant_id, before.label, now, key_id=before.id)
+    after = replace(before, digest=fresh.digest, old_digest=before.digest, old_until=now + command.overlap_s)
+    tenant = _owner(directory, before)
+    records = _key_record(before), _key_record(after)
+    return Verdict(am.KeyCreated(after.id, text, tenant, after.label), (after,), tenant, *records)
+
+
+def _hint(given: CacheHint | Literal["none"]) -> CacheHint | None:
+    return None if given == "none" else given
+
+
+def _owner(directory: TenantDirectory, key: ApiKey) -> str:
+    tenant = directory.tenant_by_id(key.tenant_id)
+    return tenant.name if tenant else key.tenant_id
+
+
+# What is shown.
+
+
+def tenant_infos(directory: TenantDirectory) -> list[am.TenantInfo]:
+    """Return all tenants as they are shown."""
+    return [_tenant_info(directory, tenant) for tenant in directory.tenants()]
+
+
+def _tenant_info(directory: TenantDirectory, tenant: Tenant) -> am.TenantInfo:
+    allowed = None if tenant.allowed_models is None else sorted(tenant.allowed_models)
+    num_keys = sum(key.revoked_at is None for key in directory.keys_of(tenant.id))
+    return am.TenantInfo(
+        tenant.id,
+        tenant.name,
+        tenant.status,
+        tenant.sharing,
+        allowed,
+        tenant.created_at,
+        num_keys,
+        kv_floor=tenant.kv_floor,
+        kv_cap=tenant.kv_cap,
+        cache_hint=tenant.cache_hint,
+        terms=tenant.terms,
+    )
+
+
+def _key_infos(directory: TenantDirectory, tenants: Iterable[Tenant]) -> list[am.KeyInfo]:
+    return [
+        am.KeyInfo(
+            key.id, tenant.name, key.label, key.created_at, key.revoked_at, key.expires_at, key.terms, key.old_until
+        )
+        for tenant in tenants
+        for key in directory.keys_of(tenant.id)
+    ]
+
+
+# What the audit trail keeps: no digests of keys.
+
+
+def _tenant_record(tenant: Tenant) -> dict[str, Any]:
+    allowed = None if tenant.allowed_models is None else sorted(tenant.allowed_models)
+    record = {
+        "id": tenant.id,
+        "name": tenant.name,
+        "status": tenant.status,
+        "sharing": tenant.sharing,
+        "allowed_models": allowed,
+    }
+    settings = {"kv_floor": tenant.kv_floor, "kv_cap": tenant.kv_cap, "cache_hint": tenant.cache_hint}
+    return record | settings | {"terms": to_builtins(tenant.terms)}
+
+
+def _key_record(key: ApiKey) -> dict[str, Any]:
+    record = {"id": key.id, "tenant_id": key.tenant_id, "label": key.label, "revoked_at": key.revoked_at}
+    until = {"expires_at": key.expires_at, "old_secret_until": key.old_until}
+    return record | until | {"terms": to_builtins(key.terms)}

@@ -1,0 +1,120 @@
+"""What the operator reads and copies, on threads: usage from the ledger, the audit trail, backups."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from kvasir.gateway.ledger.database import LEDGER_NAME, DaySum, backup_ledger, read_days
+from kvasir.gateway.tenants.directory import TenantDirectory
+from kvasir.gateway.tenants.store import DATABASE_NAME, SECRET_NAME, Store
+from kvasir.protocol import admin_messages as am
+from kvasir.protocol.errors import BadRequest, NotFound, StoreError
+
+T = TypeVar("T")
+DAY_S = 86_400
+
+
+class Books:
+    """Reads the state directory of `store`; names come from `directory`."""
+
+    def __init__(self, store: Store, directory: TenantDirectory) -> None:
+        self._store = store
+        self._directory = directory
+        self._ledger = store.state_dir / LEDGER_NAME
+
+    async def usage(self, query: am.UsageQuery, now: float) -> am.UsageReply:
+        """Return what was used, summed up as `query` wants it, as far as it has been settled.
+
+        Raises:
+            NotFound: no such tenant.
+            StoreError: the ledger cannot be read.
+        """
+        first = int(now // DAY_S) - 30 if query.first_day is None else query.first_day
+        last = int(now // DAY_S) if query.last_day is None else query.last_day
+        wanted = None if query.tenant is None else self._tenant_ids(query.tenant)
+        days = await self._on_thread(lambda: read_days(self._ledger, first, last))
+        sums: dict[tuple[str, ...], am.UsageRow] = {}
+        for day in days:
+            if (wanted is None or day.tenant_id in wanted) and query.key in (None, day.key_id):
+                key = self._group(day, query.by)
+                row = sums.get(key)
+                if row is None:
+                    row = sums[key] = am.UsageRow(*key)
+                for name in am.UsageRow.__struct_fields__[4:]:
+                    setattr(row, name, getattr(row, name) + getattr(day, name))
+        return am.UsageReply([sums[key] for key in sorted(sums)], first, last)
+
+    async def audit(self, last: int) -> am.AuditReply:
+        """Return the last rows of the audit trail, oldest first."""
+        entries = await self._on_thread(lambda: self._store.audit(last))
+        return am.AuditReply(
+            [
+                am.AuditRow(e.seq, e.time, e.actor, e.command, e.subject, json.loads(e.before), json.loads(e.after))
+                for e in entries
+            ]
+        )
+
+    async def verify(self) -> am.AuditVerified:
+        """Walk the audit trail.
+
+        Raises:
+            StoreError: a row was changed, inserted or taken out; says which.
+        """
+        return am.AuditVerified(await self._on_thread(self._store.verify_audit))
+
+    async def backup(self, folder: Path) -> None:
+        """Copy databases and secret into `folder`, which is made and belongs to this user alone.
+
+        Raises:
+            BadRequest: the folder is there already, or no absolute path.
+            StoreError: it cannot be written.
+        """
+        if not folder.is_absolute():
+            raise BadRequest(f"{folder} is no absolute path; the gateway may run elsewhere", param="folder")
+        await self._on_thread(lambda: self._copy(folder))
+
+    def _copy(self, folder: Path) -> None:
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            raise BadRequest(f"{folder} is there already; name a new folder", param="folder") from None
+        except OSError as error:
+            raise StoreError(f"cannot make {folder}: {error.strerror}; name a folder the gateway may write") from None
+        try:
+            self._store.backup(folder / DATABASE_NAME)
+            if self._ledger.exists():
+                backup_ledger(self._ledger, folder / LEDGER_NAME)
+            shutil.copyfile(self._store.state_dir / SECRET_NAME, folder / SECRET_NAME)
+            for name in (DATABASE_NAME, LEDGER_NAME, SECRET_NAME):
+                if (folder / name).exists():
+                    os.chmod(folder / name, 0o600)
+        except (OSError, StoreError) as error:
+            shutil.rmtree(folder, ignore_errors=True)  # half a backup is none
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"cannot write {folder}: {error.strerror}") from None
+
+    def _tenant_ids(self, name: str) -> set[str]:
+        """Return the ids of the tenant of that name, and of deleted ones that had it."""
+        found = {tenant_id for tenant_id, former in self._directory.former_tenants.items() if former == name}
+        found |= {tenant.id for tenant in self._directory.tenants() if tenant.name == name}
+        if not found:
+            raise NotFound(f"no tenant is or was called {name[:80]!r}; `kvasir tenant list` shows those there are")
+        return found
+
+    def _group(self, day: DaySum, by: str) -> tuple[str, str, str, str]:
+        """Return tenant, key, model and day, those that are summed over empty."""
+        tenant = self._directory.tenant_by_id(day.tenant_id)
+        name = self._directory.former_tenants.get(day.tenant_id, day.tenant_id) if tenant is None else tenant.name
+        date = am.date_of_day(day.day) if by == "day" else ""
+        return name, day.key_id if by == "key" else "", day.model if by == "model" else "", date
+
+    async def _on_thread(self, call: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(call)

@@ -1,0 +1,108 @@
+"""What one payer has used: its meters, its running requests, and its days. Pure state; `admission` decides.
+
+A request belongs to the day on which it was admitted, also what it settles after midnight: its reservation is a claim
+on that day, and on the month and for ever after. So a window is never charged for another one, whatever the wall clock
+does, and what was granted in it stays granted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+
+from kvasir.gateway.core.gcra import Meter
+from kvasir.protocol.terms import Budget
+
+MAX_DAYS = 100  # remembered one by one; of older ones only the sum
+
+
+@dataclass(slots=True, eq=False)
+class Day:
+    """One day of one payer: what settled requests have spent, and running ones reserved, in tokens (prompt and output)
+    and in money."""
+
+    number: int  # of days since 1 January 1970, UTC
+    spent_tokens: int = 0
+    spent_money: int = 0
+    reserved_tokens: int = 0
+    reserved_money: int = 0
+
+    @property
+    def month(self) -> tuple[int, int]:
+        day = date.fromordinal(self.number + _EPOCH)
+        return day.year, day.month
+
+
+@dataclass(slots=True, eq=False)
+class Account:
+    """One payer: a tenant, or one of its keys."""
+
+    requests: Meter = field(default_factory=Meter)
+    prompt_tokens: Meter = field(default_factory=Meter)
+    output_tokens: Meter = field(default_factory=Meter)
+    num_running: int = 0  # API requests
+    days: dict[int, Day] = field(default_factory=dict)
+    tokens_before: int = 0  # spent before the first of `days`
+    money_before: int = 0
+
+    def day(self, number: int) -> Day:
+        """Return that day, made if it is new."""
+        day = self.days.get(number)
+        if day is None:
+            day = self.days[number] = Day(number)
+            if len(self.days) > MAX_DAYS:
+                self._forget_a_day()
+        return day
+
+    def used(self, budget: Budget, day: Day, *, with_reserved: bool = True) -> int:
+        """Return what of `budget`'s unit is used in its window around `day`."""
+        used = 0
+        if budget.window == "day":
+            days = [day]
+        elif budget.window == "month":
+            month = day.month
+            days = [other for other in self.days.values() if other.month == month]
+        else:
+            days = list(self.days.values())
+            used = self.tokens_before if budget.unit == "tokens" else self.money_before
+        for each in days:
+            if budget.unit == "tokens":
+                used += each.spent_tokens + (each.reserved_tokens if with_reserved else 0)
+            else:
+                used += each.spent_money + (each.reserved_money if with_reserved else 0)
+        return used
+
+    def check_integrity(self) -> None:
+        """Assert that nothing is negative."""
+        assert self.num_running >= 0
+        for day in self.days.values():
+            assert min(day.spent_tokens, day.spent_money, day.reserved_tokens, day.reserved_money) >= 0, day
+
+    def _forget_a_day(self) -> None:
+        """Fold the first day without running requests into `before`."""
+        for number in sorted(self.days):
+            day = self.days[number]
+            if not day.reserved_tokens:
+                self.tokens_before += day.spent_tokens
+                self.money_before += day.spent_money
+                del self.days[number]
+                return
+
+
+def day_number(wall_s: float) -> int:
+    """Return the day that a time, in seconds since the epoch, lies in."""
+    return int(wall_s // 86_400)
+
+
+def window_end(budget: Budget, number: int) -> float | None:
+    """Return when (seconds since the epoch) the window around a day is over; None: never."""
+    if budget.window == "day":
+        return (number + 1) * 86_400.0
+    if budget.window == "month":
+        day = date.fromordinal(number + _EPOCH)
+        year, month = divmod(day.year * 12 + day.month, 12)
+        return datetime(year, month + 1, 1, tzinfo=UTC).timestamp()
+    return None
+
+
+_EPOCH = date(1970, 1, 1).toordinal()

@@ -1,0 +1,42 @@
+"""A rate limit as one number: the generic cell rate algorithm (ITU-T I.371), which is a leaky bucket without a timer.
+
+The number is the time at which the bucket is full again. Whoever takes n of `per_min` moves it n/`per_min` minutes
+on, from now or from where it is, and may do so while it stays within one minute from now. Whole nanoseconds of a
+monotonic clock, rounded so that nothing is granted twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MINUTE_NS = 60_000_000_000
+
+
+@dataclass(slots=True)
+class Meter:
+    """One bucket. `full_at`: when all of it may be taken again."""
+
+    full_at: int = 0
+
+    def wait_ns(self, num: int, per_min: int, now: int) -> int:
+        """Return for how long `num` cannot be taken yet, 0 if it can. `num` is at most `per_min`."""
+        begin = self.full_at if self.full_at > now else now
+        wait_ns = begin - now - MINUTE_NS - (-num * MINUTE_NS // per_min)
+        return wait_ns if wait_ns > 0 else 0
+
+    def take(self, num: int, per_min: int, now: int) -> None:
+        """Take `num`, which is there to be taken."""
+        self.full_at = (self.full_at if self.full_at > now else now) + cost_ns(num, per_min)
+
+    def put_back(self, num: int, of: int, per_min: int) -> None:
+        """Put back `num` of the `of` that were taken at once and not used."""
+        self.full_at -= cost_ns(of, per_min) - cost_ns(of - num, per_min)
+
+    def available(self, per_min: int, now: int) -> int:
+        """Return how many can be taken now."""
+        return max(0, (MINUTE_NS - max(0, self.full_at - now)) * per_min // MINUTE_NS)
+
+
+def cost_ns(num: int, per_min: int) -> int:
+    """Return how long it takes until `num` have come back, rounded up."""
+    return -(-num * MINUTE_NS // per_min)

@@ -1,0 +1,316 @@
+"""The ledger on disk: one SQLite file with a row per API request and sums per day. Synchronous, one caller at a time.
+
+A row is keyed by when its request was admitted and by the request's id, so that rows are appended and not scattered.
+`settled_at` is null while the request runs: what the gateway finds so when it starts ended with the gateway before it,
+and is settled at its last count. Sums per day are written in the same transaction as the rows they sum up, so that
+old rows can go without being read. `mark` says when the oldest request that may still run was admitted: an index of
+those would cost as much as the rows.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from heapq import heappop, heappush
+from pathlib import Path
+
+import msgspec
+
+from kvasir.gateway.sqlite import explained, transaction
+from kvasir.protocol.errors import StoreError
+
+LEDGER_NAME = "ledger.db"
+DAY_S = 86_400
+_NEVER = 1e15  # as a time: nothing runs
+SPARE_BYTES = 1 << 20  # given up when the disk is full, so that what runs can still be settled
+
+# Schema version n is what the first n entries make. Released entries are never edited, only followed by new ones.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE requests (
+            admitted_at REAL NOT NULL, id BLOB NOT NULL, tenant_id TEXT NOT NULL, key_id TEXT NOT NULL,
+            model TEXT NOT NULL, settled_at REAL, reason TEXT NOT NULL DEFAULT '',
+            prompt_tokens INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER NOT NULL DEFAULT 0,
+            output_tokens INTEGER NOT NULL DEFAULT 0, cost INTEGER NOT NULL DEFAULT 0,
+            PRIMARY KEY (admitted_at, id)) STRICT, WITHOUT ROWID""",
+        "CREATE TABLE mark (running_since REAL NOT NULL) STRICT",
+        "INSERT INTO mark VALUES (0.0)",
+        """CREATE TABLE days (
+            day INTEGER NOT NULL, tenant_id TEXT NOT NULL, key_id TEXT NOT NULL, model TEXT NOT NULL,
+            num_requests INTEGER NOT NULL DEFAULT 0, num_refused INTEGER NOT NULL DEFAULT 0,
+            prompt_tokens INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER NOT NULL DEFAULT 0,
+            output_tokens INTEGER NOT NULL DEFAULT 0, cost INTEGER NOT NULL DEFAULT 0,
+            PRIMARY KEY (day, tenant_id, key_id, model)) STRICT, WITHOUT ROWID""",
+        "CREATE TABLE spare (room BLOB NOT NULL) STRICT",
+    ),
+)
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One API request as far as it has come. `settled_at` None: it runs. Times are seconds since the epoch."""
+
+    admitted_at: float
+    id: bytes
+    tenant_id: str
+    key_id: str
+    model: str
+    settled_at: float | None = None
+    reason: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    cost: int = 0
+
+
+class DaySum(msgspec.Struct):
+    """What one key of one tenant used of one model on one day (its number since 1 January 1970, UTC)."""
+
+    day: int
+    tenant_id: str
+    key_id: str
+    model: str
+    num_requests: int = 0
+    num_refused: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    cost: int = 0
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """What one transaction writes: new rows, then new counts of rows, then sums that count refusals."""
+
+    new: Sequence[Row] = ()
+    updated: Sequence[Row] = ()
+    refused: Sequence[DaySum] = ()
+
+
+class Database:
+    """The open file. Made by `open_ledger`."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self._path = path
+        self._connection = connection
+        self._running: dict[bytes, float] = {}  # admitted at, by id
+        self._oldest: list[tuple[float, bytes]] = []  # a heap of those, and of some that do not run any more
+
+    def write(self, batch: Batch) -> None:
+        """Write `batch`, all or nothing; on disk when it returns.
+
+        Raises:
+            StoreError: nothing was written.
+        """
+        new = [(row.admitted_at, row.id, row.tenant_id, row.key_id, row.model) for row in batch.new]
+        with explained(self._path), transaction(self._connection) as connection:
+            connection.execute("UPDATE mark SET running_since = ?", (self._running_since(batch.new),))
+            connection.executemany(_INSERT, new)
+            self._update(connection, batch.updated, batch.refused)
+        for row in batch.new:
+            self._running[row.id] = row.admitted_at
+            heappush(self._oldest, (row.admitted_at, row.id))
+        for row in batch.updated:
+            if row.settled_at is not None:
+                self._running.pop(row.id, None)
+
+    def recover(self, now: float) -> int:
+        """Settle the rows that a dead gateway has left running, at their last counts. Return how many there were.
+
+        Raises:
+            StoreError: nothing was written.
+        """
+        with explained(self._path), transaction(self._connection) as connection:
+            where = "admitted_at >= (SELECT running_since FROM mark) AND settled_at IS NULL"
+            query = f"SELECT {', '.join(_ROW)} FROM requests WHERE {where}"
+            found = connection.execute(query).fetchall()
+            rows = [msgspec.structs.replace(Row(*fields), settled_at=now, reason="lost") for fields in found]
+            self._update(connection, rows, ())
+            return len(rows)
+
+    def _update(self, connection: sqlite3.Connection, rows: Sequence[Row], refused: Sequence[DaySum]) -> None:
+        connection.executemany(
+            _UPDATE,
+            [
+                (r.settled_at, r.reason, r.prompt_tokens, r.cached_tokens, r.output_tokens, r.cost, r.admitted_at, r.id)
+                for r in rows
+            ],
+        )
+        connection.executemany(_ADD, [[getattr(day, name) for name in _DAY] for day in (*_sums(rows), *refused)])
+
+    def _running_since(self, new: Sequence[Row]) -> float:
+        """Return when the oldest request that runs, or begins now, was admitted. The clock may have gone back."""
+        oldest = self._oldest
+        while oldest and oldest[0][1] not in self._running:
+            heappop(oldest)
+        times = [row.admitted_at for row in new]
+        if oldest:
+            times.append(oldest[0][0])
+        return min(times, default=_NEVER)
+
+    def days(self, first: int = 0) -> list[DaySum]:
+        """Return the sums of all days from `first` on, oldest first.
+
+        Raises:
+            StoreError: the file cannot be read.
+        """
+        with explained(self._path):
+            query = f"{_DAYS} WHERE day >= ? ORDER BY day"
+            return [DaySum(*fields) for fields in self._connection.execute(query, (first,))]
+
+    def used_before(self, first: int) -> list[tuple[str, str, int, int]]:
+        """Return tenant, key, tokens and cost of all that was used before the day `first`.
+
+        Raises:
+            StoreError: the file cannot be read.
+        """
+        with explained(self._path):
+            return self._connection.execute(
+                "SELECT tenant_id, key_id, sum(prompt_tokens + output_tokens), sum(cost) FROM days "
+                "WHERE day < ? GROUP BY tenant_id, key_id",
+                (first,),
+            ).fetchall()
+
+    def rows(self) -> list[Row]:
+        """Return all rows that are kept, oldest first. For tests and the curious."""
+        with explained(self._path):
+            return [Row(*fields) for fields in self._connection.execute(f"SELECT {', '.join(_ROW)} FROM requests")]
+
+    def drop_rows(self, before: float, limit: int = 5_000) -> int:
+        """Drop up to `limit` settled rows of requests admitted before that time, oldest first; return how many went.
+
+        Their sums stay.
+
+        Raises:
+            StoreError: nothing was dropped.
+        """
+        with explained(self._path), transaction(self._connection) as connection:
+            done = connection.execute(
+                "DELETE FROM requests WHERE (admitted_at, id) IN (SELECT admitted_at, id FROM requests "
+                "WHERE admitted_at < ? AND settled_at IS NOT NULL ORDER BY admitted_at LIMIT ?)",
+                (before, limit),
+            )
+            return done.rowcount
+
+    def use_spare(self) -> None:
+        """Give up the spare room, for rows that must be settled on a full disk.
+
+        Raises:
+            StoreError: not even that could be written.
+        """
+        with explained(self._path), transaction(self._connection) as connection:
+            connection.execute("DELETE FROM spare")
+
+    def renew_spare(self) -> None:
+        """Have spare room, written anew beside the old: if there is room for both, there is room for rows.
+
+        Raises:
+            StoreError: there is no room.
+        """
+        with explained(self._path), transaction(self._connection) as connection:
+            connection.execute("INSERT INTO spare VALUES (zeroblob(?))", (SPARE_BYTES,))
+            connection.execute("DELETE FROM spare WHERE rowid < (SELECT max(rowid) FROM spare)")
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def open_ledger(state_dir: Path) -> Database:
+    """Open the ledger in `state_dir`, which exists; a new one is made, an older schema is brought up to date.
+
+    Raises:
+        StoreError: unreadable, read-only, no ledger, damaged, of a newer schema, or the disk is full.
+    """
+    path = state_dir / LEDGER_NAME
+    with explained(path):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite alone says "unable to open" for every reason
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+    try:
+        database = Database(path, connection)
+        with explained(path):
+            _prepare(path, connection)
+        database.renew_spare()
+        with explained(path):  # the log file keeps its size and is written from its beginning: syncing it costs less
+            connection.execute("PRAGMA wal_checkpoint(RESTART)")
+    except BaseException:
+        connection.close()
+        raise
+    return database
+
+
+def read_days(path: Path, first: int, last: int) -> list[DaySum]:
+    """Return the sums of the days from `first` to `last`, oldest first, while another thread may write. Blocking.
+
+    Raises:
+        StoreError: the file cannot be read.
+    """
+    if not path.exists():
+        return []
+    with explained(path), closing(_reader(path)) as connection:
+        rows = connection.execute(f"{_DAYS} WHERE day BETWEEN ? AND ? ORDER BY day", (first, last))
+        return [DaySum(*fields) for fields in rows]
+
+
+def backup_ledger(path: Path, copy: Path) -> None:
+    """Write a copy to `copy`, which does not exist, while another thread may write. Blocking.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    with explained(copy), closing(_reader(path)) as connection:
+        connection.execute("VACUUM INTO ?", (str(copy),))
+
+
+def _reader(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5.0)
+
+
+def _prepare(path: Path, connection: sqlite3.Connection) -> None:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise StoreError(
+            f"{path} has schema version {version}, this gateway knows up to {len(MIGRATIONS)}; "
+            "start the newer gateway that wrote it or restore an older backup"
+        )
+    if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        raise StoreError(f"{path} is a database of something else; move it away or choose another state directory")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    with transaction(connection):
+        for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+            for statement in statements:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {number}")
+
+
+_ROW = Row.__struct_fields__
+_DAY = DaySum.__struct_fields__
+_DAYS = f"SELECT {', '.join(_DAY)} FROM days"
+_INSERT = "INSERT INTO requests (admitted_at, id, tenant_id, key_id, model) VALUES (?, ?, ?, ?, ?)"
+_UPDATE = (
+    "UPDATE requests SET settled_at = ?, reason = ?, prompt_tokens = ?, cached_tokens = ?, output_tokens = ?, cost = ? "
+    "WHERE admitted_at = ? AND id = ? AND settled_at IS NULL"
+)
+_ADD = (
+    f"INSERT INTO days ({', '.join(_DAY)}) VALUES ({', '.join('?' * len(_DAY))}) "
+    "ON CONFLICT (day, tenant_id, key_id, model) DO UPDATE SET "
+    + ", ".join(f"{name} = {name} + excluded.{name}" for name in _DAY[4:])
+)
+
+
+def _sums(rows: Iterable[Row]) -> list[DaySum]:
+    """Return what those of `rows` that are settled add to the sums per day."""
+    sums: dict[tuple[int, str, str, str], DaySum] = {}
+    for row in rows:
+        if row.settled_at is None:
+            continue
+        key = int(row.admitted_at // DAY_S), row.tenant_id, row.key_id, row.model
+        day = sums.get(key)
+        if day is None:
+            day = sums[key] = DaySum(*key)
+        day.num_requests += 1
+        day.prompt_tokens += row.prompt_tokens
+        day.cached_tokens += row.cached_tokens
+        day.output_tokens += row.output_tokens
+        day.cost += row.cost
+    return list(sums.values())
