@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -30,7 +30,7 @@ class Piece:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: Finished | None = None
     start: int = 0
-    parts: list[Part] = field(default_factory=list)
+    parts: Sequence[Part] = ()
     num_reasoning_tokens: int = 0
     stop_string: str | None = None  # that ended the answer
 
@@ -38,7 +38,8 @@ class Piece:
         self.text += more.text
         self.token_ids += more.token_ids
         self.logprobs += more.logprobs
-        self.parts += more.parts
+        if more.parts:
+            self.parts = [*self.parts, *more.parts]
         self.num_reasoning_tokens += more.num_reasoning_tokens
         self.finished = more.finished or self.finished
         self.stop_string = more.stop_string or self.stop_string
@@ -83,9 +84,10 @@ class Answer:
                 piece.logprobs += event.logprobs
                 self.num_tokens += num_tokens(event.token_ids)
                 if detokenizer is not None:
-                    texts.append(self._text(piece, detokenizer, event))
+                    texts.append(self._text(detokenizer, event, piece))
         if piece.finished is not None and detokenizer is not None:
-            texts.append(self._content(piece, detokenizer.finish()))
+            rest = detokenizer.finish()
+            texts.append(rest if self.parser is None else self._content(piece, self.parser, rest, 0))
             if detokenizer.stopped:
                 piece.finished = msgspec.structs.replace(piece.finished, reason="stop", error=None)
                 piece.stop_string = detokenizer.stop_string
@@ -117,20 +119,19 @@ class Answer:
                 self.core.cancel(Cancel(self.submit.req_id, num_output_tokens=self.num_sent))
             self.core.closed(self.submit.req_id)
 
-    def _text(self, piece: Piece, detokenizer: Detokenizer, delta: Delta) -> str:
+    def _text(self, detokenizer: Detokenizer, delta: Delta, piece: Piece) -> str:
         ids = view_tokens(delta.token_ids)
         if ids and ids[-1] in detokenizer.end_token_ids:
             ids = ids[:-1]  # the token that ends an answer is counted, not shown
-        text = self._content(piece, detokenizer.push(ids), len(ids))
+        text = detokenizer.push(ids)
+        if self.parser is not None:
+            text = self._content(piece, self.parser, text, len(ids))
         if detokenizer.stopped and self.submit is not None:
             self.core.cancel(Cancel(self.submit.req_id, "stop", self.num_tokens))
         return text
 
-    def _content(self, piece: Piece, text: str, num_tokens: int = 0) -> str:
+    def _content(self, piece: Piece, parser: AnswerParser, text: str, num_tokens: int) -> str:
         """Return the content of `text`; `piece` gains all its parts."""
-        parser = self.parser
-        if parser is None:
-            return text
         was_reasoning = parser.is_reasoning
         content = _add_parts(piece, parser.push(text))
         if was_reasoning or parser.is_reasoning:
@@ -141,7 +142,12 @@ class Answer:
 
 
 def _add_parts(piece: Piece, parts: list[Part]) -> str:
-    piece.parts += parts
+    if not parts:
+        return ""
+    if isinstance(piece.parts, list):
+        piece.parts += parts
+    else:
+        piece.parts = parts
     return "".join([part.text for part in parts if isinstance(part, Content)])
 
 

@@ -65,7 +65,7 @@ MAX_PREPARED = 8  # prompts of one request, before others go first
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Exchange:
     """One request on its way: `facts` gains what the access log says of it, `headers` are those of every answer."""
 

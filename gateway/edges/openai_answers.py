@@ -36,10 +36,11 @@ class OpenAiWriter(Writer):
             "model": submits[0].model,
             "system_fingerprint": f"fp_{submits[0].root[:6].hex()}",  # of weights, dtype and adapter, keyed
         }
-        self._more = {"usage": None} if asked.wants_usage else {}
+        self._more: dict[str, Any] = {"usage": None} if asked.wants_usage else {}
 
     def whole(self, pieces: Sequence[Piece], ends: Sequence[Finished]) -> dict[str, Any]:
-        self.num_reasoning_tokens = sum(piece.num_reasoning_tokens for piece in pieces)
+        for piece in pieces:
+            self.num_reasoning_tokens += piece.num_reasoning_tokens
         choices = [self._choice(i, piece, end.reason) for i, (piece, end) in enumerate(zip(pieces, ends, strict=True))]
         return {**self._envelope, "choices": choices, "usage": self._usage(ends)}
 
@@ -59,17 +60,18 @@ class OpenAiWriter(Writer):
     def _usage(self, ends: Sequence[Finished]) -> dict[str, Any]:
         """Tokens of all choices; a prompt with several choices is counted once, its cached tokens as the first had
         them."""
-        indexes = range(0, len(ends), self.asked.num_choices)
-        num_prompt = sum([ends[index].num_prompt_tokens for index in indexes])
-        num_output = sum([end.num_output_tokens for end in ends])
+        num_prompt = num_output = num_cached = num_written = 0
+        for index, end in enumerate(ends):
+            num_output += end.num_output_tokens
+            if index % self.asked.num_choices == 0:
+                num_prompt += end.num_prompt_tokens
+                num_cached += end.num_cached_tokens
+                num_written += self.num_written(index, end)
         usage: dict[str, Any] = {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
-            "prompt_tokens_details": {
-                "cached_tokens": sum([ends[index].num_cached_tokens for index in indexes]),
-                "cache_write_tokens": sum([self.num_written(index, ends[index]) for index in indexes]),
-            },
+            "prompt_tokens_details": {"cached_tokens": num_cached, "cache_write_tokens": num_written},
         }
         if self.num_reasoning_tokens:
             usage["completion_tokens_details"] = {"reasoning_tokens": self.num_reasoning_tokens}

@@ -77,7 +77,7 @@ class Writer(ABC):
         return max(0, num_full - end.num_cached_tokens)
 
 
-def parts_of(piece: Piece) -> list[Part]:
+def parts_of(piece: Piece) -> Sequence[Part]:
     """Return the parts of a piece, that of an answer which is not parsed too."""
     return piece.parts or ([Content(piece.text)] if piece.text else [])
 

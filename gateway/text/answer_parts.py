@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -38,7 +39,7 @@ class CallArguments:
 Part = Content | Reasoning | CallBegin | CallArguments
 
 
-def joined(parts: list[Part]) -> list[Part]:
+def joined(parts: Sequence[Part]) -> list[Part]:
     """Return `parts` with neighbours that belong together in one."""
     found: list[Part] = []
     for part in parts:

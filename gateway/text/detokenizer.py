@@ -44,18 +44,20 @@ class Detokenizer:
         if self.stopped:
             return ""
         if self._num_free:
-            free, token_ids = token_ids[: self._num_free], token_ids[self._num_free :]
-            self._num_free -= len(free)
-            return self._decode(free) + (self.push(token_ids) if token_ids else "")
-        text = self._decode(token_ids)
-        return self._until_stop(text) if self._stop else text
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
+            return self._push_free(token_ids)
         token_bytes = self._token_bytes
         data = self._rest + b"".join([token_bytes[token_id] for token_id in token_ids if token_id < len(token_bytes)])
         text, num_used = codecs.utf_8_decode(data, "replace", False)
         self._rest = data[num_used:]
-        return text
+        return self._until_stop(text) if self._stop else text
+
+    def _push_free(self, token_ids: Sequence[int]) -> str:
+        """Push tokens of which the first `_num_free` end nothing."""
+        stop, num_free = self._stop, self._num_free
+        self._stop, self._num_free = (), 0
+        text = self.push(token_ids[:num_free])
+        self._stop, self._num_free = stop, max(0, num_free - len(token_ids))
+        return text + (self.push(token_ids[num_free:]) if len(token_ids) > num_free else "")
 
     def finish(self) -> str:
         """Return what was held back: the answer ends here."""
