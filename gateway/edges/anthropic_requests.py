@@ -11,8 +11,9 @@ from msgspec import Meta, Raw, Struct
 from kvasir.gateway.edges.cache_intent import CacheControl, hint_of
 from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn
 from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
+from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody, CommonBody
 from kvasir.gateway.edges.openai_fields import FieldCheck
-from kvasir.gateway.edges.openai_requests import MAX_TURNS, Asked, ChatBody, CommonBody, asked_of_chat, decode_body
+from kvasir.gateway.edges.openai_requests import Asked, asked_of_chat, decode_body
 from kvasir.protocol.errors import BadRequest
 
 

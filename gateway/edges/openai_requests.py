@@ -1,6 +1,6 @@
-"""The bodies of the OpenAI-compatible routes, and what each asks for in our own words.
+"""What the bodies of chat and text completions ask for, in our own words.
 
-Which fields there are and what becomes of each is in `openai_fields`; here the honoured ones get their types.
+Which fields there are and what becomes of each is in `openai_fields`, the types of those honoured in `openai_bodies`.
 """
 
 from __future__ import annotations
@@ -8,113 +8,22 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from kvasir.gateway.edges.cache_intent import CacheControl, PromptCacheOptions, Retention, hint_of
+from kvasir.gateway.edges.cache_intent import hint_of
 from kvasir.gateway.edges.chat_turns import NamedTool, Turn, message_of
+from kvasir.gateway.edges.openai_bodies import MAX_TURNS, Body, ChatBody, CompletionBody, StreamOptions
 from kvasir.gateway.edges.openai_fields import MAX_VALUE_BYTES, FieldCheck
 from kvasir.protocol.client_messages import ChatOptions, CompletionRequest
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import CacheHint, RetentionHint, SamplingOptions
+from kvasir.protocol.messages import CacheHint, SamplingOptions
 from kvasir.protocol.tokens import pack_tokens
 
 MAX_CHOICES = 8
 MAX_PROMPTS = 256  # times choices
-MAX_TURNS = 4096
-
-
-class StreamOptions(Struct, forbid_unknown_fields=True):
-    include_usage: bool = False
-
-
-class CommonBody(Struct, kw_only=True, forbid_unknown_fields=True):
-    """What the bodies of all routes share."""
-
-    model: str = ""
-    temperature: float | None = None
-    top_p: float | None = None
-    stream: bool | None = None
-    seed: int | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    ignore_eos: bool | None = None
-    deadline_s: float | None = None
-    cache_hint: CacheHint | None = None
-    retention: Annotated[list[RetentionHint], Meta(max_length=16)] | None = None
-    cache_salt: Annotated[str, Meta(max_length=256)] | None = None
-
-
-class Body(CommonBody, kw_only=True):
-    """What chat and text completions share."""
-
-    max_tokens: int | None = None
-    n: int | None = None
-    stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    stop_token_ids: list[int] | None = None
-    min_tokens: int | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = None
-    return_token_ids: bool | None = None
-    echo: bool | None = None
-
-
-class ChatBody(Body, kw_only=True):
-    messages: Annotated[list[Turn], Meta(max_length=MAX_TURNS)]
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    chat_template_kwargs: Raw = Raw()
-    documents: Raw = Raw()
-    reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    tools: Raw = Raw()
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
-    include_reasoning: bool | None = None
-    separate_reasoning: bool | None = None
-    max_reasoning_tokens: int | None = None
-    thinking_token_budget: int | None = None
-    enable_thinking: bool | None = None
-    prompt_cache_options: PromptCacheOptions | None = None
-    prompt_cache_retention: Retention | None = None
-    cache_control: CacheControl | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing of it is for the chat template or the parser of the answer."""
-        return not (
-            self.tools
-            or self.documents
-            or self.chat_template_kwargs
-            or self.reasoning_effort
-            or self.tool_choice is not None
-            or self.continue_final_message
-            or self.max_reasoning_tokens is not None
-            or self.thinking_token_budget is not None
-            or self.enable_thinking is not None
-            or self.add_generation_prompt is False
-            or self.parallel_tool_calls is False
-            or self.include_reasoning is False
-            or self.separate_reasoning is False
-        )
-
-
-class CompletionBody(Body, kw_only=True):
-    prompt: Raw  # by its shape, see `_prompts`
-    logprobs: int | None = None
-    best_of: int | None = None
 
 
 class Asked(Struct, frozen=True):

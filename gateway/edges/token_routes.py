@@ -9,7 +9,8 @@ from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.core.api import ModelInfo
 from kvasir.gateway.edges.chat_turns import Turn
-from kvasir.gateway.edges.openai_requests import MAX_TURNS, ChatBody, asked_of_chat
+from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody
+from kvasir.gateway.edges.openai_requests import asked_of_chat
 from kvasir.gateway.text.model_text import ModelText
 from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import BadRequest

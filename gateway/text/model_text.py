@@ -6,26 +6,31 @@ library), `tokenizer_config.json` and `chat_template.jinja`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import msgspec
 from tokenizers import Tokenizer
 
 from kvasir.gateway.text.answer_parser import AnswerFormat, AnswerParser, ReasoningParser, find_format
 from kvasir.gateway.text.chat_template import ChatTemplate
 from kvasir.gateway.text.detokenizer import Detokenizer
+from kvasir.gateway.text.model_files import (
+    eos_token_ids,
+    find_templates,
+    read_json,
+    sampling_defaults,
+    special_tokens,
+)
 from kvasir.gateway.text.token_bytes import token_bytes_by_id
 from kvasir.gateway.text.tool_calls import ToolParser
 from kvasir.gateway.text.tool_schemas import read_tools, schemas_of
 from kvasir.gateway.text.word_cache import Words, make_word_cache
 from kvasir.protocol.client_messages import ChatMessage, ChatOptions
 from kvasir.protocol.errors import BadRequest, ModelError
-from kvasir.protocol.messages import ReasoningBudget, Sampling
+from kvasir.protocol.messages import ReasoningBudget
 
 QUICK_CHARS = 8_192  # longer texts belong into a thread: the library takes about 3 ms for so many
 
@@ -268,14 +273,14 @@ def load_text(path: Path, tool_parser: str = "auto") -> ModelText:
         raise ModelError(f"{file} cannot be read as a tokenizer: {error}; fetch the model again") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    settings = _read_json(path / "tokenizer_config.json")
-    config = _read_json(path / "config.json")
-    tokens = _special_tokens(path, settings, tokenizer)
-    generation = _read_json(path / "generation_config.json")
+    settings = read_json(path / "tokenizer_config.json")
+    config = read_json(path / "config.json")
+    tokens = special_tokens(path, settings, tokenizer)
+    generation = read_json(path / "generation_config.json")
     vocab_size = config.get("vocab_size") or tokenizer.get_vocab_size(with_added_tokens=True)
     try:
-        eos = _eos_token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
-        sources, sampling = _find_templates(path, settings), _sampling_defaults(path, generation)
+        eos = eos_token_ids(generation.get("eos_token_id", config.get("eos_token_id")))
+        sources, sampling = find_templates(path, settings), sampling_defaults(path, generation)
         template = None if sources is None else ChatTemplate(sources[0], tokens, sources[1])
         answers = None if template is None else find_format(template.source, tool_parser)
         return ModelText(tokenizer, template, int(vocab_size), eos, sampling, answers)
@@ -283,43 +288,6 @@ def load_text(path: Path, tool_parser: str = "auto") -> ModelText:
         raise ModelError(f"the chat template of {path} cannot be read: {error}; mend or remove it") from None
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from None
-
-
-def _special_tokens(path: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
-    """Return the special tokens by name, and make the tokenizer treat them as such, as `transformers` does.
-
-    `special_tokens_map.json` is older than `added_tokens_decoder`, and counts only without it.
-    """
-    if "added_tokens_decoder" not in settings:
-        settings = {**settings, **_read_json(path / "special_tokens_map.json")}
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    named = {name: value for name, value in settings.items() if name.endswith("_token")}
-    if isinstance(extra, dict):
-        named, extra = {**named, **extra}, []
-    tokens = {name: token for name, value in named.items() if (token := _token(value))}
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for token in [*tokens.values(), *map(_token, extra)]:
-        if token and token not in known and tokenizer.token_to_id(token) is not None:
-            tokenizer.add_special_tokens([token])
-    return tokens
-
-
-def _eos_token_ids(value: Any) -> tuple[int, ...]:
-    found = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(token_id) is not int for token_id in found):
-        raise ModelError(f"eos_token_id must be a token id or a list of them, not {value!r}")
-    return tuple(found)
-
-
-def _sampling_defaults(path: Path, generation: dict[str, Any]) -> dict[str, Any]:
-    """Return what `generation_config.json` says of sampling (what it calls `do_sample` is left to the temperature)."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    found = {name: value for name in names if (value := generation.get(name)) is not None}
-    try:
-        msgspec.convert(found, Sampling)
-    except msgspec.ValidationError as error:
-        raise ModelError(f"{path / 'generation_config.json'}: {error}; mend or remove it") from None
-    return found
 
 
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
@@ -334,35 +302,3 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
             return None
         found = around[0]
     return found
-
-
-def _find_templates(path: Path, settings: dict[str, Any]) -> tuple[str, str | None] | None:
-    """Return the chat template, and the one for requests with tools if that is another."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8"), None
-    template = _read_json(path / "chat_template.json").get("chat_template") or settings.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        default, with_tools = named.get("default"), named.get("tool_use")
-        return (default, with_tools if isinstance(with_tools, str) else None) if isinstance(default, str) else None
-    return (template, None) if isinstance(template, str) else None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {error}; fetch the model again") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} holds no JSON object; fetch the model again")
-    return content
-
-
-def _token(value: Any) -> str:
-    """A special token's text: a string, or an object with `content`, or nothing."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else ""

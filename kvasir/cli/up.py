@@ -44,6 +44,7 @@ HOPELESS_RESTARTS = 3  # a model none of whose workers has ever come up after so
 @click.option("--zmq", metavar="ENDPOINT", multiple=True, help="A further SDK endpoint such as tcp://127.0.0.1:5555.")
 @click.option("--insecure", is_flag=True, help="Allow ZeroMQ in the clear beyond loopback.")
 @click.option("--worker-args", metavar="ARGS", default="", help='For every worker, such as "--kv-memory 2G".')
+@click.option("--cors-origin", "cors_origins", metavar="ORIGIN", multiple=True, help="Whose pages may call; or `*`.")
 @click.option("--tool-parser", "tool_parsers", metavar="[MODEL=]NAME", multiple=True, help="How a model calls tools.")
 @click.option("--block-size", type=click.IntRange(1, 1024), default=16, show_default=True, help="Tokens per KV block.")
 @click.option("--wait", "wait_s", type=click.FloatRange(min=1), default=600.0, help="Seconds until all must be ready.")
@@ -60,6 +61,7 @@ def up(
     zmq: tuple[str, ...],
     insecure: bool,
     worker_args: str,
+    cors_origins: tuple[str, ...],
     tool_parsers: tuple[str, ...],
     block_size: int,
     wait_s: float,
@@ -81,6 +83,7 @@ def up(
         zmq=zmq,
         insecure=insecure,
         worker_args=worker_args,
+        cors_origins=cors_origins,
         tool_parsers=tool_parsers,
         block_size=block_size,
         wait_s=wait_s,
@@ -113,6 +116,7 @@ class UpPlan:
     zmq: tuple[str, ...] = ()
     insecure: bool = False
     worker_args: str = ""
+    cors_origins: tuple[str, ...] = ()
     tool_parsers: tuple[str, ...] = ()
     block_size: int = 16
     drain_s: float = 30.0
@@ -130,7 +134,7 @@ class UpPlan:
         args += [*_repeated("--model", self.models), *_repeated("--upstream", self.upstreams)]
         args += [*_repeated("--zmq", self.zmq), *["--insecure"][: self.insecure]]
         args += ["--workers", str(self.num_workers), f"--worker-args={self.worker_args}"]
-        args += _repeated("--tool-parser", self.tool_parsers)
+        args += [*_repeated("--tool-parser", self.tool_parsers), *_repeated("--cors-origin", self.cors_origins)]
         return [*args, "--block-size", str(self.block_size), "--drain-s", str(self.drain_s)]
 
 

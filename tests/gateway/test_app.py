@@ -109,3 +109,24 @@ def test_a_metrics_token_file_without_a_token_is_refused(
     assert words in capsys.readouterr().err
     path.write_text("token\n")
     assert parse(["--state-dir", "/x", "--metrics-token-file", str(path)]).metrics_token == "token"
+
+
+def test_each_model_has_its_tool_parser_and_the_http_edge_its_origins(capsys: pytest.CaptureFixture[str]) -> None:
+    models = ["--model", "a=/a", "--model", "b=/b"]
+    given = [
+        "--tool-parser",
+        "hermes",
+        "--tool-parser",
+        "b=mistral",
+        "--cors-origin",
+        "https://x",
+        "--cors-origin",
+        "*",
+    ]
+    config = parse(["--state-dir", "/x", *models, *given])
+    assert [model.tool_parser for model in config.models] == ["hermes", "mistral"]
+    assert config.cors_origins == ("https://x", "*")
+    assert [model.tool_parser for model in parse(["--state-dir", "/x", *models]).models] == ["auto", "auto"]
+    with pytest.raises(SystemExit):
+        parse(["--state-dir", "/x", "--tool-parser", "pythonic"])
+    assert "there are hermes, qwen3_coder, llama3, mistral" in capsys.readouterr().err

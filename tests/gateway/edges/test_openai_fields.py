@@ -13,15 +13,9 @@ import pytest
 from kvasir.gateway.edges.anthropic_requests import MessagesBody, read_messages
 from kvasir.gateway.edges.chat_turns import Turn
 from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
+from kvasir.gateway.edges.openai_bodies import ChatBody, CompletionBody, StreamOptions
 from kvasir.gateway.edges.openai_fields import FIELDS, FieldCheck, Row
-from kvasir.gateway.edges.openai_requests import (
-    MAX_PROMPTS,
-    ChatBody,
-    CompletionBody,
-    StreamOptions,
-    read_chat,
-    read_completion,
-)
+from kvasir.gateway.edges.openai_requests import MAX_PROMPTS, read_chat, read_completion
 from kvasir.gateway.edges.responses_requests import ResponsesBody, read_responses
 from kvasir.protocol.errors import BadRequest
 
