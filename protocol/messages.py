@@ -125,6 +125,7 @@ Lack = Literal[
     "logprobs",
     "bad_words",
     "max_reasoning_tokens",
+    "order",
 ]
 """What a worker that fronts another engine cannot do.
 
@@ -133,6 +134,7 @@ owners: floors, caps, and clearing what one tenant has cached. pins, retention: 
 resumed_penalties: go on from prompt + delivered tokens where penalties look at what was generated.
 resumed_draws: go on with a sampled request and draw the tokens that the worker before would have drawn.
 logprobs, bad_words, max_reasoning_tokens: the request fields of that name.
+order: compute the shortest waiting prompt first; they are computed as they come.
 """
 
 
@@ -172,7 +174,8 @@ class Generate(Command, tag="generate"):
     `prefix_hashes`: 16 bytes per full block of `token_ids`; the first `num_public_tokens` (whole blocks) are hashed in
     the public namespace, the rest in `namespace`, which also extends the chain over generated tokens. `max_tokens`:
     how many more tokens may be drawn. `tenant` owns the blocks. `deadline_s`: remaining time at sending. `retention`
-    is heeded for tenants with a floor or a cap, among whose own blocks it says which stay.
+    is heeded for tenants with a floor or a cap, among whose own blocks it says which stay. `lead`: how many tokens more
+    its tenant was charged than the one that was charged least; the worker lets it wait longer for that.
     """
 
     req_id: Id
@@ -191,6 +194,7 @@ class Generate(Command, tag="generate"):
     deadline_s: Seconds | None = None
     cache_hint: CacheHint | None = None
     retention: Annotated[list[RetentionHint], Meta(max_length=16)] = []
+    lead: Annotated[float, Meta(ge=0)] = 0.0
 
 
 class Abort(Command, tag="abort"):

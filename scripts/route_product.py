@@ -201,6 +201,7 @@ class _LabWorker:
             block_size=size,
             num_blocks=num_blocks,
             limits=Limits(MAX_RUNNING, context, step_tokens),
+            lacks=["order"] if options.is_fifo else [],
         )
         self._inbox: list[Command] = []
         self._is_busy = False  # a step is running, or about to

@@ -16,6 +16,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import msgspec
 
@@ -343,43 +344,77 @@ class Core(CoreApi):
     # ---- requests ------------------------------------------------------------------------------------------------
 
     def _dispatch(self, model: Model, now: float) -> None:
-        """Send what waits to workers that have credits, tenant by tenant."""
-        while model.queue or model.suspects:
-            emptied = _emptied_for_suspect(model) if model.suspects else None
-            able = [worker for worker in model.workers if worker.num_credits > 0 and worker is not emptied]
-            if emptied is not None and not emptied.in_flight:
-                request, able = model.suspects.pop(0), [emptied]
-            elif able:
-                largest = max([worker.max_context for worker in able])
-                found = model.queue.pop(model.num_running, largest)
-                if found is None:
+        """Send what waits, tenant by tenant, to the workers that are best for it, as far as those have room."""
+        if not model.queue and not model.suspects:
+            return
+        while model.suspects and (emptied := _emptied_for_suspect(model)) is not None and not emptied.in_flight:
+            suspect = model.suspects.pop(0)
+            if not self._is_late(suspect, now):
+                self._try_to_route(suspect, model, [emptied], now)
+        emptied = _emptied_for_suspect(model) if model.suspects else None
+        workers = [w for w in model.workers if w.state == "ready" and not w.runs_suspect and w is not emptied]
+        if not model.queue or not any(worker.num_credits > 0 for worker in workers):
+            return
+        for request in model.queue.turns():
+            if not self._is_late(request, now) and not self._is_still_held(request, model, now):
+                self._try_to_route(request, model, workers, now)
+                if not any(worker.num_credits > 0 for worker in workers):
                     return
-                request = found
-            else:
-                return
-            deadline = request.submit.deadline
-            if deadline is not None and deadline <= now:
-                late = deadline_exceeded(request, "while it waited for a worker")
-                self._requests.finish(request, "deadline", late)
-                continue
-            try:
-                self._route(request, model, able, now)
-            except Exception as bug:
-                self._fail(request, bug)
 
-    def _route(self, request: Request, model: Model, able: list[Worker], now: float) -> None:
-        """Choose one of `able` for `request`, just taken from its queue, and send it there."""
-        config = self._config.router
-        needed = request.num_needed
-        candidates = [worker.candidate(request, now, config) for worker in able if needed <= worker.max_context]
-        decision = choose(request.num_tokens, candidates, now, config)
+    def _is_late(self, request: Request, now: float) -> bool:
+        """End `request`, which is about to be sent, if its deadline is over."""
+        deadline = request.submit.deadline
+        if deadline is None or deadline > now:
+            return False
+        self._stop(request, "deadline", deadline_exceeded(request, "while it waited for a worker"))
+        return True
+
+    def _is_still_held(self, request: Request, model: Model, now: float) -> bool:
+        """Return whether `request` waits for a worker that it has chosen lately and that has no room yet."""
+        if not request.held_for or now - request.held_at >= self._config.queue.reroute_s:
+            return False
+        worker = self._fleet.by_id.get(request.held_for)
+        return worker is not None and worker.state == "ready" and not self._has_room(worker, request, model)
+
+    def _has_room(self, worker: Worker, request: Request, model: Model) -> bool:
+        tenant_id = request.submit.tenant_id
+        return worker.has_room(tenant_id, inf if model.queue.is_alone(tenant_id) else self._config.queue.window_s)
+
+    def _try_to_route(self, request: Request, model: Model, workers: list[Worker], now: float) -> None:
+        try:
+            self._route(request, model, workers, now)
+        except Exception as bug:
+            self._fail(request, bug)
+
+    def _route(self, request: Request, model: Model, workers: list[Worker], now: float) -> None:
+        """Choose one of `workers` for `request` and send it there, or let it wait for that one."""
+        config, queue, needed = self._config.router, model.queue, request.num_needed
+        num_others = len(queue) / len(workers)
+        candidates = [
+            worker.candidate(request, now, config, queue.num_held(worker.worker_id) + num_others)
+            for worker in workers
+            if needed <= worker.max_context
+        ]
+        if not candidates:
+            return
+        tenant_id = request.submit.tenant_id
+        lead = 0.0 if request.is_suspect else queue.lead(tenant_id)
+        decision = choose(request.num_tokens, candidates, now, config, lead)
         worker = self._fleet.by_id[decision.worker_id]
+        if not request.is_suspect:
+            if not self._has_room(worker, request, model):
+                queue.hold(request, decision.worker_id)
+                request.held_at = now
+                return
+            queue.remove(request)
         if request.num_delivered and request.submit.sampling.temperature and "resumed_draws" in worker.hello.lacks:
             decision = msgspec.structs.replace(decision, note=_OTHER_DRAWS.format(request.num_delivered))
         request.attempt += 1
-        self._send(worker.peer, request.generate(now))
+        self._send(worker.peer, request.generate(now, lead))
         self._requests.dispatched(request)
         worker.take(request, decision, now, config.heat_decay_s)
+        queue.computing(tenant_id)
+        queue.charge(tenant_id, worker.in_flight[request.submit.req_id].num_uncached_tokens)
         self._totals.num_dispatches += 1
         if request.attempt == 1:
             model.counters.queue_s.add(now - request.queued_at)
@@ -392,7 +427,7 @@ class Core(CoreApi):
         req_id = request.submit.req_id
         if request.is_held:
             worker = self._fleet.by_id[request.worker_id]
-            worker.prefilled(worker.in_flight[req_id])  # nobody waits for it any more
+            self._prefilled(worker, worker.in_flight[req_id])  # nobody waits for it any more
             self._send(worker.peer, Abort(req_id, request.attempt))
         else:
             self._requests.models[request.submit.model].discard(request)
@@ -471,10 +506,10 @@ class Core(CoreApi):
                 return violation
             self._deliver(worker, attempt, output, now)
         elif output.num_cached_tokens is not None:  # cancelled, and only now told
-            worker.matched(attempt, output.num_cached_tokens)
+            self._matched(worker, attempt, output.num_cached_tokens)
         if output.finish_reason is None:
             return None
-        worker.give_back(output.req_id)
+        self._give_back(worker, output.req_id, now)
         if request.state == "closed":  # cancelled: its end has been told, perhaps in answer to the last delta
             self._requests.release(request)
         else:
@@ -491,12 +526,12 @@ class Core(CoreApi):
             request.guess_cached(output.guessed_cached_tokens)
         if output.num_cached_tokens is not None:
             request.is_begun = True
-            worker.matched(attempt, output.num_cached_tokens)
+            self._matched(worker, attempt, output.num_cached_tokens)
             self._savings.add(request.submit, output.num_cached_tokens)
         if not output.token_ids:
             return
         request.is_begun = True
-        worker.prefilled(attempt)
+        self._prefilled(worker, attempt)
         if request.first_token_at is None:
             request.first_token_at = now
             request.share.num_cached = request.num_cached_tokens or 0
@@ -522,6 +557,29 @@ class Core(CoreApi):
         else:
             end = last_word(request, output, worker.worker_id)
             self._requests.finish(request, end.reason, end.error)
+
+    def _prefilled(self, worker: Worker, attempt: Attempt) -> bool:
+        """Note that a prompt is computed or not wanted any more; False: that was known."""
+        is_news = worker.prefilled(attempt)
+        if is_news:
+            submit = attempt.request.submit
+            self._requests.models[submit.model].queue.computed(submit.tenant_id)
+        return is_news
+
+    def _give_back(self, worker: Worker, req_id: bytes, now: float) -> Request:
+        """Take an attempt that is over from its worker. A prompt that was not computed is not charged."""
+        attempt = worker.in_flight[req_id]
+        submit = attempt.request.submit
+        if self._prefilled(worker, attempt):
+            self._requests.models[submit.model].queue.charge(submit.tenant_id, -attempt.num_uncached_tokens)
+        return worker.give_back(req_id, now)
+
+    def _matched(self, worker: Worker, attempt: Attempt, num_cached_tokens: int) -> None:
+        """Take in how many tokens of a prompt were cached, and charge what it was charged too little."""
+        worker.matched(attempt, num_cached_tokens)
+        submit = attempt.request.submit
+        queue = self._requests.models[submit.model].queue
+        queue.charge(submit.tenant_id, attempt.num_predicted_tokens - num_cached_tokens)
 
     def _count_stale(self, worker: Worker) -> None:
         worker.counters.num_stale_outputs += 1
@@ -572,7 +630,7 @@ class Core(CoreApi):
         died_with = [] if cause == "bye" else worker.computing()
         unfinished = []
         for req_id in reversed(list(worker.in_flight)):
-            request = worker.give_back(req_id)
+            request = self._give_back(worker, req_id, now)
             if request.state == "closed":
                 self._requests.release(request)
             else:

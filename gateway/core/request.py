@@ -40,6 +40,8 @@ class Request(msgspec.Struct, eq=False):
     num_cached_tokens: int | None = None  # of the first attempt that said so
     cached_is_guess: bool = False  # until the engine tells
     share: Share = msgspec.field(default_factory=free_share)  # of what its API request has reserved
+    held_for: str = ""  # the worker that it waits for while it is queued, see `TenantQueue.hold`
+    held_at: float = 0.0  # when it chose that one
     num_told: int | None = None  # how many of the delivered tokens the client gets, if not all
 
     @property
@@ -68,8 +70,8 @@ class Request(msgspec.Struct, eq=False):
             self.num_cached_tokens = min(num_cached_tokens, self.submit.num_prompt_tokens)
             self.cached_is_guess = False
 
-    def generate(self, now: float) -> Generate:
-        """Return the command that starts the current attempt."""
+    def generate(self, now: float, lead: float = 0.0) -> Generate:
+        """Return the command that starts the current attempt. `lead`: see there."""
         submit = self.submit
         return Generate(
             submit.req_id,
@@ -88,6 +90,7 @@ class Request(msgspec.Struct, eq=False):
             None if submit.deadline is None else max(0.0, submit.deadline - now),
             submit.cache_hint,
             list(submit.retention),
+            lead,
         )
 
     def go_on_elsewhere(self, block_size: int) -> None:

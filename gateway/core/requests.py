@@ -5,7 +5,6 @@ The only place where a request changes its state; the core decides when. No I/O.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
@@ -25,15 +24,21 @@ _RATE_WINDOW_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class QueueConfig:
-    """How many requests may wait: in all, and of one tenant. Those of lost workers come on top."""
+    """How many requests may wait: in all, and of one tenant. Those of lost workers come on top.
+
+    A worker gets no more of a tenant's prompts while it has `window_s` of prefill of them to do and other tenants have
+    work, too. A request that waits for a worker chooses again after `reroute_s`.
+    """
 
     max_queued: int = 10_000
     max_queued_per_tenant: int = 1_000
+    window_s: float = 3.2
+    reroute_s: float = 0.4
 
 
 @dataclass(slots=True, eq=False)
 class Model:
-    """One model: its queue, its workers, and how many requests of each tenant run.
+    """One model: its queue and its workers.
 
     Suspects wait apart, since they need a worker of their own. `lost_at`: when it last lost a worker, or was made.
     `max_context`: the largest that it ever had.
@@ -44,7 +49,6 @@ class Model:
     queue: TenantQueue = field(default_factory=TenantQueue)
     suspects: list[Request] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
-    num_running: Counter[str] = field(default_factory=Counter)
     counters: ModelCounters = field(default_factory=ModelCounters)
     max_context: int = 1
 
@@ -113,7 +117,6 @@ class Requests:
     def dispatched(self, request: Request) -> None:
         """Count `request`, popped from its queue and sent, as running."""
         tenant = self.tenants[request.submit.tenant_id]
-        self.models[request.submit.model].num_running[request.submit.tenant_id] += 1
         tenant.num_waiting -= 1
         tenant.num_running += 1
         self.num_queued -= 1
@@ -214,12 +217,7 @@ class Requests:
             model.queue.check_integrity()
 
     def _stopped_running(self, request: Request) -> None:
-        tenant_id = request.submit.tenant_id
-        running = self.models[request.submit.model].num_running
-        running[tenant_id] -= 1
-        if not running[tenant_id]:
-            del running[tenant_id]
-        self.tenants[tenant_id].num_running -= 1
+        self.tenants[request.submit.tenant_id].num_running -= 1
         self.num_running -= 1
 
     def _refusal(self, submit: Submit, tenant: UsageInfo) -> KvasirError | None:

@@ -18,6 +18,7 @@ from kvasir.protocol.prefix import HASH_BYTES, split_hashes
 
 DEFAULT_PREFILL_TOKENS_PER_S = 5_000.0
 _FORGET = 0.9  # weight of the past per report: rates follow a change within some ten steps
+_NEWEST = 0.1  # weight of the newest request's stay in their mean
 _FIRST_S = 0.01  # what is expected of a worker weighs as much as one so short prefill
 _MIN_PREFILL_SHARE = 0.1  # of a mixed step's time: what is left when the decode round is taken off is never nothing
 
@@ -66,12 +67,14 @@ class Rates:
 
 
 class Attempt(msgspec.Struct, eq=False):
-    """One request in flight on a worker. `pending`: its uncached prompt tokens, until they are computed or not wanted
-    any more. `reserved`: packed hashes that count as cached there because of it."""
+    """One request in flight on a worker. Of its prompt `num_predicted_tokens` should be cached there, and
+    `num_uncached_tokens`, one at least, not. `pending`: the latter, until they are computed or not wanted any
+    more. `reserved`: packed hashes that count as cached there because of it."""
 
     request: Request
     dispatched_at: float
     num_predicted_tokens: int
+    num_uncached_tokens: int
     pending: Pending | None
     reserved: bytes
 
@@ -102,6 +105,8 @@ class Worker:
     runs_suspect: bool = False  # it has a suspect, which is alone there
     is_member: bool = True  # False once it is lost: nothing may be booked on it any more
     challenger: bytes = b""  # a peer that wants this worker's id; a probe was sent to see which of them is alive
+    _num_pending: dict[str, int] = field(default_factory=dict)  # uncached tokens of prompts not computed, by tenant
+    _mean_stay_s: float = 1.0  # of a request
     _heat_s: float = 0.0
     _heat_at: float = 0.0
 
@@ -114,6 +119,11 @@ class Worker:
         return self.hello.worker_id
 
     @property
+    def is_fifo(self) -> bool:
+        """Whether it computes prompts in the order in which they come."""
+        return "order" in self.hello.lacks
+
+    @property
     def num_credits(self) -> int:
         """How many requests it may be sent now: none beside a suspect."""
         if self.state != "ready" or self.runs_suspect:
@@ -124,8 +134,19 @@ class Worker:
         """Return the seconds of prefill that were lately sent here, decayed with time constant `decay_s`."""
         return self._heat_s * math.exp((self._heat_at - now) / decay_s) if self._heat_s else 0.0
 
-    def candidate(self, request: Request, now: float, config: RouterConfig) -> Candidate:
-        """Return this worker as the router sees it for `request`."""
+    def slot_wait_s(self, num_before: float) -> float:
+        """Return how long a request waits here for a credit, after `num_before` others; 0 if there is one now."""
+        return (1 + num_before) * self._mean_stay_s / self.hello.limits.max_requests if self.num_credits <= 0 else 0.0
+
+    def has_room(self, tenant_id: str, window_s: float) -> bool:
+        """Return whether to send a request of that tenant now: there is a credit, and what is still to be computed of
+        the tenant's prompts takes less than `window_s`."""
+        if self.num_credits <= 0:
+            return False
+        return self._num_pending.get(tenant_id, 0) < window_s * self.rates.prefill_tokens_per_s
+
+    def candidate(self, request: Request, now: float, config: RouterConfig, num_before: float = 0.0) -> Candidate:
+        """Return this worker as the router sees it for `request`; `num_before` others wait for a credit here."""
         hello = self.hello
         prefix_hashes = request.prefix_hashes
         # At least one prompt token is always computed: its logits are what the first token is drawn from.
@@ -144,6 +165,8 @@ class Worker:
             self.heat_s(now, config.heat_decay_s),
             backlog,
             backlog.leader(prefix_hashes, cached) if cached > resident else None,
+            self.slot_wait_s(num_before),
+            self.is_fifo,
         )
 
     def take(self, request: Request, decision: Decision, now: float, heat_decay_s: float) -> None:
@@ -159,7 +182,9 @@ class Worker:
         reserved = request.prefix_hashes[decision.num_resident_blocks * HASH_BYTES :]
         if reserved:
             self.index.reserve(reserved)
-        attempt = Attempt(request, now, chosen.num_cached_tokens, pending, reserved)
+        tenant_id = request.submit.tenant_id
+        self._num_pending[tenant_id] = self._num_pending.get(tenant_id, 0) + num_uncached
+        attempt = Attempt(request, now, chosen.num_cached_tokens, num_uncached, pending, reserved)
         self.in_flight[request.submit.req_id] = attempt
         self._heat_s = self.heat_s(now, heat_decay_s) + chosen.miss_s
         self._heat_at = now
@@ -194,21 +219,28 @@ class Worker:
         counters.predicted_cached_tokens += attempt.num_predicted_tokens
         counters.mispredicted_tokens += abs(num_cached_tokens - attempt.num_predicted_tokens)
 
-    def prefilled(self, attempt: Attempt) -> None:
-        """Note that a prompt is computed (its first token is there) or not wanted any more."""
+    def prefilled(self, attempt: Attempt) -> bool:
+        """Note that a prompt is computed (its first token is there) or not wanted any more; False: that was known."""
+        is_news = attempt.pending is not None
         if attempt.pending is not None:
             attempt.request.is_begun |= attempt.pending.is_begun
             self.backlog.remove(attempt.pending)
             attempt.pending = None
+            tenant_id = attempt.request.submit.tenant_id
+            self._num_pending[tenant_id] -= attempt.num_uncached_tokens
+            if not self._num_pending[tenant_id]:
+                del self._num_pending[tenant_id]
         if attempt.reserved:
             self.index.release(attempt.reserved)
             attempt.reserved = b""
+        return is_news
 
-    def give_back(self, req_id: bytes) -> Request:
-        """Undo `take`: the credit is free again, nothing is expected of the request here. Return it."""
+    def give_back(self, req_id: bytes, now: float) -> Request:
+        """Undo `take`, after `prefilled`: the credit is free again. Return the request."""
         attempt = self.in_flight.pop(req_id)
-        self.prefilled(attempt)
+        assert attempt.pending is None, "a prompt is still expected to be computed"
         attempt.request.is_held = self.runs_suspect = False
+        self._mean_stay_s += _NEWEST * (now - attempt.dispatched_at - self._mean_stay_s)
         return attempt.request
 
     def check_integrity(self) -> None:
@@ -220,6 +252,7 @@ class Worker:
         pending = [attempt.pending for attempt in attempts if attempt.pending is not None]
         assert len(pending) == len(self.backlog), "the backlog holds other requests than those in flight"
         assert self.backlog.num_tokens == sum(entry.num_tokens for entry in pending)
+        assert sum(self._num_pending.values()) == sum(a.num_uncached_tokens for a in attempts if a.pending is not None)
         expected = {digest for attempt in attempts for digest in split_hashes(attempt.reserved)}
         assert self.index.statistics().num_reserved == len(expected), "reservations leak"
         for attempt in attempts:

@@ -5,13 +5,16 @@ For request r and worker w, all in seconds, m = uncached prompt tokens / w's pre
     wait(r, w) = (uncached tokens that w computes before r) / rate + (steps that takes) * (w's decode round)
     cost(r, w) = wait + (c + x * behind) * m  [ + beta * heat(w)  if no worker holds half of r ]
 
-A worker computes its pending prompts shortest first with ageing: the smallest m - a * (time waited) goes first, so r
-overtakes the `behind` pending requests that are larger. heat is the prefill time lately given to w, decayed. A prompt
-whose prefix another request is still computing on w waits for that one. Costs within `tie_s` of the least are equal:
-then the fewest running requests decide, then the cost, then the worker's id.
+A worker computes its pending prompts shortest first with ageing: the smallest m - a * (time waited - lead) goes first,
+where lead is what its tenant is ahead of the others (`TenantQueue.lead`) in seconds of prefill. So r overtakes the
+`behind` pending requests that are larger. A worker that lacks an order of its own computes them as they come. heat is
+the prefill time lately given to w, decayed. A prompt whose prefix another request is still computing on w waits for
+that one. Costs within `tie_s` of the least are equal: then the fewest running requests decide, then the cost, then the
+worker's id.
 
-`choose` is a pure function. The form of the rule and its constants come from
-event-driven simulation of public traces (c = 2, x = 1, a = 0.2, beta = 0.3, tau = 30 s).
+`choose` is a pure function. The form of the rule comes from event-driven simulation of public traces, its
+constants from the same with the product itself (`scripts/replay_trace.py route`): c = 3, x = 1, a = 0.2, beta = 0.3,
+tau = 30 s.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from kvasir.gateway.routing.backlog import Backlog, Pending
 class RouterConfig:
     """The rule's constants; see the module."""
 
-    miss_price: float = 2.0  # c
+    miss_price: float = 3.0  # c
     overtake_price: float = 1.0  # x
     ageing: float = 0.2  # a
     heat_price: float = 0.3  # beta
@@ -37,12 +40,13 @@ class RouterConfig:
 
 
 class Candidate(msgspec.Struct, eq=False):
-    """A worker that serves the request's model and has a credit, as the rule sees it.
+    """A worker that serves the request's model, as the rule sees it.
 
     Of the cached tokens those beyond `num_resident_blocks` are still to be computed there, by requests that were sent
     before; `leader` is the entry of `backlog` that computes the last of them, if there are any.
     `round_s`: time of one decode step with what is running there now, 0 if nothing is; `step_tokens`: prompt tokens
-    that one step takes at most.
+    that one step takes at most. `slot_wait_s`: until it has a credit, 0 if it has one. `is_fifo`: it computes prompts
+    as they come.
     """
 
     worker_id: str
@@ -55,6 +59,8 @@ class Candidate(msgspec.Struct, eq=False):
     heat_s: float
     backlog: Backlog
     leader: Pending | None = None
+    slot_wait_s: float = 0.0
+    is_fifo: bool = False
 
 
 class Terms(msgspec.Struct, frozen=True, gc=False):
@@ -83,28 +89,39 @@ class Decision(msgspec.Struct, frozen=True):
     note: str = ""
 
 
-def choose(num_tokens: int, candidates: Sequence[Candidate], now: float, config: RouterConfig) -> Decision:
-    """Return the cheapest of `candidates` (at least one) for a request of `num_tokens` tokens. Pure, deterministic."""
+def choose(
+    num_tokens: int, candidates: Sequence[Candidate], now: float, config: RouterConfig, lead: float = 0.0
+) -> Decision:
+    """Return the cheapest of `candidates` (at least one) for a request of `num_tokens` tokens, whose tenant has a lead
+    of `lead` tokens. Pure, deterministic."""
     most_cached = max([candidate.num_cached_tokens for candidate in candidates])
     heat_price = config.heat_price if 2 * most_cached < num_tokens else 0.0
-    scored = [_terms(num_tokens, candidate, now, heat_price, config) for candidate in candidates]
+    scored = [_terms(num_tokens, candidate, now, lead, heat_price, config) for candidate in candidates]
     best = 0
     if len(scored) > 1:
         limit = min([terms.cost_s for terms in scored]) + config.tie_s
         best = min([(_preference(terms), i) for i, terms in enumerate(scored) if terms.cost_s <= limit])[1]
-    chosen = scored[best]
-    key = chosen.miss_s + config.ageing * now
-    return Decision(chosen.worker_id, num_tokens, tuple(scored), chosen, key, candidates[best].num_resident_blocks)
+    chosen, candidate = scored[best], candidates[best]
+    key = _key(chosen.miss_s, candidate, now, lead, config)
+    return Decision(chosen.worker_id, num_tokens, tuple(scored), chosen, key, candidate.num_resident_blocks)
 
 
 def _preference(terms: Terms) -> tuple[int, float, str]:
     return terms.num_running, terms.cost_s, terms.worker_id
 
 
-def _terms(num_tokens: int, candidate: Candidate, now: float, heat_price: float, config: RouterConfig) -> Terms:
+def _key(miss_s: float, candidate: Candidate, now: float, lead: float, config: RouterConfig) -> float:
+    if candidate.is_fifo:
+        return now
+    return miss_s + config.ageing * (now + lead / candidate.prefill_tokens_per_s)
+
+
+def _terms(
+    num_tokens: int, candidate: Candidate, now: float, lead: float, heat_price: float, config: RouterConfig
+) -> Terms:
     num_missing = max(1, num_tokens - candidate.num_cached_tokens)
     miss_s = num_missing / candidate.prefill_tokens_per_s
-    key = miss_s + config.ageing * now
+    key = _key(miss_s, candidate, now, lead, config)
     num_ahead, num_behind = candidate.backlog.ahead(key)
     if num_behind and not num_ahead:  # it goes first, but not before the slice that is being computed: half of one
         num_ahead = min(candidate.backlog.front_tokens, candidate.step_tokens) // 2
@@ -114,6 +131,7 @@ def _terms(num_tokens: int, candidate: Candidate, now: float, heat_price: float,
     wait_s = num_ahead / candidate.prefill_tokens_per_s
     if candidate.round_s:
         wait_s += (1 + (num_ahead + num_missing) // candidate.step_tokens) * candidate.round_s
+    wait_s = max(wait_s, candidate.slot_wait_s)
     cost_s = wait_s + (config.miss_price + config.overtake_price * num_behind) * miss_s + heat_price * candidate.heat_s
     return Terms(
         candidate.worker_id,

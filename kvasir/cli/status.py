@@ -40,6 +40,7 @@ _LACKS = {  # of `messages.Lack`: what follows "has no"
     "max_reasoning_tokens": "max_reasoning_tokens",
     "logprobs": "logprobs",
     "resumed_draws": "equal draws after a hand-over of sampled requests",
+    "order": "short prompts before long ones",
 }
 _STATE_COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "lost": "red"}
 

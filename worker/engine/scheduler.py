@@ -3,9 +3,10 @@
 One token budget per step. Sequences with one token to compute (decoding) come first, chunks of prompts fill the rest,
 the smallest key first:
 
-    key = uncached seconds of work left - ageing * seconds waited
+    key = uncached seconds of work left - ageing * (seconds waited - its tenant's lead in seconds of work)
 
-so that a cold long prompt does not stop a short one, nor waits for ever. A waiting sequence is admitted when all its
+so that a cold long prompt does not stop a short one, nor waits for ever, and a tenant that floods the gateway waits for
+the others. A waiting sequence is admitted when all its
 prompt's blocks can be had beside what the running prefills still need; if the first in the order does not fit, no other
 overtakes it. When decoding needs a block and none can be had, the youngest sequence is preempted: it goes back to
 waiting and recomputes what is not in the cache any more. The oldest is never preempted while it runs beside others,
@@ -135,7 +136,8 @@ class _Queue:
         leaders = [s for s in running if s.num_remaining > 1]
         self.uncached.update((s.key, s.num_remaining) for s in leaders)
         self.order = sorted(
-            [*leaders, *waiting], key=lambda s: self.uncached[s.key] / rate - limits.ageing * (now - s.arrived)
+            [*leaders, *waiting],
+            key=lambda s: self.uncached[s.key] / rate - limits.ageing * (now - s.arrived - s.lead / rate),
         )
 
 

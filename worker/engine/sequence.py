@@ -36,6 +36,7 @@ class Sequence:
     stop_token_ids: frozenset[int]
     arrived: float
     deadline: float | None = None
+    lead: float = 0.0  # tokens, see `Generate.lead`
     table: BlockTable = field(default_factory=BlockTable)
     hold: BlockTable = field(default_factory=BlockTable)
     may_hold: bool = True
@@ -148,5 +149,6 @@ def make_sequence(
         stop_token_ids=frozenset(stop),
         arrived=now,
         deadline=None if command.deadline_s is None else now + command.deadline_s,
+        lead=command.lead,
         table=BlockTable(hint=command.cache_hint, retention=tuple(command.retention)),
     )

@@ -78,7 +78,7 @@ def test_tenants_take_turns_however_many_requests_one_has_waiting() -> None:
         [(_, generate)] = bench.take()
         order.append(generate.req_id)
         bench.report(peer, output(generate.req_id, 0, [1], "stop"))
-    assert order == [b"a0", b"a1", b"b0", b"a2", b"b1", b"a3"]
+    assert order == [b"a0", b"b0", b"a1", b"b1", b"a2", b"a3"]
 
 
 def test_models_do_not_share_queues_or_workers() -> None:
@@ -410,16 +410,88 @@ def test_a_request_goes_to_workers_that_hold_it_and_waits_without_holding_up_oth
     bench.core.check_integrity()
 
 
-def test_a_tenant_that_has_less_running_goes_first() -> None:
+def test_the_tenant_for_which_least_was_computed_goes_first() -> None:
     bench = Bench()
-    peer = bench.join(max_requests=4)
-    for i in range(20):
-        bench.submit(b"a%d" % i, tenant="alpha")
-    for i in range(3):
-        bench.submit(b"b%d" % i, tenant="beta")
-    for i in range(3):
-        bench.report(peer, output(b"a%d" % i, 0, [1], "stop"))
-    assert [command.req_id for _, command in bench.take()][4:] == [b"b0", b"b1", b"a4"]
+    peer = bench.join(max_requests=2)
+    bench.submit(b"a0", range(10), tenant="alpha")
+    bench.submit(b"b0", range(100, 130), tenant="beta")  # comes while alpha is active: both begin alike
+    for i in range(1, 5):
+        bench.submit(b"a%d" % i, range(200 * i, 200 * i + 10), tenant="alpha")
+        bench.submit(b"b%d" % i, range(900 * i, 900 * i + 30), tenant="beta")
+    running = [command.req_id for _, command in bench.take()]
+    order = list(running)
+    while running:
+        bench.report(peer, output(running.pop(0), 0, [1], "stop", num_cached_tokens=0))
+        running += [command.req_id for _, command in bench.take()]
+        order += running[-1:] if running and running[-1] not in order else []
+    assert order == [b"a0", b"b0", b"a1", b"a2", b"a3", b"b1", b"a4", b"b2", b"b3", b"b4"]
+
+
+def test_what_is_found_cached_is_not_charged() -> None:
+    bench = Bench()
+    peer = bench.join(max_requests=1)
+    bench.submit(b"a0", range(40), tenant="alpha")
+    for i in (1, 2):
+        bench.submit(b"b%d" % i, range(100 * i, 100 * i + 30), tenant="beta")
+        bench.submit(b"a%d" % i, range(300 * i, 300 * i + 30), tenant="alpha")
+    bench.report(peer, output(b"a0", 0, [1], "stop", num_cached_tokens=36))  # 40 were charged, 4 are right
+    assert [command.req_id for _, command in bench.take()] == [b"a0", b"a1"]
+
+
+def test_a_request_waits_for_the_worker_that_is_worth_it_and_others_pass() -> None:
+    bench = Bench()
+    for worker_id in ("w1", "w2"):
+        bench.join(worker_id, max_requests=1)
+    shared = list(range(900))
+    bench.report(b"w1", event_seq=1, stored=make_hashes(shared), load=Load(num_prefill_tokens=100, step_s=1.0))
+    bench.submit(b"r0", [*shared, 1])
+    bench.submit(b"r1", [*shared, 2])  # 900 tokens at 100/s take longer than the wait for w1
+    bench.submit(b"r2", [7, 8, 9])
+    assert [(peer, command.req_id) for peer, command in bench.take()] == [(b"w1", b"r0"), (b"w2", b"r2")]
+    bench.core.check_integrity()
+    bench.report(b"w1", output(b"r0", 0, [1], "stop", num_cached_tokens=900), event_seq=1)
+    assert [(peer, command.req_id) for peer, command in bench.take()] == [(b"w1", b"r1")]
+
+
+def test_a_request_that_waits_for_a_worker_goes_elsewhere_when_that_one_is_lost() -> None:
+    bench = Bench()
+    for worker_id in ("w1", "w2"):
+        bench.join(worker_id, max_requests=1)
+    shared = list(range(900))
+    bench.report(b"w1", event_seq=1, stored=make_hashes(shared), load=Load(num_prefill_tokens=100, step_s=1.0))
+    bench.submit(b"r0", [*shared, 1])
+    bench.submit(b"r1", [*shared, 2])
+    bench.take()
+    bench.core.worker_lost("w1", "gone")
+    bench.core.check_integrity()
+    assert [(peer, command.req_id) for peer, command in bench.take()] == [(b"w2", b"r0")]
+
+
+def test_one_tenants_prompts_leave_room_on_a_worker_once_another_has_work() -> None:
+    bench = Bench()
+    peer = bench.join(
+        max_requests=64, max_context=10_000, num_blocks=10_000
+    )  # 5,000 tokens/s: the window is 16,000 tokens
+    for i in range(6):
+        bench.submit(b"a%d" % i, range(6_000 * i, 6_000 * i + 6_000), tenant="alpha", max_tokens=1)
+    assert len(bench.take()) == 6  # alone, it may have everything
+    bench.submit(b"b0", range(90_000, 90_030), tenant="beta")
+    bench.submit(b"a6", range(80_000, 86_000), tenant="alpha")
+    assert [command.req_id for _, command in bench.take()] == [b"b0"]
+    bench.report(peer, output(b"b0", 0, [1], "stop", num_cached_tokens=0))  # and now it is alone again
+    bench.pass_time(0.5)
+    assert [command.req_id for _, command in bench.take()] == [b"a6"]
+
+
+def test_a_flooding_tenants_requests_carry_its_lead() -> None:
+    bench = Bench()
+    bench.join(max_requests=64)
+    bench.submit(b"a0", range(100), tenant="alpha")
+    bench.submit(b"b0", range(1_000, 1_010), tenant="beta")
+    bench.submit(b"a1", range(2_000, 2_100), tenant="alpha")
+    bench.submit(b"a2", range(3_000, 3_100), tenant="alpha")
+    bench.submit(b"b1", range(4_000, 4_010), tenant="beta")
+    assert [command.lead for _, command in bench.take()] == [0.0, 0.0, 0.0, 90.0, 0.0]
 
 
 # ---- what is counted -------------------------------------------------------------------------------------------------

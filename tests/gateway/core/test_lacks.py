@@ -11,7 +11,7 @@ from kvasir.protocol.messages import Bye, ClearTenant, Load, Pin, Quota, Quotas,
 from kvasir.protocol.prefix import split_hashes
 from tests.core_helpers import BLOCK_SIZE, ROOT, Bench, make_hashes, make_submit, output
 
-EVERYTHING = ["public_zone", "owners", "pins", "retention", "resumed_penalties", "resumed_draws"]
+EVERYTHING = ["public_zone", "owners", "pins", "retention", "resumed_penalties", "resumed_draws", "order"]
 UPSTREAM: dict[str, Any] = {"engine": "vllm", "lacks": EVERYTHING}
 
 

@@ -1,14 +1,14 @@
-"""The queue: tenants take turns, a tenant's own requests keep their order, handed-back ones go first."""
+"""The queue: who was charged least is next, a tenant's own requests keep their order, idleness earns nothing."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvasir.gateway.core.request import Request
-from kvasir.gateway.core.tenant_queue import TenantQueue
+from kvasir.gateway.core.tenant_queue import LOOKS, TenantQueue
 from tests.core_helpers import make_submit
 
 
@@ -17,10 +17,15 @@ def make_request(req_id: bytes, tenant: str) -> Request:
     return Request(submit, submit.token_ids, submit.prefix_hashes, 0.0)
 
 
-def drain(queue: TenantQueue) -> list[bytes]:
+def serve(queue: TenantQueue, cost: float = 1.0, count: int = 1_000) -> list[bytes]:
+    """Take requests in turn, each charged `cost` and computed at once."""
     taken = []
-    while (request := queue.pop()) is not None:
+    for request in queue.turns():
+        queue.remove(request)
+        queue.charge(request.submit.tenant_id, cost)
         taken.append(request.submit.req_id)
+        if len(taken) == count:
+            break
     return taken
 
 
@@ -28,17 +33,66 @@ def test_a_flood_of_one_tenant_delays_another_by_one_request() -> None:
     queue = TenantQueue()
     for i in range(100):
         queue.push(make_request(b"a%d" % i, "alpha"))
+    assert serve(queue, count=20)[-1] == b"a19"
+    for i in range(2):
+        queue.push(make_request(b"b%d" % i, "beta"))
+    assert serve(queue, count=5) == [b"b0", b"a20", b"b1", b"a21", b"a22"]
+
+
+def test_turns_go_by_what_was_charged_and_not_by_the_number_of_requests() -> None:
+    queue = TenantQueue()
+    for i in range(9):
+        queue.push(make_request(b"a%d" % i, "alpha"))
+        queue.push(make_request(b"b%d" % i, "beta"))
+    taken: Counter[str] = Counter()
+    for request in queue.turns():
+        queue.remove(request)
+        queue.charge(request.submit.tenant_id, 30.0 if request.submit.tenant_id == "alpha" else 10.0)
+        taken[request.submit.tenant_id] += 1
+        if taken.total() == 8:
+            break
+    assert taken == {"alpha": 2, "beta": 6}
+
+
+def test_what_waits_for_its_worker_lets_a_few_behind_it_pass() -> None:
+    queue = TenantQueue()
+    for i in range(10):
+        queue.push(make_request(b"a%d" % i, "alpha"))
     queue.push(make_request(b"b0", "beta"))
-    assert drain(queue)[:3] == [b"a0", b"b0", b"a1"]
+    assert [request.submit.req_id for request in queue.turns()] == [b"b0", *(b"a%d" % i for i in range(LOOKS))]
 
 
-def test_handed_back_requests_come_first_of_their_tenant_and_before_new_tenants() -> None:
+def test_a_tenant_that_was_idle_has_saved_nothing() -> None:
+    queue = TenantQueue()
+    queue.push(make_request(b"a0", "alpha"))
+    queue.computing("alpha")
+    serve(queue, 1_000.0)
+    queue.push(make_request(b"b0", "beta"))  # alpha is still being computed
+    assert (queue.lead("alpha"), queue.lead("beta")) == (0.0, 0.0)
+    queue.charge("alpha", 50.0)
+    assert (queue.lead("alpha"), queue.is_alone("alpha")) == (50.0, False)
+    serve(queue)
+    queue.computed("alpha")
+    queue.push(make_request(b"c0", "gamma"))  # nobody is active: as much as whoever was charged most
+    queue.push(make_request(b"a1", "alpha"))
+    assert (queue.lead("alpha"), queue.lead("gamma"), queue.is_alone("gamma")) == (0.0, 0.0, False)
+
+
+def test_an_idle_tenant_keeps_what_it_was_charged_more() -> None:
+    queue = TenantQueue()
+    for tenant in ("alpha", "beta"):
+        queue.push(make_request(tenant.encode(), tenant))
+    queue.charge("alpha", 500.0)
+    queue.remove(next(iter([request for request in queue if request.submit.tenant_id == "alpha"])))
+    queue.push(make_request(b"again", "alpha"))
+    assert queue.lead("alpha") == 500.0
+
+
+def test_handed_back_requests_come_first_of_their_tenant() -> None:
     queue = TenantQueue()
     queue.push(make_request(b"a1", "alpha"))
-    queue.push(make_request(b"b1", "beta"))
     queue.push_front(make_request(b"a0", "alpha"))
-    queue.push_front(make_request(b"c0", "gamma"))
-    assert drain(queue) == [b"c0", b"a0", b"b1", b"a1"]
+    assert serve(queue) == [b"a0", b"a1"]
 
 
 def test_iterating_and_counting_show_what_waits() -> None:
@@ -48,44 +102,61 @@ def test_iterating_and_counting_show_what_waits() -> None:
         queue.push(request)
     assert set(queue) == set(requests)
     assert (len(queue), requests[0] in queue) == (3, True)
+    queue.hold(requests[1], "w1")
+    queue.hold(requests[2], "w1")
+    queue.hold(requests[2], "w2")
+    assert (queue.num_held("w1"), queue.num_held("w2")) == (1, 1)
     queue.remove(requests[1])
-    assert drain(queue) == [b"a0", b"a1"]
-    assert queue.pop() is None
+    assert (requests[1].held_for, queue.num_held("w1")) == ("", 0)
+    assert serve(queue) == [b"a0", b"a1"]
+    assert list(queue.turns()) == []
+
+
+STEPS = st.tuples(st.sampled_from(["push", "front", "take", "remove", "compute", "hold"]), st.integers(0, 3))
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["push", "front", "pop", "remove"]), st.integers(0, 3)), max_size=60))
-def test_the_queue_equals_a_list_of_turns(steps: list[tuple[str, int]]) -> None:
-    """The oracle: a plain list of (tenant, its requests), rotated by hand."""
+@given(st.lists(STEPS, max_size=80))
+def test_the_turn_is_always_that_of_the_least_charged_and_no_lead_is_negative(steps: list[tuple[str, int]]) -> None:
+    """The oracle: plain lists of requests and one number per tenant."""
     queue = TenantQueue()
-    turns: list[tuple[str, deque[Request]]] = []
+    waiting: dict[str, list[Request]] = {}
+    computing: Counter[str] = Counter()
+    charged: dict[str, float] = {}
     for number, (what, choice) in enumerate(steps):
         tenant = f"t{choice}"
-        own = next((requests for name, requests in turns if name == tenant), None)
-        request = make_request(b"%d" % number, tenant)
-        if what == "push":
-            queue.push(request)
-            if own is None:
-                turns.append((tenant, deque([request])))
-            else:
-                own.append(request)
-        elif what == "front":
-            queue.push_front(request)
-            if own is None:
-                turns.insert(0, (tenant, deque([request])))
-            else:
-                own.appendleft(request)
-        elif what == "pop":
-            taken = queue.pop()
-            if not turns:
-                assert taken is None
-            else:
-                name, requests = turns.pop(0)
-                assert taken is requests.popleft()
-                if requests:
-                    turns.append((name, requests))
-        elif own is not None:
-            queue.remove(own.pop())
-            turns = [(name, requests) for name, requests in turns if requests]
+        active = {name for name, requests in waiting.items() if requests} | {
+            n for n, count in computing.items() if count
+        }
+        if what in ("push", "front"):
+            if tenant not in active:
+                floors = [charged[other] for other in active] or [max(charged.values(), default=0.0)]
+                charged[tenant] = max(charged.get(tenant, 0.0), min(floors))
+            request = make_request(b"%d" % number, tenant)
+            own = waiting.setdefault(tenant, [])
+            (queue.push if what == "push" else queue.push_front)(request)
+            own.insert(len(own) if what == "push" else 0, request)
+        elif what == "take":
+            request = next(queue.turns(), None)
+            assert (request is None) == (not any(waiting.values()))
+            if request is not None:
+                owner = request.submit.tenant_id
+                assert charged[owner] == min(charged[name] for name, requests in waiting.items() if requests)
+                assert waiting[owner].pop(0) is request
+                queue.remove(request)
+                queue.computing(owner)
+                queue.charge(owner, 1.0 + choice)
+                computing[owner] += 1
+                charged[owner] += 1.0 + choice
+        elif what == "remove" and waiting.get(tenant):
+            queue.remove(waiting[tenant].pop())
+        elif what == "compute" and computing[tenant]:
+            queue.computed(tenant)
+            computing[tenant] -= 1
+        elif what == "hold" and waiting.get(tenant):
+            queue.hold(waiting[tenant][0], f"w{number % 3}")
         queue.check_integrity()
-        assert len(queue) == sum(len(requests) for _, requests in turns)
+        for name in charged:
+            if waiting.get(name) or computing[name]:
+                assert queue.lead(name) >= 0.0
+        assert len(queue) == sum(map(len, waiting.values()))

@@ -29,7 +29,7 @@ def make_candidate(worker_id: str = "w1", cached: int = 0, *, pending: tuple[int
     ("candidates", "expected"),
     [
         ([make_candidate("w1"), make_candidate("w2", 900)], "w2"),
-        # 900 tokens more to compute cost 1.8 s (c = 2); the queue costs 0.1 s, and 0.1 s for the one overtaken
+        # 900 tokens more to compute cost 2.7 s (c = 3); the queue costs 0.1 s, and 0.1 s for the one overtaken
         ([make_candidate("w1"), make_candidate("w2", 900, pending=(50, 50, 2_900))], "w2"),
         ([make_candidate("w1"), make_candidate("w2", 900, pending=(90,) * 40)], "w1"),
         ([make_candidate("w1", num_running=3), make_candidate("w2", num_running=2)], "w2"),
@@ -64,10 +64,10 @@ def test_the_terms_of_every_candidate_are_kept_and_add_up() -> None:
     decision = choose(1_000, candidates, 0.0, CONFIG)
     one, two = decision.terms
     assert (one.wait_s, one.miss_s, one.num_behind) == pytest.approx((0.1, 0.4, 1))
-    assert one.cost_s == pytest.approx(0.1 + (2 + 1) * 0.4)
-    assert two.cost_s == pytest.approx(2 * 1.0)  # no heat: w1 holds more than half
+    assert one.cost_s == pytest.approx(0.1 + (3 + 1) * 0.4)
+    assert two.cost_s == pytest.approx(3 * 1.0)  # no heat: w1 holds more than half
     cold = choose(1_000, candidates[1:], 0.0, CONFIG).chosen
-    assert cold.cost_s == pytest.approx(2 * 1.0 + 0.3 * 9.0)
+    assert cold.cost_s == pytest.approx(3 * 1.0 + 0.3 * 9.0)
 
 
 def test_a_request_waits_for_the_one_that_computes_its_prefix() -> None:
@@ -79,6 +79,28 @@ def test_a_request_waits_for_the_one_that_computes_its_prefix() -> None:
     candidate = Candidate("w1", 900, 0, RATE, 0.0, 512, 1, 0.0, backlog, leader)
     # It would be computed first, having 100 tokens, but not before the leader's 900.
     assert choose(1_000, [candidate], 0.0, CONFIG).chosen.wait_s == pytest.approx(0.9 + 0.256)
+
+
+def test_a_worker_that_computes_in_order_makes_every_request_wait_for_all_before_it() -> None:
+    candidate = make_candidate(pending=(800, 100), is_fifo=True)
+    chosen = choose(50, [candidate], 1.0, CONFIG).chosen
+    assert (chosen.wait_s, chosen.num_behind) == (pytest.approx(0.9), 0)
+    decision = choose(50, [candidate], 2.0, CONFIG)
+    assert decision.key == 2.0  # the place in its order is when it was sent
+
+
+def test_a_tenants_lead_counts_like_time_not_waited() -> None:
+    candidate = make_candidate(pending=(1_000,))
+    ahead = choose(500, [candidate], 0.0, CONFIG, lead=0.0).chosen
+    behind = choose(500, [candidate], 0.0, CONFIG, lead=3_000.0).chosen
+    assert (ahead.num_behind, behind.num_behind) == (1, 0)  # 0.5 s of difference is 2.5 s of lead
+    assert choose(500, [candidate], 3.0, CONFIG).key == choose(500, [candidate], 0.0, CONFIG, lead=3_000.0).key
+
+
+def test_without_a_credit_the_wait_for_one_counts() -> None:
+    full, other = make_candidate("w1", 900, slot_wait_s=5.0), make_candidate("w2")
+    decision = choose(1_000, [full, other], 0.0, CONFIG)
+    assert (decision.worker_id, decision.terms[0].wait_s) == ("w2", 5.0)
 
 
 def test_waiting_makes_a_long_prompt_go_before_later_short_ones() -> None:
@@ -183,23 +205,16 @@ def test_requests_stay_with_their_prefix_at_light_load_and_spill_when_it_is_over
     assert 3 <= peers.count(b"w0") <= 20
 
 
-def test_workers_without_credit_of_other_models_or_draining_are_no_candidates() -> None:
+def test_workers_of_other_models_or_draining_are_no_candidates() -> None:
     bench = Bench()
     tokens = list(range(400))
-    for worker_id, extra in (
-        ("full", {"max_requests": 1}),
-        ("other", {"model": "other"}),
-        ("leaving", {}),
-        ("free", {}),
-    ):
+    for worker_id, extra in (("other", {"model": "other"}), ("leaving", {}), ("free", {})):
         bench.join(worker_id, **extra)
-        if worker_id == "full":
-            bench.submit(b"r0", [1, 2, 3])
         if worker_id != "free":
             bench.report(worker_id.encode(), event_seq=1, stored=make_hashes(tokens))
     bench.submit(b"r1", tokens)
     bench.report(b"leaving", output(b"r1", 0, [], "abort"), event_seq=1)  # hands it back: it is about to leave
-    assert [peer for peer, _ in bench.take()] == [b"full", b"leaving", b"free"]
+    assert [peer for peer, _ in bench.take()] == [b"leaving", b"free"]
     *_, decision = bench.core.explain(b"r1") or []
     assert [terms.worker_id for terms in decision.terms] == ["free"]
 
