@@ -1,0 +1,1 @@
+"""What `scripts/fleet_check.py` is made of: environments and servers of others, a gateway, loads, figures."""
