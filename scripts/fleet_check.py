@@ -2,7 +2,8 @@
 
     python scripts/fleet_check.py --env DIR                          the checks; exits with 1 if one does not hold
     python scripts/fleet_check.py --env DIR --compare --trace FILE   a trace through Kvasir and other routers
-    python scripts/fleet_check.py --standin                          the checks over two stand-ins, in half a minute
+    python scripts/fleet_check.py --standin                          the checks over two stand-ins, in half a minute;
+                                                                     --compare too, but for what asks for a tokenizer
 
 `--env DIR`: where the environments are made on the first run, which takes minutes: vLLM's CPU build in DIR/vllm, the
 routers in DIR/routers. Each server takes about 3 GB and a core. One server has blocks of 32 tokens and one the default,
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -111,7 +113,7 @@ def compare(given: argparse.Namespace, logs: Path) -> list[dict[str, Any]]:
     with running(servers):
         ways = legs(programs, servers, given.port + 50, logs)
         for number in range(given.rounds):
-            names = [name for name in ways if given.only is None or given.only in name]
+            names = [name for name in ways if given.only in name and not (given.standin and "kv_aware" in name)]
             for name in names if number % 2 == 0 else reversed(names):
                 results.append(run_leg(name, ways[name], load, servers, given.in_flight))
                 print_legs(results[-1:], with_head=len(results) == 1)
@@ -174,7 +176,9 @@ def main() -> int:
     parser.add_argument("--standin", action="store_true", help="stand-ins in the place of vLLM")
     parser.add_argument("--compare", action="store_true", help="the same load through other routers too")
     parser.add_argument("--trace", type=Path, help="with --compare: JSON lines of in_len, out_len, hash_ids")
-    parser.add_argument("--only", metavar="TEXT", help="with --compare: only routers with this in their name")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="with --compare: only routers with this in their name"
+    )
     parser.add_argument("--requests", type=int, default=400, help="with --compare: of the trace (default 400)")
     parser.add_argument("--tokens-per-block", type=int, default=32, help="of a block of the trace (default 32)")
     parser.add_argument("--one-of", type=int, default=1, help="take one in so many conversations (default 1: all)")
@@ -191,8 +195,9 @@ def main() -> int:
     given = parser.parse_args()
     if given.env is None and not given.standin:
         parser.error("give --env DIR, a folder for vLLM's environment, or --standin")
-    if given.compare and (given.trace is None or given.standin):
-        parser.error("--compare takes --env and --trace, and real servers")
+    if given.compare and (given.trace is None or given.env is None):
+        parser.error("--compare takes --trace FILE, and --env DIR for the other routers")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
     with tempfile.TemporaryDirectory(prefix="fleet") as scratch:
         logs = given.logs or Path(scratch)
         logs.mkdir(parents=True, exist_ok=True)

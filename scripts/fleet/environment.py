@@ -195,7 +195,8 @@ def standin_server(settings: ServerSettings, log: Path) -> Server:
     command = [sys.executable, str(ROOT / "scripts" / "vllm_standin.py"), "--port", str(settings.port), "--dev"]
     command += ["--root", str(MODEL), "--block-size", str(settings.block_size or 128), "--eos-per-mille", "5"]
     command += ["--num-blocks", str(settings.num_blocks), "--max-model-len", str(settings.max_model_len)]
-    command += ["--kv-events", settings.events, "--kv-events-replay", settings.replay, "--step-ms", "3"]
+    command += ["--kv-events", settings.events, "--kv-events-replay", settings.replay]
+    command += ["--step-ms", "3", "--prefill-tokens-per-s", "4000"]
     return Server(settings, command, {}, log)
 
 

@@ -59,7 +59,8 @@ class Leg:
 
 
 def read_load(path: Path, num_requests: int, tokens_per_block: int, one_of: int) -> list[LoadRequest]:
-    """Return the first requests of a trace, of every `one_of`-th conversation, each cut to what the model can take.
+    """Return the first `num_requests` of a trace (all, if it has fewer) of one in `one_of` conversations, each cut to
+    what the model can take.
 
     Thinned by conversation, so that who comes back still does.
     """
@@ -80,16 +81,17 @@ def read_load(path: Path, num_requests: int, tokens_per_block: int, one_of: int)
             max_tokens = min(MAX_ANSWER_TOKENS, 1 + row["out_len"] // 16)
             load.append(LoadRequest("".join(texts[block_id] for block_id in kept), max_tokens))
             if len(load) == num_requests:
-                return load
-    raise ValueError(
-        f"{path} has {len(load)} such requests, not {num_requests}; ask for fewer, or for more conversations"
-    )
+                break
+    if not load:
+        raise ValueError(f"{path} has no such request; take more of its conversations")
+    return load
 
 
 def _words(tokenizer: Tokenizer) -> list[str]:
     """Words with the space before them that are one token each, in whatever company."""
-    found = [text.replace("Ġ", " ") for text in tokenizer.get_vocab() if text.startswith("Ġ") and text[1:].isalpha()]
-    words = sorted(word for word in found if word.isascii() and len(tokenizer.encode(word * 3).ids) == 3)
+    found = [text[1:] for text in tokenizer.get_vocab() if text.startswith("Ġ")]
+    plain = [f" {text}" for text in found if text.isascii() and text.isalpha()]
+    words = sorted(word for word in plain if len(tokenizer.encode(word * 3).ids) == 3)
     assert len(words) >= 256
     return words
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 from scripts.standin.engine import EngineOptions, Sampling
 
@@ -77,13 +78,15 @@ def read_generate(body: dict[str, Any], model: str, options: EngineOptions) -> C
 
 
 def read_completion(body: dict[str, Any], model: str, options: EngineOptions) -> Call:
-    """Check a body of `/v1/completions`, whose prompt must be token ids here: the stand-in has no tokenizer.
+    """Check a body of `/v1/completions`. A prompt that is text has one token per word: there is no tokenizer here.
 
     Raises:
-        WireError: what vLLM would answer; 400 for a prompt that is text.
+        WireError: what vLLM would answer.
     """
     _check_model(body, model)
     token_ids = body.get("prompt")
+    if isinstance(token_ids, str):
+        token_ids = [crc32(word.encode()) % options.vocab_size for word in token_ids.split()]
     if not isinstance(token_ids, list) or not token_ids or not all(isinstance(each, int) for each in token_ids):
         raise _invalid("body.prompt", "list_type")
     if len(token_ids) >= options.max_model_len:
