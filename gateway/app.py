@@ -31,6 +31,7 @@ from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.core import Core, CoreConfig
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.edges.cors import Cors
+from kvasir.gateway.edges.grammar_check import GrammarCheck, GrammarModel
 from kvasir.gateway.edges.http_api import HttpApi
 from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.edges.published import Published
@@ -105,7 +106,14 @@ async def serve(config: GatewayConfig) -> None:
         published = Published(core, directory, texts, store.secret, config.block_size)
         published.warm()
         core.set_pins(published.pins)
-        preparer = Preparer(core, published, texts, store.secret, config.block_size)
+        grammars = GrammarCheck(
+            {
+                model.name: GrammarModel(model.path, text.vocab_size, text.eos_token_ids)
+                for model in config.models
+                if (text := texts[model.name]) is not None
+            }
+        )
+        preparer = Preparer(core, published, texts, store.secret, config.block_size, grammars=grammars)
         client_link = open_router(context, config.client_endpoints, LinkProfile(max_frame_bytes=MAX_CLIENT_FRAME_BYTES))
         stack.callback(client_link.close, linger_ms=LAST_WORDS_MS)  # runs before the context ends, and is waited for
         access_log = AccessLog()
@@ -145,6 +153,7 @@ async def serve(config: GatewayConfig) -> None:
                 middle.start_soon(end_expired, directory, views)
                 async with trio.open_nursery() as edges:
                     await edges.start(admin.run)
+                    edges.start_soon(grammars.run)
                     await edges.start(edge.run)
                     if listeners:
                         await edges.start(server.run, listeners)

@@ -19,6 +19,7 @@ from kvasir.protocol.errors import ErrorInfo
 from kvasir.protocol.messages import (
     MAX_TOKENS,
     CacheHint,
+    Grammar,
     Name,
     PackedTokens,
     RetentionHint,
@@ -103,7 +104,8 @@ class CompletionRequest(ClientMessage, tag="request"):
     the gateway does no detokenisation at all (and `stop` strings are refused). `include_stop`: what stopped the answer
     is part of its text; `skip_special_tokens`: special tokens are not. `truncate_prompt_tokens`: keep so many tokens of
     the prompt's end, -1 as many as fit. `cache_hint` (None: the tenant's default) and `retention` say what to keep of
-    it in the KV cache; with a `cache_salt` it shares the tenant's cache only with requests of the same salt.
+    it in the KV cache; with a `cache_salt` it shares the tenant's cache only with requests of the same salt. The answer
+    matches `grammar`, its content if the model reasons before.
     """
 
     id: CallId
@@ -127,6 +129,7 @@ class CompletionRequest(ClientMessage, tag="request"):
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     cache_salt: Annotated[str, Meta(max_length=256)] = ""
+    grammar: Grammar | None = None
 
 
 class CancelRequest(ClientMessage, tag="cancel"):

@@ -33,6 +33,7 @@ FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
 MAX_ALLOWED_IDS = 8192
 MAX_BAD_WORDS = 128
+MAX_GRAMMAR_CHARS = 65_536
 
 
 class ReasoningBudget(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -40,8 +41,16 @@ class ReasoningBudget(Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     `start`; None: with the answer."""
 
     end: TokenId
-    max_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = MAX_TOKENS
     start: TokenId | None = None
+
+
+class Grammar(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What an answer has to match. `text`: a JSON schema, a regular expression, a JSON list of texts, or a grammar in
+    Lark's notation."""
+
+    kind: Literal["json_schema", "regex", "choice", "lark"]
+    text: Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
 
 
 class Constraint(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -49,6 +58,8 @@ class Constraint(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     never the last token of one of `bad_words` where the tokens before it were just generated.
 
     Where all this together leaves nothing, `allowed_token_ids` alone count; where `reasoning` ends, nothing else does.
+    The answer matches `grammar` in any case: all of it, or what comes after the reasoning if `reasoning` says where
+    that ends. It is over with reason "stop" as soon as nothing more can follow.
     """
 
     min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
@@ -57,6 +68,7 @@ class Constraint(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
         list[Annotated[list[TokenId], Meta(min_length=1, max_length=1024)]], Meta(max_length=2 * MAX_BAD_WORDS)
     ] = []
     reasoning: ReasoningBudget | None = None
+    grammar: Grammar | None = None
 
 
 class _Drawing(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -126,6 +138,7 @@ Lack = Literal[
     "bad_words",
     "max_reasoning_tokens",
     "order",
+    "grammars",
 ]
 """What a worker that fronts another engine cannot do.
 
@@ -135,6 +148,7 @@ resumed_penalties: go on from prompt + delivered tokens where penalties look at 
 resumed_draws: go on with a sampled request and draw the tokens that the worker before would have drawn.
 logprobs, bad_words, max_reasoning_tokens: the request fields of that name.
 order: compute the shortest waiting prompt first; they are computed as they come.
+grammars: hold answers to a `Grammar`.
 """
 
 

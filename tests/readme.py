@@ -8,8 +8,8 @@ from pathlib import Path
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
-def curl_command() -> str:
-    """Return the curl command as printed."""
-    found = re.search(r"<!-- curl:.*?-->\n```sh\n(.*?)```", README.read_text(), re.DOTALL)
-    assert found, "the README has lost its curl command"
+def curl_command(mark: str = "curl") -> str:
+    """Return the curl command as printed after `mark`."""
+    found = re.search(rf"<!-- {mark}:.*?-->\n```sh\n(.*?)```", README.read_text(), re.DOTALL)
+    assert found, f"the README has lost its {mark} command"
     return found[1]

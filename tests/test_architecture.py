@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "worker/model": {"protocol", "cache", "worker/engine/step"},
     "worker/events": {"protocol", "cache", "worker/log"},
     "worker/upstream": {"protocol", "worker/log", "worker/dial"},
+    "worker/grammars": {"protocol"},
     "gateway": {"protocol", "kvasir"},  # kvasir: only the package itself, to find where it lies
     "gateway/http": {"protocol", "gateway/log"},
     "gateway/text": {"protocol"},
@@ -36,7 +37,16 @@ MAY_IMPORT = {
     "kvasir": {"protocol"},
     "kvasir/cli": {"protocol", "kvasir"},
 }
-TORCH_FREE = ("protocol", "cache", "gateway", "kvasir", "worker/engine", "worker/events", "worker/upstream")
+TORCH_FREE = (
+    "protocol",
+    "cache",
+    "gateway",
+    "kvasir",
+    "worker/engine",
+    "worker/events",
+    "worker/upstream",
+    "worker/grammars",
+)
 TORCH_FREE_BUT = {"cache/kv_store"}
 FORBIDDEN_EVERYWHERE = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 

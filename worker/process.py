@@ -54,6 +54,7 @@ from kvasir.worker.options import Options, parse_options
 from kvasir.worker.startup import build
 
 MAX_COMMANDS_PER_STEP = 256
+PREPARING_S = 0.001  # how often to see whether a grammar is compiled, while there is nothing else to do
 HELLO_RETRY_S = 2.0
 ACCOUNTS_EVERY_S = 1.0
 SILENCE_S = 10.0  # how often to complain that no gateway answers
@@ -166,6 +167,8 @@ class Worker:
             moments.append(self._hello_at)
         if self._drain_deadline is not None:
             moments.append(self._drain_deadline)
+        if self._engine.is_preparing:
+            moments.append(self._clock() + PREPARING_S)
         return max(0.0, min(moments) - self._clock())
 
     def _take(self, frame: bytes) -> None:
@@ -296,7 +299,7 @@ class Worker:
             self._engine.abort_all("handed back: the worker leaves")
             if self._engine.has_work:
                 self._send(self._engine.step())
-        if self._is_joined and self._engine.has_work:
+        if self._is_joined and (self._engine.has_work or self._engine.is_preparing):
             return
         if self._is_joined:
             self._send(Bye("drained"))

@@ -18,7 +18,7 @@ from kvasir.protocol.errors import ConfigurationError, ModelError
 from kvasir.protocol.messages import Hello, Limits
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.scheduler import EngineLimits
-from kvasir.worker.engine.step import OutOfMemory, Sampler, StepModel, StepStore
+from kvasir.worker.engine.step import Grammars, OutOfMemory, Sampler, StepModel, StepStore
 from kvasir.worker.log import log
 from kvasir.worker.model.oracle_model import PREFIX, OracleModel, OracleStore, parse_oracle
 from kvasir.worker.options import MemorySize, Options
@@ -43,6 +43,7 @@ class Loaded:
     fingerprint: str
     dtype: str
     device: str
+    grammars: Grammars | None = None
 
 
 def build(options: Options) -> tuple[Engine, Hello]:
@@ -64,6 +65,7 @@ def build(options: Options) -> tuple[Engine, Hello]:
         vocab_size=loaded.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
         check=options.check,
+        grammars=loaded.grammars,
     )
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
@@ -78,6 +80,7 @@ def build(options: Options) -> tuple[Engine, Hello]:
         device=loaded.device,
         pid=os.getpid(),
         bytes_per_block=loaded.bytes_per_block,
+        lacks=[] if loaded.grammars is not None else ["grammars"],
     )
     return engine, hello
 
@@ -248,7 +251,20 @@ def _load_torch(options: Options) -> Loaded:
         fingerprint=model_fingerprint(options.model),
         dtype=_name(dtype),
         device=device.type,
+        grammars=_load_grammars(Path(options.model), config.vocab_size, config.eos_token_ids),
     )
+
+
+def _load_grammars(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Grammars | None:
+    """Return what holds answers to grammars, None (and say why) where the model's tokenizer does not allow it."""
+    try:
+        from kvasir.protocol.grammars import load_tokenizer
+        from kvasir.worker.grammars.grammars import Grammars as Compiler
+
+        return Compiler(load_tokenizer(folder, vocab_size, eos_token_ids), eos_token_ids)
+    except (ImportError, ModelError) as error:
+        log("no_grammars", reason=str(error))
+        return None
 
 
 def _report_progress(done: int, total: int) -> None:

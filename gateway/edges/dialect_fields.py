@@ -51,7 +51,7 @@ DIALECT_FIELDS: tuple[Row, ...] = (
         (*_EMPTY, ["reasoning.encrypted_content"]),
     ),
     Row("truncation", _RESPONSES, "refused", "a prompt that is too long is refused", (*_EMPTY, "disabled")),
-    Row("text", _RESPONSES, "refused", "only text is generated", (*_EMPTY, {"format": {"type": "text"}})),
+    Row("text", _RESPONSES, "honoured", "its `format`, see below"),
     Row("top_logprobs", _RESPONSES, "refused", "items have no log probabilities here"),
     Row(
         "context_management", _BOTH, "refused", "the context is what is sent", (*_EMPTY, {"edits": []}, _KEEP_THINKING)

@@ -41,6 +41,7 @@ from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import (
     BY_CODE,
     AuthenticationFailed,
+    BadRequest,
     ErrorInfo,
     KvasirError,
     MethodNotAllowed,
@@ -253,6 +254,11 @@ class HttpApi:
                 response = await self._stream(answers, waiter, writer, call)
             else:
                 response = await self._whole(answers, waiter, writer, call)
+        except BadRequest as error:
+            _end_all(answers)
+            if error.param == "grammar":
+                error.param = asked.grammar_field
+            raise
         except BaseException:
             _end_all(answers)
             raise

@@ -54,6 +54,13 @@ class Body(CommonBody, kw_only=True):
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = None
     echo: bool | None = None
+    response_format: Raw = Raw()
+    structured_outputs: Raw = Raw()
+    guided_json: Raw = Raw()
+    guided_regex: Raw = Raw()
+    guided_choice: Raw = Raw()
+    guided_grammar: Raw = Raw()
+    guided_json_object: bool | None = None
 
 
 class ChatBody(Body, kw_only=True):

@@ -15,6 +15,7 @@ from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.edges.cache_intent import hint_of
 from kvasir.gateway.edges.chat_turns import NamedTool, Turn, message_of
+from kvasir.gateway.edges.grammar_fields import read_grammar
 from kvasir.gateway.edges.openai_bodies import MAX_TURNS, Body, ChatBody, CompletionBody, StreamOptions
 from kvasir.gateway.edges.openai_fields import MAX_VALUE_BYTES, FieldCheck
 from kvasir.protocol.client_messages import ChatOptions, CompletionRequest
@@ -40,6 +41,7 @@ class Asked(Struct, frozen=True):
     wants_token_ids: bool = False
     shown: dict[str, Any] = {}
     may_close: bool = False
+    grammar_field: str = ""  # that asks for structured output
 
 
 def read_chat(raw: bytes) -> Asked:
@@ -220,6 +222,7 @@ def _asked(
     if stop and (len(stop) > 16 or not all(0 < len(each) <= 256 for each in stop)):
         raise BadRequest("stop takes up to 16 strings of 1 to 256 characters", param="stop")
     stop_token_ids = body.stop_token_ids or []
+    structured = read_grammar(body)
     if len(stop_token_ids) > 256:
         raise BadRequest("stop_token_ids takes up to 256 ids", param="stop_token_ids")
     requests = [
@@ -240,6 +243,7 @@ def _asked(
             skip_special_tokens=body.skip_special_tokens is not False,
             truncate_prompt_tokens=body.truncate_prompt_tokens,
             cache_salt=body.cache_salt or "",
+            grammar=None if structured is None else structured.grammar,
             **prompts[number // num_choices],
         )
         for number in range(len(prompts) * num_choices)
@@ -253,6 +257,7 @@ def _asked(
         bool(body.echo),
         bool(body.return_token_ids),
         may_close=body.cache_hint is None and hint != "one_shot",
+        grammar_field="" if structured is None else structured.field,
     )
 
 

@@ -16,6 +16,7 @@ import msgspec
 import trio
 
 from kvasir.gateway.core.api import CoreApi, ModelInfo, Sink, Submit
+from kvasir.gateway.edges.grammar_check import GrammarCheck
 from kvasir.gateway.edges.published import Published
 from kvasir.gateway.tenants.directory import Caller, Tenant
 from kvasir.gateway.text.answer_parser import AnswerParser
@@ -24,7 +25,7 @@ from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText
 from kvasir.gateway.text.word_cache import Words
 from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
-from kvasir.protocol.messages import MAX_TOKEN_ID, Constraint, Sampling, SamplingOptions
+from kvasir.protocol.messages import MAX_TOKEN_ID, Constraint, Grammar, Sampling, SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens, unpack_tokens, view_tokens
 
@@ -49,8 +50,10 @@ class Preparer:
         secret: bytes,
         block_size: int,
         clock: Callable[[], float] = trio.current_time,
+        grammars: GrammarCheck | None = None,
     ) -> None:
         self._core = core
+        self._grammars = GrammarCheck({}) if grammars is None else grammars
         self._published = published
         self._texts = texts
         self.block_size = block_size
@@ -65,7 +68,7 @@ class Preparer:
     def prepare_nowait(self, request: CompletionRequest, caller: Caller, sink: Sink) -> Submit | None:
         """Return `request` of `caller` as a checked `Submit` with a fresh id, whose events will go to `sink`.
 
-        None if its text is too long to tokenise it in the loop: `prepare` it then.
+        None if that takes long, its text to be tokenised or its grammar to be checked: `prepare` it then.
 
         Raises:
             UnknownModel, PermissionDenied, BadRequest, PromptTooLong: the request is wrong; `param` names the field.
@@ -75,13 +78,13 @@ class Preparer:
         info = self._find_model(request.model, tenant)
         if (request.text, request.messages, request.token_ids).count(None) != 2:
             raise BadRequest("give exactly one of text, messages and token_ids", param="prompt")
-        if _num_chars(request) > QUICK_CHARS:
+        if _num_chars(request) > QUICK_CHARS or not self._is_grammar_known(request, tenant, info):
             return None
         return self._submit(request, caller, sink, info, self._encode(info, request, tenant))
 
     async def prepare(self, request: CompletionRequest, caller: Caller, sink: Sink) -> Submit:
-        """As `prepare_nowait`, tokenising a long text in a thread. A checkpoint only then. Cancelled, it returns at
-        once; the thread ends by itself, unheard."""
+        """As `prepare_nowait`, tokenising a long text in a thread and waiting for the verdict on a new grammar. A
+        checkpoint only then. Cancelled, it returns at once; the thread ends by itself, unheard."""
         submit = self.prepare_nowait(request, caller, sink)
         if submit is not None:
             return submit
@@ -95,6 +98,8 @@ class Preparer:
             UnknownModel, PermissionDenied, BadRequest, PromptTooLong, Unavailable: as `prepare_nowait`.
         """
         info = self._find_model(request.model, tenant)
+        if request.grammar is not None:
+            await self._grammars.verdict(tenant.id, info.name, request.grammar)
         if _num_chars(request) <= QUICK_CHARS:
             return info, self._encode(info, request, tenant)
         return info, await trio.to_thread.run_sync(
@@ -114,6 +119,30 @@ class Preparer:
             raise BadRequest(f"model {info.name!r} has no tokenizer here", param="model")
         self._check_ids(info.name, token_ids, "tokens")
         return text.decode_all(token_ids)
+
+    def _is_grammar_known(self, request: CompletionRequest, tenant: Tenant, info: ModelInfo) -> bool:
+        """Return whether the grammar, if there is one, is known to be good.
+
+        Raises:
+            BadRequest: it is known to be bad, or this model or request takes none.
+        """
+        if request.grammar is None:
+            return True
+        if "grammars" in info.lacks:
+            raise BadRequest(
+                f"answers of model {info.name!r}, which {info.engine} computes, cannot be held to a grammar; "
+                "leave response_format and structured_outputs out",
+                param="grammar",
+            )
+        if request.chat is not None and request.chat.tools and request.chat.tool_choice != "none":
+            raise BadRequest(
+                "an answer cannot be held to a grammar while it may call tools; leave tools out, or say "
+                'tool_choice: "none"',
+                param="tools",
+            )
+        if request.ignore_eos:
+            raise BadRequest("with a grammar the answer ends where that does; leave ignore_eos out", param="ignore_eos")
+        return self._grammars.verdict_nowait(tenant.id, info.name, request.grammar)
 
     def parser(self, request: CompletionRequest, submit: Submit) -> AnswerParser | None:
         """Return what finds the parts of the answer to a conversation, None if it is all content."""
@@ -206,10 +235,11 @@ class Preparer:
         max_tokens = _check_max_tokens(request, info, num_tokens)
         self._check_sampling(request, info, max_tokens)
         text = self._texts.get(info.name)
-        sampling = self._sampling(request.sampling, info.name)
+        sampling = self._sampling(request, info.name)
         chat = request.chat if "max_reasoning_tokens" not in info.lacks else None
-        if text is not None and chat is not None and chat.max_reasoning_tokens is not None:
-            budget = text.reasoning_budget(request.messages or (), chat, _tail(packed))
+        is_bounded = chat is not None and chat.max_reasoning_tokens is not None
+        if text is not None and request.messages is not None and (is_bounded or request.grammar is not None):
+            budget = text.reasoning_budget(request.messages, chat, _tail(packed))
             if budget is not None:
                 constraint = msgspec.structs.replace(sampling.constraint or Constraint(), reasoning=budget)
                 sampling = msgspec.structs.replace(sampling, constraint=constraint)
@@ -289,20 +319,20 @@ class Preparer:
         if request.deadline_s is not None and not 0 < request.deadline_s < inf:
             raise BadRequest("deadline_s must be a positive number of seconds", param="deadline_s")
 
-    def _sampling(self, options: SamplingOptions, model: str) -> Sampling:
-        """Return how to draw: what `options` leave out is the model's default, else that of `Sampling`."""
-        text = self._texts.get(model)
+    def _sampling(self, request: CompletionRequest, model: str) -> Sampling:
+        """Return how to draw: what the options leave out is the model's default, else that of `Sampling`."""
+        text, options = self._texts.get(model), request.sampling
         fields = {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
-        if options.min_tokens or options.allowed_token_ids or options.bad_words:
-            fields["constraint"] = _constraint(options, text)
+        if options.min_tokens or options.allowed_token_ids or options.bad_words or request.grammar is not None:
+            fields["constraint"] = _constraint(options, text, request.grammar)
         return Sampling(**fields if text is None else {**text.sampling, **fields})
 
 
-def _constraint(options: SamplingOptions, text: ModelText | None) -> Constraint:
+def _constraint(options: SamplingOptions, text: ModelText | None, grammar: Grammar | None) -> Constraint:
     if options.bad_words and text is None:
         raise BadRequest("bad_words need a model with a tokenizer", param="bad_words")
     words = [] if text is None else [ids for word in options.bad_words for ids in text.word_forms(word)]
-    return Constraint(options.min_tokens, options.allowed_token_ids, words)
+    return Constraint(options.min_tokens, options.allowed_token_ids, words, grammar=grammar)
 
 
 def _tail(packed: bytes) -> list[int]:

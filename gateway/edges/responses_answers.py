@@ -134,11 +134,11 @@ class ResponsesWriter(Writer):
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "model": self.submits[0].model,
             "output": list(self._items),
+            "text": {"format": {"type": "text"}},
             **self.asked.shown,
             "metadata": {},
             "previous_response_id": None,
             "store": False,
-            "text": {"format": {"type": "text"}},
             "truncation": "disabled",
             "usage": None if end is None else self._usage(end),
         }

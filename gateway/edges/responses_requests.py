@@ -11,6 +11,7 @@ from msgspec import Meta, Raw, Struct
 from kvasir.gateway.edges.cache_intent import PromptCacheOptions, Retention, hint_of
 from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn
 from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
+from kvasir.gateway.edges.grammar_fields import read_text_options
 from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody, CommonBody
 from kvasir.gateway.edges.openai_fields import FieldCheck
 from kvasir.gateway.edges.openai_requests import Asked, asked_of_chat, decode_body
@@ -60,6 +61,7 @@ class ResponsesBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
     enable_thinking: bool | None = None
     prompt_cache_options: PromptCacheOptions | None = None
     prompt_cache_retention: Retention | None = None
+    text: Raw = Raw()
 
 
 def read_responses(raw: bytes) -> Asked:
@@ -86,7 +88,7 @@ def read_responses(raw: bytes) -> Asked:
         enable_thinking=body.enable_thinking,
         **{name: getattr(body, name) for name in CommonBody.__struct_fields__},
     )
-    shown = {
+    shown: dict[str, Any] = {
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "parallel_tool_calls": body.parallel_tool_calls is not False,
@@ -98,7 +100,13 @@ def read_responses(raw: bytes) -> Asked:
         "tools": [{"type": "function", "strict": False, **tool} for tool in tools],
     }
     hint = hint_of(body.prompt_cache_options, body.prompt_cache_retention, has_breakpoint=_has_breakpoint(body.input))
-    return msgspec.structs.replace(asked_of_chat(chat, hint, is_lenient=True), shown=shown)
+    asked = asked_of_chat(chat, hint, is_lenient=True)
+    structured = read_text_options(body.text)
+    if structured is not None:
+        shown["text"] = msgspec.json.decode(body.text)
+        requests = [msgspec.structs.replace(request, grammar=structured.grammar) for request in asked.requests]
+        asked = msgspec.structs.replace(asked, requests=requests, grammar_field=structured.field)
+    return msgspec.structs.replace(asked, shown=shown)
 
 
 def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:

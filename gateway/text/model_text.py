@@ -30,7 +30,7 @@ from kvasir.gateway.text.tool_schemas import read_tools, schemas_of
 from kvasir.gateway.text.word_cache import Words, make_word_cache
 from kvasir.protocol.client_messages import ChatMessage, ChatOptions
 from kvasir.protocol.errors import BadRequest, ModelError
-from kvasir.protocol.messages import ReasoningBudget
+from kvasir.protocol.messages import MAX_TOKENS, ReasoningBudget
 
 QUICK_CHARS = 8_192  # longer texts belong into a thread: the library takes about 3 ms for so many
 
@@ -203,25 +203,26 @@ class ModelText:
         return closing + self.answers.tools.opening(options.tool_name)
 
     def reasoning_budget(
-        self, messages: Sequence[ChatMessage], options: ChatOptions, prompt_ids: Sequence[int]
+        self, messages: Sequence[ChatMessage], options: ChatOptions | None, prompt_ids: Sequence[int]
     ) -> ReasoningBudget | None:
-        """Return what ends the reasoning of an answer after `options.max_reasoning_tokens`; arguments as for `parser`.
-        None for a model that does not reason, if the options are lenient.
+        """Return where the reasoning of an answer begins and ends, and after how many tokens it is ended at the latest;
+        None: nothing is told apart, or not bounded where the options are lenient. Arguments as for `parser`.
 
         Raises:
-            BadRequest: the model does not reason, or not between two tokens.
+            BadRequest: `options` bound the reasoning of a model that does none, or not between two tokens.
         """
+        max_tokens = None if options is None else options.max_reasoning_tokens
         marks = self.answers.reasoning
         start, end = (None, None) if marks is None else map(self._tokenizer.token_to_id, marks)
-        if marks is None or start is None or end is None or options.max_reasoning_tokens is None:
-            if options.is_lenient:
+        if marks is None or start is None or end is None:
+            if options is None or max_tokens is None or options.is_lenient:
                 return None
             raise BadRequest(
                 "this model has no tokens that begin and end its reasoning; leave max_reasoning_tokens out",
                 param="max_reasoning_tokens",
             )
         is_open = self._is_reasoning_open(marks, messages, options, prompt_ids)
-        return ReasoningBudget(end, options.max_reasoning_tokens, None if is_open else start)
+        return ReasoningBudget(end, MAX_TOKENS if max_tokens is None else max_tokens, None if is_open else start)
 
     def _is_reasoning_open(
         self,

@@ -41,6 +41,7 @@ _LACKS = {  # of `messages.Lack`: what follows "has no"
     "logprobs": "logprobs",
     "resumed_draws": "equal draws after a hand-over of sampled requests",
     "order": "short prompts before long ones",
+    "grammars": "structured output",
 }
 _STATE_COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "lost": "red"}
 

@@ -31,16 +31,26 @@ from kvasir.protocol.tokens import num_tokens, pack_tokens
 from kvasir.worker.engine.pins import Pins, is_prewarming
 from kvasir.worker.engine.scheduler import MIN_CHUNK, EngineLimits, Plan, no_room, schedule
 from kvasir.worker.engine.sequence import Sequence, make_sequence
-from kvasir.worker.engine.step import OutOfMemory, Sampled, Sampler, SampleRow, SequenceSlice, StepModel, StepStore
+from kvasir.worker.engine.step import (
+    Grammars,
+    OutOfMemory,
+    Sampled,
+    Sampler,
+    SampleRow,
+    SequenceSlice,
+    StepModel,
+    StepStore,
+)
 
 _FIRST_RATE = 100.0  # prompt tokens per second, until measured: low, so that the first chunk is a small one
+_COMPILE_WAIT_S = 10.0  # for a grammar that the gateway has compiled in less than one
 _RATE_SHARE = 0.2  # weight of the newest step in the measured rate
 
 _Batch = list[tuple[Sequence, SequenceSlice, list[Sequence]]]  # with the forks that draw from the same logits
 
 
 class Engine:
-    """Sequences in, one `StepReport` per step out.
+    """Sequences in, one `StepReport` per step out. Without `grammars`, requests with one are refused.
 
     A sequence whose logits are not finite (NaN) ends with an error. `num_not_finite` counts such sequences since the
     last one with finite logits: one may be the fault of its prompt, many in a row are the worker's.
@@ -65,7 +75,9 @@ class Engine:
         eos_token_ids: tuple[int, ...] = (),
         clock: Callable[[], float] = time.monotonic,
         check: bool = False,
+        grammars: Grammars | None = None,
     ) -> None:
+        self._grammars = grammars
         self._model, self._kv, self._sampler, self._cache = model, kv, sampler, cache
         self.limits = self._limits = limits
         self.public_namespace = bytes(16)
@@ -90,7 +102,12 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything but say that the engine is alive."""
-        return bool(self._running or self._waiting or self._outputs)
+        return bool(self._running or self._outputs) or any(sequence.is_ready for sequence in self._waiting)
+
+    @property
+    def is_preparing(self) -> bool:
+        """Whether a sequence waits for its grammar, which will be ready without anything else happening."""
+        return not all(sequence.is_ready for sequence in self._waiting)
 
     @property
     def num_unfinished(self) -> int:
@@ -118,6 +135,11 @@ class Engine:
                 vocab_size=self._vocab_size,
                 eos_token_ids=self._eos_token_ids,
             )
+            constraint = command.sampling.constraint
+            if constraint is not None and constraint.grammar is not None:
+                if self._grammars is None:
+                    raise BadRequest("this worker cannot hold answers to grammars")
+                sequence.matcher = self._grammars.open(command.tenant, constraint, sequence.output_ids)
         except (BadRequest, Overloaded) as error:
             seq = max(0, num_tokens(command.token_ids) - command.num_prompt_tokens)
             self.refuse(command.req_id, command.attempt, seq, "error", error.message)
@@ -224,7 +246,18 @@ class Engine:
         self._cache.advance(now)
         for sequence in [s for s in self._by_id.values() if s.deadline is not None and now >= s.deadline]:
             self._end(sequence, "deadline", "the request's deadline passed before it was finished")
-        return schedule(self._running, self._waiting, self._cache, self._limits, now, self._rate)
+        for sequence in [s for s in self._waiting if s.matcher is not None]:
+            self._check_matcher(sequence, now)
+        ready = [s for s in self._waiting if s.is_ready]
+        return schedule(self._running, ready, self._cache, self._limits, now, self._rate)
+
+    def _check_matcher(self, sequence: Sequence, now: float) -> None:
+        """End a waiting `sequence` whose grammar could not be compiled."""
+        assert sequence.matcher is not None
+        if sequence.matcher.error:
+            self._end(sequence, "error", sequence.matcher.error)
+        elif not sequence.is_ready and now - sequence.arrived > _COMPILE_WAIT_S:
+            self._end(sequence, "error", f"the grammar was not compiled within {_COMPILE_WAIT_S:.0f} s")
 
     def _prepare(self, plan: Plan) -> _Batch:
         """Carry out `plan` as far as blocks go; return what is to be computed."""
@@ -266,13 +299,23 @@ class Engine:
         if not batch:
             return []
         logits = self._model.forward([piece for _, piece, _ in batch], self._kv)
+        drawing = [(s, piece.end) for sequence, piece, forks in batch if piece.num_logits for s in (*forks, sequence)]
+        masks = self._masks([s for s, _ in drawing])
         rows = [
-            SampleRow(s.sampling, piece.end, s.prompt_ids, s.output_ids, s.stop_token_ids)
-            for sequence, piece, forks in batch
-            if piece.num_logits
-            for s in (*forks, sequence)
+            SampleRow(s.sampling, position, s.prompt_ids, s.output_ids, s.stop_token_ids, masks.get(s.key))
+            for s, position in drawing
         ]
         return list(self._sampler(logits, rows)) if rows else []
+
+    def _masks(self, sequences: list[Sequence]) -> dict[int, bytes | None]:
+        """Return by key which tokens may come next, where grammars say that. A GPU still computes the logits now.
+
+        None for a sequence whose grammar has become too complex: it ends, whatever is drawn.
+        """
+        held = [s for s in sequences if s.matcher is not None]
+        if not held or self._grammars is None:
+            return {}
+        return dict(zip([s.key for s in held], self._grammars.masks([s.matcher for s in held]), strict=True))
 
     def _hand_back(self, plan: Plan, batch: _Batch, error: OutOfMemory) -> None:
         """Let the sequences of a step that ran out of memory wait, to be computed again in smaller steps."""
@@ -414,6 +457,11 @@ class Engine:
             self._cache.insert(sequence.chain, sequence.table, num_blocks)
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> None:
+        if sequence.matcher is not None:
+            sequence.matcher.accept(sampled.token_id)
+            if sequence.matcher.error:
+                self._end(sequence, "error", sequence.matcher.error)
+                return
         seq = len(sequence.output_ids)
         sequence.output_ids.append(sampled.token_id)
         output = Output(sequence.req_id, sequence.attempt, seq, pack_tokens((sampled.token_id,)))

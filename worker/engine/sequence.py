@@ -9,6 +9,7 @@ from kvasir.protocol.errors import BadRequest, PromptTooLong
 from kvasir.protocol.messages import FinishReason, Generate, Sampling
 from kvasir.protocol.prefix import HASH_BYTES
 from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens, unpack_tokens
+from kvasir.worker.engine.step import Matcher
 
 
 @dataclass(slots=True, eq=False)
@@ -20,7 +21,7 @@ class Sequence:
     this many tokens it ends with "length". Times are those of the engine's clock.
 
     While it waits, `hold` references what is cached of it, so that it stays. Once it had to let go, it may hold nothing
-    any more.
+    any more. It waits, too, until its `matcher` is ready, if its answer has a grammar.
     """
 
     key: int
@@ -43,6 +44,12 @@ class Sequence:
     num_computed: int = 0
     num_cached: int | None = None  # prompt tokens found at its first admission; None until then
     cached_reported: bool = False
+    matcher: Matcher | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be computed."""
+        return self.matcher is None or self.matcher.is_ready
 
     @property
     def num_tokens(self) -> int:
@@ -87,7 +94,7 @@ class Sequence:
 
     def finish_reason(self) -> FinishReason | None:
         """Say whether the token drawn last ends it."""
-        if self.output_ids[-1] in self.stop_token_ids:
+        if self.output_ids[-1] in self.stop_token_ids or (self.matcher is not None and self.matcher.is_complete):
             return "stop"
         return "length" if self.num_tokens >= self.max_length else None
 

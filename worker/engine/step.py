@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.messages import Constraint, Sampling
 
 
 @dataclass(slots=True)
@@ -29,13 +29,14 @@ class SequenceSlice:
 @dataclass(frozen=True, slots=True)
 class SampleRow:
     """What one draw needs. `position` is the absolute position that the drawn token will have; `stop_token_ids` would
-    end the sequence."""
+    end the sequence. `allowed`: one bit for each token id, the lowest first, set where it may be drawn; None: all."""
 
     params: Sampling
     position: int
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
     stop_token_ids: Collection[int] = ()
+    allowed: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +77,30 @@ class StepStore(Protocol):
 
 Sampler = Callable[[Any, Sequence[SampleRow]], Sequence[Sampled | None]]
 """Draws one token per row of logits; None where they are not finite. Raises: OutOfMemory."""
+
+
+class Matcher(Protocol):
+    """Holds one answer to its grammar, see `worker.grammars.answer_matcher`."""
+
+    error: str
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its grammar is compiled, or will never be (`error`)."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow the tokens accepted."""
+
+    def accept(self, token_id: int) -> None:
+        """Take the next token. One that does not match is an `error`."""
+
+
+class Grammars(Protocol):
+    """`worker.grammars.grammars.Grammars`: what takes long, compiling, happens in its thread."""
+
+    def open(self, tenant: str, constraint: Constraint, output_ids: Sequence[int]) -> Any:
+        """Return the `Matcher` of an answer that begins with `output_ids`; it may be ready only later."""
+
+    def masks(self, matchers: Sequence[Any]) -> Sequence[bytes | None]:
+        """Return what each matcher allows next, as `SampleRow.allowed`; None: an `error`."""

@@ -5,9 +5,9 @@ float64. A draw therefore depends on the logits, the parameters, the seed and th
 the batch, not on the worker, not on how often the request was moved. Rounding differs between batches in the last bits
 of the logits; that changes a draw only when the uniform falls into that sliver.
 
-What counts, in this order: penalties and bias, the constraint on what may be drawn, temperature, top-k, top-p (over
-what top-k left), min-p (against the most likely token). Equal logits rank by token id. Reported log probabilities are
-the model's own, before all that.
+What counts, in this order: the tokens that a grammar allows, penalties and bias, the constraint on what may be drawn,
+temperature, top-k, top-p (over what top-k left), min-p (against the most likely token). Equal logits rank by token id.
+Reported log probabilities are the model's own, before all that.
 
 The tests compare `sample`, which treats whole batches, with a readable duplicate that draws one token.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -51,6 +52,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | None]:
 
 def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     reported = {i: _log_probabilities(logits[i]) for i, row in enumerate(rows) if row.params.logprobs is not None}
+    _mask(logits, rows)
     for i, row in enumerate(rows):
         if _is_penalised(row.params):
             _penalise(logits[i], row)
@@ -66,6 +68,20 @@ def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     if not reported:
         return [Sampled(token_id) for token_id in token_ids]
     return [_report(token_id, rows[i], reported.get(i)) for i, token_id in enumerate(token_ids)]
+
+
+def _mask(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    """Make impossible in `logits` [num_rows, vocab] what `allowed` says of a row; ids that it does not know are not."""
+    held = [i for i, row in enumerate(rows) if row.allowed is not None]
+    if not held:
+        return
+    packed = np.frombuffer(b"".join(rows[i].allowed or b"" for i in held), dtype=np.uint8).reshape(len(held), -1)
+    bits = np.unpackbits(packed, axis=1, count=logits.shape[1], bitorder="little")
+    is_banned = torch.from_numpy(bits).to(logits.device) == 0  # [len(held), vocab]
+    if len(held) == len(rows):
+        logits.masked_fill_(is_banned, -torch.inf)
+    else:
+        logits[held] = logits[held].masked_fill_(is_banned, -torch.inf)
 
 
 def _is_penalised(params: Sampling) -> bool:

@@ -39,7 +39,14 @@ from kvasir.worker.upstream.server import Facts, Server, event_endpoints
 from kvasir.worker.upstream.streams import Streams
 
 _CACHE_LACKS: list[Lack] = ["public_zone", "owners", "pins", "retention"]
-_DRAWING_LACKS: list[Lack] = ["resumed_penalties", "resumed_draws", "bad_words", "max_reasoning_tokens", "order"]
+_DRAWING_LACKS: list[Lack] = [
+    "resumed_penalties",
+    "resumed_draws",
+    "bad_words",
+    "max_reasoning_tokens",
+    "order",
+    "grammars",
+]
 _COMPLETIONS_LACKS: list[Lack] = ["logprobs"]
 DEFAULT_MAX_REQUESTS = 128
 DEFAULT_STEP_TOKENS = 2048

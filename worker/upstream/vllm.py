@@ -222,6 +222,8 @@ def unsupported(sampling: Sampling, *, has_generate: bool) -> str | None:
     if sampling.logprobs is not None and not has_generate:
         return f"logprobs need {GENERATE}; start the upstream with --enable-scale-out"
     constraint = sampling.constraint
+    if constraint is not None and constraint.grammar is not None:
+        return "answers cannot be held to a grammar by the engine of this model"
     if constraint is not None and (constraint.bad_words or constraint.reasoning):
         return "bad_words and max_reasoning_tokens are not supported by the engine of this model"
     for name in sampling.__struct_fields__:

@@ -111,7 +111,7 @@ def test_reasoning_and_calls_are_items_of_their_own_and_go_back_as_they_came() -
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0]"),
         ({"input": [{"content": "x"}]}, "input[0].role"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"truncation": "auto"}, "truncation"),
         ({"inputs": "x"}, "inputs"),

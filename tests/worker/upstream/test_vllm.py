@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from kvasir.protocol.errors import ConfigurationError
-from kvasir.protocol.messages import Constraint, Generate, Sampling
+from kvasir.protocol.messages import Constraint, Generate, Grammar, Sampling
 from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.upstream import vllm
 
@@ -137,6 +137,8 @@ def test_a_minimum_counts_what_earlier_attempts_have_delivered() -> None:
     assert (drawn["min_tokens"], drawn["allowed_token_ids"]) == (3, [7, 8])
     assert vllm.unsupported(sampling, has_generate=True) is None
     assert "bad_words" in str(vllm.unsupported(Sampling(constraint=Constraint(bad_words=[[1]])), has_generate=True))
+    held = Sampling(constraint=Constraint(grammar=Grammar("regex", "a")))
+    assert "grammar" in str(vllm.unsupported(held, has_generate=True)), "it must not be passed over"
 
 
 def test_every_field_of_sampling_is_passed_translated_or_refused_by_name() -> None:

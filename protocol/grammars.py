@@ -1,0 +1,151 @@
+"""Grammars as llguidance (github.com/guidance-ai/llguidance) reads them: one translation for the gateway, which checks
+them, and for the worker, which holds answers to them. Needs the package, so nothing imports this but those two.
+
+Its limits bound what a grammar may cost: a step more than some milliseconds, or all its states together more than some
+ten megabytes, and it fails. They do not bound everything: a deep recursion can still overflow the stack. So the gateway
+tries every grammar in a process that may die (`gateway.text.grammar_helper`), with less stack than the worker has.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
+
+from kvasir.protocol.errors import BadRequest, ModelError
+from kvasir.protocol.messages import Grammar
+
+MAX_CHOICES = 4096
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=50_000,  # about 4 ms
+    step_max_items=20_000,  # about 1 ms
+    max_lexer_states=20_000,  # of 1 to 2 kB each
+    verbose_errors=False,
+)
+# Every option is set, so that none can be set by the schema itself. Space between tokens is optional, one blank or a
+# line and its indentation: a model that likes spaces would go on for ever.
+_JSON_OPTIONS = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"(\x20|\n[\x20\t]{0,32})?",
+    "item_separator": ",",
+    "key_separator": ":",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+_BY_NAME = {"properties", "patternProperties", "$defs", "definitions"}  # keywords whose values are schemas by name
+_DATA = {"const", "enum", "default", "examples", "example"}  # keywords whose values are no schemas
+
+
+def load_tokenizer(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
+    """Return the tokenizer of a model folder; takes a second for a large one.
+
+    Raises:
+        ModelError: there is none, or it is not one that can be held to grammars.
+    """
+    if not eos_token_ids:
+        raise ModelError(f"{folder} names no token that ends an answer")
+    try:
+        return LLTokenizer(str(folder / "tokenizer.json"), n_vocab=vocab_size, eos_token=list(eos_token_ids))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{folder / 'tokenizer.json'} cannot be used with grammars: {error}") from None
+
+
+def make_matcher(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
+    """Return a matcher at the beginning of an answer. Does not hold Python's lock while it compiles.
+
+    Raises:
+        BadRequest: what is wrong with the grammar.
+    """
+    matcher = LLMatcher(tokenizer, translate(grammar), log_level=0, limits=LIMITS)
+    if matcher.is_error():
+        raise BadRequest(plain(matcher.get_error()), param="grammar")
+    return matcher
+
+
+def translate(grammar: Grammar) -> str:
+    """Return what `LLMatcher` takes.
+
+    Raises:
+        BadRequest: no valid JSON, no choice, or a keyword that cannot be honoured.
+    """
+    match grammar.kind:
+        case "json_schema":
+            return _from_schema(grammar.text)
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.text)
+        case "choice":
+            return _from_choices(grammar.text)
+        case "lark":
+            try:
+                return LLMatcher.grammar_from_lark(any_to_lark(grammar.text))
+            except Exception as error:  # of a converter that names none
+                raise BadRequest(f"the grammar cannot be read: {error}", param="grammar") from None
+
+
+def plain(error: str) -> str:
+    """Return what llguidance says, in our words and bounded."""
+    found = re.search(r"Unimplemented keys: \[(.*?)\]", error)
+    if found is not None:
+        names = found[1].replace('"', "")
+        return f"the JSON schema uses {names}, which answers cannot be held to here; leave it out"
+    return " ".join(error.replace("<non-verbose/>", "").split())[:500]
+
+
+def _from_schema(text: str) -> str:
+    try:
+        schema = json.loads(text)
+    except ValueError as error:
+        raise BadRequest(f"the JSON schema is no valid JSON: {error}", param="grammar") from None
+    except RecursionError:
+        raise BadRequest("the JSON schema is nested too deeply", param="grammar") from None
+    if schema is True:
+        text = "{}"
+    elif not isinstance(schema, dict):
+        raise BadRequest("the JSON schema is no object", param="grammar")
+    unheard = _unheard(schema)
+    if unheard is not None:
+        raise BadRequest(plain(f'Unimplemented keys: ["{unheard}"]'), param="grammar")
+    try:
+        return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise BadRequest(f"the JSON schema cannot be read: {error}"[:500], param="grammar") from None
+
+
+def _unheard(schema: object) -> str | None:
+    """Return a keyword in `schema` that llguidance would pass over, obey as its own, or honour by halves.
+
+    It counts a key that occurs twice as two properties.
+    """
+    pending = [schema]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, list):
+            pending += part
+        elif isinstance(part, dict):
+            for name in ("nullable", "x-guidance", "$recursiveRef"):
+                if name in part:
+                    return name
+            if isinstance(part.get("minProperties"), (int, float)) and part["minProperties"] > 1:
+                return "minProperties above 1"
+            for name, value in part.items():
+                if name in _BY_NAME and isinstance(value, dict):
+                    pending += value.values()
+                elif name not in _DATA:
+                    pending.append(value)
+    return None
+
+
+def _from_choices(text: str) -> str:
+    try:
+        choices = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the choices are no valid JSON: {error}", param="grammar") from None
+    if not isinstance(choices, list) or not choices or not all(isinstance(each, str) and each for each in choices):
+        raise BadRequest("choices are a list of texts, at least one, and none empty", param="grammar")
+    if len(choices) > MAX_CHOICES:
+        raise BadRequest(f"{len(choices)} choices are more than the {MAX_CHOICES} that are allowed", param="grammar")
+    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
