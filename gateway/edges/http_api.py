@@ -331,7 +331,9 @@ def _key(request: HttpRequest) -> str:
 
 def _request_id(facts: dict[str, object]) -> str:
     """Return the id of a request: the one that `kvasir explain` takes, or a new one where nothing was submitted."""
-    return str(facts.setdefault("request", os.urandom(16).hex()))
+    if "request" not in facts:
+        facts["request"] = os.urandom(16).hex()
+    return str(facts["request"])
 
 
 def _id_headers(path: str, facts: dict[str, object]) -> list[tuple[str, str]]:
