@@ -12,7 +12,7 @@ from kvasir.gateway.core.api import Submit
 from kvasir.gateway.edges.openai_requests import read_chat, read_completion
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import Constraint, Grammar
-from tests.edge_helpers import ALPHA, FakeCore, make_preparer, make_text
+from tests.edge_helpers import CALLER, FakeCore, make_preparer, make_text
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "string"}, "a": {}}}
 TEXT = json.dumps(SCHEMA)
@@ -106,7 +106,7 @@ def test_what_cannot_be_read_is_refused_by_name(fields: dict[str, Any], param: s
 def refusal(core: FakeCore, **fields: Any) -> BadRequest:
     async def main() -> None:
         [request] = read_chat(body(**fields)).requests
-        await make_preparer(core).prepare(request, ALPHA, lambda event: None)  # type: ignore[arg-type]
+        await make_preparer(core).prepare(request, CALLER, lambda event: None)  # type: ignore[arg-type]
 
     with pytest.raises(BadRequest) as caught:
         trio.run(main)
@@ -143,7 +143,7 @@ def test_the_grammar_of_a_model_that_reasons_holds_after_its_reasoning() -> None
     preparer._grammars = Known()  # type: ignore[assignment]
 
     async def main() -> Submit | None:
-        return preparer.prepare_nowait(request, ALPHA, lambda event: None)  # type: ignore[arg-type]
+        return preparer.prepare_nowait(request, CALLER, lambda event: None)  # type: ignore[arg-type]
 
     submit = trio.run(main)
     assert submit is not None
