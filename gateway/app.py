@@ -101,11 +101,11 @@ async def serve(config: GatewayConfig) -> None:
             notify=lambda notice: supervisor.notice(notice),
             billing=billing,
         )
-        core.set_kv_quotas(lambda num_blocks: kv_quotas(directory.tenants(), num_blocks))
+        core.kv.set_quotas(lambda num_blocks: kv_quotas(directory.tenants(), num_blocks))
         supervisor = Supervisor(config, core)
         published = Published(core, directory, texts, store.secret, config.block_size)
         published.warm()
-        core.set_pins(published.pins)
+        core.kv.set_pins(published.pins)
         grammars = GrammarCheck(
             {
                 model.name: GrammarModel(model.path, text.vocab_size, text.eos_token_ids)

@@ -94,7 +94,7 @@ class GatewayViews:
         return found
 
     def kv_changed(self) -> None:
-        self._core.set_kv_quotas(lambda num_blocks: kv_quotas(self._directory.tenants(), num_blocks))
+        self._core.kv.set_quotas(lambda num_blocks: kv_quotas(self._directory.tenants(), num_blocks))
 
     def pinned_blocks(self, prefixes: Sequence[PublishedPrefix]) -> dict[str, int]:
         return {
@@ -108,7 +108,7 @@ class GatewayViews:
         await self._published.tokenise(text)
 
     def prefixes_changed(self, prewarm: str | None = None) -> None:
-        self._core.set_pins(self._published.pins, prewarm=prewarm)
+        self._core.kv.set_pins(self._published.pins, prewarm=prewarm)
 
     def saved_by_prefix(self) -> dict[str, Saving]:
         found: dict[str, Saving] = {}
@@ -145,7 +145,7 @@ class GatewayViews:
         return self._billing.ledger_error
 
     def clear_kv(self, tenant_id: str) -> None:
-        self._core.clear_kv(tenant_id)
+        self._core.kv.clear(tenant_id)
 
     def public_tokens(self, prefix: PublishedPrefix) -> dict[str, int]:
         return self._published.public_tokens(prefix)
@@ -161,7 +161,7 @@ class GatewayViews:
         return self._core.statistics().is_draining
 
     def explain(self, request: str) -> list[dict[str, Any]] | None:
-        decisions = self._core.find_explained(request)
+        decisions = self._core.receipts.find(request)
         return None if decisions is None else msgspec.to_builtins(decisions)
 
     def drain(self) -> None:

@@ -13,7 +13,6 @@ An exception out of the handling of one request is a bug that fails this request
 from __future__ import annotations
 
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -26,35 +25,31 @@ from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.counters import Totals
 from kvasir.gateway.core.endings import deadline_exceeded, end_of_penalties, end_without_worker, last_word, misfit
 from kvasir.gateway.core.fleet import Fleet
+from kvasir.gateway.core.kv_orders import KvOrders
 from kvasir.gateway.core.notices import Broken, Cause, Joined, Lost, Notice, Rejected
+from kvasir.gateway.core.receipts import Receipts
 from kvasir.gateway.core.request import Request
 from kvasir.gateway.core.requests import Model, QueueConfig, Requests
 from kvasir.gateway.core.savings import Savings
 from kvasir.gateway.core.statistics import CoreStatistics, core_statistics
 from kvasir.gateway.core.worker import Attempt, Worker
 from kvasir.gateway.core.worker_checks import LivenessConfig, failure, refusal
-from kvasir.gateway.routing.router import Decision, RouterConfig, choose
+from kvasir.gateway.routing.router import RouterConfig, choose
 from kvasir.protocol.errors import KvasirError, Unavailable
 from kvasir.protocol.messages import (
     Abort,
     Bye,
-    ClearTenant,
     Command,
     Hello,
     Identify,
     KvAccounts,
     Output,
-    Pin,
-    Quota,
-    Quotas,
     Refused,
     Resync,
     Snapshot,
     StepReport,
-    Unpin,
     Welcome,
 )
-from kvasir.protocol.prefix import HASH_BYTES
 from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens
 
 _DRAINING = Unavailable("the gateway is shutting down; send the request to another one, or again in a minute")
@@ -90,7 +85,9 @@ class Core(CoreApi):
     `worker_unreachable`, which peers could not take them.
 
     `clock` returns monotonic seconds, the same that `Submit.arrived` and `.deadline` are in. `epoch`: random bytes per
-    boot of the gateway, at most 24. `billing` None: nobody has limits or budgets.
+    boot of the gateway, at most 24. `billing` None: nobody has limits or budgets. `kv`: what workers are told of
+    floors, caps and pins. `receipts`: why requests went where they went. `savings`: which beginnings of prompts have
+    saved how much.
     """
 
     def __init__(
@@ -111,10 +108,9 @@ class Core(CoreApi):
         self._billing = billing or Billing()
         self._requests = Requests(config.queue, config.models, clock(), self._billing)
         self._totals = Totals()
-        self._explained: OrderedDict[bytes, list[Decision]] = OrderedDict()
-        self._kv_quotas: Callable[[int], dict[str, Quota]] | None = None
-        self._pins: Callable[[str, str], list[Pin]] | None = None
-        self._savings = Savings(config.block_size)
+        self.kv = KvOrders(self._fleet, send)
+        self.receipts = Receipts(config.max_explained)
+        self.savings = Savings(config.block_size)
         self._held: dict[bytes, list[tuple[Worker, Output]]] = {}  # by bill, until its row is written
         self._draining = False
         self._ticked_at = clock()
@@ -263,49 +259,6 @@ class Core(CoreApi):
         self._requests.measure_rate(now)
         self._billing.tick()
 
-    # ---- KV ownership --------------------------------------------------------------------------------------------
-
-    def set_kv_quotas(self, quotas: Callable[[int], dict[str, Quota]]) -> None:
-        """Put floors and caps in force on all workers, those that join later too.
-
-        `quotas(num_blocks)` returns them for a pool of that size.
-        """
-        self._kv_quotas = quotas
-        for worker in self._fleet.by_id.values():
-            if "owners" not in worker.hello.lacks:
-                self._send(worker.peer, Quotas(quotas(worker.hello.num_blocks)))
-
-    def set_pins(self, pins: Callable[[str, str], list[Pin]], *, prewarm: str | None = None) -> None:
-        """Have every worker keep what `pins(model, worker_id)` returns for it, those that join later too.
-
-        `prewarm`: the prefix among them that is computed at once by whoever does not have it.
-        """
-        self._pins = pins
-        for worker in self._fleet.by_id.values():
-            self._send_pins(worker, prewarm)
-
-    def _send_pins(self, worker: Worker, prewarm: str | None = None) -> None:
-        if self._pins is None or "pins" in worker.hello.lacks:
-            return
-        pins = self._pins(worker.hello.model, worker.worker_id)
-        for name in worker.pins.keys() - {pin.name for pin in pins}:
-            self._send(worker.peer, Unpin(name))
-        for pin in pins:
-            if worker.pins.get(pin.name) != pin.prefix_hashes[-HASH_BYTES:] or pin.prefix == prewarm:
-                self._send(worker.peer, msgspec.structs.replace(pin, prewarm=pin.prefix == prewarm))
-        worker.pins = {pin.name: pin.prefix_hashes[-HASH_BYTES:] for pin in pins}
-
-    @property
-    def savings(self) -> Savings:
-        """Which beginnings of prompts have saved how much."""
-        return self._savings
-
-    def clear_kv(self, tenant_id: str) -> None:
-        """Have all workers drop what is cached of a tenant and not in use."""
-        for worker in self._fleet.by_id.values():
-            if "owners" not in worker.hello.lacks:
-                self._send(worker.peer, ClearTenant(tenant_id))
-
     def drain(self) -> None:
         """Refuse new requests from now on; what is queued or running is finished."""
         self._draining = True
@@ -316,16 +269,6 @@ class Core(CoreApi):
         return self._requests.num_queued + self._requests.num_running
 
     # ---- looking in ----------------------------------------------------------------------------------------------
-
-    def explain(self, req_id: bytes) -> list[Decision] | None:
-        """Return one routing decision per attempt of a recent request, with the terms of every candidate."""
-        return self._explained.get(req_id)
-
-    def find_explained(self, request: str) -> list[Decision] | None:
-        """Return the same for the newest request whose id, in hexadecimal, begins like `request` (what clients see
-        before a dash is no part of it)."""
-        start = request.rpartition("-")[2].lower()
-        return next((self._explained[req_id] for req_id in reversed(self._explained) if _begins(req_id, start)), None)
 
     def statistics(self) -> CoreStatistics:
         """Return every counter and gauge. O(workers + tenants)."""
@@ -418,7 +361,7 @@ class Core(CoreApi):
         self._totals.num_dispatches += 1
         if request.attempt == 1:
             model.counters.queue_s.add(now - request.queued_at)
-        self._explain(request.submit.req_id, decision)
+        self.receipts.add(request.submit.req_id, decision)
 
     def _stop(self, request: Request, reason: str, error: KvasirError | None = None) -> None:
         """Finish a request before its time. Its worker, if it has one, is told; the credit is free when it answers."""
@@ -527,7 +470,7 @@ class Core(CoreApi):
         if output.num_cached_tokens is not None:
             request.is_begun = True
             self._matched(worker, attempt, output.num_cached_tokens)
-            self._savings.add(request.submit, output.num_cached_tokens)
+            self.savings.add(request.submit, output.num_cached_tokens)
         if not output.token_ids:
             return
         request.is_begun = True
@@ -591,11 +534,7 @@ class Core(CoreApi):
         config, hello = self._config, worker.hello
         root = config.root(hello.fingerprint, hello.dtype)
         self._send(worker.peer, Welcome(worker.epoch, config.public_namespace, config.liveness.heartbeat_s, root))
-        if self._kv_quotas is not None and "owners" not in hello.lacks:
-            quotas = self._kv_quotas(hello.num_blocks)
-            if quotas:
-                self._send(worker.peer, Quotas(quotas))
-        self._send_pins(worker)
+        self.kv.greet(worker)
 
     def _is_alive(self, holder: Worker, peer: bytes, hello: Hello, now: float) -> bool:
         """Return whether another incarnation than that of `hello` has its worker id and seems to be alive."""
@@ -671,19 +610,6 @@ class Core(CoreApi):
                 size = f" for {request.num_needed} tokens" if largest else ""
                 text = f"model {model.name!r} has had no worker{size} for {waited_s:.0f} s; try again later"
                 self._stop(request, "error", Unavailable(text, retry_after_s=timeout_s))
-
-    def _explain(self, req_id: bytes, decision: Decision) -> None:
-        decisions = self._explained.get(req_id)
-        if decisions is not None:
-            decisions.append(decision)
-            return
-        self._explained[req_id] = [decision]
-        if len(self._explained) > self._config.max_explained:
-            self._explained.popitem(last=False)
-
-
-def _begins(req_id: bytes, start: str) -> bool:
-    return bool(start) and req_id.hex().startswith(start)
 
 
 def _emptied_for_suspect(model: Model) -> Worker | None:

@@ -860,7 +860,7 @@ def test_a_reports_block_events_count_for_what_is_dispatched_because_of_it() -> 
     )
     [(peer, _)] = bench.take()
     assert peer == last
-    [decision] = bench.core.explain(b"r3") or []
+    [decision] = bench.core.receipts.of(b"r3") or []
     assert decision.chosen.num_cached_tokens == 396  # 400 tokens are 100 blocks, and the last token is always computed
 
 
@@ -870,17 +870,17 @@ def test_explain_keeps_one_decision_per_attempt_and_forgets_the_oldest() -> None
     bench.submit(b"r1")
     bench.join("w2")
     bench.core.worker_lost("w1", "gone")
-    decisions = bench.core.explain(b"r1")
+    decisions = bench.core.receipts.of(b"r1")
     assert decisions is not None
     assert [decision.worker_id for decision in decisions] == ["w1", "w2"]
     assert [terms.worker_id for terms in decisions[1].terms] == ["w2"]
     bench.submit(b"r2")
     bench.submit(b"r3")
-    assert bench.core.explain(b"r1") is None
-    assert bench.core.explain(b"r3") is not None
-    assert bench.core.find_explained("chatcmpl-" + b"r3".hex()) == bench.core.explain(b"r3")
-    assert bench.core.find_explained("72") == bench.core.explain(b"r3")  # the newest that begins so
-    assert bench.core.find_explained("") is None
+    assert bench.core.receipts.of(b"r1") is None
+    assert bench.core.receipts.of(b"r3") is not None
+    assert bench.core.receipts.find("chatcmpl-" + b"r3".hex()) == bench.core.receipts.of(b"r3")
+    assert bench.core.receipts.find("72") == bench.core.receipts.of(b"r3")  # the newest that begins so
+    assert bench.core.receipts.find("") is None
 
 
 def test_statistics_count_tokens_per_worker_and_tenant() -> None:

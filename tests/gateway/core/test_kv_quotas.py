@@ -240,13 +240,13 @@ def test_a_store_of_any_older_schema_is_brought_up_to_date(tmp_path: Path, versi
 def test_quotas_reach_workers_that_are_there_and_those_that_join_in_blocks_of_their_pools() -> None:
     bench = Bench()
     first = bench.join("w1", num_blocks=100)
-    bench.core.set_kv_quotas(lambda num_blocks: {"a": Quota(num_blocks // 5)})
+    bench.core.kv.set_quotas(lambda num_blocks: {"a": Quota(num_blocks // 5)})
     second = bench.join("w2", num_blocks=1000)
     assert bench.take(Quotas) == [(first, Quotas({"a": Quota(20)})), (second, Quotas({"a": Quota(200)}))]
     assert bench.take(Welcome)[-1][0] == second
-    bench.core.set_kv_quotas(lambda _: {})
+    bench.core.kv.set_quotas(lambda _: {})
     assert bench.take(Quotas) == [(first, Quotas({})), (second, Quotas({}))]
-    bench.core.clear_kv("a")
+    bench.core.kv.clear("a")
     assert [peer for peer, _ in bench.take(ClearTenant)] == [first, second]
 
 
@@ -257,7 +257,7 @@ def test_a_worker_that_cannot_be_told_is_lost_and_its_requests_go_on() -> None:
     assert [peer for peer, _ in bench.take()] == [first]
     second = bench.join("w2")
     bench.dead.add(first)
-    bench.core.set_kv_quotas(lambda _: {"a": Quota(1)})
+    bench.core.kv.set_quotas(lambda _: {"a": Quota(1)})
     assert [peer for peer, _ in bench.take()] == [second]
     bench.core.check_integrity()
 
@@ -265,31 +265,31 @@ def test_a_worker_that_cannot_be_told_is_lost_and_its_requests_go_on() -> None:
 def test_pins_are_told_once_again_when_they_change_and_taken_back() -> None:
     bench = Bench()
     pins = [Pin("sys/0", b"", b"r" * 16, b"1" * 16)]
-    bench.core.set_pins(lambda *_: pins)
+    bench.core.kv.set_pins(lambda *_: pins)
     peer = bench.join("w1")
     assert bench.take(Pin) == [(peer, pins[0])]
-    bench.core.set_pins(lambda *_: pins)
+    bench.core.kv.set_pins(lambda *_: pins)
     assert bench.take(Pin) == []
     pins[0] = Pin("sys/0", b"", b"r" * 16, b"2" * 16)
-    bench.core.set_pins(lambda *_: pins)
+    bench.core.kv.set_pins(lambda *_: pins)
     assert len(bench.take(Pin)) == 1
-    bench.core.set_pins(lambda *_: pins, prewarm="sys")
+    bench.core.kv.set_pins(lambda *_: pins, prewarm="sys")
     assert bench.take(Pin)[0][1].prewarm
     pins.clear()
-    bench.core.set_pins(lambda *_: pins)
+    bench.core.kv.set_pins(lambda *_: pins)
     assert bench.take(Unpin) == [(peer, Unpin("sys/0"))]
 
 
 def test_a_worker_is_told_the_pins_that_are_its_own_also_when_it_comes_back() -> None:
     bench = Bench()
     pins = {"w1": [Pin("sys/0", b"", b"r" * 16, b"1" * 16)], "w2": []}
-    bench.core.set_pins(lambda model, worker_id: pins[worker_id])
+    bench.core.kv.set_pins(lambda model, worker_id: pins[worker_id])
     first, second = bench.join("w1"), bench.join("w2")
     assert bench.take(Pin) == [(first, pins["w1"][0])]
     again = bench.join("w1", peer=b"again")
     assert bench.take(Pin) == [(again, pins["w1"][0])]
     pins["w1"], pins["w2"] = pins["w2"], pins["w1"]
-    bench.core.set_pins(lambda model, worker_id: pins[worker_id])
+    bench.core.kv.set_pins(lambda model, worker_id: pins[worker_id])
     assert (bench.take(Unpin), bench.take(Pin)) == ([(again, Unpin("sys/0"))], [(second, pins["w2"][0])])
 
 

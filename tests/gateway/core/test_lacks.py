@@ -29,9 +29,9 @@ def test_floors_pins_and_clearing_are_told_only_to_workers_that_can() -> None:
     bench.join("ours")
     bench.join("theirs", **UPSTREAM)
 
-    bench.core.set_kv_quotas(lambda num_blocks: {"alpha": Quota(1)})
-    bench.core.set_pins(lambda model, worker_id: [pin])
-    bench.core.clear_kv("alpha")
+    bench.core.kv.set_quotas(lambda num_blocks: {"alpha": Quota(1)})
+    bench.core.kv.set_pins(lambda model, worker_id: [pin])
+    bench.core.kv.clear("alpha")
     bench.join("theirs too", **UPSTREAM)
 
     for kind in (Quotas, Pin, ClearTenant):
@@ -49,7 +49,7 @@ def test_cached_tokens_are_predicted_in_whole_runs_of_the_engines_blocks() -> No
     bench.submit(b"exact", tokens[: 8 * BLOCK_SIZE])  # its last token must be computed: one run
 
     for req_id, num_cached in ((b"whole", 8 * BLOCK_SIZE), (b"exact", 4 * BLOCK_SIZE)):
-        [decision] = bench.core.explain(req_id) or []
+        [decision] = bench.core.receipts.of(req_id) or []
         assert decision.chosen.num_cached_tokens == num_cached
 
 
@@ -127,7 +127,7 @@ def test_the_receipt_says_when_the_rest_is_drawn_differently() -> None:
 
         bench.core.worker_report(first, Bye("gone", True))
 
-        decisions = bench.core.explain(b"r1") or []
+        decisions = bench.core.receipts.of(b"r1") or []
         assert [bool(decision.note) for decision in decisions] == [False, noted]
 
 
