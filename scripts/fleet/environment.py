@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -120,6 +121,10 @@ class Server:
 
     def start(self) -> None:
         """Start the process and return at once; `wait_up` is next."""
+        for port in range(self.settings.port, self.settings.port + 3):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    raise RuntimeError(f"port {port} is taken; end what listens there, or choose another --port")
         with self._log.open("ab") as sink:
             self._process = subprocess.Popen(
                 self._command, env={**os.environ, **self._env}, stdout=sink, stderr=sink, start_new_session=True
