@@ -113,7 +113,8 @@ def compare(given: argparse.Namespace, logs: Path) -> list[dict[str, Any]]:
     with running(servers):
         ways = legs(programs, servers, given.port + 50, logs)
         for number in range(given.rounds):
-            names = [name for name in ways if given.only in name and not (given.standin and "kv_aware" in name)]
+            wanted = [name for name in ways if any(text in name for text in given.only or [""])]
+            names = [name for name in wanted if not (given.standin and "kv_aware" in name)]
             for name in names if number % 2 == 0 else reversed(names):
                 results.append(run_leg(name, ways[name], load, servers, given.in_flight))
                 print_legs(results[-1:], with_head=len(results) == 1)
@@ -176,9 +177,7 @@ def main() -> int:
     parser.add_argument("--standin", action="store_true", help="stand-ins in the place of vLLM")
     parser.add_argument("--compare", action="store_true", help="the same load through other routers too")
     parser.add_argument("--trace", type=Path, help="with --compare: JSON lines of in_len, out_len, hash_ids")
-    parser.add_argument(
-        "--only", metavar="TEXT", default="", help="with --compare: only routers with this in their name"
-    )
+    parser.add_argument("--only", metavar="TEXT", action="append", help="with --compare: routers named so; repeatable")
     parser.add_argument("--requests", type=int, default=400, help="with --compare: of the trace (default 400)")
     parser.add_argument("--tokens-per-block", type=int, default=32, help="of a block of the trace (default 32)")
     parser.add_argument("--one-of", type=int, default=1, help="take one in so many conversations (default 1: all)")

@@ -65,7 +65,7 @@ def make_routers(folder: Path) -> Path:
 def _make_venv(home: Path, distributions: Sequence[str]) -> None:
     print(f"making {home} ({', '.join(distributions)}); this takes minutes", flush=True)
     subprocess.run([sys.executable, "-m", "venv", home], check=True, timeout=INSTALL_TIMEOUT_S)
-    pip = [home / "bin" / "python", "-m", "pip", "install", "-q", *distributions]
+    pip = [str(home / "bin" / "python"), "-m", "pip", "install", "-q", *distributions]
     subprocess.run(pip, check=True, timeout=INSTALL_TIMEOUT_S)
 
 
@@ -176,7 +176,7 @@ class Server:
     def _open(self, path: str, data: bytes | None = None) -> str:
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=20) as answer:
-            return answer.read().decode()
+            return str(answer.read(), "utf-8")
 
 
 def vllm_server(program: Path, settings: ServerSettings, log: Path, *options: str) -> Server:
