@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,7 @@ def test_the_operator_s_day_in_the_readme(tmp_path: Path) -> None:
         for line in operator_lines():
             if line.startswith("kvasir tenant show"):
                 work(house, (tmp_path / "team.key").read_text().strip(), (tmp_path / "intern.key").read_text().strip())
+                wait_for(lambda: counted(sh("kvasir usage --tenant research --json")) == (5, 2))
             if line.startswith("kvasir tenant delete"):
                 stream = Stream(house, (tmp_path / "new-team.key").read_text().strip())
                 stream.start()
@@ -113,6 +115,20 @@ def test_the_operator_s_day_in_the_readme(tmp_path: Path) -> None:
         after = json.loads(sh("kvasir usage --tenant research --json"))["rows"][0]
         assert after["num_requests"] == 6, "the bill of a deleted tenant is gone"
         assert ask(house, (tmp_path / "team.key").read_text().strip())[0] == 401
+
+
+def counted(usage: str) -> tuple[int, int]:
+    """Return requests and refusals in what `kvasir usage --json` printed."""
+    rows = json.loads(usage)["rows"]
+    return sum(row["num_requests"] for row in rows), sum(row["num_refused"] for row in rows)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until what was settled a moment ago is written: rows are, some times a second."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "the bill is not complete"
+        time.sleep(0.1)
 
 
 def work(house: House, team: str, intern: str) -> None:
