@@ -15,7 +15,6 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import inf
 
 import msgspec
 
@@ -299,7 +298,7 @@ class Core(CoreApi):
         if not model.queue or not any(worker.num_credits > 0 for worker in workers):
             return
         for request in model.queue.turns():
-            if not self._is_late(request, now) and not self._is_still_held(request, model, now):
+            if not self._is_late(request, now) and not self._is_still_held(request, now):
                 self._try_to_route(request, model, workers, now)
                 if not any(worker.num_credits > 0 for worker in workers):
                     return
@@ -312,16 +311,15 @@ class Core(CoreApi):
         self._stop(request, "deadline", deadline_exceeded(request, "while it waited for a worker"))
         return True
 
-    def _is_still_held(self, request: Request, model: Model, now: float) -> bool:
+    def _is_still_held(self, request: Request, now: float) -> bool:
         """Return whether `request` waits for a worker that it has chosen lately and that has no room yet."""
         if not request.held_for or now - request.held_at >= self._config.queue.reroute_s:
             return False
         worker = self._fleet.by_id.get(request.held_for)
-        return worker is not None and worker.state == "ready" and not self._has_room(worker, request, model)
+        return worker is not None and worker.state == "ready" and not self._has_room(worker, request)
 
-    def _has_room(self, worker: Worker, request: Request, model: Model) -> bool:
-        tenant_id = request.submit.tenant_id
-        return worker.has_room(tenant_id, inf if model.queue.is_alone(tenant_id) else self._config.queue.window_s)
+    def _has_room(self, worker: Worker, request: Request) -> bool:
+        return worker.has_room(request.submit.tenant_id, request.held_key, self._config.queue.window_s)
 
     def _try_to_route(self, request: Request, model: Model, workers: list[Worker], now: float) -> None:
         try:
@@ -345,9 +343,9 @@ class Core(CoreApi):
         decision = choose(request.num_tokens, candidates, now, config, lead)
         worker = self._fleet.by_id[decision.worker_id]
         if not request.is_suspect:
-            if not self._has_room(worker, request, model):
+            request.held_at, request.held_key = now, decision.key
+            if not self._has_room(worker, request):
                 queue.hold(request, decision.worker_id)
-                request.held_at = now
                 return
             queue.remove(request)
         if request.num_delivered and request.submit.sampling.temperature and "resumed_draws" in worker.hello.lacks:

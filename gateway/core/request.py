@@ -42,6 +42,7 @@ class Request(msgspec.Struct, eq=False):
     share: Share = msgspec.field(default_factory=free_share)  # of what its API request has reserved
     held_for: str = ""  # the worker that it waits for while it is queued, see `TenantQueue.hold`
     held_at: float = 0.0  # when it chose that one
+    held_key: float = 0.0  # its place in the backlog there
     num_told: int | None = None  # how many of the delivered tokens the client gets, if not all
 
     @property

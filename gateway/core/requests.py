@@ -26,8 +26,8 @@ _RATE_WINDOW_S = 1.0
 class QueueConfig:
     """How many requests may wait: in all, and of one tenant. Those of lost workers come on top.
 
-    A worker gets no more of a tenant's prompts while it has `window_s` of prefill of them to do and other tenants have
-    work, too. A request that waits for a worker chooses again after `reroute_s`.
+    A worker gets no request that would wait there for `window_s` of prefill of the same tenant. A request that waits
+    for a worker chooses again after `reroute_s`.
     """
 
     max_queued: int = 10_000

@@ -105,7 +105,6 @@ class Worker:
     runs_suspect: bool = False  # it has a suspect, which is alone there
     is_member: bool = True  # False once it is lost: nothing may be booked on it any more
     challenger: bytes = b""  # a peer that wants this worker's id; a probe was sent to see which of them is alive
-    _num_pending: dict[str, int] = field(default_factory=dict)  # uncached tokens of prompts not computed, by tenant
     _mean_stay_s: float = 1.0  # of a request
     _heat_s: float = 0.0
     _heat_at: float = 0.0
@@ -138,12 +137,12 @@ class Worker:
         """Return how long a request waits here for a credit, after `num_before` others; 0 if there is one now."""
         return (1 + num_before) * self._mean_stay_s / self.hello.limits.max_requests if self.num_credits <= 0 else 0.0
 
-    def has_room(self, tenant_id: str, window_s: float) -> bool:
-        """Return whether to send a request of that tenant now: there is a credit, and what is still to be computed of
-        the tenant's prompts takes less than `window_s`."""
+    def has_room(self, tenant_id: str, key: float, window_s: float) -> bool:
+        """Return whether to send a request of that tenant with that place in the backlog now: there is a credit, and
+        what the tenant has before that place takes less than `window_s`."""
         if self.num_credits <= 0:
             return False
-        return self._num_pending.get(tenant_id, 0) < window_s * self.rates.prefill_tokens_per_s
+        return self.backlog.ahead_of_own(key, tenant_id) < window_s * self.rates.prefill_tokens_per_s
 
     def candidate(self, request: Request, now: float, config: RouterConfig, num_before: float = 0.0) -> Candidate:
         """Return this worker as the router sees it for `request`; `num_before` others wait for a credit here."""
@@ -177,13 +176,11 @@ class Worker:
         if not self.in_flight:
             self.last_step_at = now  # an idle engine owes no steps: the stall timer starts with the work
         num_uncached = max(1, decision.num_tokens - chosen.num_cached_tokens)
-        pending = self.backlog.add(decision.key, num_uncached, request.prefix_hashes)
+        pending = self.backlog.add(decision.key, num_uncached, request.prefix_hashes, request.submit.tenant_id)
         # Everything that is not resident, also what others have reserved: they may be gone before this one.
         reserved = request.prefix_hashes[decision.num_resident_blocks * HASH_BYTES :]
         if reserved:
             self.index.reserve(reserved)
-        tenant_id = request.submit.tenant_id
-        self._num_pending[tenant_id] = self._num_pending.get(tenant_id, 0) + num_uncached
         attempt = Attempt(request, now, chosen.num_cached_tokens, num_uncached, pending, reserved)
         self.in_flight[request.submit.req_id] = attempt
         self._heat_s = self.heat_s(now, heat_decay_s) + chosen.miss_s
@@ -226,10 +223,6 @@ class Worker:
             attempt.request.is_begun |= attempt.pending.is_begun
             self.backlog.remove(attempt.pending)
             attempt.pending = None
-            tenant_id = attempt.request.submit.tenant_id
-            self._num_pending[tenant_id] -= attempt.num_uncached_tokens
-            if not self._num_pending[tenant_id]:
-                del self._num_pending[tenant_id]
         if attempt.reserved:
             self.index.release(attempt.reserved)
             attempt.reserved = b""
@@ -252,7 +245,6 @@ class Worker:
         pending = [attempt.pending for attempt in attempts if attempt.pending is not None]
         assert len(pending) == len(self.backlog), "the backlog holds other requests than those in flight"
         assert self.backlog.num_tokens == sum(entry.num_tokens for entry in pending)
-        assert sum(self._num_pending.values()) == sum(a.num_uncached_tokens for a in attempts if a.pending is not None)
         expected = {digest for attempt in attempts for digest in split_hashes(attempt.reserved)}
         assert self.index.statistics().num_reserved == len(expected), "reservations leak"
         for attempt in attempts:

@@ -19,6 +19,7 @@ class Pending(msgspec.Struct, eq=False):
     serial: int
     num_tokens: int
     prefix_hashes: bytes
+    tenant_id: str = ""
     is_begun: bool = False  # some of them are computed
 
 
@@ -34,10 +35,10 @@ class Backlog:
     def __len__(self) -> int:
         return len(self._order)
 
-    def add(self, key: float, num_tokens: int, prefix_hashes: bytes) -> Pending:
+    def add(self, key: float, num_tokens: int, prefix_hashes: bytes, tenant_id: str = "") -> Pending:
         """Insert a prefill of `num_tokens` and return its entry, which `remove` takes."""
         self._serial += 1
-        pending = Pending(key, self._serial, num_tokens, prefix_hashes)
+        pending = Pending(key, self._serial, num_tokens, prefix_hashes, tenant_id)
         index = bisect_left(self._order, (key, self._serial))
         self._order.insert(index, (key, self._serial))
         self._pending.insert(index, pending)
@@ -69,6 +70,11 @@ class Backlog:
         if index == len(self._order):
             return self.num_tokens, 0
         return sum([pending.num_tokens for pending in self._pending[:index]]), len(self._order) - index
+
+    def ahead_of_own(self, key: float, tenant_id: str) -> int:
+        """Return how many tokens of the same tenant are computed before a request of `key`."""
+        index = bisect_left(self._order, (key, self._serial + 1))
+        return sum([pending.num_tokens for pending in self._pending[:index] if pending.tenant_id == tenant_id])
 
     def next_step(self, step_tokens: int) -> list[Pending]:
         """Return the entries that a step with room for `step_tokens` prompt tokens works on: the front ones."""

@@ -44,9 +44,9 @@ _DRAWING_LACKS: list[Lack] = [
     "resumed_draws",
     "bad_words",
     "max_reasoning_tokens",
-    "order",
     "grammars",
 ]
+_QUEUE_LACKS: list[Lack] = ["order"]
 _COMPLETIONS_LACKS: list[Lack] = ["logprobs"]
 DEFAULT_MAX_REQUESTS = 128
 DEFAULT_STEP_TOKENS = 2048
@@ -337,5 +337,5 @@ def make_hello(options: Options, worker_id: str, facts: Facts) -> Hello:
         pid=os.getpid(),
         engine=f"vllm {facts.version}"[:256],
         hit_blocks=ratio,
-        lacks=[*_CACHE_LACKS, *_DRAWING_LACKS, *([] if facts.has_generate else _COMPLETIONS_LACKS)],
+        lacks=[*_CACHE_LACKS, *_DRAWING_LACKS, *_QUEUE_LACKS, *([] if facts.has_generate else _COMPLETIONS_LACKS)],
     )
