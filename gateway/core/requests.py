@@ -32,7 +32,7 @@ class QueueConfig:
 
     max_queued: int = 10_000
     max_queued_per_tenant: int = 1_000
-    window_s: float = 3.2
+    window_s: float = 0.8
     reroute_s: float = 0.4
 
 

@@ -1,9 +1,9 @@
 """What waits for the workers of one model: a queue per tenant, and whose turn it is.
 
-Virtual token counters (VTC, Sheng et al., OSDI 2024): a tenant is charged for what is computed for it, and the one that
-was charged least is next. A tenant that comes with nothing waiting or being computed starts where the least charged of
-the others is, so that idleness earns no credit. However much one tenant has waiting, another's next request waits only
-for what that tenant was charged less.
+A tenant is charged for what is computed for it (virtual token counters, Sheng et al., OSDI 2024). The *fair charge* is
+what a tenant would have been charged that always got an equal part of what is computed among those active (the virtual
+time of weighted fair queueing). A tenant with nothing waiting is lifted to it: what it did not ask for is not saved.
+One that got more has a *lead*, and waits for the others: whoever was charged least is next.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class TenantQueue:
         self._waiting: OrderedDict[str, OrderedDict[bytes, Request]] = OrderedDict()  # by tenant, the last served last
         self._num_waiting = 0
         self._charged: dict[str, float] = {}
-        self._num_computing: Counter[str] = Counter()  # requests on workers whose prompts are not computed yet
+        self._fair_charge = 0.0
+        self._num_unfinished: Counter[str] = Counter()  # requests that wait or whose prompts are not computed yet
         self._num_held: Counter[str] = Counter()  # by worker
 
     def __len__(self) -> int:
@@ -44,11 +45,12 @@ class TenantQueue:
         """Append `request` to its tenant's queue."""
         tenant_id = request.submit.tenant_id
         if tenant_id not in self._waiting:
-            self._enter(tenant_id)
             self._waiting[tenant_id] = OrderedDict()
+            self._charged[tenant_id] = max(self._charged.get(tenant_id, 0.0), self._fair_charge)
             self._waiting.move_to_end(tenant_id, last=False)  # before those that were charged the same, and served
         self._waiting[tenant_id][request.submit.req_id] = request
         self._num_waiting += 1
+        self._num_unfinished[tenant_id] += 1
 
     def push_front(self, request: Request) -> None:
         """Put `request` before everything of its tenant: it has had its turn, and its worker was lost."""
@@ -80,6 +82,7 @@ class TenantQueue:
         requests = self._waiting[tenant_id]
         del requests[request.submit.req_id]
         self._num_waiting -= 1
+        self.computed(tenant_id)
         self.hold(request, "")
         if requests:
             self._waiting.move_to_end(tenant_id)
@@ -89,29 +92,23 @@ class TenantQueue:
     # ---- charges -------------------------------------------------------------------------------------------------
 
     def computing(self, tenant_id: str) -> None:
-        """Note that a request of the tenant is on its way to a worker: it is active until `computed`."""
-        self._num_computing[tenant_id] += 1
+        """Note that a request of the tenant is on its way to a worker: the tenant is active until `computed`."""
+        self._num_unfinished[tenant_id] += 1
 
     def computed(self, tenant_id: str) -> None:
         """Note that its prompt is computed, or not wanted any more."""
-        self._num_computing[tenant_id] -= 1
-        if not self._num_computing[tenant_id]:
-            del self._num_computing[tenant_id]
+        self._num_unfinished[tenant_id] -= 1
+        if not self._num_unfinished[tenant_id]:
+            del self._num_unfinished[tenant_id]
 
     def charge(self, tenant_id: str, num_tokens: float) -> None:
         """Charge a tenant, or, less than 0, give back what it was charged too much."""
-        self._charged[tenant_id] = self._charged.get(tenant_id, 0.0) + num_tokens
+        self._charged[tenant_id] = self._charged.get(tenant_id, self._fair_charge) + num_tokens
+        self._fair_charge += num_tokens / max(1, len(self._num_unfinished))
 
     def lead(self, tenant_id: str) -> float:
-        """Return how many tokens more the tenant, which is active, was charged than the active one charged least."""
-        if self.is_alone(tenant_id):
-            return 0.0
-        return self._charged[tenant_id] - min([self._charged[other] for other in self._active()])
-
-    def is_alone(self, tenant_id: str) -> bool:
-        """Return whether no other tenant has anything waiting or being computed."""
-        waiting, computing = self._waiting, self._num_computing
-        return len(waiting) == (tenant_id in waiting) and len(computing) == (tenant_id in computing)
+        """Return how many tokens more than fair the tenant was charged."""
+        return max(0.0, self._charged.get(tenant_id, 0.0) - self._fair_charge)
 
     # ---- holds ---------------------------------------------------------------------------------------------------
 
@@ -134,17 +131,5 @@ class TenantQueue:
         assert all(self._waiting.values()), "a tenant without waiting requests is kept"
         assert self._num_waiting == sum(map(len, self._waiting.values())), "the count is off"
         assert self._num_held == Counter(request.held_for for request in self if request.held_for), "holds leak"
-        assert all(count > 0 for count in self._num_computing.values())
-        assert self._charged.keys() >= self._active()
-
-    def _active(self) -> set[str]:
-        return self._waiting.keys() | self._num_computing.keys()
-
-    def _enter(self, tenant_id: str) -> None:
-        """Lift what a tenant was charged to the least of the active ones, or of all if there are none."""
-        charged = self._charged.get(tenant_id, 0.0)
-        active = self._active()
-        if tenant_id in active:
-            return
-        others = [self._charged[other] for other in active]
-        self._charged[tenant_id] = max(charged, min(others) if others else max(self._charged.values(), default=0.0))
+        assert all(count > 0 for count in self._num_unfinished.values())
+        assert all(self._num_unfinished[tenant_id] >= len(waiting) for tenant_id, waiting in self._waiting.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,25 +68,36 @@ def test_a_tenant_that_was_idle_has_saved_nothing() -> None:
     queue.push(make_request(b"a0", "alpha"))
     queue.computing("alpha")
     serve(queue, 1_000.0)
+    assert queue.lead("alpha") == 0.0  # alone it takes nothing from others
     queue.push(make_request(b"b0", "beta"))  # alpha is still being computed
-    assert (queue.lead("alpha"), queue.lead("beta")) == (0.0, 0.0)
     queue.charge("alpha", 50.0)
-    assert (queue.lead("alpha"), queue.is_alone("alpha")) == (50.0, False)
-    serve(queue)
-    queue.computed("alpha")
-    queue.push(make_request(b"c0", "gamma"))  # nobody is active: as much as whoever was charged most
-    queue.push(make_request(b"a1", "alpha"))
-    assert (queue.lead("alpha"), queue.lead("gamma"), queue.is_alone("gamma")) == (0.0, 0.0, False)
+    assert (queue.lead("alpha"), queue.lead("beta")) == (25.0, 0.0)
+    queue.charge("beta", 50.0)
+    assert (queue.lead("alpha"), queue.lead("beta")) == (0.0, 0.0)
 
 
-def test_an_idle_tenant_keeps_what_it_was_charged_more() -> None:
+def test_a_tenant_that_asks_for_less_than_its_part_has_no_lead_however_long_it_goes_on() -> None:
+    queue = TenantQueue()
+    for tenant in ("flooder", "modest", "small"):
+        queue.computing(tenant)
+    for i in range(100):
+        queue.charge("flooder", 1_000.0)
+        for tenant, num_tokens in (("modest", 200.0), ("small", 10.0)):
+            queue.push(make_request(b"%s%d" % (tenant.encode(), i), tenant))
+            assert queue.lead(tenant) == 0.0
+            [request] = queue
+            queue.remove(request)
+            queue.charge(tenant, num_tokens)
+    assert queue.lead("flooder") == pytest.approx(100 * (1_000 - 1_210 / 3), rel=0.02)
+
+
+def test_what_was_charged_too_much_is_given_back() -> None:
     queue = TenantQueue()
     for tenant in ("alpha", "beta"):
-        queue.push(make_request(tenant.encode(), tenant))
-    queue.charge("alpha", 500.0)
-    queue.remove(next(iter([request for request in queue if request.submit.tenant_id == "alpha"])))
-    queue.push(make_request(b"again", "alpha"))
-    assert queue.lead("alpha") == 500.0
+        queue.computing(tenant)
+    queue.charge("alpha", 1_000.0)
+    queue.charge("alpha", -900.0)
+    assert queue.lead("alpha") == pytest.approx(50.0)
 
 
 def test_handed_back_requests_come_first_of_their_tenant() -> None:
@@ -117,46 +129,45 @@ STEPS = st.tuples(st.sampled_from(["push", "front", "take", "remove", "compute",
 
 @settings(deadline=None)
 @given(st.lists(STEPS, max_size=80))
-def test_the_turn_is_always_that_of_the_least_charged_and_no_lead_is_negative(steps: list[tuple[str, int]]) -> None:
-    """The oracle: plain lists of requests and one number per tenant."""
+def test_the_turn_is_always_that_of_the_least_charged_and_a_tenants_own_stay_in_order(
+    steps: list[tuple[str, int]],
+) -> None:
+    """The oracle: plain lists of requests, and one number per tenant."""
     queue = TenantQueue()
     waiting: dict[str, list[Request]] = {}
     computing: Counter[str] = Counter()
     charged: dict[str, float] = {}
+    fair = 0.0
     for number, (what, choice) in enumerate(steps):
         tenant = f"t{choice}"
-        active = {name for name, requests in waiting.items() if requests} | {
-            n for n, count in computing.items() if count
-        }
+        own = waiting.setdefault(tenant, [])
         if what in ("push", "front"):
-            if tenant not in active:
-                floors = [charged[other] for other in active] or [max(charged.values(), default=0.0)]
-                charged[tenant] = max(charged.get(tenant, 0.0), min(floors))
+            if not own:
+                charged[tenant] = max(charged.get(tenant, 0.0), fair)
             request = make_request(b"%d" % number, tenant)
-            own = waiting.setdefault(tenant, [])
             (queue.push if what == "push" else queue.push_front)(request)
             own.insert(len(own) if what == "push" else 0, request)
         elif what == "take":
-            request = next(queue.turns(), None)
-            assert (request is None) == (not any(waiting.values()))
-            if request is not None:
-                owner = request.submit.tenant_id
+            taken = next(queue.turns(), None)
+            assert (taken is None) == (not any(waiting.values()))
+            if taken is not None:
+                owner = taken.submit.tenant_id
                 assert charged[owner] == min(charged[name] for name, requests in waiting.items() if requests)
-                assert waiting[owner].pop(0) is request
-                queue.remove(request)
+                assert waiting[owner].pop(0) is taken
+                queue.remove(taken)
                 queue.computing(owner)
-                queue.charge(owner, 1.0 + choice)
                 computing[owner] += 1
+                queue.charge(owner, 1.0 + choice)
                 charged[owner] += 1.0 + choice
-        elif what == "remove" and waiting.get(tenant):
-            queue.remove(waiting[tenant].pop())
+                fair += (1.0 + choice) / sum(bool(waiting.get(f"t{i}") or computing[f"t{i}"]) for i in range(4))
+        elif what == "remove" and own:
+            queue.remove(own.pop())
         elif what == "compute" and computing[tenant]:
             queue.computed(tenant)
             computing[tenant] -= 1
-        elif what == "hold" and waiting.get(tenant):
-            queue.hold(waiting[tenant][0], f"w{number % 3}")
+        elif what == "hold" and own:
+            queue.hold(own[0], f"w{number % 3}")
         queue.check_integrity()
-        for name in charged:
-            if waiting.get(name) or computing[name]:
-                assert queue.lead(name) >= 0.0
+        for name, amount in charged.items():
+            assert queue.lead(name) == pytest.approx(max(0.0, amount - fair))
         assert len(queue) == sum(map(len, waiting.values()))
