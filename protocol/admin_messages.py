@@ -323,8 +323,9 @@ class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     `prefill_rate`: tokens/s, `decode_rate`: tokens/s of what runs now, as the router has learned them, from
     `decode_round_s` per step. `num_free_blocks` counts those whose content can be evicted; `num_cached_blocks` hold
     something findable, as the gateway's index follows it; `num_reserved_blocks` are about to be computed. Predicted:
-    what the router expected to be cached; mispredicted: the sum of |predicted - cached|. `engine` computes, `lacks`
-    is what it cannot do (`messages.Lack`), each prefix is found in whole runs of `hit_blocks` blocks.
+    what the router expected to be cached; mispredicted: the sum of |predicted - cached|; drift: what the
+    index of cached blocks was wrong about for no reason, a snapshot being asked for when it is much. `engine` computes,
+    `lacks` is what it cannot do (`messages.Lack`), each prefix is found in whole runs of `hit_blocks` blocks.
     """
 
     id: str
@@ -348,6 +349,7 @@ class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     output_tokens: int = 0
     predicted_cached_tokens: int = 0
     mispredicted_tokens: int = 0
+    drift_tokens: int = 0
     num_stale_outputs: int = 0
     prefill_rate: float = 0.0
     decode_rate: float = 0.0
@@ -542,10 +544,10 @@ class AuditVerified(AdminReply, tag="audit_verified"):
 
 
 class ExplainReply(AdminReply, tag="explained"):
-    """A request's route: `decisions` are the router's own records, one per attempt, as JSON values."""
+    """A request's route: the core's own receipts, one per attempt, as JSON values."""
 
     request: str
-    decisions: list[dict[str, Any]]
+    receipts: list[dict[str, Any]]
 
 
 AnyCommand = (

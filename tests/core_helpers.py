@@ -54,23 +54,22 @@ def make_submit(
     **extra: Any,
 ) -> tuple[Submit, RecordingSink]:
     sink = RecordingSink()
-    submit = Submit(
-        req_id=req_id,
-        tenant_id=tenant,
-        model=model,
-        token_ids=pack_tokens(tokens),
-        num_prompt_tokens=len(tokens),
-        root=ROOT,
-        prefix_hashes=make_hashes(tokens),
-        num_public_tokens=0,
-        namespace=NAMESPACE,
-        max_tokens=max_tokens,
-        sampling=Sampling(),
-        sink=sink,
-        arrived=arrived,
-        **extra,
-    )
-    return submit, sink
+    values: dict[str, Any] = {
+        "req_id": req_id,
+        "tenant_id": tenant,
+        "model": model,
+        "token_ids": pack_tokens(tokens),
+        "num_prompt_tokens": len(tokens),
+        "root": ROOT,
+        "prefix_hashes": make_hashes(tokens),
+        "num_public_tokens": 0,
+        "namespace": NAMESPACE,
+        "max_tokens": max_tokens,
+        "sampling": Sampling(),
+        "sink": sink,
+        "arrived": arrived,
+    }
+    return Submit(**{**values, **extra}), sink
 
 
 def make_hello(worker_id: str = "w1", incarnation: bytes = b"i1", **extra: Any) -> Hello:

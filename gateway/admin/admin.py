@@ -110,10 +110,10 @@ class Admin:
             case am.StatusQuery():
                 return self._status()
             case am.ExplainQuery():
-                decisions = self._gateway.explain(command.request)
-                if decisions is None:
+                receipts = self._gateway.explain(command.request)
+                if receipts is None:
                     raise NotFound(f"no request {command.request!r} is known; only the last ones are remembered")
-                return am.ExplainReply(command.request, decisions)
+                return am.ExplainReply(command.request, receipts)
             case am.CacheQuery():
                 return self._cache()
             case am.CacheClear():

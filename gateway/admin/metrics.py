@@ -21,7 +21,7 @@ _TOTALS = {
     "dispatches": ("num_dispatches", "Requests sent to workers, repeated ones included."),
     "redispatches": ("num_redispatches", "Requests that went on elsewhere after a worker was lost."),
     "poisoned": ("num_poisoned", "Requests given up because workers died under them."),
-    "resyncs": ("num_resyncs", "Snapshots asked for after a gap in block events."),
+    "resyncs": ("num_resyncs", "Snapshots asked for: after a gap in block events, or because the index had drifted."),
     "refused_workers": ("num_refused_workers", "Workers that were not let in."),
 }
 _WORKER_GAUGES = {
@@ -44,6 +44,7 @@ _WORKER_COUNTERS = {
     "predicted_cached_tokens": ("predicted_cached_tokens", "Cached tokens that the router expected."),
     "actual_cached_tokens": ("cached_tokens", "Cached tokens that the worker found."),
     "mispredicted_tokens": ("mispredicted_tokens", "Sum of |predicted - actual| cached tokens."),
+    "drift_tokens": ("drift_tokens", "Cached tokens that the prefix index was wrong about for no reason."),
     "stale_outputs": ("num_stale_outputs", "Outputs dropped because their attempt was over."),
     "index_gaps": ("num_index_gaps", "Gaps in the block events, each mended by a snapshot."),
 }

@@ -161,8 +161,8 @@ class GatewayViews:
         return self._core.statistics().is_draining
 
     def explain(self, request: str) -> list[dict[str, Any]] | None:
-        decisions = self._core.receipts.find(request)
-        return None if decisions is None else msgspec.to_builtins(decisions)
+        receipts = self._core.receipts.find(request)
+        return None if receipts is None else msgspec.to_builtins(receipts)
 
     def drain(self) -> None:
         self._stop()

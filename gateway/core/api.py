@@ -14,6 +14,14 @@ from kvasir.protocol.errors import ErrorInfo
 from kvasir.protocol.messages import MAX_TOKEN_ID, CacheHint, RetentionHint, Sampling, TokenLogprobs
 
 
+class PromptParts(msgspec.Struct, frozen=True):
+    """What a conversation's prompt was made of, as digests: all system messages, the tools, and every other message."""
+
+    system: bytes
+    tools: bytes
+    messages: tuple[bytes, ...]
+
+
 class Submit(msgspec.Struct, frozen=True):
     """A checked request, ready for the queue.
 
@@ -22,6 +30,7 @@ class Submit(msgspec.Struct, frozen=True):
     and so does `key_id`, the key it came with. `deadline`: absolute time or None. `sink` gets every event of this
     request. `vocab_size`: its answer's token ids must be below. `is_open_ended`: nobody asked for the `max_tokens`,
     which are what the model's window allows. `counts_prompt` is false for all choices of a prompt but the first.
+    `parts`: of a conversation.
     """
 
     req_id: bytes
@@ -46,6 +55,7 @@ class Submit(msgspec.Struct, frozen=True):
     key_id: str = ""
     is_open_ended: bool = False
     counts_prompt: bool = True
+    parts: PromptParts | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True):

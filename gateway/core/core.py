@@ -25,14 +25,16 @@ from kvasir.gateway.core.counters import Totals
 from kvasir.gateway.core.endings import deadline_exceeded, end_of_penalties, end_without_worker, last_word, misfit
 from kvasir.gateway.core.fleet import Fleet
 from kvasir.gateway.core.kv_orders import KvOrders
+from kvasir.gateway.core.misses import Prompts, explain
 from kvasir.gateway.core.notices import Broken, Cause, Joined, Lost, Notice, Rejected
-from kvasir.gateway.core.receipts import Receipts
+from kvasir.gateway.core.receipts import Receipt, Receipts, margin_s
 from kvasir.gateway.core.request import Request
 from kvasir.gateway.core.requests import Model, QueueConfig, Requests
 from kvasir.gateway.core.savings import Savings
 from kvasir.gateway.core.statistics import CoreStatistics, core_statistics
 from kvasir.gateway.core.worker import Attempt, Worker
 from kvasir.gateway.core.worker_checks import LivenessConfig, failure, refusal
+from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.gateway.routing.router import RouterConfig, choose
 from kvasir.protocol.errors import KvasirError, Unavailable
 from kvasir.protocol.messages import (
@@ -109,6 +111,7 @@ class Core(CoreApi):
         self._totals = Totals()
         self.kv = KvOrders(self._fleet, send)
         self.receipts = Receipts(config.max_explained)
+        self._prompts = Prompts()
         self.savings = Savings(config.block_size)
         self._held: dict[bytes, list[tuple[Worker, Output]]] = {}  # by bill, until its row is written
         self._draining = False
@@ -345,6 +348,7 @@ class Core(CoreApi):
         if not request.is_suspect:
             request.held_at, request.held_key = now, decision.key
             if not self._has_room(worker, request):
+                request.held_since = request.held_since or now
                 queue.hold(request, decision.worker_id)
                 return
             queue.remove(request)
@@ -359,7 +363,15 @@ class Core(CoreApi):
         self._totals.num_dispatches += 1
         if request.attempt == 1:
             model.counters.queue_s.add(now - request.queued_at)
-        self.receipts.add(request.submit.req_id, decision)
+        receipt = Receipt(
+            decision,
+            waited_s=now - request.queued_at,
+            held_s=now - request.held_since if request.held_since else 0.0,
+            lead=lead,
+            margin_s=margin_s(decision),
+        )
+        request.held_since = 0.0
+        self.receipts.add(request.submit.req_id, receipt)
 
     def _stop(self, request: Request, reason: str, error: KvasirError | None = None) -> None:
         """Finish a request before its time. Its worker, if it has one, is told; the credit is free when it answers."""
@@ -413,7 +425,8 @@ class Core(CoreApi):
         """Take in one engine step: its load, its block events, its outputs. In that order, so that what is sent next
         is chosen with what is known now."""
         worker.stepped(report.step, report.load, now)
-        if not worker.index.apply(report.event_seq, report.stored, report.removed):
+        if not worker.index.apply(report.event_seq, report.stored, report.removed, now):
+            worker.audit.begin(now)
             self._totals.num_resyncs += 1
             self._send(worker.peer, Resync())
         self._outputs(worker, report.outputs, now)
@@ -516,11 +529,34 @@ class Core(CoreApi):
         return worker.give_back(req_id, now)
 
     def _matched(self, worker: Worker, attempt: Attempt, num_cached_tokens: int) -> None:
-        """Take in how many tokens of a prompt were cached, and charge what it was charged too little."""
+        """Take in how many tokens of a prompt were cached, charge what it was charged too little, and say why no more
+        were."""
         worker.matched(attempt, num_cached_tokens)
         submit = attempt.request.submit
         queue = self._requests.models[submit.model].queue
         queue.charge(submit.tenant_id, attempt.num_predicted_tokens - num_cached_tokens)
+        now = self._clock()
+        self._note_miss(worker, attempt, num_cached_tokens, now)
+        if worker.audit.is_due(now):
+            worker.resync(now)
+            self._totals.num_resyncs += 1
+            self._send(worker.peer, Resync())
+
+    def _note_miss(self, worker: Worker, attempt: Attempt, num_cached_tokens: int, now: float) -> None:
+        """Write into the receipt of an attempt what was found cached, and why no more was."""
+        request, submit = attempt.request, attempt.request.submit
+        receipts = self.receipts.of(submit.req_id)
+        if receipts is not None:
+            receipt = receipts[-1]
+            receipt.num_cached_tokens = num_cached_tokens
+            if request.attempt == 1:
+                size, decision = self._config.block_size, receipt.decision
+                receipt.miss = explain(submit, self._prompts, num_cached_tokens, size, decision, self._index_of, now)
+        self._prompts.add(submit, worker.worker_id)
+
+    def _index_of(self, worker_id: str) -> PrefixIndex | None:
+        worker = self._fleet.by_id.get(worker_id)
+        return None if worker is None else worker.index
 
     def _count_stale(self, worker: Worker) -> None:
         worker.counters.num_stale_outputs += 1

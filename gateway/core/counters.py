@@ -60,6 +60,7 @@ class WorkerCounters:
     output_tokens: int = 0
     predicted_cached_tokens: int = 0
     mispredicted_tokens: int = 0  # sum of |predicted - cached|
+    drift_tokens: int = 0  # of those that the index was wrong about, without any reason
     num_stale_outputs: int = 0
 
 

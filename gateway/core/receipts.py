@@ -1,10 +1,30 @@
-"""Why recent requests went where they went: one routing decision per attempt, with the terms of every candidate."""
+"""Why recent requests went where they went, and what was not cached there: one receipt per attempt."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
+import msgspec
+
+from kvasir.gateway.core.misses import Miss
 from kvasir.gateway.routing.router import Decision
+
+
+class Receipt(msgspec.Struct, eq=False):
+    """One attempt: the router's decision, with the terms of every candidate, and what came of it.
+
+    `waited_s` in the queue, `held_s` of that for the worker that it wanted to have room. `lead`: tokens that its tenant
+    had been charged more than fair. `margin_s`: how much more the next best worker would have cost, None without one.
+    `num_cached_tokens`: what the worker found, once it has said so; `miss`: why no more, if there should be more.
+    """
+
+    decision: Decision
+    waited_s: float
+    held_s: float
+    lead: float
+    margin_s: float | None
+    num_cached_tokens: int | None = None
+    miss: Miss | None = None
 
 
 class Receipts:
@@ -12,28 +32,34 @@ class Receipts:
 
     def __init__(self, max_requests: int) -> None:
         self._max_requests = max_requests
-        self._decisions: OrderedDict[bytes, list[Decision]] = OrderedDict()  # by request, the oldest first
+        self._receipts: OrderedDict[bytes, list[Receipt]] = OrderedDict()  # by request, the oldest first
 
-    def add(self, req_id: bytes, decision: Decision) -> None:
-        """Note where an attempt was sent."""
-        decisions = self._decisions.get(req_id)
-        if decisions is not None:
-            decisions.append(decision)
+    def add(self, req_id: bytes, receipt: Receipt) -> None:
+        """Keep the receipt of an attempt that was sent just now."""
+        receipts = self._receipts.get(req_id)
+        if receipts is not None:
+            receipts.append(receipt)
             return
-        self._decisions[req_id] = [decision]
-        if len(self._decisions) > self._max_requests:
-            self._decisions.popitem(last=False)
+        self._receipts[req_id] = [receipt]
+        if len(self._receipts) > self._max_requests:
+            self._receipts.popitem(last=False)
 
-    def of(self, req_id: bytes) -> list[Decision] | None:
-        """Return the decisions about a recent request, None if it is not known any more."""
-        return self._decisions.get(req_id)
+    def of(self, req_id: bytes) -> list[Receipt] | None:
+        """Return the receipts of a recent request, one per attempt; None if it is not known any more."""
+        return self._receipts.get(req_id)
 
-    def find(self, request: str) -> list[Decision] | None:
+    def find(self, request: str) -> list[Receipt] | None:
         """Return the same for the newest request whose id, in hexadecimal, begins like `request` (what clients see
         before a dash is no part of it)."""
         start = request.rpartition("-")[2].lower()
-        newest_first = reversed(self._decisions)
-        return next((self._decisions[req_id] for req_id in newest_first if _begins(req_id, start)), None)
+        newest_first = reversed(self._receipts)
+        return next((self._receipts[req_id] for req_id in newest_first if _begins(req_id, start)), None)
+
+
+def margin_s(decision: Decision) -> float | None:
+    """Return how much more than the chosen worker the next best would have cost; None if there was no other."""
+    others = [terms.cost_s for terms in decision.terms if terms.worker_id != decision.worker_id]
+    return min(others) - decision.chosen.cost_s if others else None
 
 
 def _begins(req_id: bytes, start: str) -> bool:

@@ -41,6 +41,7 @@ class Request(msgspec.Struct, eq=False):
     cached_is_guess: bool = False  # until the engine tells
     share: Share = msgspec.field(default_factory=free_share)  # of what its API request has reserved
     held_for: str = ""  # the worker that it waits for while it is queued, see `TenantQueue.hold`
+    held_since: float = 0.0  # when it first found a worker without room, 0 if it did not
     held_at: float = 0.0  # when it chose that one
     held_key: float = 0.0  # its place in the backlog there
     num_told: int | None = None  # how many of the delivered tokens the client gets, if not all

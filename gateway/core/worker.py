@@ -10,6 +10,7 @@ import msgspec
 
 from kvasir.gateway.core.counters import WorkerCounters
 from kvasir.gateway.core.request import Request
+from kvasir.gateway.routing.audit import Audit
 from kvasir.gateway.routing.backlog import Backlog, Pending
 from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.gateway.routing.router import Candidate, Decision, RouterConfig
@@ -67,13 +68,16 @@ class Rates:
 
 
 class Attempt(msgspec.Struct, eq=False):
-    """One request in flight on a worker. Of its prompt `num_predicted_tokens` should be cached there, and
+    """One request in flight on a worker.
+
+    Of its prompt `num_predicted_tokens` should be cached there (`num_resident_blocks` were, when it was sent) and
     `num_uncached_tokens`, one at least, not. `pending`: the latter, until they are computed or not wanted any
     more. `reserved`: packed hashes that count as cached there because of it."""
 
     request: Request
     dispatched_at: float
     num_predicted_tokens: int
+    num_resident_blocks: int
     num_uncached_tokens: int
     pending: Pending | None
     reserved: bytes
@@ -105,6 +109,7 @@ class Worker:
     runs_suspect: bool = False  # it has a suspect, which is alone there
     is_member: bool = True  # False once it is lost: nothing may be booked on it any more
     challenger: bytes = b""  # a peer that wants this worker's id; a probe was sent to see which of them is alive
+    audit: Audit = field(init=False)
     _mean_stay_s: float = 1.0  # of a request
     _heat_s: float = 0.0
     _heat_at: float = 0.0
@@ -112,6 +117,7 @@ class Worker:
     def __post_init__(self) -> None:
         hello = self.hello
         self.max_context = min(hello.limits.max_context, hello.num_blocks * hello.block_size)
+        self.audit = Audit(hello.block_size, hello.hit_blocks, self.joined_at)
 
     @property
     def worker_id(self) -> str:
@@ -166,6 +172,7 @@ class Worker:
             backlog.leader(prefix_hashes, cached) if cached > resident else None,
             self.slot_wait_s(num_before),
             self.is_fifo,
+            not self.index.in_sync,
         )
 
     def take(self, request: Request, decision: Decision, now: float, heat_decay_s: float) -> None:
@@ -181,7 +188,9 @@ class Worker:
         reserved = request.prefix_hashes[decision.num_resident_blocks * HASH_BYTES :]
         if reserved:
             self.index.reserve(reserved)
-        attempt = Attempt(request, now, chosen.num_cached_tokens, num_uncached, pending, reserved)
+        attempt = Attempt(
+            request, now, chosen.num_cached_tokens, decision.num_resident_blocks, num_uncached, pending, reserved
+        )
         self.in_flight[request.submit.req_id] = attempt
         self._heat_s = self.heat_s(now, heat_decay_s) + chosen.miss_s
         self._heat_at = now
@@ -215,6 +224,20 @@ class Worker:
         counters.cached_tokens += num_cached_tokens
         counters.predicted_cached_tokens += attempt.num_predicted_tokens
         counters.mispredicted_tokens += abs(num_cached_tokens - attempt.num_predicted_tokens)
+        if self.index.in_sync:
+            counters.drift_tokens += self.audit.check(
+                self.index,
+                request.prefix_hashes,
+                attempt.num_resident_blocks,
+                num_cached_tokens // self.hello.block_size,
+                attempt.dispatched_at,
+                request.num_tokens,
+            )
+
+    def resync(self, now: float) -> None:
+        """Believe nothing of its cache until the snapshot comes that it is about to be asked for."""
+        self.index.distrust()
+        self.audit.begin(now)
 
     def prefilled(self, attempt: Attempt) -> bool:
         """Note that a prompt is computed (its first token is there) or not wanted any more; False: that was known."""

@@ -14,8 +14,9 @@ from math import inf
 
 import msgspec
 import trio
+from xxhash import xxh3_128_digest
 
-from kvasir.gateway.core.api import CoreApi, ModelInfo, Sink, Submit
+from kvasir.gateway.core.api import CoreApi, ModelInfo, PromptParts, Sink, Submit
 from kvasir.gateway.edges.grammar_check import GrammarCheck
 from kvasir.gateway.edges.published import Published
 from kvasir.gateway.tenants.directory import Caller, Tenant
@@ -32,6 +33,8 @@ from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens, unpack_tokens, view
 MAX_THREADS = 4
 TAIL_BYTES = 64
 _SAMPLING = [name for name in Sampling.__struct_fields__ if name != "constraint"]
+_SYSTEM_ROLES = ("system", "developer")
+_ENCODER = msgspec.msgpack.Encoder()
 MAX_MEMORIES = 256  # of words, one per model and sharing scope; some megabytes each when full
 
 
@@ -273,6 +276,7 @@ class Preparer:
             vocab_size=MAX_TOKEN_ID + 1 if text is None else text.vocab_size,
             key_id=caller.key_id,
             is_open_ended=request.max_tokens is None,
+            parts=_parts(request),
         )
 
     def _check_prompt(self, request: CompletionRequest, info: ModelInfo, packed: bytes) -> int:
@@ -326,6 +330,19 @@ class Preparer:
         if options.min_tokens or options.allowed_token_ids or options.bad_words or request.grammar is not None:
             fields["constraint"] = _constraint(options, text, request.grammar)
         return Sampling(**fields if text is None else {**text.sampling, **fields})
+
+
+def _parts(request: CompletionRequest) -> PromptParts | None:
+    """Return digests of what a conversation is made of, by which its next turn is compared with it."""
+    if request.messages is None:
+        return None
+    digests = [(m.role in _SYSTEM_ROLES, xxh3_128_digest(_ENCODER.encode(m))) for m in request.messages]
+    chat = request.chat
+    return PromptParts(
+        system=b"".join([digest for is_system, digest in digests if is_system]),
+        tools=b"" if chat is None or chat.tool_choice == "none" or not chat.tools else xxh3_128_digest(chat.tools),
+        messages=tuple([digest for is_system, digest in digests if not is_system]),
+    )
 
 
 def _constraint(options: SamplingOptions, text: ModelText | None, grammar: Grammar | None) -> Constraint:

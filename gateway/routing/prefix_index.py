@@ -13,6 +13,7 @@ import msgspec
 
 from kvasir.protocol.prefix import HASH_BYTES, split_hashes
 
+MAX_EVICTED = 8_192  # blocks per worker of which it is remembered when they were dropped
 _ENTRY_BYTES = sys.getsizeof(b"\0" * HASH_BYTES)
 
 
@@ -38,6 +39,7 @@ class PrefixIndex:
     def __init__(self) -> None:
         self._resident: set[bytes] = set()
         self._reserved: dict[bytes, int] = {}  # hash -> how many requests in flight count on it
+        self._evicted: dict[bytes, float] = {}  # hash -> when, the oldest first
         self._event_seq = 0
         self._in_sync = True
         self._num_gaps = 0
@@ -47,7 +49,7 @@ class PrefixIndex:
         """False from a gap in the events until the next snapshot."""
         return self._in_sync
 
-    def apply(self, event_seq: int, stored: bytes, removed: bytes) -> bool:
+    def apply(self, event_seq: int, stored: bytes, removed: bytes, now: float = 0.0) -> bool:
         """Follow one report's block events; return False if a snapshot must be asked for now.
 
         A report with events has the next number, one without repeats the last. After a gap everything resident is
@@ -57,16 +59,22 @@ class PrefixIndex:
             return True
         expected = self._event_seq + 1 if stored or removed else self._event_seq
         if event_seq != expected:
-            self._in_sync = False
             self._num_gaps += 1
-            self._resident.clear()
+            self.distrust()
             return False
         self._event_seq = event_seq
         if removed:
-            self._resident.difference_update(split_hashes(removed))
+            hashes = split_hashes(removed)
+            self._resident.difference_update(hashes)
+            self._note_evicted(hashes, now)
         if stored:
             self._resident.update(split_hashes(stored))
         return True
+
+    def distrust(self) -> None:
+        """Believe nothing until the next snapshot."""
+        self._in_sync = False
+        self._resident.clear()
 
     def replace(self, event_seq: int, hashes: bytes) -> None:
         """Believe a snapshot: exactly `hashes` are resident after event `event_seq`."""
@@ -103,6 +111,13 @@ class PrefixIndex:
             else:
                 del reserved[digest]
 
+    def evicted_at(self, digest: bytes) -> float | None:
+        """Return when a block was last dropped; None if it was not, or that is too long ago."""
+        return self._evicted.get(digest)
+
+    def is_resident(self, digest: bytes) -> bool:
+        return digest in self._resident
+
     def statistics(self) -> IndexStatistics:
         """Return sizes; bytes are those of the containers and their keys."""
         num_blocks = len(self._resident)
@@ -110,6 +125,14 @@ class PrefixIndex:
         per_block = size / num_blocks if num_blocks else 0.0
         size += sys.getsizeof(self._reserved) + len(self._reserved) * _ENTRY_BYTES
         return IndexStatistics(num_blocks, len(self._reserved), self._num_gaps, self._in_sync, size, per_block)
+
+    def _note_evicted(self, hashes: list[bytes], now: float) -> None:
+        evicted = self._evicted
+        for digest in hashes:
+            evicted.pop(digest, None)
+            evicted[digest] = now
+        while len(evicted) > MAX_EVICTED:
+            del evicted[next(iter(evicted))]
 
 
 def _partition(packed: bytes, low: int, high: int, members: set[bytes] | dict[bytes, int]) -> int:

@@ -46,7 +46,7 @@ class Candidate(msgspec.Struct, eq=False):
     before; `leader` is the entry of `backlog` that computes the last of them, if there are any.
     `round_s`: time of one decode step with what is running there now, 0 if nothing is; `step_tokens`: prompt tokens
     that one step takes at most. `slot_wait_s`: until it has a credit, 0 if it has one. `is_fifo`: it computes prompts
-    as they come.
+    as they come. `is_guess`: what it has cached is not known now, and taken for nothing.
     """
 
     worker_id: str
@@ -61,10 +61,11 @@ class Candidate(msgspec.Struct, eq=False):
     leader: Pending | None = None
     slot_wait_s: float = 0.0
     is_fifo: bool = False
+    is_guess: bool = False
 
 
 class Terms(msgspec.Struct, frozen=True, gc=False):
-    """One worker's cost for one request and what it is made of; times in seconds."""
+    """One worker's cost for one request and what it is made of; times in seconds. `is_guess`: see `Candidate`."""
 
     worker_id: str
     cost_s: float
@@ -74,6 +75,7 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
     num_behind: int
     heat_s: float
     num_running: int
+    is_guess: bool = False
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -142,4 +144,5 @@ def _terms(
         num_behind,
         candidate.heat_s,
         candidate.num_running,
+        candidate.is_guess,
     )

@@ -21,8 +21,11 @@ import zmq
 
 from kvasir.cli import admin_client
 from kvasir.gateway.admin.admin import Admin, decide, open_admin_link
+from kvasir.gateway.core.misses import Miss
+from kvasir.gateway.core.receipts import Receipt
 from kvasir.gateway.core.savings import Saving
 from kvasir.gateway.lock import hold_lock
+from kvasir.gateway.routing.router import Decision, Terms
 from kvasir.gateway.tenants.directory import PublishedPrefix, TenantDirectory
 from kvasir.gateway.tenants.store import DATABASE_NAME, open_store
 from kvasir.protocol import admin_messages as am
@@ -121,8 +124,12 @@ class FakeHouse:
         return self.drained
 
     def explain(self, request: str) -> list[dict[str, Any]] | None:
-        terms = [{"worker_id": "demo-0", "wait_s": 0.5}, {"worker_id": "demo-1", "wait_s": 0.25}]
-        return [{"worker_id": "demo-1", "num_tokens": 7, "terms": terms}] if request == "known" else None
+        chosen = Terms("demo-1", 0.25, 0.1, 0.1, 0, 0, 0.0, 1)
+        terms = (Terms("demo-0", 0.5, 0.5, 0.2, 4, 1, 0.0, 3, is_guess=True), chosen)
+        decision = Decision("demo-1", 7, terms, chosen, 0.0, 0, note="is one of two")
+        miss = Miss("routed_elsewhere", 4, "c0ffee" * 5, "demo-0", 0.5, 0.25)
+        receipt = Receipt(decision, 0.5, 0.25, 12.0, 0.25, num_cached_tokens=0, miss=miss)
+        return msgspec.to_builtins([receipt]) if request == "known" else None
 
     def drain(self) -> None:
         self.drained = True
@@ -308,7 +315,10 @@ def test_status_explain_and_drain_reach_the_house(home: Path) -> None:
         assert status.workers == FakeHouse().workers() and status.models == FakeHouse().models()
         assert [tenant.name for tenant in status.tenants] == ["acme"]
         assert (status.pid, status.version, status.draining) == (os.getpid(), "1.2.3", False)
-        assert office.ask(am.ExplainQuery(request="known"), am.ExplainReply).decisions[0]["worker_id"] == "demo-1"
+        assert (
+            office.ask(am.ExplainQuery(request="known"), am.ExplainReply).receipts[0]["decision"]["worker_id"]
+            == "demo-1"
+        )
         office.ask(am.DrainGateway(), am.Done)
         assert office.house.drained
 

@@ -49,7 +49,7 @@ def test_cached_tokens_are_predicted_in_whole_runs_of_the_engines_blocks() -> No
     bench.submit(b"exact", tokens[: 8 * BLOCK_SIZE])  # its last token must be computed: one run
 
     for req_id, num_cached in ((b"whole", 8 * BLOCK_SIZE), (b"exact", 4 * BLOCK_SIZE)):
-        [decision] = bench.core.receipts.of(req_id) or []
+        [decision] = [receipt.decision for receipt in bench.core.receipts.of(req_id) or []]
         assert decision.chosen.num_cached_tokens == num_cached
 
 
@@ -127,7 +127,7 @@ def test_the_receipt_says_when_the_rest_is_drawn_differently() -> None:
 
         bench.core.worker_report(first, Bye("gone", True))
 
-        decisions = bench.core.receipts.of(b"r1") or []
+        decisions = [receipt.decision for receipt in bench.core.receipts.of(b"r1") or []]
         assert [bool(decision.note) for decision in decisions] == [False, noted]
 
 

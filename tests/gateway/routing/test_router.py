@@ -215,7 +215,7 @@ def test_workers_of_other_models_or_draining_are_no_candidates() -> None:
     bench.submit(b"r1", tokens)
     bench.report(b"leaving", output(b"r1", 0, [], "abort"), event_seq=1)  # hands it back: it is about to leave
     assert [peer for peer, _ in bench.take()] == [b"leaving", b"free"]
-    *_, decision = bench.core.receipts.of(b"r1") or []
+    *_, decision = [receipt.decision for receipt in bench.core.receipts.of(b"r1") or []]
     assert [terms.worker_id for terms in decision.terms] == ["free"]
 
 
@@ -227,7 +227,7 @@ def test_what_a_request_has_computed_counts_as_cached_only_as_long_as_it_is_ther
     bench.report(b"w1", output(b"r1", 0, [1], num_cached_tokens=0), event_seq=1, stored=make_hashes(tokens))
     bench.report(b"w1", event_seq=2, removed=make_hashes(tokens)[16:])  # while it decodes
     bench.submit(b"r2", tokens)
-    [decision] = bench.core.receipts.of(b"r2") or []
+    [decision] = [receipt.decision for receipt in bench.core.receipts.of(b"r2") or []]
     assert decision.chosen.num_cached_tokens == BLOCK_SIZE
 
 
@@ -239,5 +239,5 @@ def test_a_cancelled_request_leaves_nothing_that_counts_as_cached() -> None:
     bench.core.cancel(Cancel(b"r1"))
     bench.report(b"w1", output(b"r1", 0, [], "abort"))
     bench.submit(b"r2", tokens)
-    [decision] = bench.core.receipts.of(b"r2") or []
+    [decision] = [receipt.decision for receipt in bench.core.receipts.of(b"r2") or []]
     assert decision.chosen.num_cached_tokens == 0

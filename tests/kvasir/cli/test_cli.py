@@ -157,6 +157,17 @@ def test_tables_name_what_is_there_and_never_a_secret(office: Office, home: Path
     assert (
         "7 tokens to demo-1" in out and "0.2500" in out and "wait" in out and "Seconds that the worker is busy" in out
     )
+    for words in (
+        "it waited 0.500 s in the queue, 0.250 s of that for the best worker to have room",
+        "12 tokens ahead of its fair share",
+        "the next best would have cost 0.2500 s more",
+        "a guess: what demo-0 had cached was not known then",
+        "0 tokens were cached, 0 had been predicted",
+        "4 more were not: it went elsewhere; demo-0 had them, but would have cost 0.5000 s against 0.2500 s",
+        "(it follows request c0ffeec0ffeec0ff)",
+        "this attempt is one of two",
+    ):
+        assert words in " ".join(out.split()), words
     assert "demo" in kvasir(capsys, "models")[0]
     assert kvasir_json(capsys, "models")["models"][0]["max_context"] == 2048
 

@@ -401,7 +401,7 @@ def test_a_request_with_penalties_ends_with_a_named_error_and_a_sampled_one_says
             moved = set()
             for (kind, number), (req_id, answer) in asked.items():
                 finished = await answer.end()
-                decisions = fleet.core.receipts.of(req_id) or []
+                decisions = [receipt.decision for receipt in fleet.core.receipts.of(req_id) or []]
                 if decisions[0].worker_id != "w0":
                     continue
                 moved.add(kind)
