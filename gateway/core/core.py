@@ -25,9 +25,9 @@ from kvasir.gateway.core.counters import Totals
 from kvasir.gateway.core.endings import deadline_exceeded, end_of_penalties, end_without_worker, last_word, misfit
 from kvasir.gateway.core.fleet import Fleet
 from kvasir.gateway.core.kv_orders import KvOrders
-from kvasir.gateway.core.misses import Prompts, explain
+from kvasir.gateway.core.misses import Prompts, explain, is_worth_a_reason
 from kvasir.gateway.core.notices import Broken, Cause, Joined, Lost, Notice, Rejected
-from kvasir.gateway.core.receipts import Receipt, Receipts, margin_s
+from kvasir.gateway.core.receipts import Receipt, Receipts
 from kvasir.gateway.core.request import Request
 from kvasir.gateway.core.requests import Model, QueueConfig, Requests
 from kvasir.gateway.core.savings import Savings
@@ -293,30 +293,20 @@ class Core(CoreApi):
         if not model.queue and not model.suspects:
             return
         while model.suspects and (emptied := _emptied_for_suspect(model)) is not None and not emptied.in_flight:
-            suspect = model.suspects.pop(0)
-            if not self._is_late(suspect, now):
-                self._try_to_route(suspect, model, [emptied], now)
+            self._try_to_route(model.suspects.pop(0), model, [emptied], now)
         emptied = _emptied_for_suspect(model) if model.suspects else None
         workers = [w for w in model.workers if w.state == "ready" and not w.runs_suspect and w is not emptied]
-        if not model.queue or not any(worker.num_credits > 0 for worker in workers):
+        if not model.queue or not _have_credits(workers):
             return
         for request in model.queue.turns():
-            if not self._is_late(request, now) and not self._is_still_held(request, now):
+            if not request.held_for or not self._is_still_held(request, now):
                 self._try_to_route(request, model, workers, now)
-                if not any(worker.num_credits > 0 for worker in workers):
+                if not _have_credits(workers):
                     return
-
-    def _is_late(self, request: Request, now: float) -> bool:
-        """End `request`, which is about to be sent, if its deadline is over."""
-        deadline = request.submit.deadline
-        if deadline is None or deadline > now:
-            return False
-        self._stop(request, "deadline", deadline_exceeded(request, "while it waited for a worker"))
-        return True
 
     def _is_still_held(self, request: Request, now: float) -> bool:
         """Return whether `request` waits for a worker that it has chosen lately and that has no room yet."""
-        if not request.held_for or now - request.held_at >= self._config.queue.reroute_s:
+        if now - request.held_at >= self._config.queue.reroute_s:
             return False
         worker = self._fleet.by_id.get(request.held_for)
         return worker is not None and worker.state == "ready" and not self._has_room(worker, request)
@@ -325,6 +315,11 @@ class Core(CoreApi):
         return worker.has_room(request.submit.tenant_id, request.held_key, self._config.queue.window_s)
 
     def _try_to_route(self, request: Request, model: Model, workers: list[Worker], now: float) -> None:
+        """Route `request`, unless its deadline is over."""
+        deadline = request.submit.deadline
+        if deadline is not None and deadline <= now:
+            self._stop(request, "deadline", deadline_exceeded(request, "while it waited for a worker"))
+            return
         try:
             self._route(request, model, workers, now)
         except Exception as bug:
@@ -363,15 +358,9 @@ class Core(CoreApi):
         self._totals.num_dispatches += 1
         if request.attempt == 1:
             model.counters.queue_s.add(now - request.queued_at)
-        receipt = Receipt(
-            decision,
-            waited_s=now - request.queued_at,
-            held_s=now - request.held_since if request.held_since else 0.0,
-            lead=lead,
-            margin_s=margin_s(decision),
-        )
+        held_s = now - request.held_since if request.held_since else 0.0
         request.held_since = 0.0
-        self.receipts.add(request.submit.req_id, receipt)
+        self.receipts.add(request.submit.req_id, Receipt(decision, now - request.queued_at, held_s, lead))
 
     def _stop(self, request: Request, reason: str, error: KvasirError | None = None) -> None:
         """Finish a request before its time. Its worker, if it has one, is told; the credit is free when it answers."""
@@ -546,13 +535,15 @@ class Core(CoreApi):
         """Write into the receipt of an attempt what was found cached, and why no more was."""
         request, submit = attempt.request, attempt.request.submit
         receipts = self.receipts.of(submit.req_id)
+        is_worth = is_worth_a_reason(submit)
         if receipts is not None:
             receipt = receipts[-1]
             receipt.num_cached_tokens = num_cached_tokens
-            if request.attempt == 1:
+            if request.attempt == 1 and is_worth:
                 size, decision = self._config.block_size, receipt.decision
                 receipt.miss = explain(submit, self._prompts, num_cached_tokens, size, decision, self._index_of, now)
-        self._prompts.add(submit, worker.worker_id)
+        if is_worth:
+            self._prompts.add(submit, worker.worker_id)
 
     def _index_of(self, worker_id: str) -> PrefixIndex | None:
         worker = self._fleet.by_id.get(worker_id)
@@ -644,6 +635,10 @@ class Core(CoreApi):
                 size = f" for {request.num_needed} tokens" if largest else ""
                 text = f"model {model.name!r} has had no worker{size} for {waited_s:.0f} s; try again later"
                 self._stop(request, "error", Unavailable(text, retry_after_s=timeout_s))
+
+
+def _have_credits(workers: list[Worker]) -> bool:
+    return any(worker.num_credits > 0 for worker in workers)
 
 
 def _emptied_for_suspect(model: Model) -> Worker | None:

@@ -40,6 +40,7 @@ is, but its tokens are not (the chat template, truncation). routed_elsewhere: an
 have cost more. evicted: the worker has dropped it since. worker_left: so has the worker that had it.
 """
 
+MIN_BLOCKS = 8
 MAX_KEYS = 64  # of the last messages of one prompt that find it
 
 
@@ -86,14 +87,12 @@ class Prompts:
         return len(self._prompts)
 
     def add(self, submit: Submit, worker_id: str) -> None:
-        """Remember a prompt that `worker_id` is computing or has computed. Prompts without a full block are nothing to
-        remember."""
+        """Remember a prompt of a full block at least that `worker_id` is computing or has computed."""
         num_blocks = len(submit.prefix_hashes) // HASH_BYTES
-        if not num_blocks:
-            return
         end = submit.prefix_hashes[-HASH_BYTES:]
         keys = (_key(submit.tenant_id, end), *_message_keys(submit)[-MAX_KEYS:])
-        self._forget(submit.req_id)
+        if submit.req_id in self._prompts:
+            self._forget(submit.req_id)
         prompt = self._prompts[submit.req_id] = Prompt(
             submit.req_id,
             submit.model,
@@ -131,6 +130,11 @@ class Prompts:
         for key in prompt.keys if prompt is not None else ():
             if self._by_key.get(key) is prompt:
                 del self._by_key[key]
+
+
+def is_worth_a_reason(submit: Submit) -> bool:
+    """Return whether a prompt is so long that to know why it was not cached is worth what that costs."""
+    return len(submit.prefix_hashes) >= MIN_BLOCKS * HASH_BYTES
 
 
 def explain(

@@ -14,15 +14,14 @@ class Receipt(msgspec.Struct, eq=False):
     """One attempt: the router's decision, with the terms of every candidate, and what came of it.
 
     `waited_s` in the queue, `held_s` of that for the worker that it wanted to have room. `lead`: tokens that its tenant
-    had been charged more than fair. `margin_s`: how much more the next best worker would have cost, None without one.
-    `num_cached_tokens`: what the worker found, once it has said so; `miss`: why no more, if there should be more.
+    had been charged more than fair. `num_cached_tokens`: what the worker found, once it has said so; `miss`: why no
+    more, if there should be more.
     """
 
     decision: Decision
     waited_s: float
     held_s: float
     lead: float
-    margin_s: float | None
     num_cached_tokens: int | None = None
     miss: Miss | None = None
 
@@ -54,12 +53,6 @@ class Receipts:
         start = request.rpartition("-")[2].lower()
         newest_first = reversed(self._receipts)
         return next((self._receipts[req_id] for req_id in newest_first if _begins(req_id, start)), None)
-
-
-def margin_s(decision: Decision) -> float | None:
-    """Return how much more than the chosen worker the next best would have cost; None if there was no other."""
-    others = [terms.cost_s for terms in decision.terms if terms.worker_id != decision.worker_id]
-    return min(others) - decision.chosen.cost_s if others else None
 
 
 def _begins(req_id: bytes, start: str) -> bool:

@@ -9,7 +9,7 @@ One that got more has a *lead*, and waits for the others: whoever was charged le
 from __future__ import annotations
 
 import heapq
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
@@ -23,11 +23,15 @@ class TenantQueue:
     """First come, first served within a tenant. Also knows which worker a request waits for, if it has chosen one."""
 
     def __init__(self) -> None:
-        self._waiting: OrderedDict[str, OrderedDict[bytes, Request]] = OrderedDict()  # by tenant, the last served last
+        self._waiting: dict[str, dict[bytes, Request]] = {}  # by tenant
         self._num_waiting = 0
+        self._last_turns: dict[
+            str, int
+        ] = {}  # by tenant: of those charged the same, the one served longest ago is next
+        self._num_turns = 0
         self._charged: dict[str, float] = {}
         self._fair_charge = 0.0
-        self._num_unfinished: Counter[str] = Counter()  # requests that wait or whose prompts are not computed yet
+        self._num_unfinished: dict[str, int] = {}  # requests that wait or whose prompts are not computed yet, by tenant
         self._num_held: Counter[str] = Counter()  # by worker
 
     def __len__(self) -> int:
@@ -44,61 +48,67 @@ class TenantQueue:
     def push(self, request: Request) -> None:
         """Append `request` to its tenant's queue."""
         tenant_id = request.submit.tenant_id
-        if tenant_id not in self._waiting:
-            self._waiting[tenant_id] = OrderedDict()
+        own = self._waiting.get(tenant_id)
+        if own is None:
+            own = self._waiting[tenant_id] = {}
             self._charged[tenant_id] = max(self._charged.get(tenant_id, 0.0), self._fair_charge)
-            self._waiting.move_to_end(tenant_id, last=False)  # before those that were charged the same, and served
-        self._waiting[tenant_id][request.submit.req_id] = request
+        own[request.submit.req_id] = request
         self._num_waiting += 1
-        self._num_unfinished[tenant_id] += 1
+        self.computing(tenant_id)
 
     def push_front(self, request: Request) -> None:
         """Put `request` before everything of its tenant: it has had its turn, and its worker was lost."""
         self.push(request)
-        self._waiting[request.submit.tenant_id].move_to_end(request.submit.req_id, last=False)
+        own = self._waiting[request.submit.tenant_id]
+        others = [item for item in own.items() if item[1] is not request]
+        own.clear()
+        own[request.submit.req_id] = request
+        own.update(others)
 
     def turns(self) -> Iterator[Request]:
         """Yield the requests that may be sent next, in turn: the first few of each tenant.
 
         The one yielded last may be removed and its tenant charged: then the turns go on with whoever is least charged.
         """
-        turns = [(self._charged[tenant_id], turn, tenant_id) for turn, tenant_id in enumerate(self._waiting)]
+        charged, last = self._charged, self._last_turns
+        turns = [(charged[tenant_id], last.get(tenant_id, 0), tenant_id) for tenant_id in self._waiting]
         heapq.heapify(turns)
-        num_turns = len(turns)
         while turns:
-            _, _, tenant_id = heapq.heappop(turns)
+            tenant_id = heapq.heappop(turns)[2]
             for request in list(islice(self._waiting.get(tenant_id, {}).values(), LOOKS)):
                 if request in self:
                     yield request
                 if request not in self:
                     if tenant_id in self._waiting:
-                        num_turns += 1
-                        heapq.heappush(turns, (self._charged[tenant_id], num_turns, tenant_id))
+                        heapq.heappush(turns, (charged[tenant_id], last.get(tenant_id, 0), tenant_id))
                     break
 
     def remove(self, request: Request) -> None:
         """Take out `request`, which waits here. O(1)."""
         tenant_id = request.submit.tenant_id
-        requests = self._waiting[tenant_id]
-        del requests[request.submit.req_id]
+        own = self._waiting[tenant_id]
+        del own[request.submit.req_id]
         self._num_waiting -= 1
-        self.computed(tenant_id)
-        self.hold(request, "")
-        if requests:
-            self._waiting.move_to_end(tenant_id)
-        else:
+        self._num_turns += 1
+        self._last_turns[tenant_id] = self._num_turns
+        if not own:
             del self._waiting[tenant_id]
+        self.computed(tenant_id)
+        if request.held_for:
+            self.hold(request, "")
 
     # ---- charges -------------------------------------------------------------------------------------------------
 
     def computing(self, tenant_id: str) -> None:
         """Note that a request of the tenant is on its way to a worker: the tenant is active until `computed`."""
-        self._num_unfinished[tenant_id] += 1
+        self._num_unfinished[tenant_id] = self._num_unfinished.get(tenant_id, 0) + 1
 
     def computed(self, tenant_id: str) -> None:
         """Note that its prompt is computed, or not wanted any more."""
-        self._num_unfinished[tenant_id] -= 1
-        if not self._num_unfinished[tenant_id]:
+        num = self._num_unfinished[tenant_id] - 1
+        if num:
+            self._num_unfinished[tenant_id] = num
+        else:
             del self._num_unfinished[tenant_id]
 
     def charge(self, tenant_id: str, num_tokens: float) -> None:
@@ -124,7 +134,7 @@ class TenantQueue:
 
     def num_held(self, worker_id: str) -> int:
         """Return how many requests wait for that worker."""
-        return self._num_held[worker_id]
+        return self._num_held.get(worker_id, 0)
 
     def check_integrity(self) -> None:
         """Assert that queues and counts agree."""

@@ -109,6 +109,7 @@ class Worker:
     runs_suspect: bool = False  # it has a suspect, which is alone there
     is_member: bool = True  # False once it is lost: nothing may be booked on it any more
     challenger: bytes = b""  # a peer that wants this worker's id; a probe was sent to see which of them is alive
+    is_fifo: bool = field(init=False)  # it computes prompts in the order in which they come
     audit: Audit = field(init=False)
     _mean_stay_s: float = 1.0  # of a request
     _heat_s: float = 0.0
@@ -117,16 +118,12 @@ class Worker:
     def __post_init__(self) -> None:
         hello = self.hello
         self.max_context = min(hello.limits.max_context, hello.num_blocks * hello.block_size)
+        self.is_fifo = "order" in hello.lacks
         self.audit = Audit(hello.block_size, hello.hit_blocks, self.joined_at)
 
     @property
     def worker_id(self) -> str:
         return self.hello.worker_id
-
-    @property
-    def is_fifo(self) -> bool:
-        """Whether it computes prompts in the order in which they come."""
-        return "order" in self.hello.lacks
 
     @property
     def num_credits(self) -> int:
@@ -138,10 +135,6 @@ class Worker:
     def heat_s(self, now: float, decay_s: float) -> float:
         """Return the seconds of prefill that were lately sent here, decayed with time constant `decay_s`."""
         return self._heat_s * math.exp((self._heat_at - now) / decay_s) if self._heat_s else 0.0
-
-    def slot_wait_s(self, num_before: float) -> float:
-        """Return how long a request waits here for a credit, after `num_before` others; 0 if there is one now."""
-        return (1 + num_before) * self._mean_stay_s / self.hello.limits.max_requests if self.num_credits <= 0 else 0.0
 
     def has_room(self, tenant_id: str, key: float, window_s: float) -> bool:
         """Return whether to send a request of that tenant with that place in the backlog now: there is a credit, and
@@ -158,7 +151,7 @@ class Worker:
         resident, cached = self.index.match(prefix_hashes, (request.num_tokens - 1) // hello.block_size)
         if hello.hit_blocks > 1:
             resident, cached = resident - resident % hello.hit_blocks, cached - cached % hello.hit_blocks
-        in_flight, backlog = len(self.in_flight), self.backlog
+        in_flight, backlog, max_requests = len(self.in_flight), self.backlog, hello.limits.max_requests
         return Candidate(
             hello.worker_id,
             cached * hello.block_size,
@@ -170,7 +163,7 @@ class Worker:
             self.heat_s(now, config.heat_decay_s),
             backlog,
             backlog.leader(prefix_hashes, cached) if cached > resident else None,
-            self.slot_wait_s(num_before),
+            (1 + num_before) * self._mean_stay_s / max_requests if in_flight >= max_requests else 0.0,
             self.is_fifo,
             not self.index.in_sync,
         )

@@ -195,8 +195,9 @@ def _story(receipt: dict[str, Any]) -> list[str]:
     if receipt["lead"]:
         waited += f"; its tenant was {count(round(receipt['lead']))} tokens ahead of its fair share"
     lines = [waited]
-    if receipt["margin_s"] is not None:
-        lines.append(f"the next best would have cost {receipt['margin_s']:.4f} s more")
+    others = [terms["cost_s"] for terms in decision["terms"] if terms["worker_id"] != decision["worker_id"]]
+    if others:
+        lines.append(f"the next best would have cost {min(others) - decision['chosen']['cost_s']:.4f} s more")
     guesses = [terms["worker_id"] for terms in decision["terms"] if terms.get("is_guess")]
     if guesses:
         lines.append(f"a guess: what {', '.join(guesses)} had cached was not known then, and taken for nothing")

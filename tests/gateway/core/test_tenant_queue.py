@@ -60,7 +60,7 @@ def test_what_waits_for_its_worker_lets_a_few_behind_it_pass() -> None:
     for i in range(10):
         queue.push(make_request(b"a%d" % i, "alpha"))
     queue.push(make_request(b"b0", "beta"))
-    assert [request.submit.req_id for request in queue.turns()] == [b"b0", *(b"a%d" % i for i in range(LOOKS))]
+    assert [request.submit.req_id for request in queue.turns()] == [*(b"a%d" % i for i in range(LOOKS)), b"b0"]
 
 
 def test_a_tenant_that_was_idle_has_saved_nothing() -> None:
