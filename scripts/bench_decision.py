@@ -20,8 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-_HERE = Path(__file__).resolve()
-sys.path.insert(0, os.environ.get("BENCH_TREE", str(_HERE.parent.parent)))
+sys.path.insert(0, os.environ.get("BENCH_TREE", str(Path(__file__).resolve().parent.parent)))
 
 from kvasir.gateway.core.api import Event, Submit
 from kvasir.gateway.core.core import Core, CoreConfig
@@ -29,6 +28,7 @@ from kvasir.protocol import PROTOCOL_VERSION
 from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, Sampling, Snapshot, StepReport
 from kvasir.protocol.tokens import pack_tokens
 
+_HERE = Path(__file__).resolve()
 BLOCK_SIZE = 16
 BATCH = 8
 _ANSWER = pack_tokens((1,))

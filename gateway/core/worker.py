@@ -15,7 +15,7 @@ from kvasir.gateway.routing.backlog import Backlog, Pending
 from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.gateway.routing.router import Candidate, Decision, RouterConfig
 from kvasir.protocol.messages import Hello, KvAccounts, Load
-from kvasir.protocol.prefix import HASH_BYTES, split_hashes
+from kvasir.protocol.prefix import HASH_BYTES
 
 DEFAULT_PREFILL_TOKENS_PER_S = 5_000.0
 _FORGET = 0.9  # weight of the past per report: rates follow a change within some ten steps
@@ -72,7 +72,7 @@ class Attempt(msgspec.Struct, eq=False):
 
     Of its prompt `num_predicted_tokens` should be cached there (`num_resident_blocks` were, when it was sent) and
     `num_uncached_tokens`, one at least, not. `pending`: the latter, until they are computed or not wanted any
-    more. `reserved`: packed hashes that count as cached there because of it."""
+    more. `is_reserved`: blocks of its prompt count as cached there because of it."""
 
     request: Request
     dispatched_at: float
@@ -80,7 +80,7 @@ class Attempt(msgspec.Struct, eq=False):
     num_resident_blocks: int
     num_uncached_tokens: int
     pending: Pending | None
-    reserved: bytes
+    is_reserved: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -178,12 +178,8 @@ class Worker:
         num_uncached = max(1, decision.num_tokens - chosen.num_cached_tokens)
         pending = self.backlog.add(decision.key, num_uncached, request.prefix_hashes, request.submit.tenant_id)
         # Everything that is not resident, also what others have reserved: they may be gone before this one.
-        reserved = request.prefix_hashes[decision.num_resident_blocks * HASH_BYTES :]
-        if reserved:
-            self.index.reserve(reserved)
-        attempt = Attempt(
-            request, now, chosen.num_cached_tokens, decision.num_resident_blocks, num_uncached, pending, reserved
-        )
+        self.index.reserve(request.prefix_hashes, decision.num_resident_blocks)
+        attempt = Attempt(request, now, chosen.num_cached_tokens, decision.num_resident_blocks, num_uncached, pending)
         self.in_flight[request.submit.req_id] = attempt
         self._heat_s = self.heat_s(now, heat_decay_s) + chosen.miss_s
         self._heat_at = now
@@ -239,9 +235,9 @@ class Worker:
             attempt.request.is_begun |= attempt.pending.is_begun
             self.backlog.remove(attempt.pending)
             attempt.pending = None
-        if attempt.reserved:
-            self.index.release(attempt.reserved)
-            attempt.reserved = b""
+        if attempt.is_reserved:
+            self.index.release(attempt.request.prefix_hashes, attempt.num_resident_blocks)
+            attempt.is_reserved = False
         return is_news
 
     def give_back(self, req_id: bytes, now: float) -> Request:
@@ -261,8 +257,9 @@ class Worker:
         pending = [attempt.pending for attempt in attempts if attempt.pending is not None]
         assert len(pending) == len(self.backlog), "the backlog holds other requests than those in flight"
         assert self.backlog.num_tokens == sum(entry.num_tokens for entry in pending)
-        expected = {digest for attempt in attempts for digest in split_hashes(attempt.reserved)}
-        assert self.index.statistics().num_reserved == len(expected), "reservations leak"
+        reserved = [a for a in attempts if a.is_reserved]
+        num_reserved = sum(len(a.request.prefix_hashes) // HASH_BYTES - a.num_resident_blocks for a in reserved)
+        assert self.index.statistics().num_reserved == num_reserved, "reservations leak"
         for attempt in attempts:
             request = attempt.request
             assert request.is_held and request.worker_id == self.worker_id, (

@@ -14,11 +14,13 @@ import msgspec
 from kvasir.protocol.prefix import HASH_BYTES, split_hashes
 
 MAX_EVICTED = 8_192  # blocks per worker of which it is remembered when they were dropped
+STRIDE = 16  # every so many blocks of a reserved prompt one is marked
+MAX_COMPARED = 4  # reserved prompts with the same mark
 _ENTRY_BYTES = sys.getsizeof(b"\0" * HASH_BYTES)
 
 
 class IndexStatistics(msgspec.Struct, frozen=True):
-    """`num_reserved`: entries that count as cached because a request in flight will make them."""
+    """`num_reserved`: blocks that count as cached because a request in flight will make them, once for each."""
 
     num_blocks: int
     num_reserved: int
@@ -38,7 +40,8 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._resident: set[bytes] = set()
-        self._reserved: dict[bytes, int] = {}  # hash -> how many requests in flight count on it
+        self._reserved: dict[bytes, list[bytes]] = {}  # marked hash -> prompts in flight that will make it
+        self._num_reserved = 0
         self._evicted: dict[bytes, float] = {}  # hash -> when, the oldest first
         self._event_seq = 0
         self._in_sync = True
@@ -85,31 +88,62 @@ class PrefixIndex:
     def match(self, prefix_hashes: bytes, max_blocks: int) -> tuple[int, int]:
         """Return (resident, cached): how many leading blocks are resident, and how many are resident or reserved.
 
-        `prefix_hashes` packed; at most its first `max_blocks` count. O(log n).
+        `prefix_hashes` packed; at most its first `max_blocks` count. O(log n), and O(1) where nothing is cached. What a
+        prompt has in common with a reserved one that is partly computed may be found up to `STRIDE` blocks short.
         """
         num_blocks = min(len(prefix_hashes) // HASH_BYTES, max_blocks)
         if not num_blocks:
             return 0, 0
-        resident = _partition(prefix_hashes, 0, num_blocks, self._resident) if self._resident else 0
+        resident = 0
+        if prefix_hashes[:HASH_BYTES] in self._resident:
+            resident = _partition(prefix_hashes, 1, num_blocks, self._resident)
         if resident == num_blocks or not self._reserved:
             return resident, resident
-        return resident, _partition(prefix_hashes, resident, num_blocks, self._reserved)
+        return resident, self._match_reserved(prefix_hashes, resident, num_blocks)
 
-    def reserve(self, packed: bytes) -> None:
-        """Count `packed` hashes as cached until they are released: a request on its way will make them."""
+    def _match_reserved(self, prefix_hashes: bytes, start: int, num_blocks: int) -> int:
+        """Return how many of the first `num_blocks` blocks, beyond the first `start`, some reserved prompt has."""
         reserved = self._reserved
-        for digest in split_hashes(packed):
-            reserved[digest] = reserved.get(digest, 0) + 1
-
-    def release(self, packed: bytes) -> None:
-        """Undo `reserve` with the same hashes."""
-        reserved = self._reserved
-        for digest in split_hashes(packed):
-            count = reserved[digest] - 1
-            if count:
-                reserved[digest] = count
+        cached = start
+        for prompt in reserved.get(prefix_hashes[start * HASH_BYTES : (start + 1) * HASH_BYTES], ())[:MAX_COMPARED]:
+            cached = max(cached, _num_common(prefix_hashes, prompt, start + 1, num_blocks))
+        low, high = cached // STRIDE, num_blocks // STRIDE  # of the marks at the ends of strides
+        while low < high:
+            middle = (low + high) // 2
+            end = (middle + 1) * STRIDE * HASH_BYTES
+            if prefix_hashes[end - HASH_BYTES : end] in reserved:
+                low = middle + 1
             else:
+                high = middle
+        marked = low * STRIDE
+        if marked > cached:
+            digest = prefix_hashes[(marked - 1) * HASH_BYTES : marked * HASH_BYTES]
+            for prompt in reserved.get(digest, ())[:MAX_COMPARED]:
+                cached = max(cached, _num_common(prefix_hashes, prompt, marked, min(num_blocks, marked + STRIDE)))
+        return cached
+
+    def reserve(self, prefix_hashes: bytes, start: int) -> None:
+        """Count the blocks of a prompt from `start` on as cached until they are released: a request on its way will
+        make them. Only some are marked; the prompt's hashes say the rest."""
+        reserved = self._reserved
+        for digest in _marks(prefix_hashes, start):
+            prompts = reserved.get(digest)
+            if prompts is None:
+                reserved[digest] = [prefix_hashes]
+            else:
+                prompts.append(prefix_hashes)
+        self._num_reserved += len(prefix_hashes) // HASH_BYTES - start
+
+    def release(self, prefix_hashes: bytes, start: int) -> None:
+        """Undo `reserve` with the same arguments."""
+        reserved = self._reserved
+        for digest in _marks(prefix_hashes, start):
+            prompts = reserved[digest]
+            if len(prompts) == 1:
                 del reserved[digest]
+            else:
+                prompts.remove(prefix_hashes)
+        self._num_reserved -= len(prefix_hashes) // HASH_BYTES - start
 
     def evicted_at(self, digest: bytes) -> float | None:
         """Return when a block was last dropped; None if it was not, or that is too long ago."""
@@ -124,7 +158,7 @@ class PrefixIndex:
         size = sys.getsizeof(self._resident) + num_blocks * _ENTRY_BYTES
         per_block = size / num_blocks if num_blocks else 0.0
         size += sys.getsizeof(self._reserved) + len(self._reserved) * _ENTRY_BYTES
-        return IndexStatistics(num_blocks, len(self._reserved), self._num_gaps, self._in_sync, size, per_block)
+        return IndexStatistics(num_blocks, self._num_reserved, self._num_gaps, self._in_sync, size, per_block)
 
     def _note_evicted(self, hashes: list[bytes], now: float) -> None:
         evicted = self._evicted
@@ -135,7 +169,33 @@ class PrefixIndex:
             del evicted[next(iter(evicted))]
 
 
-def _partition(packed: bytes, low: int, high: int, members: set[bytes] | dict[bytes, int]) -> int:
+def _marks(prefix_hashes: bytes, start: int) -> list[bytes]:
+    """Return the hashes by which a reserved prompt is found: of its first block that is not resident, and of the last
+    one of each stride after it."""
+    num_blocks = len(prefix_hashes) // HASH_BYTES
+    if start >= num_blocks:
+        return []
+    first = (start // STRIDE + 1) * STRIDE
+    marks = [prefix_hashes[(i - 1) * HASH_BYTES : i * HASH_BYTES] for i in range(first, num_blocks + 1, STRIDE)]
+    if first - 1 != start:
+        marks.append(prefix_hashes[start * HASH_BYTES : (start + 1) * HASH_BYTES])
+    return marks
+
+
+def _num_common(ours: bytes, theirs: bytes, low: int, high: int) -> int:
+    """Return how many leading blocks two chains have in common: `low` at least, `high` at most."""
+    high = min(high, len(theirs) // HASH_BYTES)
+    while low < high:
+        middle = (low + high) // 2
+        start, end = middle * HASH_BYTES, (middle + 1) * HASH_BYTES
+        if ours[start:end] == theirs[start:end]:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _partition(packed: bytes, low: int, high: int, members: set[bytes]) -> int:
     """Return the border in [low, high]: the block before it is in `members`, the one after is not."""
     while low < high:
         middle = (low + high) // 2

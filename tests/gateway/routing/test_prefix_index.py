@@ -7,7 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvasir.gateway.routing.prefix_index import PrefixIndex
+from kvasir.gateway.routing.prefix_index import STRIDE, PrefixIndex
 from kvasir.protocol.prefix import split_hashes
 from tests.core_helpers import make_hashes
 
@@ -60,16 +60,15 @@ def test_a_worker_that_joins_with_a_warm_cache_is_asked_for_a_snapshot() -> None
 def test_reserved_blocks_count_as_cached_until_every_request_has_released_them() -> None:
     index = PrefixIndex()
     index.apply(1, blocks(0, 1), b"")
-    index.reserve(blocks(2, 3, 4))
-    index.reserve(blocks(2, 3, 4, 5))
+    index.reserve(blocks(0, 1, 2, 3, 4), 2)
+    index.reserve(blocks(0, 1, 2, 3, 4, 5), 2)
     assert index.match(HASHES, 10) == (2, 6)
-    index.release(blocks(2, 3, 4))
+    assert index.statistics().num_reserved == 3 + 4
+    index.release(blocks(0, 1, 2, 3, 4), 2)
     assert index.match(HASHES, 10) == (2, 6)
-    index.apply(2, blocks(2, 3), b"")
-    assert index.match(HASHES, 10) == (4, 6)
-    index.release(blocks(2, 3, 4, 5))
-    assert index.match(HASHES, 10) == (4, 4)
-    assert index.statistics().num_reserved == 0
+    index.release(blocks(0, 1, 2, 3, 4, 5), 2)
+    assert index.match(HASHES, 10) == (2, 2)
+    assert (index.statistics().num_reserved, index._reserved) == (0, {})
 
 
 @settings(deadline=None)
@@ -77,10 +76,49 @@ def test_reserved_blocks_count_as_cached_until_every_request_has_released_them()
 def test_closed_sets_are_matched_exactly(num_resident: int, num_reserved: int, max_blocks: int) -> None:
     index = PrefixIndex()
     index.apply(1, blocks(*range(num_resident)) or b"x" * 16, b"")
-    index.reserve(blocks(*range(num_resident, max(num_resident, num_reserved))))
+    if num_reserved > num_resident:
+        index.reserve(blocks(*range(num_reserved)), num_resident)
     limit = min(max_blocks, 10)
     expected = (min(num_resident, limit), min(max(num_resident, num_reserved), limit))
     assert index.match(HASHES, max_blocks) == expected
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_what_prompts_of_any_length_have_in_common_with_reserved_ones_is_found(data: st.DataObject) -> None:
+    """The oracle: the longest common beginning. Exact as long as nothing of a reserved prompt is computed; up to a
+    stride short once a part is; never more."""
+    rng = random.Random(data.draw(st.integers(0, 1_000)))
+    tree = [make_hashes([rng.randrange(50) for _ in range(4 * 120)]) for _ in range(2)]
+
+    def chain(length: int) -> bytes:
+        """A chain that follows one of two others for a while and then goes its own way."""
+        trunk = rng.choice(tree)[: 16 * rng.randrange(length + 1)]
+        return trunk + b"".join(rng.randbytes(16) for _ in range(length - len(trunk) // 16))
+
+    def common(one: bytes, two: bytes) -> int:
+        pairs = zip(split_hashes(one), split_hashes(two), strict=False)
+        return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(one), len(two)) // 16)
+
+    index, reserved = (
+        PrefixIndex(),
+        [chain(data.draw(st.integers(1, 120))) for _ in range(data.draw(st.integers(0, 3)))],
+    )
+    for prompt in reserved:
+        index.reserve(prompt, 0)
+    num_computed = data.draw(st.integers(0, 60)) if reserved else 0
+    index.apply(1, reserved[0][: 16 * num_computed] if num_computed else b"x" * 16, b"")
+    wanted = chain(120)
+    resident, cached = index.match(wanted, 1_000)
+    best = max([common(wanted, prompt) for prompt in reserved], default=0)
+    assert resident == (common(wanted, reserved[0][: 16 * num_computed]) if reserved else 0)
+    if resident:
+        assert max(resident, best - STRIDE) <= cached <= best
+    else:
+        assert cached == best
+    for prompt in reserved:
+        index.release(prompt, 0)
+    assert (index._reserved, index.match(wanted, 1_000)[1]) == ({}, resident)
 
 
 @settings(deadline=None)
