@@ -51,8 +51,8 @@ class Gateway:
     def predicted(self, request: str) -> tuple[int, int]:
         """Return how many cached tokens the router expected for a request's last attempt, and how many attempts it
         took."""
-        decisions = ask(ExplainQuery(request=request), ExplainReply, path=self._admin).decisions
-        return int(decisions[-1]["chosen"]["num_cached_tokens"]), len(decisions)
+        receipts = ask(ExplainQuery(request=request), ExplainReply, path=self._admin).receipts
+        return int(receipts[-1]["decision"]["chosen"]["num_cached_tokens"]), len(receipts)
 
     def wait_ready(self, count: int, timeout_s: float = START_TIMEOUT_S) -> None:
         """Wait until `count` workers are ready."""
