@@ -346,14 +346,15 @@ class Core(CoreApi):
                 request.held_since = request.held_since or now
                 queue.hold(request, decision.worker_id)
                 return
-            queue.remove(request)
+            queue.take(request)
         if request.num_delivered and request.submit.sampling.temperature and "resumed_draws" in worker.hello.lacks:
             decision = msgspec.structs.replace(decision, note=_OTHER_DRAWS.format(request.num_delivered))
         request.attempt += 1
         self._send(worker.peer, request.generate(now, lead))
         self._requests.dispatched(request)
         worker.take(request, decision, now, config.heat_decay_s)
-        queue.computing(tenant_id)
+        if request.is_suspect:
+            queue.computing(tenant_id)
         queue.charge(tenant_id, worker.in_flight[request.submit.req_id].num_uncached_tokens)
         self._totals.num_dispatches += 1
         if request.attempt == 1:

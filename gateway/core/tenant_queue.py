@@ -54,7 +54,7 @@ class TenantQueue:
             self._charged[tenant_id] = max(self._charged.get(tenant_id, 0.0), self._fair_charge)
         own[request.submit.req_id] = request
         self._num_waiting += 1
-        self.computing(tenant_id)
+        self._num_unfinished[tenant_id] = self._num_unfinished.get(tenant_id, 0) + 1
 
     def push_front(self, request: Request) -> None:
         """Put `request` before everything of its tenant: it has had its turn, and its worker was lost."""
@@ -70,21 +70,28 @@ class TenantQueue:
 
         The one yielded last may be removed and its tenant charged: then the turns go on with whoever is least charged.
         """
-        charged, last = self._charged, self._last_turns
-        turns = [(charged[tenant_id], last.get(tenant_id, 0), tenant_id) for tenant_id in self._waiting]
+        waiting, charged, last = self._waiting, self._charged, self._last_turns
+        turns = [(charged[tenant_id], last.get(tenant_id, 0), tenant_id) for tenant_id in waiting]
         heapq.heapify(turns)
         while turns:
             tenant_id = heapq.heappop(turns)[2]
-            for request in list(islice(self._waiting.get(tenant_id, {}).values(), LOOKS)):
-                if request in self:
+            own = waiting.get(tenant_id, {})
+            for request in list(islice(own.values(), LOOKS)):
+                req_id = request.submit.req_id
+                if req_id in own:
                     yield request
-                if request not in self:
-                    if tenant_id in self._waiting:
+                if req_id not in own:
+                    if own:
                         heapq.heappush(turns, (charged[tenant_id], last.get(tenant_id, 0), tenant_id))
                     break
 
     def remove(self, request: Request) -> None:
         """Take out `request`, which waits here. O(1)."""
+        self.take(request)
+        self.computed(request.submit.tenant_id)
+
+    def take(self, request: Request) -> None:
+        """Take out `request`, which waits here, because it goes to a worker: its tenant is active until `computed`."""
         tenant_id = request.submit.tenant_id
         own = self._waiting[tenant_id]
         del own[request.submit.req_id]
@@ -93,18 +100,17 @@ class TenantQueue:
         self._last_turns[tenant_id] = self._num_turns
         if not own:
             del self._waiting[tenant_id]
-        self.computed(tenant_id)
         if request.held_for:
             self.hold(request, "")
 
     # ---- charges -------------------------------------------------------------------------------------------------
 
     def computing(self, tenant_id: str) -> None:
-        """Note that a request of the tenant is on its way to a worker: the tenant is active until `computed`."""
+        """Note that a request of the tenant that did not wait here goes to a worker."""
         self._num_unfinished[tenant_id] = self._num_unfinished.get(tenant_id, 0) + 1
 
     def computed(self, tenant_id: str) -> None:
-        """Note that its prompt is computed, or not wanted any more."""
+        """Note that a request's prompt is computed, or not wanted any more."""
         num = self._num_unfinished[tenant_id] - 1
         if num:
             self._num_unfinished[tenant_id] = num

@@ -154,8 +154,7 @@ def test_the_turn_is_always_that_of_the_least_charged_and_a_tenants_own_stay_in_
                 owner = taken.submit.tenant_id
                 assert charged[owner] == min(charged[name] for name, requests in waiting.items() if requests)
                 assert waiting[owner].pop(0) is taken
-                queue.remove(taken)
-                queue.computing(owner)
+                queue.take(taken)
                 computing[owner] += 1
                 queue.charge(owner, 1.0 + choice)
                 charged[owner] += 1.0 + choice
