@@ -15,6 +15,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import msgspec
 
@@ -312,7 +313,13 @@ class Core(CoreApi):
         return worker is not None and worker.state == "ready" and not self._has_room(worker, request)
 
     def _has_room(self, worker: Worker, request: Request) -> bool:
-        return worker.has_room(request.submit.tenant_id, request.held_key, self._config.queue.window_s)
+        """Return whether `worker`, which `request` has chosen, is to have it now."""
+        config, tenant_id = self._config.queue, request.submit.tenant_id
+        window_s = config.window_s
+        if worker.is_fifo:  # short prompts cannot pass long ones there, and would wait for them here
+            queue = self._requests.models[request.submit.model].queue
+            window_s = config.fifo_window_s if queue.num_active > 1 else inf
+        return worker.has_room(tenant_id, request.held_key, window_s)
 
     def _try_to_route(self, request: Request, model: Model, workers: list[Worker], now: float) -> None:
         """Route `request`, unless its deadline is over."""

@@ -26,13 +26,15 @@ _RATE_WINDOW_S = 1.0
 class QueueConfig:
     """How many requests may wait: in all, and of one tenant. Those of lost workers come on top.
 
-    A worker gets no request that would wait there for `window_s` of prefill of the same tenant. A request that waits
-    for a worker chooses again after `reroute_s`.
+    A worker gets no request that would wait there for `window_s` of prefill of the same tenant; one without an order of
+    its own none that would for `fifo_window_s`, as long as other tenants have work, too. A request that waits for a
+    worker chooses again after `reroute_s`.
     """
 
     max_queued: int = 10_000
     max_queued_per_tenant: int = 1_000
     window_s: float = 0.8
+    fifo_window_s: float = 3.2
     reroute_s: float = 0.4
 
 

@@ -122,6 +122,11 @@ class TenantQueue:
         self._charged[tenant_id] = self._charged.get(tenant_id, self._fair_charge) + num_tokens
         self._fair_charge += num_tokens / max(1, len(self._num_unfinished))
 
+    @property
+    def num_active(self) -> int:
+        """How many tenants have requests that wait, or whose prompts are not computed yet."""
+        return len(self._num_unfinished)
+
     def lead(self, tenant_id: str) -> float:
         """Return how many tokens more than fair the tenant was charged."""
         return max(0.0, self._charged.get(tenant_id, 0.0) - self._fair_charge)

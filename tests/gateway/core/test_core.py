@@ -482,6 +482,17 @@ def test_a_tenant_has_little_more_waiting_on_a_worker_than_its_window_but_short_
     assert [command.req_id for _, command in bench.take()] == [b"a6"]
 
 
+def test_a_worker_without_an_order_of_its_own_gets_everything_of_a_tenant_that_is_alone() -> None:
+    bench = Bench()
+    bench.join(max_requests=64, max_context=100_000, num_blocks=100_000, lacks=["order"])  # a window of 16,000 tokens
+    for i in range(4):
+        bench.submit(b"a%d" % i, range(6_000 * i, 6_000 * i + 6_000), tenant="alpha")
+    assert len(bench.take()) == 4
+    bench.submit(b"b0", range(90_000, 90_100), tenant="beta")
+    bench.submit(b"a4", range(70_000, 70_010), tenant="alpha")
+    assert [command.req_id for _, command in bench.take()] == [b"b0"]
+
+
 def test_a_flooding_tenants_requests_carry_its_lead() -> None:
     bench = Bench()
     bench.join(max_requests=64)
