@@ -67,7 +67,7 @@ class ChatOptions(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     "required" makes the answer begin with a call, of `tool_name` if that is given; without `parallel_tool_calls` it
     ends after one. Reasoning is told apart from the content with `separate_reasoning`, left out without
     `include_reasoning`, and ended after `max_reasoning_tokens`. `is_lenient`: a model that does not reason, or not so,
-    is no reason to refuse `reasoning_effort` and `max_reasoning_tokens`.
+    is no reason to refuse `reasoning_effort` and `max_reasoning_tokens`, nor is too small a window for `max_tokens`.
     """
 
     tools: Json = b""

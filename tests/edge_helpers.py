@@ -12,6 +12,7 @@ import trio
 from tokenizers import Tokenizer
 
 from kvasir.gateway.core.api import Cancel, Delta, Finished, ModelInfo, Standing, Submit
+from kvasir.gateway.edges.grammar_check import GrammarCheck
 from kvasir.gateway.edges.http_api import HttpApi
 from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.edges.published import Published
@@ -118,9 +119,15 @@ def make_published(directory: TenantDirectory) -> Published:
     return Published(FakeCore(lambda submit: []), directory, TEXTS, SECRET, 16)
 
 
-def make_preparer(core: FakeCore, directory: TenantDirectory | None = None, text: ModelText = TEXT) -> Preparer:
-    """Return the way in, with `text` for the model "demo"."""
-    return Preparer(core, make_published(directory or make_directory()), {**TEXTS, "demo": text}, SECRET, 16)
+def make_preparer(
+    core: FakeCore,
+    directory: TenantDirectory | None = None,
+    text: ModelText = TEXT,
+    grammars: GrammarCheck | None = None,
+) -> Preparer:
+    """Return the way in, with `text` for the models "demo" and "twin" (which is not served unless a test says so)."""
+    texts = {**TEXTS, "demo": text, "twin": text}
+    return Preparer(core, make_published(directory or make_directory()), texts, SECRET, 16, grammars=grammars)
 
 
 def make_text(template: str, special: Sequence[str] = (), tool_parser: str = "auto") -> ModelText:

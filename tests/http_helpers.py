@@ -12,6 +12,7 @@ import openai
 import trio
 
 from kvasir.gateway.core.api import Submit
+from kvasir.gateway.edges.grammar_check import GrammarCheck
 from kvasir.gateway.edges.http_api import HttpApi
 from kvasir.gateway.http.connection import HttpLimits
 from kvasir.gateway.http.server import HttpServer, open_listeners
@@ -68,12 +69,16 @@ def dechunk(data: bytes) -> bytes:
 
 @asynccontextmanager
 async def open_edge(
-    limits: HttpLimits | None = None, script: Callable[[Submit], Sequence[int]] | None = None, text: ModelText = TEXT
+    limits: HttpLimits | None = None,
+    script: Callable[[Submit], Sequence[int]] | None = None,
+    text: ModelText = TEXT,
+    grammars: GrammarCheck | None = None,
 ) -> AsyncIterator[Edge]:
     """Serve the routes over a scripted core; `text` is the model's."""
     core = FakeCore(script or (lambda submit: text.encode(ANSWER)))
     directory = make_directory()
-    server = HttpServer(HttpApi(core, make_preparer(core, directory, text), directory, lambda: b"# HELP x\n"), limits)
+    preparer = make_preparer(core, directory, text, grammars)
+    server = HttpServer(HttpApi(core, preparer, directory, lambda: b"# HELP x\n"), limits)
     listeners = await open_listeners("127.0.0.1", 0)
     with trio.fail_after(50):
         async with trio.open_nursery() as nursery:

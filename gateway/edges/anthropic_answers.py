@@ -11,7 +11,7 @@ from kvasir.gateway.core.api import Finished
 from kvasir.gateway.edges.answer import Piece
 from kvasir.gateway.edges.writer import Writer, named_event, parts_of
 from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content, Reasoning, joined
-from kvasir.protocol.errors import BY_CODE, ErrorInfo, KvasirError
+from kvasir.protocol.errors import BY_CODE, ErrorInfo, KvasirError, PromptTooLong
 
 _STOP = {"stop": "end_turn", "abort": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 _ERRORS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -80,7 +80,11 @@ class AnthropicWriter(Writer):
 
     @staticmethod
     def error(info: ErrorInfo, status: int, request_id: str) -> dict[str, Any]:
-        message = info.message if info.param is None or info.param in info.message else f"{info.param}: {info.message}"
+        message = info.message
+        if info.code == PromptTooLong.code:
+            message = f"prompt is too long: {message}"  # by which clients know it
+        elif info.param is not None and info.param not in message:
+            message = f"{info.param}: {message}"
         error = {"type": _ERRORS.get(status, "api_error"), "message": message}
         return {"type": "error", "error": error, "request_id": request_id}
 
@@ -91,7 +95,10 @@ class AnthropicWriter(Writer):
     def _stopped(self, end: Finished) -> dict[str, Any]:
         if self._stop_string is not None:
             return {"stop_reason": "stop_sequence", "stop_sequence": self._stop_string}
-        return {"stop_reason": _STOP.get(end.reason, end.reason), "stop_sequence": None}
+        reason = _STOP.get(end.reason, end.reason)
+        if end.reason == "length" and self.submits[0].max_tokens < (self.asked.requests[0].max_tokens or 0):
+            reason = "model_context_window_exceeded"
+        return {"stop_reason": reason, "stop_sequence": None}
 
     def _usage(self, end: Finished) -> dict[str, Any]:
         num_read, num_written = end.num_cached_tokens, self.num_written(0, end)

@@ -11,7 +11,7 @@ from msgspec import Meta, Raw, Struct
 from kvasir.gateway.edges.cache_intent import CacheControl, hint_of
 from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn
 from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
-from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody, CommonBody
+from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody, CommonBody, NumTokens, StopStrings
 from kvasir.gateway.edges.openai_fields import FieldCheck
 from kvasir.gateway.edges.openai_requests import Asked, asked_of_chat, decode_body
 from kvasir.protocol.errors import BadRequest
@@ -62,7 +62,7 @@ class ToolChoice(Struct):
 
 class Thinking(Struct):
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
+    budget_tokens: NumTokens | None = None
 
 
 class OutputConfig(Struct, forbid_unknown_fields=True):
@@ -74,7 +74,7 @@ class MessagesBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
     messages: Annotated[list[Message], Meta(max_length=MAX_TURNS)]
     max_tokens: int | None = None
     system: str | list[TextBlock] | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: StopStrings | None = None
     tools: Annotated[list[Tool], Meta(max_length=512)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None

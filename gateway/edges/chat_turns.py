@@ -82,9 +82,8 @@ def _joined(turn: Turn, index: int) -> str | None:
         raise BadRequest(f"messages[{index}] has no content; send a text or leave the message out", param=param)
     for part in turn.content:
         if not isinstance(part, Part) or part.type != "text":
-            raise BadRequest(
-                f"content of type {getattr(part, 'type', '')!r} is not supported; send text", param="messages"
-            )
+            what = f"content of type {getattr(part, 'type', '')[:40]!r} is not supported; send text"
+            raise BadRequest(f"messages[{index}]: {what}", param=f"messages[{index}].content")
     return "".join(part.text for part in turn.content if isinstance(part, Part))
 
 

@@ -256,9 +256,7 @@ class HttpApi:
                 response = await self._whole(answers, waiter, writer, call)
         except BadRequest as error:
             _end_all(answers)
-            if error.param == "grammar":
-                error.param = asked.grammar_field
-            raise
+            raise asked.renamed(error) from None
         except BaseException:
             _end_all(answers)
             raise

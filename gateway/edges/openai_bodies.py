@@ -8,9 +8,12 @@ from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.edges.cache_intent import CacheControl, PromptCacheOptions, Retention
 from kvasir.gateway.edges.chat_turns import NamedTool, Turn
-from kvasir.protocol.messages import CacheHint, RetentionHint
+from kvasir.protocol.messages import MAX_TOKENS, CacheHint, RetentionHint
 
 MAX_TURNS = 4096
+NumTokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+StopStrings = Annotated[list[StopString], Meta(max_length=16)]
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -41,7 +44,7 @@ class Body(CommonBody, kw_only=True):
     max_tokens: int | None = None
     n: int | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: StopString | StopStrings | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -78,8 +81,8 @@ class ChatBody(Body, kw_only=True):
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
-    max_reasoning_tokens: int | None = None
-    thinking_token_budget: int | None = None
+    max_reasoning_tokens: NumTokens | None = None
+    thinking_token_budget: NumTokens | None = None
     enable_thinking: bool | None = None
     prompt_cache_options: PromptCacheOptions | None = None
     prompt_cache_retention: Retention | None = None

@@ -112,7 +112,12 @@ FIELDS: tuple[Row, ...] = (
     Row("prediction", _BOTH, "harmless", "only makes an answer quicker"),
     Row("parallel_tool_calls", _TEXT, "harmless", "there are no tool calls"),
     Row("spaces_between_special_tokens", _BOTH, "harmless", "tokenizers in this format write none"),
-    Row("refusal annotations", _MESSAGE, "harmless", "clients send an answer back with them"),
+    Row(
+        "refusal annotations provider_specific_fields thinking_blocks",
+        _MESSAGE,
+        "harmless",
+        "clients send an answer back with them",
+    ),
     Row("include_obfuscation", ("stream_options",), "harmless", "only pads the chunks"),
     Row("functions", _CHAT, "refused", "use `tools`"),
     Row("function_call", _CHAT, "refused", "use `tool_choice`", (*_EMPTY, "none", "auto")),

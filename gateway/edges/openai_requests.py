@@ -30,7 +30,8 @@ MAX_PROMPTS = 256  # times choices
 class Asked(Struct, frozen=True):
     """What one HTTP request asks for: a request per prompt and choice, prompt by prompt.
 
-    `shown`: what the answer repeats of it. `may_close`: a header may say that its conversation ends.
+    `shown`: what the answer repeats of it. `may_close`: a header may say that its conversation ends. `names`: of the
+    request's fields, by what they are called in `CompletionRequest`, where that differs.
     """
 
     requests: list[CompletionRequest]
@@ -41,7 +42,16 @@ class Asked(Struct, frozen=True):
     wants_token_ids: bool = False
     shown: dict[str, Any] = {}
     may_close: bool = False
-    grammar_field: str = ""  # that asks for structured output
+    names: dict[str, str] = {}
+
+    def renamed(self, error: BadRequest) -> BadRequest:
+        """Return `error` in the words of the request."""
+        ours = error.param
+        if ours in self.names:
+            error.param = self.names[ours]
+            if ours != "grammar":  # a word of its own
+                error.message = re.sub(rf"\b{ours}\b", error.param, error.message)
+        return error
 
 
 def read_chat(raw: bytes) -> Asked:
@@ -52,7 +62,10 @@ def read_chat(raw: bytes) -> Asked:
     """
     body: ChatBody = decode_body(_CHAT, _chat_body, raw, _check_turns)
     hint = hint_of(body.prompt_cache_options, body.prompt_cache_retention, has_breakpoint=_has_breakpoint(body))
-    return asked_of_chat(body, hint)
+    asked = asked_of_chat(body, hint)
+    if body.max_completion_tokens is not None:
+        asked.names["max_tokens"] = "max_completion_tokens"
+    return asked
 
 
 def asked_of_chat(body: ChatBody, hint: CacheHint | None = None, *, is_lenient: bool = False) -> Asked:
@@ -100,7 +113,7 @@ def _has_breakpoint(body: ChatBody) -> bool:
 
 def _chat_options(body: ChatBody, is_lenient: bool) -> ChatOptions | None:
     """Return how the template is to be used; None where the request says nothing of it."""
-    if body.is_plain:
+    if body.is_plain and not is_lenient:
         return None
     given: dict[str, Any] = {}
     for name in ("tools", "documents"):
@@ -125,7 +138,7 @@ def _chat_options(body: ChatBody, is_lenient: bool) -> ChatOptions | None:
         given["add_generation_prompt"] = bool(body.add_generation_prompt)
     elif body.add_generation_prompt is False:
         given["add_generation_prompt"] = False
-    return ChatOptions(**given, is_lenient=is_lenient) if given else None
+    return ChatOptions(**given, is_lenient=is_lenient)
 
 
 def _variables(body: ChatBody) -> bytes:
@@ -187,7 +200,7 @@ def decode_body(
 
 
 def _check_turns(kept: dict[str, Any]) -> None:
-    if "messages" in kept:
+    if "messages" in kept and bytes(kept["messages"]).startswith(b"["):
         turns = msgspec.json.decode(kept["messages"], type=list[Raw])
         if len(turns) <= MAX_TURNS:  # more are refused for their number
             kept["messages"] = [_TURN.honoured_of(turn, f"messages[{index}].") for index, turn in enumerate(turns)]
@@ -219,8 +232,6 @@ def _asked(
         raise BadRequest("cache_salt is empty; leave it out to share the tenant's cache", param="cache_salt")
     sampling = _sampling(body, num_logprobs)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if stop and (len(stop) > 16 or not all(0 < len(each) <= 256 for each in stop)):
-        raise BadRequest("stop takes up to 16 strings of 1 to 256 characters", param="stop")
     stop_token_ids = body.stop_token_ids or []
     structured = read_grammar(body)
     if len(stop_token_ids) > 256:
@@ -257,7 +268,7 @@ def _asked(
         bool(body.echo),
         bool(body.return_token_ids),
         may_close=body.cache_hint is None and hint != "one_shot",
-        grammar_field="" if structured is None else structured.field,
+        names={} if structured is None else {"grammar": structured.field},
     )
 
 

@@ -275,7 +275,7 @@ class Preparer:
             retention=tuple(request.retention),
             vocab_size=MAX_TOKEN_ID + 1 if text is None else text.vocab_size,
             key_id=caller.key_id,
-            is_open_ended=request.max_tokens is None,
+            is_open_ended=request.max_tokens is None or request.max_tokens > max_tokens,
             parts=_parts(request),
         )
 
@@ -412,6 +412,8 @@ def _check_max_tokens(request: CompletionRequest, info: ModelInfo, num_tokens: i
     if request.max_tokens < 1:
         raise BadRequest(f"max_tokens must be at least 1, not {request.max_tokens}", param="max_tokens")
     if request.max_tokens > left:
+        if request.chat is not None and request.chat.is_lenient:
+            return left
         raise PromptTooLong(
             f"{_window(info)}; the prompt has {num_tokens}, max_tokens is {request.max_tokens}: ask for at most {left}",
             param="max_tokens",

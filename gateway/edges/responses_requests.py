@@ -12,7 +12,7 @@ from kvasir.gateway.edges.cache_intent import PromptCacheOptions, Retention, hin
 from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn
 from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
 from kvasir.gateway.edges.grammar_fields import read_text_options
-from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody, CommonBody
+from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody, CommonBody, NumTokens
 from kvasir.gateway.edges.openai_fields import FieldCheck
 from kvasir.gateway.edges.openai_requests import Asked, asked_of_chat, decode_body
 from kvasir.protocol.errors import BadRequest
@@ -57,7 +57,7 @@ class ResponsesBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningOptions | None = None
     chat_template_kwargs: Raw = Raw()
-    max_reasoning_tokens: int | None = None
+    max_reasoning_tokens: NumTokens | None = None
     enable_thinking: bool | None = None
     prompt_cache_options: PromptCacheOptions | None = None
     prompt_cache_retention: Retention | None = None
@@ -101,11 +101,13 @@ def read_responses(raw: bytes) -> Asked:
     }
     hint = hint_of(body.prompt_cache_options, body.prompt_cache_retention, has_breakpoint=_has_breakpoint(body.input))
     asked = asked_of_chat(chat, hint, is_lenient=True)
+    asked.names.update(_NAMES)
     structured = read_text_options(body.text)
     if structured is not None:
         shown["text"] = msgspec.json.decode(body.text)
         requests = [msgspec.structs.replace(request, grammar=structured.grammar) for request in asked.requests]
-        asked = msgspec.structs.replace(asked, requests=requests, grammar_field=structured.field)
+        asked = msgspec.structs.replace(asked, requests=requests)
+        asked.names["grammar"] = structured.field
     return msgspec.structs.replace(asked, shown=shown)
 
 
@@ -144,6 +146,7 @@ def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:
 
 
 _CHECK = FieldCheck("responses", DIALECT_FIELDS)
+_NAMES = {"max_tokens": "max_output_tokens", "messages": "input"}
 _decoder = msgspec.json.Decoder(_CHECK.with_harmless(ResponsesBody))
 
 

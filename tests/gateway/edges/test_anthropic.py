@@ -118,6 +118,20 @@ def test_thinking_and_uses_of_tools_are_blocks_and_go_back_as_they_came() -> Non
     with_anthropic(work, script=written(QWEN3, CALLING), text=QWEN3)
 
 
+def test_more_tokens_than_fit_are_as_many_as_fit_since_clients_have_to_name_some() -> None:
+    def work(api: Any, core: FakeCore) -> None:
+        whole = api.messages.create(**{**ASKED, "max_tokens": 32_000})
+        assert (whole.content[0].text, whole.stop_reason) == (ANSWER, "end_turn")
+        [submit] = core.submits
+        assert submit.max_tokens == 2048 - submit.num_prompt_tokens and submit.is_open_ended
+        long = [{"role": "user", "content": "x " * 2035}]
+        for asked, reason in ((32_000, "model_context_window_exceeded"), (2, "max_tokens")):
+            cut = api.messages.create(**{**ASKED, "messages": long, "max_tokens": asked})
+            assert cut.stop_reason == reason and ANSWER.startswith(cut.content[0].text)
+
+    with_anthropic(work)
+
+
 def test_errors_are_those_of_the_clients_own_api() -> None:
     def work(api: Any, core: FakeCore) -> None:
         with pytest.raises(anthropic.NotFoundError) as missing:
@@ -125,7 +139,7 @@ def test_errors_are_those_of_the_clients_own_api() -> None:
         assert missing.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
         with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
             api.messages.create(**{**ASKED, "max_tokens": 0})
-        with pytest.raises(anthropic.BadRequestError, match="maximum context length"):
+        with pytest.raises(anthropic.BadRequestError, match="prompt is too long: "):
             api.messages.create(**{**ASKED, "messages": [{"role": "user", "content": "x " * 5000}]})
         image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "eA=="}}
         with pytest.raises(anthropic.BadRequestError, match="'image'"):

@@ -52,7 +52,7 @@ def body(**fields: Any) -> bytes:
 def test_each_field_becomes_one_grammar(fields: dict[str, Any], kind: str, text: str) -> None:
     asked = read_chat(body(**fields))
     assert asked.requests[0].grammar == Grammar(kind, text)  # type: ignore[arg-type]
-    assert asked.grammar_field == next(iter(fields))
+    assert asked.names["grammar"] == next(iter(fields))
     completion = json.dumps({"prompt": "x", **fields}).encode()
     assert read_completion(completion).requests[0].grammar == Grammar(kind, text)  # type: ignore[arg-type]
 

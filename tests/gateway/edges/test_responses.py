@@ -115,7 +115,7 @@ def test_reasoning_and_calls_are_items_of_their_own_and_go_back_as_they_came() -
         ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"truncation": "auto"}, "truncation"),
         ({"inputs": "x"}, "inputs"),
-        ({"max_output_tokens": 0}, "max_tokens"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
     ],
 )
 def test_what_is_not_supported_is_refused_with_its_place(fields: dict[str, Any], param: str) -> None:
