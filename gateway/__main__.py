@@ -31,6 +31,7 @@ def parse(argv: list[str] | None = None) -> GatewayConfig:
     """Return the settings in `argv`; argparse prints what is wrong and exits with 2."""
     parser = _Parser(prog="kvasir gateway", description="Run a Kvasir gateway in the foreground.")
     parser.add_argument("--state-dir", type=Path, required=True, help="database and deployment secret; survives")
+    parser.add_argument("--database", default="", metavar="URL", help="postgresql://... instead of SQLite in STATE_DIR")
     parser.add_argument("--run-dir", type=Path, help="sockets (default: STATE_DIR/run)")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH", help="serve a folder; repeatable")
     parser.add_argument(
@@ -92,6 +93,7 @@ def parse(argv: list[str] | None = None) -> GatewayConfig:
         state_dir=args.state_dir.resolve(),
         run_dir=(args.run_dir or args.state_dir / "run").resolve(),
         models=models,
+        database=args.database,
         http=http,
         cors_origins=tuple(args.cors_origin),
         metrics_token=metrics_token,

@@ -75,12 +75,12 @@ async def serve(config: GatewayConfig) -> None:
         if config.run_dir != config.state_dir:
             stack.enter_context(hold_lock(config.run_dir))
         _make_socket_folders(config)
-        store = open_store(config.state_dir)
+        store = open_store(config.state_dir, config.database)
         stack.callback(store.close)
         context: zmq.Context[zmq.Socket[bytes]] = stack.enter_context(_zmq_context())
         texts = {model.name: _load_text(model) for model in config.models}
         directory = TenantDirectory(store.secret, store.load())
-        database = open_ledger(config.state_dir)
+        database = open_ledger(config.state_dir, config.database)
         stack.callback(database.close)
         token = trio.lowlevel.current_trio_token()
 

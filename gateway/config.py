@@ -25,9 +25,10 @@ class ModelConfig:
 class GatewayConfig:
     """Everything a gateway needs to know before it starts. Times in seconds."""
 
-    state_dir: Path  # database, deployment secret, lock: survives
+    state_dir: Path  # SQLite's databases, deployment secret, lock: survives
     run_dir: Path  # sockets, made anew at every start; laid out as kvasir/paths.py says
     models: tuple[ModelConfig, ...]
+    database: str = ""  # PostgreSQL's URL; empty: SQLite in state_dir
     http: tuple[str, int] | None = ("127.0.0.1", 8000)
     cors_origins: tuple[str, ...] = ()  # whose pages may call the HTTP routes; "*": all
     metrics_token: str = ""  # what a scraper of /metrics sends; empty: metrics are off

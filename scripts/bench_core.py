@@ -2,6 +2,7 @@
 
 `python scripts/bench_core.py` prints one line per number of workers; `--profile` prints where the time goes. `--ledger`
 runs without and with limits, budgets and a ledger on disk, in turn: a batch of 32 is one commit, whose CPU is counted.
+`--database postgresql://...` adds a ledger there (an empty database); what its server spends is not counted.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class CountingSink:
         self.num_events += 1
 
 
-def run(num_workers: int, num_requests: int, num_tokens: int, ledger_dir: Path | None = None) -> tuple[float, float]:
+def run(
+    num_workers: int, num_requests: int, num_tokens: int, ledger_dir: Path | None = None, url: str = ""
+) -> tuple[float, float]:
     """Return (median, 5th percentile) of the CPU microseconds per request over batches of 32.
 
     Every batch is submitted at once and answered in one report per worker. Half of each prompt is common to all. The
@@ -55,7 +58,8 @@ def run(num_workers: int, num_requests: int, num_tokens: int, ledger_dir: Path |
     if ledger_dir is not None:
         limits, budget = terms.Limits(10**9, 10**12, 10**12, 10**6), terms.Budget("money", "month", 10**15)
         granted = terms.Terms(limits, (budget,))
-        ledger = LedgerWriter(open_ledger(ledger_dir), lambda bills, error: core.reserved(bills, error))
+        database = open_ledger(ledger_dir, url)
+        ledger = LedgerWriter(database, lambda bills, error: core.reserved(bills, error))
         billing = Billing(lambda payer_id: granted, lambda model: terms.Price(2_500, 250, 10_000), ledger)
     core = Core(CoreConfig(b"p" * 16), send, time.monotonic, epoch=b"bench", billing=billing)
     for i in range(num_workers):
@@ -90,6 +94,8 @@ def run(num_workers: int, num_requests: int, num_tokens: int, ledger_dir: Path |
                 core.closed(submit.req_id)
         batch_s.append(took_s + time.thread_time() - begun)
     assert sink.num_events == 2 * num_requests and core.num_unfinished == 0
+    if ledger is not None:
+        database.close()
     batch_s.sort()
     return batch_s[len(batch_s) // 2] / BATCH * 1e6, batch_s[len(batch_s) // 20] / BATCH * 1e6
 
@@ -127,6 +133,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20_000 // BATCH * BATCH)
     parser.add_argument("--tokens", type=int, default=64, help="per prompt")
     parser.add_argument("--ledger", action="store_true", help="with and without limits, budgets and ledger, in turn")
+    parser.add_argument("--database", default="", metavar="URL", help="with --ledger: PostgreSQL beside SQLite")
     parser.add_argument("--rounds", type=int, default=5, help="with --ledger")
     parser.add_argument("--profile", action="store_true", help="profile one run")
     parser.add_argument("--workers", type=int, default=2, help="of the profiled run")
@@ -139,12 +146,12 @@ def main() -> None:
     if args.ledger:
         for round_ in range(args.rounds):
             with tempfile.TemporaryDirectory(prefix="kvb") as folder:
-                off = run(args.workers, args.requests, args.tokens)
-                on = run(args.workers, args.requests, args.tokens, Path(folder))
-            print(
-                f"round {round_ + 1}: {off[0]:.1f} us per request without, {on[0]:.1f} with; "
-                f"at best {off[1]:.1f} and {on[1]:.1f}"
-            )
+                taken = {"without": run(args.workers, args.requests, args.tokens)}
+                taken["SQLite"] = run(args.workers, args.requests, args.tokens, Path(folder))
+                if args.database:
+                    taken["PostgreSQL"] = run(args.workers, args.requests, args.tokens, Path(folder), args.database)
+            lines = (f"{name} {median:.1f} (at best {low:.1f})" for name, (median, low) in taken.items())
+            print(f"round {round_ + 1}, us per request: {', '.join(lines)}", flush=True)
         return
     for num_workers in (1, 2, 4, 8):
         median, low = run(num_workers, args.requests, args.tokens)

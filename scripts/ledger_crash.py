@@ -1,6 +1,6 @@
 """Kill a real gateway under load, again and again, and compare its ledger with what clients have got.
 
-    python scripts/ledger_crash.py [--kills 100] [--seed 1]
+    python scripts/ledger_crash.py [--kills 100] [--seed 1] [--database postgresql://...]
 
 A gateway with the bundled model's text, one worker whose tokens cost no computing, streams and whole answers over HTTP
 and ZeroMQ. SIGKILL at a random moment, start again, then: every row is settled, none twice; what a client was told is
@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kvasir import Client
 from kvasir.errors import KvasirError
-from kvasir.gateway.ledger.database import Database, Row, open_ledger
+from kvasir.gateway.ledger.database import LEDGER_NAME, Database, Row
+from kvasir.gateway.sql.places import open_reader
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP_MS = 10  # per token
@@ -65,8 +66,8 @@ class Report:
 class House:
     """A gateway that can be killed and started again, and a worker that outlives it."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
+    def __init__(self, home: Path, url: str = "") -> None:
+        self.home, self.url = home, url
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -129,6 +130,7 @@ class House:
 
     def _gateway(self) -> subprocess.Popen[bytes]:
         args = ["--state-dir", f"{self.home}/state", "--run-dir", f"{self.home}/run", "--workers", "0"]
+        args += ["--database", self.url]
         model = f"demo={ROOT / 'kvasir' / 'demo_model'}"
         return self._start("-m", "kvasir.gateway", *args, "--http", f"127.0.0.1:{self.port}", "--model", model)
 
@@ -138,11 +140,11 @@ class House:
 
 
 @contextlib.contextmanager
-def open_house() -> Iterator[House]:
+def open_house(url: str = "") -> Iterator[House]:
     """Start a house in a folder of its own; all of it goes at the end."""
     home = Path(tempfile.mkdtemp(prefix="kv", dir="/tmp"))
     (home / "state").mkdir()
-    house = House(home)
+    house = House(home, url)
     try:
         yield house
     finally:
@@ -215,7 +217,7 @@ def kill_once(house: House, keys: list[dict[str, str]], seen: set[bytes], rng: r
         customer.join(15)
     report = Report(ready_s=house.restart())
     house.wait_until_ready()
-    rows = [row for row in read_rows(house.home / "state") if row.id not in seen]
+    rows = [row for row in read_rows(house) if row.id not in seen]
     seen |= {row.id for row in rows}
     report.num_rows = len(rows)
     if len({row.id for row in rows}) != len(rows):
@@ -244,20 +246,17 @@ def compare(answers: list[Answer], rows: list[Row], report: Report) -> None:
                 report.faults.append(f"row {row.id.hex()}: {row.output_tokens} tokens, {answer.num_tokens} arrived")
 
 
-def read_rows(state_dir: Path) -> list[Row]:
+def read_rows(house: House) -> list[Row]:
     """Return the ledger's rows while a gateway has it open."""
-    database: Database = open_ledger(state_dir)
-    try:
-        return database.rows()
-    finally:
-        database.close()
+    with contextlib.closing(open_reader(house.url or house.home / "state" / LEDGER_NAME)) as sql:
+        return Database(sql).rows()
 
 
-def run(num_kills: int, seed: int = 1) -> Iterator[Report]:
-    """Kill a gateway so many times; one report each."""
+def run(num_kills: int, seed: int = 1, url: str = "") -> Iterator[Report]:
+    """Kill a gateway so many times; one report each. `url`: of an empty PostgreSQL database; else SQLite."""
     rng = random.Random(seed)
     seen: set[bytes] = set()
-    with open_house() as house:
+    with open_house(url) as house:
         house.kvasir("tenant", "create", "acme")
         house.kvasir("price", "set", "demo", "--prompt", "0.25", "--cached", "0.025", "--output", "1")
         keys = [house.kvasir("key", "create", "acme") for _ in KINDS]
@@ -269,9 +268,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--database", default="", metavar="URL", help="an empty PostgreSQL database (default: SQLite)")
     args = parser.parse_args()
     reports = []
-    for report in run(args.kills, args.seed):
+    for report in run(args.kills, args.seed, args.database):
         reports.append(report)
         print(json.dumps(report.__dict__), flush=True)
     total = {

@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "gateway": {"protocol", "kvasir"},  # kvasir: only the package itself, to find where it lies
     "gateway/http": {"protocol", "gateway/log"},
     "gateway/text": {"protocol"},
-    "gateway/tenants": {"protocol", "gateway/sqlite"},
-    "gateway/ledger": {"protocol", "gateway/log", "gateway/sqlite", "gateway/core/ledger", "gateway/core/admission"},
+    "gateway/sql": {"protocol"},
+    "gateway/tenants": {"protocol", "gateway/sql"},
+    "gateway/ledger": {"protocol", "gateway/log", "gateway/sql", "gateway/core/ledger", "gateway/core/admission"},
     "gateway/routing": {"protocol"},
     "gateway/core": {"protocol", "gateway/routing"},
     "gateway/edges": {"protocol", "gateway/log", "gateway/http", "gateway/text", "gateway/tenants", "gateway/core/api"},

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import trio
 
-from kvasir.gateway.ledger.database import LEDGER_NAME, DaySum, backup_ledger, read_days
+from kvasir.gateway.ledger.database import LEDGER_NAME, DaySum, read_days
+from kvasir.gateway.sql.sqlite import copy_sqlite
 from kvasir.gateway.tenants.directory import TenantDirectory
 from kvasir.gateway.tenants.store import DATABASE_NAME, SECRET_NAME, Store
 from kvasir.protocol import admin_messages as am
@@ -27,7 +28,6 @@ class Books:
     def __init__(self, store: Store, directory: TenantDirectory) -> None:
         self._store = store
         self._directory = directory
-        self._ledger = store.state_dir / LEDGER_NAME
 
     async def usage(self, query: am.UsageQuery, now: float) -> am.UsageReply:
         """Return what was used, summed up as `query` wants it, as far as it has been settled.
@@ -39,7 +39,7 @@ class Books:
         first = int(now // DAY_S) - 30 if query.first_day is None else query.first_day
         last = int(now // DAY_S) if query.last_day is None else query.last_day
         wanted = None if query.tenant is None else self._tenant_ids(query.tenant)
-        days = await self._on_thread(lambda: read_days(self._ledger, first, last))
+        days = await self._on_thread(lambda: read_days(self._store.state_dir, self._store.url, first, last))
         sums: dict[tuple[str, ...], am.UsageRow] = {}
         for day in days:
             if (wanted is None or day.tenant_id in wanted) and query.key in (None, day.key_id):
@@ -78,6 +78,9 @@ class Books:
         """
         if not folder.is_absolute():
             raise BadRequest(f"{folder} is no absolute path; the gateway may run elsewhere", param="folder")
+        if self._store.url:
+            secret = self._store.state_dir / SECRET_NAME
+            raise BadRequest(f"the database is PostgreSQL; copy it with pg_dump, and {secret} with it", param="folder")
         await self._on_thread(lambda: self._copy(folder))
 
     def _copy(self, folder: Path) -> None:
@@ -88,9 +91,9 @@ class Books:
         except OSError as error:
             raise StoreError(f"cannot make {folder}: {error.strerror}; name a folder the gateway may write") from None
         try:
-            self._store.backup(folder / DATABASE_NAME)
-            if self._ledger.exists():
-                backup_ledger(self._ledger, folder / LEDGER_NAME)
+            for name in (DATABASE_NAME, LEDGER_NAME):
+                if (self._store.state_dir / name).exists():
+                    copy_sqlite(self._store.state_dir / name, folder / name)
             shutil.copyfile(self._store.state_dir / SECRET_NAME, folder / SECRET_NAME)
             for name in (DATABASE_NAME, LEDGER_NAME, SECRET_NAME):
                 if (folder / name).exists():

@@ -1,4 +1,6 @@
-"""The ledger on disk: one SQLite file with a row per API request and sums per day. Synchronous, one caller at a time.
+"""The ledger on disk: a row per API request and sums per day, in SQLite or PostgreSQL.
+
+Synchronous, one caller at a time.
 
 A row is keyed by when its request was admitted and by the request's id, so that rows are appended and not scattered.
 `settled_at` is null while the request runs: what the gateway finds so when it starts ended with the gateway before it,
@@ -9,8 +11,6 @@ those would cost as much as the rows.
 
 from __future__ import annotations
 
-import os
-import sqlite3
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from heapq import heappop, heappush
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import msgspec
 
-from kvasir.gateway.sqlite import explained, transaction
-from kvasir.protocol.errors import StoreError
+from kvasir.gateway.sql.places import open_reader, open_sql
+from kvasir.gateway.sql.sql import Sql
 
 LEDGER_NAME = "ledger.db"
 DAY_S = 86_400
@@ -88,25 +88,43 @@ class Batch(msgspec.Struct, frozen=True):
 
 
 class Database:
-    """The open file. Made by `open_ledger`."""
+    """The open ledger. Made by `open_ledger`."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        self._path = path
-        self._connection = connection
+    def __init__(self, sql: Sql) -> None:
+        self._sql = sql
         self._running: dict[bytes, float] = {}  # admitted at, by id
         self._oldest: list[tuple[float, bytes]] = []  # a heap of those, and of some that do not run any more
+        self._is_in_doubt = (
+            False  # the last transaction failed; if its connection broke, it may be on disk all the same
+        )
+        self._given_up: list[Row] = []  # rows that were new in it: nobody settles them any more
 
     def write(self, batch: Batch) -> None:
         """Write `batch`, all or nothing; on disk when it returns.
 
         Raises:
-            StoreError: nothing was written.
+            StoreError: nothing was written, as far as the caller need know: its new rows count as not written, and what
+                it settled may be given again with another batch.
         """
         new = [(row.admitted_at, row.id, row.tenant_id, row.key_id, row.model) for row in batch.new]
-        with explained(self._path), transaction(self._connection) as connection:
-            connection.execute("UPDATE mark SET running_since = ?", (self._running_since(batch.new),))
-            connection.executemany(_INSERT, new)
-            self._update(connection, batch.updated, batch.refused)
+        updated = [*self._given_up, *batch.updated]
+        try:
+            with self._sql.transaction():
+                self._sql.run(
+                    "UPDATE mark SET running_since = ?", (self._running_since((*self._given_up, *batch.new)),)
+                )
+                self._sql.run_many(_INSERT, new)
+                if self._is_in_doubt:
+                    updated = [row for row in updated if self._sql.run(_RUNS, (row.admitted_at, row.id)).fetchone()]
+                self._update(updated, batch.refused)
+        except BaseException:
+            self._is_in_doubt = True
+            self._given_up += [
+                msgspec.structs.replace(row, settled_at=row.admitted_at, reason="lost") for row in batch.new
+            ]
+            raise
+        self._is_in_doubt = False
+        self._given_up.clear()
         for row in batch.new:
             self._running[row.id] = row.admitted_at
             heappush(self._oldest, (row.admitted_at, row.id))
@@ -120,25 +138,25 @@ class Database:
         Raises:
             StoreError: nothing was written.
         """
-        with explained(self._path), transaction(self._connection) as connection:
+        with self._sql.transaction():
             where = "admitted_at >= (SELECT running_since FROM mark) AND settled_at IS NULL"
             query = f"SELECT {', '.join(_ROW)} FROM requests WHERE {where}"
-            found = connection.execute(query).fetchall()
+            found = self._sql.run(query).fetchall()
             rows = [msgspec.structs.replace(Row(*fields), settled_at=now, reason="lost") for fields in found]
-            self._update(connection, rows, ())
+            self._update(rows, ())
             return len(rows)
 
-    def _update(self, connection: sqlite3.Connection, rows: Sequence[Row], refused: Sequence[DaySum]) -> None:
-        connection.executemany(
+    def _update(self, rows: Sequence[Row], refused: Sequence[DaySum]) -> None:
+        self._sql.run_many(
             _UPDATE,
             [
                 (r.settled_at, r.reason, r.prompt_tokens, r.cached_tokens, r.output_tokens, r.cost, r.admitted_at, r.id)
                 for r in rows
             ],
         )
-        connection.executemany(_ADD, [[getattr(day, name) for name in _DAY] for day in (*_sums(rows), *refused)])
+        self._sql.run_many(_ADD, [[getattr(day, name) for name in _DAY] for day in (*_sums(rows), *refused)])
 
-    def _running_since(self, new: Sequence[Row]) -> float:
+    def _running_since(self, new: Iterable[Row]) -> float:
         """Return when the oldest request that runs, or begins now, was admitted. The clock may have gone back."""
         oldest = self._oldest
         while oldest and oldest[0][1] not in self._running:
@@ -152,29 +170,30 @@ class Database:
         """Return the sums of all days from `first` on, oldest first.
 
         Raises:
-            StoreError: the file cannot be read.
+            StoreError: it cannot be read.
         """
-        with explained(self._path):
+        with self._sql.reading():
             query = f"{_DAYS} WHERE day >= ? ORDER BY day"
-            return [DaySum(*fields) for fields in self._connection.execute(query, (first,))]
+            return [DaySum(*fields) for fields in self._sql.run(query, (first,))]
 
     def used_before(self, first: int) -> list[tuple[str, str, int, int]]:
         """Return tenant, key, tokens and cost of all that was used before the day `first`.
 
         Raises:
-            StoreError: the file cannot be read.
+            StoreError: it cannot be read.
         """
-        with explained(self._path):
-            return self._connection.execute(
-                "SELECT tenant_id, key_id, sum(prompt_tokens + output_tokens), sum(cost) FROM days "
-                "WHERE day < ? GROUP BY tenant_id, key_id",
+        with self._sql.reading():
+            return self._sql.run(
+                "SELECT tenant_id, key_id, CAST(sum(prompt_tokens + output_tokens) AS BIGINT), "
+                "CAST(sum(cost) AS BIGINT) FROM days WHERE day < ? GROUP BY tenant_id, key_id",
                 (first,),
             ).fetchall()
 
     def rows(self) -> list[Row]:
         """Return all rows that are kept, oldest first. For tests and the curious."""
-        with explained(self._path):
-            return [Row(*fields) for fields in self._connection.execute(f"SELECT {', '.join(_ROW)} FROM requests")]
+        with self._sql.reading():
+            query = f"SELECT {', '.join(_ROW)} FROM requests ORDER BY admitted_at, id"
+            return [Row(*fields) for fields in self._sql.run(query)]
 
     def drop_rows(self, before: float, limit: int = 5_000) -> int:
         """Drop up to `limit` settled rows of requests admitted before that time, oldest first; return how many went.
@@ -184,8 +203,8 @@ class Database:
         Raises:
             StoreError: nothing was dropped.
         """
-        with explained(self._path), transaction(self._connection) as connection:
-            done = connection.execute(
+        with self._sql.transaction():
+            done = self._sql.run(
                 "DELETE FROM requests WHERE (admitted_at, id) IN (SELECT admitted_at, id FROM requests "
                 "WHERE admitted_at < ? AND settled_at IS NOT NULL ORDER BY admitted_at LIMIT ?)",
                 (before, limit),
@@ -198,8 +217,8 @@ class Database:
         Raises:
             StoreError: not even that could be written.
         """
-        with explained(self._path), transaction(self._connection) as connection:
-            connection.execute("DELETE FROM spare")
+        with self._sql.transaction():
+            self._sql.run("DELETE FROM spare")
 
     def renew_spare(self) -> None:
         """Have spare room, written anew beside the old: if there is room for both, there is room for rows.
@@ -207,80 +226,41 @@ class Database:
         Raises:
             StoreError: there is no room.
         """
-        with explained(self._path), transaction(self._connection) as connection:
-            connection.execute("INSERT INTO spare VALUES (zeroblob(?))", (SPARE_BYTES,))
-            connection.execute("DELETE FROM spare WHERE rowid < (SELECT max(rowid) FROM spare)")
+        with self._sql.transaction():
+            self._sql.run("INSERT INTO spare VALUES (?)", (bytes(SPARE_BYTES),))
+            self._sql.run("DELETE FROM spare WHERE rowid < (SELECT max(rowid) FROM spare)")
 
     def close(self) -> None:
-        self._connection.close()
+        self._sql.close()
 
 
-def open_ledger(state_dir: Path) -> Database:
-    """Open the ledger in `state_dir`, which exists; a new one is made, an older schema is brought up to date.
+def open_ledger(state_dir: Path, url: str = "") -> Database:
+    """Open the ledger at `url` or in `state_dir`; a new one is made, an older schema is brought up to date.
 
     Raises:
-        StoreError: unreadable, read-only, no ledger, damaged, of a newer schema, or the disk is full.
+        StoreError: unreadable, read-only, no ledger, damaged, of a newer schema, in use, away, or the disk is full.
     """
-    path = state_dir / LEDGER_NAME
-    with explained(path):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite alone says "unable to open" for every reason
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+    database = Database(open_sql(url or state_dir / LEDGER_NAME, "ledger", MIGRATIONS))
     try:
-        database = Database(path, connection)
-        with explained(path):
-            _prepare(path, connection)
         database.renew_spare()
-        with explained(path):  # the log file keeps its size and is written from its beginning: syncing it costs less
-            connection.execute("PRAGMA wal_checkpoint(RESTART)")
     except BaseException:
-        connection.close()
+        database.close()
         raise
     return database
 
 
-def read_days(path: Path, first: int, last: int) -> list[DaySum]:
+def read_days(state_dir: Path, url: str, first: int, last: int) -> list[DaySum]:
     """Return the sums of the days from `first` to `last`, oldest first, while another thread may write. Blocking.
 
     Raises:
-        StoreError: the file cannot be read.
+        StoreError: it cannot be read.
     """
-    if not path.exists():
+    place = url or state_dir / LEDGER_NAME
+    if isinstance(place, Path) and not place.exists():
         return []
-    with explained(path), closing(_reader(path)) as connection:
-        rows = connection.execute(f"{_DAYS} WHERE day BETWEEN ? AND ? ORDER BY day", (first, last))
+    with closing(open_reader(place)) as sql, sql.reading():
+        rows = sql.run(f"{_DAYS} WHERE day BETWEEN ? AND ? ORDER BY day", (first, last))
         return [DaySum(*fields) for fields in rows]
-
-
-def backup_ledger(path: Path, copy: Path) -> None:
-    """Write a copy to `copy`, which does not exist, while another thread may write. Blocking.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    with explained(copy), closing(_reader(path)) as connection:
-        connection.execute("VACUUM INTO ?", (str(copy),))
-
-
-def _reader(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5.0)
-
-
-def _prepare(path: Path, connection: sqlite3.Connection) -> None:
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(MIGRATIONS):
-        raise StoreError(
-            f"{path} has schema version {version}, this gateway knows up to {len(MIGRATIONS)}; "
-            "start the newer gateway that wrote it or restore an older backup"
-        )
-    if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        raise StoreError(f"{path} is a database of something else; move it away or choose another state directory")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    with transaction(connection):
-        for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
-            for statement in statements:
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {number}")
 
 
 _ROW = Row.__struct_fields__
@@ -291,10 +271,11 @@ _UPDATE = (
     "UPDATE requests SET settled_at = ?, reason = ?, prompt_tokens = ?, cached_tokens = ?, output_tokens = ?, cost = ? "
     "WHERE admitted_at = ? AND id = ? AND settled_at IS NULL"
 )
+_RUNS = "SELECT 1 FROM requests WHERE admitted_at = ? AND id = ? AND settled_at IS NULL"
 _ADD = (
     f"INSERT INTO days ({', '.join(_DAY)}) VALUES ({', '.join('?' * len(_DAY))}) "
     "ON CONFLICT (day, tenant_id, key_id, model) DO UPDATE SET "
-    + ", ".join(f"{name} = {name} + excluded.{name}" for name in _DAY[4:])
+    + ", ".join(f"{name} = days.{name} + excluded.{name}" for name in _DAY[4:])
 )
 
 

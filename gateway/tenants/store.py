@@ -1,18 +1,15 @@
-"""Tenants, keys, published prefixes and the audit trail on disk: one SQLite file, the deployment's secret beside it.
+"""Tenants, keys, published prefixes and the audit trail, in SQLite or PostgreSQL; the deployment's secret in a file.
 
-Every change is one transaction with its audit row, synced to disk before `commit` returns (WAL, synchronous=FULL). The
-caller holds the directory's lock (`gateway.lock`), so that nobody else writes. Secrets of keys never come here.
+Every change is one transaction with its audit row, on disk before `commit` returns. Secrets of keys never come here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
 import secrets
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +18,8 @@ from typing import Any
 import msgspec
 import trio
 
-from kvasir.gateway.sqlite import explained, transaction
+from kvasir.gateway.sql.places import open_sql
+from kvasir.gateway.sql.sql import Sql
 from kvasir.gateway.tenants.directory import (
     ApiKey,
     Change,
@@ -95,9 +93,10 @@ class AuditEntry:
 class Store:
     """The open database. Made by `open_store`; one caller at a time (`commit` sees to that among its own)."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, secret: bytes) -> None:
-        self._path = path
-        self._connection = connection
+    def __init__(self, state_dir: Path, url: str, sql: Sql, secret: bytes) -> None:
+        self.state_dir = state_dir  # where the secret is, and the databases unless they have an URL
+        self.url = url  # PostgreSQL's; empty: SQLite
+        self._sql = sql
         self._secret = secret
         self._limiter = trio.CapacityLimiter(1)
 
@@ -122,18 +121,17 @@ class Store:
         Raises:
             StoreError: nothing was written.
         """
-        with explained(self._path), transaction(self._connection) as connection:
+        with self._sql.transaction():
             for change in changes:
                 if isinstance(change, RemoveTenant):
-                    connection.execute("DELETE FROM api_keys WHERE tenant_id = ?", (change.id,))
-                    connection.execute("DELETE FROM tenants WHERE id = ?", (change.id,))
-                statement, values = _upsert(change)
-                connection.execute(statement, values)
-            row = connection.execute("SELECT seq, digest FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
+                    self._sql.run("DELETE FROM api_keys WHERE tenant_id = ?", (change.id,))
+                    self._sql.run("DELETE FROM tenants WHERE id = ?", (change.id,))
+                self._sql.run(*_written(change))
+            row = self._sql.run("SELECT seq, digest FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
             seq, digest = (row[0] + 1, row[1]) if row else (1, b"")
             entry = replace(entry, seq=seq)
             fields = (entry.time, entry.actor, entry.command, entry.subject, entry.before, entry.after)
-            connection.execute(
+            self._sql.run(
                 "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (seq, *fields, _chain(self._secret, digest, entry))
             )
 
@@ -143,8 +141,8 @@ class Store:
         Raises:
             StoreError: the database cannot be read.
         """
-        with explained(self._path):
-            query = self._connection.execute
+        with self._sql.reading():
+            query = self._sql.run
             records: list[Change] = []
             for row in query(
                 "SELECT id, name, status, sharing, allowed_models, created_at, kv_floor, kv_cap, cache_hint, terms "
@@ -173,8 +171,8 @@ class Store:
 
     def audit(self, last: int = 1000) -> list[AuditEntry]:
         """Return the last audit rows, oldest first."""
-        with explained(self._path):
-            rows = self._connection.execute(
+        with self._sql.reading():
+            rows = self._sql.run(
                 "SELECT time, actor, command, subject, before, after, seq FROM audit ORDER BY seq DESC LIMIT ?", (last,)
             ).fetchall()
             return [AuditEntry(*row) for row in reversed(rows)]
@@ -186,8 +184,8 @@ class Store:
             StoreError: a row was changed, inserted or taken out; says which.
         """
         digest, expected = b"", 0
-        with explained(self._path):
-            rows = self._connection.execute(
+        with self._sql.reading():
+            rows = self._sql.run(
                 "SELECT time, actor, command, subject, before, after, seq, digest FROM audit ORDER BY seq"
             ).fetchall()
         for *fields, stored in rows:
@@ -195,48 +193,38 @@ class Store:
             entry = AuditEntry(*fields)
             digest = _chain(self._secret, digest, entry)
             if entry.seq != expected or digest != stored:
-                raise StoreError(f"the audit trail in {self._path} was altered at row {entry.seq}; restore a backup")
+                raise StoreError(
+                    f"the audit trail in {self._sql.name} was altered at row {entry.seq}; restore a backup"
+                )
         return expected
 
-    @property
-    def state_dir(self) -> Path:
-        """Where the database and the secret are."""
-        return self._path.parent
-
-    def backup(self, path: Path) -> None:
-        """Write a copy to `path`, which does not exist.
-
-        Raises:
-            StoreError: it cannot be written.
-        """
-        with explained(path), contextlib.closing(sqlite3.connect(self._path, timeout=5.0)) as connection:
-            connection.execute("VACUUM INTO ?", (str(path),))
-
     def close(self) -> None:
-        self._connection.close()
+        self._sql.close()
 
 
-def open_store(state_dir: Path) -> Store:
-    """Open the store in `state_dir`, which exists; a new one is made, an older schema is brought up to date.
+def open_store(state_dir: Path, url: str = "") -> Store:
+    """Open the store at `url`, else in `state_dir`, which exists; it is made, or brought up to date, as need be.
 
     Raises:
-        StoreError: directory missing, file unreadable, read-only, no database or not ours, damaged, of a newer
-            schema, or made with another deployment secret.
+        StoreError: directory missing; database unreadable, read-only, not ours, damaged, of a newer schema, in use by
+            another gateway, away, or made with another deployment secret.
     """
     if not state_dir.is_dir():
         raise StoreError(f"the state directory {state_dir} does not exist; create it or choose another")
-    path = state_dir / DATABASE_NAME
-    secret = _load_secret(state_dir / SECRET_NAME, is_new=not path.exists())
-    with explained(path):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite alone says "unable to open" for every reason
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+    sql = open_sql(url or state_dir / DATABASE_NAME, "tenants", MIGRATIONS)
     try:
-        with explained(path):
-            _prepare(path, connection, secret)
+        with sql.transaction():
+            found = sql.run("SELECT value FROM meta WHERE name = 'secret_mark'").fetchone()
+            secret = _load_secret(state_dir / SECRET_NAME, is_new=found is None)
+            mark = hashlib.blake2b(key=secret, digest_size=16, person=b"kvasir-secret").digest()
+            if found is None:
+                sql.run("INSERT INTO meta VALUES ('secret_mark', ?)", (mark,))
+            elif found[0] != mark:
+                raise StoreError(f"{sql.name} was made with another deployment secret than {SECRET_NAME}; restore it")
     except BaseException:
-        connection.close()
+        sql.close()
         raise
-    return Store(path, connection, secret)
+    return Store(state_dir, url, sql, secret)
 
 
 def _load_secret(path: Path, *, is_new: bool) -> bytes:
@@ -245,7 +233,7 @@ def _load_secret(path: Path, *, is_new: bool) -> bytes:
     except FileNotFoundError:
         if not is_new:
             raise StoreError(
-                f"{path} is missing, and the database beside it was made with it; restore it from a backup"
+                f"{path} is missing, and the database was made with it; restore it from a backup"
             ) from None
         secret = secrets.token_bytes(DEPLOYMENT_SECRET_BYTES)
         _write_durably(path, secret)
@@ -275,85 +263,46 @@ def _write_durably(path: Path, content: bytes) -> None:
         raise StoreError(f"cannot write {path}: {error.strerror}; make the directory writable") from None
 
 
-def _prepare(path: Path, connection: sqlite3.Connection, secret: bytes) -> None:
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(MIGRATIONS):
-        raise StoreError(
-            f"{path} has schema version {version}, this gateway knows up to {len(MIGRATIONS)}; "
-            "start the newer gateway that wrote it or restore an older backup"
-        )
-    if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        raise StoreError(f"{path} is a database of something else; move it away or choose another state directory")
-    if connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-        raise StoreError(f"{path} is damaged; restore a backup")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-    # Always writes something: a read-only file or a full disk is noticed at the start, not at the first change.
-    with transaction(connection):
-        for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
-            for statement in statements:
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {number}")
-        mark = hashlib.blake2b(key=secret, digest_size=16, person=b"kvasir-secret").digest()
-        row = connection.execute("SELECT value FROM meta WHERE name = 'secret_mark'").fetchone()
-        if row is not None and row[0] != mark:
-            raise StoreError(f"{path} was made with another deployment secret than {SECRET_NAME} beside it; restore it")
-        connection.execute("INSERT OR REPLACE INTO meta VALUES ('secret_mark', ?)", (mark,))
-
-
-def _upsert(change: Change) -> tuple[str, tuple[Any, ...]]:
+def _written(change: Change) -> tuple[str, tuple[Any, ...]]:
+    """Return the statement that writes a change, and its values."""
     match change:
         case Tenant():
-            return (
-                "INSERT INTO tenants "
-                "(id, name, status, sharing, allowed_models, created_at, kv_floor, kv_cap, cache_hint, terms) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET name = excluded.name, "
-                "status = excluded.status, sharing = excluded.sharing, allowed_models = excluded.allowed_models, "
-                "kv_floor = excluded.kv_floor, kv_cap = excluded.kv_cap, cache_hint = excluded.cache_hint, "
-                "terms = excluded.terms",
-                (
-                    change.id,
-                    change.name,
-                    change.status,
-                    change.sharing,
-                    _dump_set(change.allowed_models),
-                    change.created_at,
-                    change.kv_floor,
-                    change.kv_cap,
-                    change.cache_hint,
-                    _dump_terms(change.terms),
-                ),
+            return _put(
+                "tenants",
+                id=change.id,
+                name=change.name,
+                status=change.status,
+                sharing=change.sharing,
+                allowed_models=_dump_set(change.allowed_models),
+                created_at=change.created_at,
+                kv_floor=change.kv_floor,
+                kv_cap=change.kv_cap,
+                cache_hint=change.cache_hint,
+                terms=_dump_terms(change.terms),
             )
         case ApiKey():
-            return (
-                "INSERT OR REPLACE INTO api_keys (id, tenant_id, digest, label, created_at, revoked_at, expires_at, "
-                "terms, old_digest, old_until) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    change.id,
-                    change.tenant_id,
-                    change.digest,
-                    change.label,
-                    change.created_at,
-                    change.revoked_at,
-                    change.expires_at,
-                    _dump_terms(change.terms),
-                    change.old_digest,
-                    change.old_until,
-                ),
+            return _put(
+                "api_keys",
+                id=change.id,
+                tenant_id=change.tenant_id,
+                digest=change.digest,
+                label=change.label,
+                created_at=change.created_at,
+                revoked_at=change.revoked_at,
+                expires_at=change.expires_at,
+                terms=_dump_terms(change.terms),
+                old_digest=change.old_digest,
+                old_until=change.old_until,
             )
         case PublishedPrefix():
-            return (
-                "INSERT OR REPLACE INTO prefixes (name, text, tenant_ids, created_at, pinned, pinned_on) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                (
-                    change.name,
-                    change.text,
-                    _dump_set(change.tenant_ids),
-                    change.created_at,
-                    change.pinned,
-                    _dump_set(change.pinned_on),
-                ),
+            return _put(
+                "prefixes",
+                name=change.name,
+                text=change.text,
+                tenant_ids=_dump_set(change.tenant_ids),
+                created_at=change.created_at,
+                pinned=int(change.pinned),
+                pinned_on=_dump_set(change.pinned_on),
             )
         case RemovePrefix():
             return "DELETE FROM prefixes WHERE name = ?", (change.name,)
@@ -362,10 +311,17 @@ def _upsert(change: Change) -> tuple[str, tuple[Any, ...]]:
         case ModelPrice(model, None):
             return "DELETE FROM prices WHERE model = ?", (model,)
         case ModelPrice():
-            return "INSERT OR REPLACE INTO prices VALUES (?, ?)", (
-                change.model,
-                msgspec.json.encode(change.price).decode(),
-            )
+            return _put("prices", model=change.model, price=msgspec.json.encode(change.price).decode())
+
+
+def _put(table: str, **columns: Any) -> tuple[str, tuple[Any, ...]]:
+    """Return what writes a row whose first column is its key, in the place of the row of that key."""
+    key, *others = columns
+    return (
+        f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
+        f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in others)}",
+        tuple(columns.values()),
+    )
 
 
 def _dump_set(items: frozenset[str] | None) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import trio
 from kvasir.gateway.core.api import Cancel
 from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.ledger.accounts import load_accounts
-from kvasir.gateway.ledger.database import DAY_S, Batch, Database, DaySum, Row, backup_ledger, open_ledger
+from kvasir.gateway.ledger.database import DAY_S, Batch, Database, DaySum, Row, open_ledger
 from kvasir.gateway.ledger.writer import KEEP_DAYS, RETRY_EVERY_S, LedgerWriter
 from kvasir.protocol.errors import StoreError
 from kvasir.protocol.messages import Abort
@@ -25,10 +25,14 @@ PRICE = Price(prompt=2_500, cached=250, output=10_000)
 
 
 class Till:
-    """A core with a ledger in `path`, whose commits happen when a test says so."""
+    """A core with a ledger in `path` or at `url`, whose commits happen when a test says so."""
+
+    url = ""
+    opened: list[Database] = []
 
     def __init__(self, path: Path, **terms: Terms) -> None:
-        self.database = open_ledger(path)
+        self.database = open_ledger(path, self.url)
+        self.opened.append(self.database)
         self.wall_s = NOON
         self.ledger = LedgerWriter(
             self.database, lambda bills, error: self.bench.core.reserved(bills, error), lambda: self.wall_s
@@ -57,6 +61,15 @@ class Till:
 
     def spent(self, payer: str = "alpha") -> int:
         return sum(day.spent_tokens for day in self.billing.admission.account(payer).days.values())
+
+
+@pytest.fixture(autouse=True)
+def kind_of_database(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test runs on SQLite and on PostgreSQL."""
+    monkeypatch.setattr(Till, "url", url)
+    yield
+    while Till.opened:
+        Till.opened.pop().close()
 
 
 def test_no_token_is_taken_in_before_its_row_is_on_disk(tmp_path: Path) -> None:
@@ -294,35 +307,6 @@ def test_on_a_full_disk_what_is_new_is_refused_and_what_runs_finishes_and_settle
     main()
 
 
-def test_the_spare_room_is_enough_to_settle_what_runs_when_sqlite_itself_says_that_it_is_full(tmp_path: Path) -> None:
-    till = Till(tmp_path)
-    sql = till.database._connection
-    running = [b"%d" % number for number in range(200)]
-    till.bench.join("w2", max_requests=400, num_blocks=10_000)
-    for req_id in running:
-        till.submit(req_id, max_tokens=4)
-    till.commit()
-    sql.execute(f"PRAGMA max_page_count = {sql.execute('PRAGMA page_count').fetchone()[0]}")
-    for number in range(20_000):  # until the file is full
-        till.submit(b"x%d" % number)
-        till.bench.core.cancel(Cancel(b"x%d" % number, num_output_tokens=0))
-        till.bench.core.closed(b"x%d" % number)
-        if number % 50 == 0:
-            till.commit()
-        if till.ledger.refusal() is not None:
-            break
-    assert till.ledger.refusal() is not None
-    for req_id in running:
-        till.bench.core.cancel(Cancel(req_id, num_output_tokens=0))
-        till.bench.core.closed(req_id)
-    till.commit()
-    rows = {row.id: row.settled_at for row in till.database.rows()}
-    assert all(rows[req_id] is not None for req_id in running)
-    sql.execute("PRAGMA max_page_count = 1000000")
-    till.commit()
-    assert till.ledger.refusal() is None
-
-
 def test_the_thread_writes_what_comes_and_the_rest_when_it_is_stopped(tmp_path: Path) -> None:
     async def main() -> None:
         till = Till(tmp_path)
@@ -361,21 +345,9 @@ def test_rows_of_days_long_over_go_and_their_sums_stay(tmp_path: Path) -> None:
     main()
 
 
-def test_a_ledger_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
-    open_ledger(tmp_path).close()
-    with sqlite3.connect(tmp_path / "ledger.db") as raw:
-        raw.execute("PRAGMA user_version = 99")
-    raw.close()
-    with pytest.raises(StoreError, match="schema version 99"):
-        open_ledger(tmp_path)
-    (tmp_path / "ledger.db").write_bytes(b"no database" * 100)
-    with pytest.raises(StoreError, match="not a SQLite database"):
-        open_ledger(tmp_path)
-
-
 @pytest.mark.parametrize("num", [1, 7, 8, 31, 33, 100])
-def test_batches_of_any_size_are_written_whole(tmp_path: Path, num: int) -> None:
-    database = open_ledger(tmp_path)
+def test_batches_of_any_size_are_written_whole(tmp_path: Path, url: str, num: int) -> None:
+    database = open_ledger(tmp_path, url)
     rows = [Row(NOON + index, b"%d" % index, f"t{index % 3}", "k", "m") for index in range(num)]
     database.write(Batch(rows))
     settled = [Row(row.admitted_at, row.id, row.tenant_id, "k", "m", NOON, "stop", 5, 2, 1, 9) for row in rows]
@@ -383,14 +355,3 @@ def test_batches_of_any_size_are_written_whole(tmp_path: Path, num: int) -> None
     assert database.rows() == settled
     assert sum(day.num_requests for day in database.days()) == num
     database.close()
-
-
-def test_a_backup_is_a_ledger_that_opens(tmp_path: Path) -> None:
-    database = open_ledger(tmp_path)
-    database.write(Batch([Row(NOON, b"1", "t", "k", "m")]))
-    (tmp_path / "copy").mkdir()
-    backup_ledger(tmp_path / "ledger.db", tmp_path / "copy" / "ledger.db")
-    database.close()
-    copy = open_ledger(tmp_path / "copy")
-    assert [row.id for row in copy.rows()] == [b"1"]
-    copy.close()

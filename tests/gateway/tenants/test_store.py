@@ -25,23 +25,23 @@ ENTRY = AuditEntry(1.0, "tester", "tenant_create", "x")
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = open_store(tmp_path)
+def store(tmp_path: Path, url: str) -> Iterator[Store]:
+    store = open_store(tmp_path, url)
     yield store
     store.close()
 
 
-def reopen(store: Store, path: Path) -> Store:
+def reopen(store: Store) -> Store:
     store.close()
-    return open_store(path)
+    return open_store(store.state_dir, store.url)
 
 
-def test_records_survive_a_restart_as_they_were(store: Store, tmp_path: Path) -> None:
+def test_records_survive_a_restart_as_they_were(store: Store) -> None:
     tenant = Tenant("t1", "acme", "disabled", "group:g", frozenset({"b", "a"}), 12.5, "20%", "512", "closing")
     key, text = issue_key(store.secret, "t1", "läbel", 3.0)
-    everything = [tenant, key, PublishedPrefix("p", "téxt\0\n", frozenset({"t1"}), 4.0, True, frozenset({"demo-1"}))]
+    everything = [tenant, key, PublishedPrefix("p", "téxt\n", frozenset({"t1"}), 4.0, True, frozenset({"demo-1"}))]
     store.write(everything, ENTRY)
-    store = reopen(store, tmp_path)
+    store = reopen(store)
     assert store.load() == everything
     with pytest.raises(Exception, match="disabled"):
         TenantDirectory(store.secret, store.load()).authenticate(text)
@@ -86,7 +86,7 @@ def test_the_file_and_the_directory_agree_after_any_changes(history) -> None:
                 assert isinstance(change, ApiKey) and directory.tenant_by_id(change.tenant_id) is None
             else:
                 directory.apply(change)
-        store = reopen(store, home)
+        store = reopen(store)
         again = TenantDirectory(store.secret, store.load())
         assert again.tenants() == directory.tenants()
         for tenant in directory.tenants():
@@ -109,23 +109,18 @@ def test_a_transaction_is_all_or_nothing(store: Store) -> None:
     assert len(store.load()) == 1 and store.verify_audit() == 1
 
 
-def test_an_altered_audit_row_is_found_and_rows_are_append_only(store: Store, tmp_path: Path) -> None:
+def test_an_altered_audit_row_is_found_and_rows_are_append_only(store: Store) -> None:
     for number in range(5):
         store.write([Tenant(str(number), f"t{number}")], ENTRY)
     assert store.verify_audit() == 5
-    store.close()
-    with sqlite3.connect(tmp_path / DATABASE_NAME) as raw:
-        with pytest.raises(sqlite3.IntegrityError, match="append only"):
-            raw.execute("UPDATE audit SET actor = 'nobody' WHERE seq = 3")
-        with pytest.raises(sqlite3.IntegrityError, match="append only"):
-            raw.execute("DELETE FROM audit WHERE seq = 3")
-        raw.execute("DROP TRIGGER audit_is_not_edited")
-        raw.execute("UPDATE audit SET actor = 'nobody' WHERE seq = 3")
-    raw.close()
-    store = open_store(tmp_path)
+    for statement in ("UPDATE audit SET actor = 'nobody' WHERE seq = 3", "DELETE FROM audit WHERE seq = 3"):
+        with pytest.raises(StoreError, match="append only"), store._sql.transaction():
+            store._sql.run(statement)
+    with store._sql.transaction():
+        store._sql.run(f"DROP TRIGGER audit_is_not_edited{' ON audit' if store.url else ''}")
+        store._sql.run("UPDATE audit SET actor = 'nobody' WHERE seq = 3")
     with pytest.raises(StoreError, match="row 3"):
         store.verify_audit()
-    store.close()
 
 
 COMMITTER = """
@@ -133,7 +128,7 @@ import sys
 from pathlib import Path
 from kvasir.gateway.tenants.store import AuditEntry, open_store
 from kvasir.gateway.tenants.directory import Tenant, issue_key
-store = open_store(Path(sys.argv[1]))
+store = open_store(Path(sys.argv[1]), sys.argv[2])
 for number in range(100_000):
     key, _ = issue_key(store.secret, f"t{number}", "", 1.0)
     store.write([Tenant(f"t{number}", f"tenant-{number}"), key], AuditEntry(1.0, "x", "create", str(number)))
@@ -142,8 +137,9 @@ for number in range(100_000):
 
 
 @pytest.mark.parametrize("num_seen", [1, 7, 40])
-def test_what_was_committed_survives_kill_9_in_mid_commit(tmp_path: Path, num_seen: int) -> None:
-    process = subprocess.Popen([sys.executable, "-c", COMMITTER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+def test_what_was_committed_survives_kill_9_in_mid_commit(tmp_path: Path, url: str, num_seen: int) -> None:
+    command = [sys.executable, "-c", COMMITTER, str(tmp_path), url]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout is not None
     with process.stdout as lines:
         for _ in range(num_seen):
@@ -152,7 +148,7 @@ def test_what_was_committed_survives_kill_9_in_mid_commit(tmp_path: Path, num_se
         rest = lines.read().splitlines()
     process.wait(10)
     acknowledged = int(rest[-1]) if rest else acknowledged
-    store = open_store(tmp_path)
+    store = open_store(tmp_path, url)
     records = store.load()
     tenants = [record.id for record in records if isinstance(record, Tenant)]
     owners = [record.tenant_id for record in records if isinstance(record, ApiKey)]
@@ -162,17 +158,20 @@ def test_what_was_committed_survives_kill_9_in_mid_commit(tmp_path: Path, num_se
     store.close()
 
 
-def test_secret_and_database_are_readable_by_their_owner_only(store: Store, tmp_path: Path) -> None:
+def test_secret_and_database_are_readable_by_their_owner_only(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
     assert (tmp_path / SECRET_NAME).stat().st_mode & 0o777 == 0o600
     assert (tmp_path / DATABASE_NAME).stat().st_mode & 0o777 == 0o600
     assert len(store.secret) == 32
+    store.close()
 
 
-def test_the_secret_is_made_once_and_is_not_in_the_database(store: Store, tmp_path: Path) -> None:
+def test_the_secret_is_made_once_and_is_not_in_the_database(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
     secret = store.secret
     _, text = issue_key(secret, "t1", "", 1.0)
     store.write([Tenant("t1", "acme"), issue_key(secret, "t1", "", 1.0)[0]], ENTRY)
-    store = reopen(store, tmp_path)
+    store = reopen(store)
     assert store.secret == secret
     store.close()
     content = (tmp_path / DATABASE_NAME).read_bytes()
@@ -259,8 +258,9 @@ def test_an_unreadable_and_a_read_only_file_are_explained() -> None:
         shutil.rmtree(home)
 
 
-def test_a_locked_database_is_explained_and_nothing_is_lost(store: Store, tmp_path: Path) -> None:
-    store._connection.execute("PRAGMA busy_timeout = 10")
+def test_a_locked_database_is_explained_and_nothing_is_lost(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store._sql.run("PRAGMA busy_timeout = 10")
     other = sqlite3.connect(tmp_path / DATABASE_NAME, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreError, match="locked by another process"):
@@ -269,3 +269,4 @@ def test_a_locked_database_is_explained_and_nothing_is_lost(store: Store, tmp_pa
     other.close()
     store.write([Tenant("t1", "acme")], ENTRY)
     assert len(store.load()) == 1
+    store.close()

@@ -202,7 +202,7 @@ def test_half_a_backup_is_taken_away(office: Office, home: Path, capsys: Any, mo
     def full(*_: object) -> None:
         raise StoreError("the disk is full; make room")
 
-    monkeypatch.setattr("kvasir.gateway.admin.books.backup_ledger", full)
+    monkeypatch.setattr("kvasir.gateway.admin.books.copy_sqlite", full)
     kvasir(capsys, "tenant", "create", "acme")
     write_usage(office, "acme", "k")
     assert_one_line(kvasir(capsys, "backup", str(home / "copy"), code=2)[1], "disk is full")

@@ -1,0 +1,26 @@
+"""What tests of several rooms share: databases, so that one test runs on both kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.postgres import Postgres, find_programs
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A server that runs, for all tests of a process."""
+    programs = find_programs()
+    if programs is None:
+        pytest.skip("needs a PostgreSQL server: apt-get install postgresql")
+    server = Postgres(programs)
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest) -> str:
+    """What --database says: nothing, then the URL of an empty PostgreSQL database."""
+    return "" if request.param == "sqlite" else str(request.getfixturevalue("postgres").new_url())
