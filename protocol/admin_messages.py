@@ -333,6 +333,7 @@ class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     state: str
     pid: int = 0
     device: str = ""
+    attention: str = ""
     num_in_flight: int = 0
     num_running: int = 0
     num_waiting: int = 0

@@ -292,7 +292,7 @@ class Hello(Report, tag="hello"):
 
     `bytes_per_block`: of KV memory, all layers; 0 for a worker that keeps none. `engine`: what computes, our own or
     another that the worker fronts, which may lack something (`Lack`) and may find prefixes only in whole runs of
-    `hit_blocks` blocks.
+    `hit_blocks` blocks. `attention`: the path that computes it, and if that is not the best for `device`, why.
     """
 
     protocol_version: int
@@ -305,6 +305,7 @@ class Hello(Report, tag="hello"):
     num_blocks: Annotated[int, Meta(ge=1)]
     limits: Limits
     device: Name = "cpu"
+    attention: Annotated[str, Meta(max_length=256)] = ""
     pid: Count = 0
     role: Literal["both"] = "both"
     bytes_per_block: Count = 0

@@ -1,17 +1,20 @@
 """Is the CUDA path right on this machine, and how near does it come to what the hardware gives?
 
-First every model family, with small random weights, is run on the GPU and compared with the readable reference on
-the CPU. Then a 1 B- and an 8 B-shaped random bf16 model are timed beside the copy bandwidth and the bf16 matmul rate
-measured in the same run: prefill as a share of the matmul rate, decode as a share of the time that its bytes and
-operations would take at those two rates. Without CUDA it says so and exits 0.
+First the attention kernels are compared with the reference over a grid of cases, then every model family, with small
+random weights, is run on the GPU and compared with the readable reference on the CPU. Then a 1 B- and an 8 B-shaped
+random bf16 model are timed beside the copy bandwidth and the bf16 matmul rate measured in the same run: prefill as a
+share of the matmul rate, decode as a share of the time that its bytes and operations would take at those two rates.
+Without CUDA it says so and exits 0.
 
     python scripts/gpu_check.py [--json FILE] [--models 1b,8b] [--batch 1,8,64]
+    TRITON_INTERPRET=1 python scripts/gpu_check.py --kernels-only     # the first part without a GPU, in an interpreter
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -27,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kvasir.cache.kv_store import KvStore, bytes_per_block
 from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.attention import Attention, GatherAttention, ReferenceAttention
+from kvasir.worker.model.attention_paths import TOLERANCE, choose_attention, largest_error
 from kvasir.worker.model.config import ModelConfig, RopeConfig
-from kvasir.worker.model.loader import default_attention, weight_bytes
+from kvasir.worker.model.loader import weight_bytes
 from kvasir.worker.model.model import LayerWeights, Model, Weights
 
 BLOCK_SIZE = 16
@@ -69,6 +73,40 @@ FAMILIES = {
     "qwen2": make_config(3, 256, 384, 8, 4, 500, family="qwen2", qkv_bias=True, sliding_windows=(None, 40, 40)),
     "qwen3": make_config(3, 256, 384, 8, 8, 500, family="qwen3", qk_norm=True, head_dim=64),
 }
+
+
+# Name -> (query heads, key heads, head_dim), block size, windows, dtype, (tokens in the store, tokens computed) of each
+# sequence of one step. Spans are cut at 512 keys, and at 4,096 for the chunks.
+KERNEL_CASES: dict[
+    str, tuple[tuple[int, int, int], int, tuple[int | None, ...], torch.dtype, list[tuple[int, int]]]
+] = {
+    "singles fp32": ((8, 2, 64), 16, (None,), torch.float32, [(1299, 1), (0, 1), (15, 1), (16, 1), (511, 1), (512, 1)]),
+    "singles fp16": ((8, 2, 64), 16, (None,), torch.float16, [(1299, 1), (0, 1), (15, 1), (16, 1), (511, 1)]),
+    "singles bf16": ((8, 2, 64), 16, (None,), torch.bfloat16, [(1299, 1), (0, 1), (15, 1), (16, 1), (511, 1)]),
+    "chunks fp32": ((8, 2, 64), 16, (None,), torch.float32, [(0, 33), (48, 1), (17, 80), (300, 3), (0, 2)]),
+    "chunks fp16": ((8, 2, 64), 16, (None,), torch.float16, [(0, 130), (200, 1), (100, 70)]),
+    "chunks bf16": ((8, 2, 128), 16, (None,), torch.bfloat16, [(0, 130), (200, 1), (100, 70)]),
+    "windows": ((6, 2, 20), 8, (None, 20, 1), torch.float32, [(700, 1), (5, 1), (0, 50), (100, 9)]),
+    "a window of several spans": ((2, 2, 32), 16, (1100,), torch.float32, [(1500, 1), (1200, 2)]),
+    "no groups": ((8, 8, 32), 32, (None,), torch.float32, [(50, 1), (1030, 1), (3, 40)]),
+    "one key head": ((32, 1, 128), 16, (40, None), torch.bfloat16, [(90, 1), (10, 5), (600, 1)]),
+    "odd blocks": ((6, 3, 40), 11, (None,), torch.float16, [(10, 1), (11, 1), (100, 1), (0, 23)]),
+    "a chunk cut into spans": ((2, 1, 16), 64, (None,), torch.float32, [(4090, 20)]),
+}
+
+
+def check_kernels(device: torch.device) -> list[dict[str, Any]]:
+    """Compare `PagedAttention` with the reference, both on `device`; one row per case."""
+    from kvasir.worker.model.paged_attention import PagedAttention
+
+    rows = []
+    for name, ((num_heads, num_kv_heads, head_dim), block_size, windows, dtype, shares) in KERNEL_CASES.items():
+        heads = {"head_dim": head_dim, "sliding_windows": windows}
+        config = make_config(len(windows), 64, 64, num_heads, num_kv_heads, 8, **heads)
+        error = largest_error(PagedAttention(config, dtype), config, block_size, device, dtype, shares)
+        limit = 1e-5 if dtype == torch.float32 else TOLERANCE[dtype]
+        rows.append({"case": name, "max_error": error, "ok": error <= limit})
+    return rows
 
 
 @dataclass(frozen=True)
@@ -169,7 +207,7 @@ def check_family(
     expected = continuation(Model(config, weights, ReferenceAttention(config)), prompts, tokens, chunk=48)
     rows = []
     for dtype, tolerance in tolerances.items():
-        paths: list[Attention] = [GatherAttention(config), default_attention(config, device, dtype, BLOCK_SIZE)]
+        paths: list[Attention] = [GatherAttention(config), choose_attention(config, device, dtype, BLOCK_SIZE, 1 << 30)]
         for attention in paths[: 1 if type(paths[0]) is type(paths[1]) else 2]:
             actual = continuation(Model(config, move(weights, device, dtype), attention), prompts, tokens, chunk=48)
             difference = (actual - expected).abs().max().item() / expected.abs().max().item()
@@ -262,16 +300,24 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--models", default="1b,8b", help="shapes to time, comma-separated")
     parser.add_argument("--batch", default="1,8,64", help="batch sizes, comma-separated")
+    parser.add_argument("--kernels-only", action="store_true", help="leave out the models")
     options = parser.parse_args()
     result: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.cuda.is_available()}
-    if not torch.cuda.is_available():
+    is_interpreted = options.kernels_only and os.environ.get("TRITON_INTERPRET") == "1"
+    if not torch.cuda.is_available() and not is_interpreted:
         print("No CUDA device here: nothing to check. (The CPU path is checked by the test suite.)")
         _write(options.json, result)
         return 0
-    device = torch.device("cuda", 0)
+    device = CPU if is_interpreted else torch.device("cuda", 0)
     torch.backends.cuda.matmul.allow_tf32 = False
-    result["device"] = torch.cuda.get_device_name(device)
-    print(f"{result['device']}, torch {torch.__version__}")
+    result["device"] = "Triton's interpreter" if is_interpreted else torch.cuda.get_device_name(device)
+    print(f"{result['device']}, torch {torch.__version__}\n")
+    result["kernels"] = check_kernels(device)
+    for row in result["kernels"]:
+        print(f"{row['case']:28} {row['max_error']:10.2e}{'' if row['ok'] else '   WRONG'}")
+    if options.kernels_only:
+        _write(options.json, result)
+        return 0 if all(row["ok"] for row in result["kernels"]) else 1
     print(f"\n{'family':8} {'dtype':9} {'path':16} {'max error':>10} {'same best':>10}")
     result["checks"] = []
     for name in FAMILIES:
@@ -294,7 +340,7 @@ def main() -> int:
             print(f"{shape:5} left out: needs about {needed * 1.5 / 2**30:.0f} GiB of free GPU memory")
             continue
         weights = random_weights(config, device, torch.bfloat16)
-        model = Model(config, weights, default_attention(config, device, torch.bfloat16, BLOCK_SIZE))
+        model = Model(config, weights, choose_attention(config, device, torch.bfloat16, BLOCK_SIZE, 1 << 30))
         for batch in map(int, options.batch.split(",")):
             row = {"model": shape, **measure_model(config, batch, model, roofline)}
             result["rates"].append(row)
@@ -306,7 +352,7 @@ def main() -> int:
         del model, weights
         torch.cuda.empty_cache()
     _write(options.json, result)
-    return 0 if all(row["ok"] for row in result["checks"]) else 1
+    return 0 if all(row["ok"] for row in (*result["kernels"], *result["checks"])) else 1
 
 
 def _synchronize(device: torch.device) -> None:

@@ -369,6 +369,7 @@ def _serve(options: Options, engine: Engine, hello: Hello, socket: zmq.Socket[by
         worker=hello.worker_id,
         model=hello.model,
         device=hello.device,
+        attention=hello.attention,
         dtype=hello.dtype,
         num_blocks=hello.num_blocks,
         max_context=limits.max_context,

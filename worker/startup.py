@@ -10,6 +10,7 @@ import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvasir.cache.policies import POLICIES
 from kvasir.cache.prefix_cache import PrefixCache
@@ -22,6 +23,9 @@ from kvasir.worker.engine.step import Grammars, OutOfMemory, Sampler, StepModel,
 from kvasir.worker.log import log
 from kvasir.worker.model.oracle_model import PREFIX, OracleModel, OracleStore, parse_oracle
 from kvasir.worker.options import MemorySize, Options
+
+if TYPE_CHECKING:
+    from kvasir.worker.model.attention import Attention
 
 GIB = 1 << 30
 MIN_BLOCKS = 8
@@ -43,6 +47,7 @@ class Loaded:
     fingerprint: str
     dtype: str
     device: str
+    attention: str = ""
     grammars: Grammars | None = None
 
 
@@ -78,6 +83,7 @@ def build(options: Options) -> tuple[Engine, Hello]:
         num_blocks=loaded.num_blocks,
         limits=Limits(limits.max_requests, limits.max_context, limits.max_step_tokens),
         device=loaded.device,
+        attention=loaded.attention,
         pid=os.getpid(),
         bytes_per_block=loaded.bytes_per_block,
         lacks=[] if loaded.grammars is not None else ["grammars"],
@@ -251,6 +257,7 @@ def _load_torch(options: Options) -> Loaded:
         fingerprint=model_fingerprint(options.model),
         dtype=_name(dtype),
         device=device.type,
+        attention=_attention(model.attention),
         grammars=_load_grammars(Path(options.model), config.vocab_size, config.eos_token_ids),
     )
 
@@ -265,6 +272,14 @@ def _load_grammars(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]
     except (ImportError, ModelError) as error:
         log("no_grammars", reason=str(error))
         return None
+
+
+def _attention(attention: Attention) -> str:
+    """Return the path in words, after saying aloud that it is not the one that this device should have."""
+    if not attention.fallback_reason:
+        return attention.name
+    log("slow_attention", path=attention.name, reason=attention.fallback_reason)
+    return f"{attention.name}: {attention.fallback_reason}"[:256]
 
 
 def _report_progress(done: int, total: int) -> None:

@@ -93,6 +93,8 @@ def render_metrics(core: CoreStatistics, http: HttpStatistics | None, ledger: Le
     caches = [({"worker": cache.id, "model": cache.model}, cache) for cache in core.caches]
     owners = [({"worker": cache.id, "tenant": kv.tenant}, kv) for cache in core.caches for kv in cache.tenants]
     tenants = [({"tenant": tenant_id}, usage) for tenant_id, usage in core.tenants.items()]
+    paths = [({**labels, "device": worker.device, "attention": worker.attention}, 1) for labels, worker in workers]
+    _add(lines, "kvasir_worker_info", "gauge", "What the worker computes with.", paths)
     _table(lines, "kvasir_worker_", "gauge", _WORKER_GAUGES, workers)
     _table(lines, "kvasir_worker_", "gauge", _CACHE_GAUGES, caches)
     _table(lines, "kvasir_worker_", "counter", _WORKER_COUNTERS, workers)

@@ -79,6 +79,7 @@ def _worker(worker: Worker) -> WorkerInfo:
         state=worker.state,
         pid=hello.pid,
         device=hello.device,
+        attention=hello.attention,
         num_in_flight=len(worker.in_flight),
         num_running=load.num_running,
         num_waiting=load.num_waiting,

@@ -154,7 +154,7 @@ def _worker_table(workers: list[am.WorkerInfo]) -> RenderableType:
             plain(info.id),
             plain(info.model),
             f"[{colour}]{plain(info.state)}[/{colour}]",
-            plain(info.device if info.engine == "kvasir" else info.engine),
+            plain(f"{info.device} {info.attention}".strip() if info.engine == "kvasir" else info.engine),
             f"{info.num_running}/{info.max_requests}",
             str(info.num_waiting),
             f"{bar(used, info.num_blocks, 4)} {count(used)}/{count(info.num_blocks)}",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from kvasir.cache.kv_store import KvStore
 from kvasir.worker.log import log
-from kvasir.worker.options import MemorySize
-from kvasir.worker.startup import choose_num_blocks
+from kvasir.worker.model.working_set import WorkingSetAttention
+from kvasir.worker.options import MemorySize, parse_options
+from kvasir.worker.startup import build, choose_num_blocks
 
+MODEL = Path(__file__).resolve().parents[2] / "kvasir" / "demo_model"
 SHARE = MemorySize(share=0.6)
 
 
@@ -51,3 +54,14 @@ def resident_bytes() -> int:
 def test_lines_of_the_log_begin_with_date_and_time(capsys: pytest.CaptureFixture[str]) -> None:
     log("ready", worker="w 1", share=0.25)
     assert re.fullmatch(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ready worker="w 1" share=0.25\n', capsys.readouterr().err)
+
+
+def test_a_worker_says_which_attention_it_runs_and_why_it_is_a_slow_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = parse_options(["--model", str(MODEL), "--gateway", "ipc://nowhere", "--kv-memory", "8M", "--device=cpu"])
+    assert build(options)[1].attention == "working set"
+    assert "slow_attention" not in capsys.readouterr().err
+    monkeypatch.setattr(WorkingSetAttention, "begin", lambda *args: 1 / 0)
+    assert build(options)[1].attention == "gather: ZeroDivisionError: division by zero"
+    assert 'slow_attention path=gather reason="ZeroDivisionError: division by zero"' in capsys.readouterr().err

@@ -10,6 +10,7 @@ been written to the store. Grouped queries never repeat keys: the queries of one
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,10 +22,14 @@ from kvasir.worker.model.batch import Batch
 from kvasir.worker.model.config import ModelConfig
 
 _MASK_ELEMENTS = 1 << 24  # of one prefill mask; longer chunks are attended in pieces
+_GATHER_BYTES = 1 << 28  # gathered at a time
 
 
 class Attention:
     """The contract; a path that keeps nothing between steps and takes any order has only `begin` and `attend`."""
+
+    name = ""
+    fallback_reason = ""  # why it runs instead of a faster one
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
@@ -83,6 +88,8 @@ def gather(kv: KvStore, layer: int, block_table: Tensor, num_tokens: int) -> tup
 class ReferenceAttention(Attention):
     """Every sequence by itself through `reference_attend`, everything read back from the store."""
 
+    name = "reference"
+
     def begin(self, batch: Batch, kv: KvStore) -> None:
         self._pieces = [*batch.singles, *batch.chunks]
         self._tables = block_tables(self._pieces, kv)
@@ -107,12 +114,35 @@ def block_tables(pieces: Sequence[SequenceSlice], kv: KvStore) -> list[Tensor]:
     return tables
 
 
-class GatherAttention(Attention):
-    """Torch's own fused attention over gathered keys and values: right on any device, the CUDA baseline.
+@dataclass(slots=True)
+class _Group:
+    """Singles of about the same length that are gathered together."""
 
-    Singles are gathered into one padded batch per layer, chunks one by one. A chunk without a cached prefix needs no
-    gather at all.
+    rows: Tensor  # [num_rows] of the singles
+    unused: Tensor  # slots in the gathered blocks whose content may be anything
+    table: Tensor  # [num_rows, width]
+    masks: dict[int | None, Tensor]  # by window: [num_rows, 1, 1, width * block_size], True where seen
+
+    def gather(self, blocks: Tensor) -> Tensor:
+        """Gather `blocks` [num_blocks, block_size, num_kv_heads, head_dim] to [rows, num_kv_heads, keys, head_dim]."""
+        gathered = blocks[self.table]
+        gathered.view(-1, *blocks.shape[2:]).index_fill_(0, self.unused, 0)  # zero times NaN would be NaN
+        return gathered.flatten(1, 2).transpose(1, 2)
+
+
+class GatherAttention(Attention):
+    """Torch's own fused attention over gathered keys and values: right on any device, fast on none.
+
+    Singles are gathered in groups of about the same length, chunks one by one; a chunk without a cached prefix needs
+    no gather at all. So a step takes the memory of one layer's keys and values of its longest sequence, or
+    `_GATHER_BYTES`, if that is more.
     """
+
+    name = "gather"
+
+    def __init__(self, config: ModelConfig, fallback_reason: str = "") -> None:
+        super().__init__(config)
+        self.fallback_reason = fallback_reason
 
     def begin(self, batch: Batch, kv: KvStore) -> None:
         self.begin_singles(batch.singles, kv)
@@ -126,38 +156,54 @@ class GatherAttention(Attention):
         return torch.cat((self.attend_singles(layer, q[:num_singles], kv), chunks)) if num_singles else chunks
 
     def begin_singles(self, singles: list[SequenceSlice], kv: KvStore) -> None:
-        """Prepare padded block tables and masks; padding repeats the sequence's first block."""
+        """Prepare block tables and masks of each group of `singles`; padding repeats a sequence's first block."""
         self._singles = singles
-        if not singles:
-            return
+        self._groups = [self._group(singles, rows, kv) for rows in self._group_rows(singles, kv)]
+
+    def _group_rows(self, singles: list[SequenceSlice], kv: KvStore) -> list[list[int]]:
+        """Put rows of about the same length together, no more than `_GATHER_BYTES` gathered unless a row alone is."""
+        block_bytes = kv.data[0, 0].nbytes  # of one layer
+        groups: list[list[int]] = []
+        longest = 0
+        for row in sorted(range(len(singles)), key=lambda row: -singles[row].end):
+            num_blocks = -(-singles[row].end // kv.block_size)
+            fits = bool(groups) and (len(groups[-1]) + 1) * longest * block_bytes <= _GATHER_BYTES
+            if not fits or num_blocks < longest // 2:
+                groups.append([])
+                longest = num_blocks
+            groups[-1].append(row)
+        return groups
+
+    def _group(self, singles: list[SequenceSlice], rows: list[int], kv: KvStore) -> _Group:
         block_size, device = kv.block_size, kv.data.device
-        width = max(-(-piece.end // block_size) for piece in singles)
-        padded = []
-        for piece in singles:
-            used = piece.block_table[: -(-piece.end // block_size)]
+        width = -(-singles[rows[0]].end // block_size)
+        padded: list[list[int]] = []
+        unused: list[int] = []
+        for i, row in enumerate(rows):
+            end = singles[row].end
+            used = singles[row].block_table[: -(-end // block_size)]
+            unused += range(i * width * block_size + end, (i * width + len(used)) * block_size)
             padded.append(used + used[:1] * (width - len(used)))
-        self._table = torch.tensor(padded, dtype=torch.int64, device=device)
-        ends = torch.tensor([piece.end for piece in singles], device=device)[:, None]
+        ends = torch.tensor([singles[row].end for row in rows], device=device)[:, None]
         key = torch.arange(width * block_size, device=device)[None, :]
-        self._unused = (key >= ends).flatten().nonzero()[:, 0]  # slots whose content may be anything
-        self._masks = {}
+        masks = {}
         for window in set(self._config.sliding_windows):
             seen = key < ends if window is None else (key < ends) & (key >= ends - window)
-            self._masks[window] = seen[:, None, None, :]
+            masks[window] = seen[:, None, None, :]
+        indices = [torch.tensor(values, dtype=torch.int64, device=device) for values in (rows, unused, padded)]
+        return _Group(indices[0], indices[1], indices[2], masks)
 
     def attend_singles(self, layer: int, q: Tensor, kv: KvStore) -> Tensor:
         """Return [num_singles, num_heads * head_dim] for `q` [num_singles, num_heads, head_dim]."""
-        batch, num_heads, head_dim = q.shape
-        keys, values = (self._padded(part) for part in kv.layer(layer))
-        grouped = q.reshape(batch, keys.shape[1], -1, head_dim)
-        mask = self._masks[self._config.sliding_windows[layer]]
-        return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(batch, num_heads * head_dim)
-
-    def _padded(self, blocks: Tensor) -> Tensor:
-        """Gather blocks [num_blocks, block_size, num_kv_heads, head_dim] to [singles, num_kv_heads, keys, head_dim]."""
-        gathered = blocks[self._table]
-        gathered.view(-1, *blocks.shape[2:]).index_fill_(0, self._unused, 0)  # zero times NaN would be NaN
-        return gathered.flatten(1, 2).transpose(1, 2)
+        num_kv_heads = self._config.num_kv_heads
+        window = self._config.sliding_windows[layer]
+        out = q.new_empty(q.shape)
+        for group in self._groups:
+            keys, values = (group.gather(part) for part in kv.layer(layer))
+            queries = q[group.rows].view(len(group.rows), num_kv_heads, -1, self._config.head_dim)
+            attended = scaled_dot_product_attention(queries, keys, values, attn_mask=group.masks[window])
+            out[group.rows] = attended.flatten(1, 2)
+        return out.flatten(1)
 
     def begin_chunks(self, chunks: list[SequenceSlice], kv: KvStore) -> None:
         self._chunks = chunks

@@ -20,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvasir.protocol.errors import ModelError
-from kvasir.worker.model.attention import Attention, GatherAttention
-from kvasir.worker.model.attention_cuda import cuda_attention
+from kvasir.worker.model.attention import Attention
+from kvasir.worker.model.attention_paths import choose_attention
 from kvasir.worker.model.config import ModelConfig, parse_config
 from kvasir.worker.model.model import LayerWeights, Model, Weights
 from kvasir.worker.model.rope import make_pairs_adjacent
-from kvasir.worker.model.working_set import WorkingSetAttention
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -62,7 +61,7 @@ def load_model(
     """Load the model in folder `path` onto `device`, its weights converted to `dtype` (see `resolve_dtype`).
 
     `working_set_limit_bytes` bounds the decode working set on a CPU (`worker.model.working_set`), beside the KV pool.
-    `make_attention` overrides the attention path, which otherwise is the best one for the device and `block_size`.
+    `make_attention` overrides the attention path, see `worker.model.attention_paths`.
     `on_progress(done, total)` is called after every layer. Peak memory is the weights plus one layer.
 
     Raises: ModelError when the folder is no model that this worker can serve.
@@ -87,23 +86,8 @@ def load_model(
     if make_attention is not None:
         attention = make_attention(config)
     else:
-        attention = default_attention(config, device, resolved, block_size, working_set_limit_bytes)
+        attention = choose_attention(config, device, resolved, block_size, working_set_limit_bytes)
     return Model(config, weights, attention)
-
-
-def default_attention(
-    config: ModelConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    block_size: int = 16,
-    working_set_limit_bytes: int = 1 << 30,
-) -> Attention:
-    """Return the best attention path for `device`."""
-    if device.type == "cuda":
-        return cuda_attention(config, block_size, device, dtype)
-    if device.type == "cpu":
-        return WorkingSetAttention(config, working_set_limit_bytes)
-    return GatherAttention(config)
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:

@@ -31,6 +31,8 @@ _MIN_CAPACITY = 128  # tokens
 class WorkingSetAttention(GatherAttention):
     """Singles from the working set, chunks (and singles that do not fit) gathered."""
 
+    name = "working set"
+
     def __init__(self, config: ModelConfig, limit_bytes: int = 1 << 30) -> None:
         super().__init__(config)
         self.limit_bytes = limit_bytes

@@ -13,7 +13,7 @@ from kvasir.gateway.core.counters import Histogram, Totals
 from kvasir.gateway.core.statistics import CoreStatistics, ModelStatistics
 from kvasir.gateway.http.connection import HttpStatistics
 from kvasir.gateway.ledger.writer import LedgerStatistics
-from kvasir.protocol.admin_messages import UsageInfo
+from kvasir.protocol.admin_messages import UsageInfo, WorkerInfo
 
 _NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 _SAMPLE = re.compile(rf'({_NAME})(?:\{{((?:{_NAME}="(?:[^"\\\n]|\\[\\"n])*",?)*)\}})? (\S+)')
@@ -69,7 +69,7 @@ def make_statistics(model: str = "demo", tenant: str = "t1", latencies: tuple[fl
         is_draining=False,
         totals=Totals(num_dispatches=10**12 + 1, num_redispatches=4, num_lost={"stalled": 3}),
         models=[ModelStatistics(model, 1, 2, 3, len(latencies), shown, shown)],
-        workers=[],
+        workers=[WorkerInfo("w1", model, "ready", device="cuda", attention="gather: it differs")],
         tenants={tenant: UsageInfo(1, 2, 3, 4, 500, 60, 7, {"stop": 1})},
     )
 
@@ -84,6 +84,12 @@ def test_every_family_has_its_help_and_type_and_counters_are_called_total() -> N
     lost = families["kvasir_workers_lost_total"].samples
     assert lost["kvasir_workers_lost_total", frozenset({("cause", "stalled")})] == 3
     assert parse(render_metrics(make_statistics(), None).decode())
+
+
+def test_a_worker_tells_what_it_computes_with() -> None:
+    samples = parse(render_metrics(make_statistics(), None).decode())["kvasir_worker_info"].samples
+    labels = {"worker": "w1", "model": "demo", "device": "cuda", "attention": "gather: it differs"}
+    assert samples == {("kvasir_worker_info", frozenset(labels.items())): 1}
 
 
 def test_large_counters_are_exact() -> None:

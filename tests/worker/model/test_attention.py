@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvasir.cache.kv_store import KvStore, bytes_per_block
 from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.attention import Attention, GatherAttention, ReferenceAttention, chunk_attend, reference_attend
-from kvasir.worker.model.attention_cuda import PagedAttention, agrees_with_reference, cuda_attention
+from kvasir.worker.model.attention_paths import choose_attention
 from kvasir.worker.model.batch import pack
 from kvasir.worker.model.config import ModelConfig, RopeConfig
 from kvasir.worker.model.working_set import WorkingSetAttention
@@ -125,65 +127,81 @@ def test_gather_path_equals_the_reference() -> None:
         harness.step(shares)
 
 
-def emulated_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-    seqused_k: Tensor,
-    block_table: Tensor,
-) -> Tensor:
-    """What `torch.nn.attention.varlen.varlen_attn` documents of itself, on any device."""
-    assert cu_seq_k is None and enable_gqa and window_size[1] == 0
-    assert block_table.dtype == seqused_k.dtype == cu_seq_q.dtype == torch.int32
-    window = None if window_size[0] < 0 else window_size[0] + 1
-    out = []
-    bounds = cu_seq_q.tolist()
-    for i, num_keys in enumerate(seqused_k.tolist()):
-        q = query[bounds[i] : bounds[i + 1]]
-        assert len(q) <= max_q and num_keys <= max_k
-        used = block_table[i, : -(-num_keys // key.shape[1])]
-        keys, values = (part[used].flatten(0, 1)[:num_keys] for part in (key, value))
-        out.append(reference_attend(q, keys, values, num_keys - len(q), scale, window))
-    return torch.cat(out)
+def test_rows_gathered_together_are_of_about_the_same_length_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """63 rows of 1k tokens and one of 131k take no more than the long one's own blocks and a bound."""
+    config = make_config(windows=(None,), num_kv_heads=1)
+    ends = [1_024] * 31 + [131_072] + [1_024] * 32
+    kv = KvStore(131_072 // 16, 1, 16, 1, config.head_dim, torch.float32, "cpu")
+    token_bytes = 2 * config.head_dim * 4  # keys and values of the layer
+    bound = 16 * 1_024 * token_bytes
+    monkeypatch.setattr("kvasir.worker.model.attention._GATHER_BYTES", bound)
+    slices = [SequenceSlice(i, [0], end - 1, list(range(-(-end // 16))), 1) for i, end in enumerate(ends)]
+    attention, batch = GatherAttention(config), pack(slices, slices, [], 16, kv.data.device)
+    q, k, v = torch.randn(64, 6, 4), torch.randn(64, 1, 4), torch.randn(64, 1, 4)
+    with LiveTensors() as live:
+        attention.begin(batch, kv)
+        out = attention.attend(0, q, k, v, kv)
+    padded = 64 * 131_072 * token_bytes
+    longest = 131_072 * token_bytes
+    small = 64 * 6 * 4 * 4 * 8 + 131_072 * 8 * 4 + 64 * 1_024 * 8  # outputs; masks and the indices behind them
+    assert longest < live.peak_bytes <= longest + bound + small < padded / 8
+    assert len(attention._groups) == 1 + -(-63 // 16)
+    assert torch.allclose(out[:31], attention.attend(0, q, k, v, kv)[:31])
+    reference = ReferenceAttention(config)
+    reference.begin(batch, kv)
+    assert (out - reference.attend(0, q, k, v, kv)).abs().max().item() < 1e-5
 
 
-def test_paged_kernel_is_called_as_it_documents_itself() -> None:
-    harness = Harness(make_config(), PagedAttention(make_config(), emulated_varlen), num_sequences=3)
-    for shares in ({0: 10, 1: 1, 2: 33}, {0: 1, 1: 1, 2: 1}, {2: 5, 0: 1}, {1: 90}, {0: 1, 1: 1, 2: 1}):
-        harness.step(shares)
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside that are still referenced, and the most that there were at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = self._bytes = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self._seen:
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage.data_ptr(), storage.nbytes()
+        self._seen.add(key)
+        self._bytes += size
+        self.peak_bytes = max(self.peak_bytes, self._bytes)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._bytes -= size
 
 
-def test_self_test_accepts_what_is_right_and_refuses_what_is_wrong_or_raises() -> None:
-    def check(attention: Attention) -> bool:
-        return agrees_with_reference(attention, make_config(), 16, torch.device("cpu"), torch.float32)
+@pytest.mark.parametrize("fault", ["differs", "gives NaN", "raises"])
+def test_a_path_that_fails_its_check_is_left_for_gathers_with_the_reason(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose() -> Attention:
+        return choose_attention(make_config(), torch.device("cpu"), torch.float32, 16, 1 << 30)
 
-    def ignores_the_window(*args: Any, window_size: tuple[int, int], **kwargs: Any) -> Tensor:
-        return emulated_varlen(*args, window_size=(-1, 0), **kwargs)
+    assert isinstance(choose(), WorkingSetAttention) and choose().fallback_reason == ""
+    attend = WorkingSetAttention.attend
 
-    def gives_nan(*args: Any, **kwargs: Any) -> Tensor:
-        return emulated_varlen(*args, **kwargs) * float("nan")
+    def faulty(self: WorkingSetAttention, layer: int, *args: Any) -> Tensor:
+        if fault == "raises":
+            raise RuntimeError("Paged KV cache block size must be divisible by 256\nat line 7")
+        return attend(self, layer, *args) * (float("nan") if fault == "gives NaN" else 1.1)
 
-    def wants_larger_pages(*args: Any, **kwargs: Any) -> Tensor:
-        raise RuntimeError("Paged KV cache block size must be divisible by 256")
-
-    assert check(PagedAttention(make_config(), emulated_varlen))
-    assert check(GatherAttention(make_config()))
-    assert check(WorkingSetAttention(make_config()))
-    for wrong in (ignores_the_window, gives_nan, wants_larger_pages):
-        assert not check(PagedAttention(make_config(), wrong))
-
-
-def test_cuda_path_falls_back_to_gathers_where_the_kernel_does_not_run() -> None:
-    config, device = make_config(), torch.device("cpu")
-    assert isinstance(cuda_attention(config, 16, device, torch.float32), GatherAttention)
+    monkeypatch.setattr(WorkingSetAttention, "attend", faulty)
+    chosen = choose()
+    assert type(chosen) is GatherAttention
+    expected = {
+        "raises": "RuntimeError: Paged KV cache block size must be divisible by 256",
+        "gives NaN": "it differs from the reference by inf",
+    }
+    assert chosen.fallback_reason.startswith(expected.get(fault, "it differs from the reference by 2.0e-01"))
 
 
 def test_sequence_crossing_its_shelf_keeps_all_it_had() -> None:

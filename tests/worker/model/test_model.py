@@ -14,8 +14,9 @@ import torch
 import transformers
 
 from kvasir.worker.model.attention import Attention, GatherAttention, ReferenceAttention
+from kvasir.worker.model.attention_paths import choose_attention
 from kvasir.worker.model.config import ModelConfig, parse_config
-from kvasir.worker.model.loader import default_attention, load_model
+from kvasir.worker.model.loader import load_model
 from kvasir.worker.model.model import Model
 from tests.model_helpers import (
     VARIANTS,
@@ -33,7 +34,7 @@ PROMPT = random.Random(3).choices(range(2, 160), k=37)  # longer than every wind
 
 
 def _default(config: ModelConfig) -> Attention:
-    return default_attention(config, torch.device("cpu"), torch.float32)
+    return choose_attention(config, torch.device("cpu"), torch.float32, 16, 1 << 30)
 
 
 PATHS: dict[str, Callable[[ModelConfig], Attention]] = {

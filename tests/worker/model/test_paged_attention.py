@@ -1,0 +1,176 @@
+"""The Triton kernels without a GPU: their work lists, their results in the interpreter, and what they compile to."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvasir.worker.engine.step import SequenceSlice
+from kvasir.worker.model.config import ModelConfig, RopeConfig
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels are not tested")
+
+from kvasir.worker.model.paged_attention import (  # noqa: E402
+    CHUNK_SPAN,
+    MAX_CUT_QUERIES,
+    SPAN,
+    PagedAttention,
+    constants,
+    padded_dim,
+    plan_work,
+    tile_rows,
+)
+from kvasir.worker.model.paged_kernels import MERGE_FIELDS, attend_items, merge_partials  # noqa: E402
+
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "gpu_check.py"
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def make_config(num_heads: int = 32, num_kv_heads: int = 8, head_dim: int = 128) -> ModelConfig:
+    return ModelConfig("llama", 8, 24, 8, 1, num_heads, num_kv_heads, head_dim, 1e-5, 999, RopeConfig(), (None,))
+
+
+def plan(shares: list[tuple[int, int]], small: int = 4, large: int = 32, window: int | None = None) -> Any:
+    pieces = [SequenceSlice(i, [0] * count, start, [], 0) for i, (start, count) in enumerate(shares)]
+    return plan_work(pieces, np.arange(len(pieces)), small, large, window, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("window", [None, 1, 600])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_query_meets_every_key_that_it_sees_exactly_once(seed: int, window: int | None) -> None:
+    rng = random.Random(seed)
+    shares = [(rng.choice([0, 3, 511, 512, 5000]), rng.choice([1, 1, 4, 5, 40, 64, 65, 200])) for _ in range(6)]
+    work = plan(shares, window=window)
+    expected, row = {}, 0
+    for start, count in shares:
+        for i in range(count):
+            position = start + i
+            expected[row + i] = set(range(0 if window is None else max(0, position - window + 1), position + 1))
+        row += count
+    met: dict[int, list[int]] = {i: [] for i in expected}
+    partials: dict[int, int] = {}  # partial row -> the query that writes it
+    whole = set()
+    for _, query_row, position, num_queries, key_begin, key_end, partial_row in torch.cat(
+        (work.small, work.large)
+    ).tolist():
+        for i in range(num_queries):
+            keys = set(range(key_begin, key_end)) & expected[query_row + i]
+            assert position + i in expected[query_row + i]
+            met[query_row + i] += keys
+            if partial_row < 0:
+                whole.add(query_row + i)
+            else:
+                assert partial_row + i not in partials
+                partials[partial_row + i] = query_row + i
+    assert {i: sorted(keys) for i, keys in met.items()} == {i: sorted(keys) for i, keys in expected.items()}
+    merged = {query: {first + i * stride for i in range(count)} for query, first, stride, count in work.merges.tolist()}
+    assert set(partials) == set(range(work.num_partial_rows))
+    assert whole | set(merged) == set(expected) and not whole & set(merged)
+    for query, rows in merged.items():
+        assert rows == {at for at, its_query in partials.items() if its_query == query}
+
+
+def test_a_sequence_is_cut_the_same_way_in_any_company() -> None:
+    alone, together = plan([(5000, 1)]), plan([(100, 1), (70_000, 1), (5000, 1), (0, 300)])
+    spans = [item[4:6] for item in together.small.tolist() if item[1] == 2]
+    assert [item[4:6] for item in alone.small.tolist()] == spans and len(spans) == -(-5001 // SPAN)
+
+
+def test_work_and_scratch_grow_with_the_sum_of_the_contexts() -> None:
+    """63 rows of 1k tokens and one of 131k: 64 times the longest would be 16,384 items."""
+    work = plan([(1023, 1)] * 63 + [(131_071, 1)])
+    assert len(work.small) == 63 * 2 + 256 == work.num_partial_rows and len(work.large) == 0
+    heads, head_dim = 32, 128
+    scratch = work.num_partial_rows * heads * (head_dim + 1) * 4
+    keys_and_values = (63 * 1024 + 131_072) * 2 * 8 * head_dim * 2  # 8 key heads, bf16, one layer
+    assert scratch < keys_and_values / 100
+    long_chunk = plan([(100_000, MAX_CUT_QUERIES + 1)])
+    assert long_chunk.num_partial_rows == 0  # many queries: no partial results of each
+    assert plan([(100_000, 64)]).num_partial_rows == 64 * -(-100_032 // CHUNK_SPAN)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Results of all kernel cases; a process of its own, since Triton decides to interpret when it is imported."""
+    out = tmp_path_factory.mktemp("kernels") / "result.json"
+    command = [sys.executable, str(SCRIPT), "--kernels-only", "--json", str(out)]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert out.exists(), done.stderr
+    return {row["case"]: row for row in json.loads(out.read_text())["kernels"]}
+
+
+def kernel_cases() -> list[str]:
+    sys.path.insert(0, str(SCRIPT.parent))
+    import gpu_check
+
+    return list(gpu_check.KERNEL_CASES)
+
+
+@pytest.mark.parametrize("case", kernel_cases())
+def test_kernels_equal_the_reference_in_the_interpreter(case: str, interpreted: dict[str, dict[str, Any]]) -> None:
+    assert interpreted[case]["ok"], interpreted[case]
+
+
+def compiled(kernel: Any, types: dict[str, str], constexprs: dict[str, Any], folder: Path) -> tuple[int, int, int]:
+    """Compile `kernel` for sm_90 without a device; return its registers, spilled bytes and shared memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {name: constexprs.pop(name) for name in ("num_warps", "num_stages") if name in constexprs}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in ("q_stride", "block_stride", "token_stride")
+    }
+    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx, ptxas = folder / "kernel.ptx", Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    ptx.write_text(built.asm["ptx"])
+    command = [ptxas, "-v", "--gpu-name=sm_90a", ptx, "-o", os.devnull]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stderr
+    registers, spilled = re.search(r"Used (\d+) registers", told), re.search(r"(\d+) bytes spill stores", told)
+    assert registers and spilled, told
+    return int(registers[1]), int(spilled[1]), built.metadata.shared
+
+
+@pytest.mark.parametrize("size", [0, 1], ids=["small", "large"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kernels_compile_for_sm_90_without_spilling(
+    dtype: torch.dtype, head_dim: int, size: int, tmp_path: Path
+) -> None:
+    config = make_config(head_dim=head_dim)
+    values = dict.fromkeys(("q", "keys", "values", "out"), f"*{TYPES[dtype]}")
+    types = {**values, "partials": "*fp32", "lse": "*fp32", "items": "*i32", "tables": "*i32", "scale_log2": "fp32"}
+    options = constants(config, 16, tile_rows(config, dtype)[size], None, dtype, is_interpreted=False)
+    registers, spilled, shared_bytes = compiled(attend_items, types, options, tmp_path)
+    assert spilled == 0 and registers <= 255
+    assert shared_bytes <= 227 * 1024  # what a block may have on sm_90
+    if dtype == torch.bfloat16 and head_dim == 128 and size == 0:  # a decode step of an 8 B model: 4 programs an SM
+        assert 4 * registers * 128 <= 65_536 and 4 * shared_bytes <= 227 * 1024
+
+
+def test_merge_compiles_for_sm_90(tmp_path: Path) -> None:
+    config = make_config()
+    types = {"partials": "*fp32", "lse": "*fp32", "out": "*bf16", "merges": "*i32"}
+    options = {"HEAD_DIM": 128, "PADDED_DIM": padded_dim(config), "TILE": 16, "FIELDS": MERGE_FIELDS}
+    assert compiled(merge_partials, types, options, tmp_path)[1] == 0
+
+
+def test_what_the_kernels_cannot_compute_is_refused() -> None:
+    for config, dtype in ((make_config(), torch.float64), (make_config(head_dim=512), torch.bfloat16)):
+        with pytest.raises(ValueError, match="do not compute"):
+            PagedAttention(config, dtype)

@@ -1,0 +1,182 @@
+"""Attention that reads the blocks where they lie: our Triton kernels, their work lists and launches.
+
+Cost and memory grow with the sum of the contexts of a step, never with its longest times their number. Singles, short
+chunks and long ones are the same kind of work, in two sizes of tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvasir.cache.kv_store import KvStore
+from kvasir.worker.engine.step import SequenceSlice
+from kvasir.worker.model.attention import Attention
+from kvasir.worker.model.batch import Batch
+from kvasir.worker.model.config import ModelConfig
+from kvasir.worker.model.paged_kernels import ITEM_FIELDS, MERGE_FIELDS, attend_items, merge_partials
+
+SPAN = 512  # keys of a single (and of a chunk as small) that one program reads
+CHUNK_SPAN = 4096  # the same of a chunk of up to `MAX_CUT_QUERIES`; longer ones have programs enough without cuts
+MAX_CUT_QUERIES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the kernels have to do for one step and one window; int32."""
+
+    small: Tensor  # [num_items, ITEM_FIELDS], of small tiles
+    large: Tensor
+    merges: Tensor  # [num_merges, MERGE_FIELDS]
+    num_partial_rows: int
+
+
+class PagedAttention(Attention):
+    """fp16, bf16 and fp32; heads of any size up to 256, blocks of any size."""
+
+    name = "triton"
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        """Raises: ValueError for what the kernels cannot compute."""
+        super().__init__(config)
+        if dtype not in (torch.float16, torch.bfloat16, torch.float32) or config.head_dim > 256:
+            raise ValueError(f"the kernels do not compute {dtype} with heads of {config.head_dim}")
+        self._group = config.num_heads // config.num_kv_heads
+        self._rows = tile_rows(config, dtype)
+
+    def begin(self, batch: Batch, kv: KvStore) -> None:
+        pieces, device = [*batch.singles, *batch.chunks], kv.data.device
+        blocks = [piece.block_table[: -(-piece.end // kv.block_size)] for piece in pieces]
+        starts = np.cumsum([0, *map(len, blocks)])[:-1]
+        self._tables = torch.tensor([i for table in blocks for i in table], dtype=torch.int32, device=device)
+        small, large = (rows // self._group for rows in self._rows)
+        windows = set(self._config.sliding_windows)
+        self._work = {window: plan_work(pieces, starts, small, large, window, device) for window in windows}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: KvStore) -> Tensor:
+        config, (num_tokens, num_heads, head_dim) = self._config, q.shape
+        window = config.sliding_windows[layer]
+        work = self._work[window]
+        keys, values = kv.layer(layer)
+        q = q if q.stride()[1:] == (head_dim, 1) else q.contiguous()
+        out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
+        partials = torch.empty((work.num_partial_rows, num_heads, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((work.num_partial_rows, num_heads), dtype=torch.float32, device=q.device)
+        for items, rows in zip((work.small, work.large), self._rows, strict=True):
+            if len(items):
+                attend_items[len(items), config.num_kv_heads](
+                    q,
+                    keys,
+                    values,
+                    out,
+                    partials,
+                    lse,
+                    items,
+                    self._tables,
+                    q.stride(0),
+                    keys.stride(0),
+                    keys.stride(1),
+                    config.scale * math.log2(math.e),
+                    **constants(config, kv.block_size, rows, window, q.dtype, is_interpreted=q.device.type == "cpu"),
+                )
+        if len(work.merges):
+            merge_partials[len(work.merges), num_heads](
+                partials,
+                lse,
+                out,
+                work.merges,
+                HEAD_DIM=head_dim,
+                PADDED_DIM=padded_dim(config),
+                TILE=16,
+                FIELDS=MERGE_FIELDS,
+            )
+        return out.flatten(1)
+
+
+def padded_dim(config: ModelConfig) -> int:
+    return max(16, 1 << (config.head_dim - 1).bit_length())
+
+
+def tile_rows(config: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """Return how many rows (a query of one head each) small and large tiles have: as many as spill no registers."""
+    large = 16 if dtype == torch.float32 else 128 if config.head_dim <= 128 else 64
+    whole_group = 1 << (config.num_heads // config.num_kv_heads - 1).bit_length()
+    return max(16, whole_group), max(large, whole_group)
+
+
+def constants(
+    config: ModelConfig, block_size: int, rows: int, window: int | None, dtype: torch.dtype, is_interpreted: bool
+) -> dict[str, object]:
+    """Return what `attend_items` is compiled for, and how."""
+    is_half = dtype != torch.float32
+    return {
+        "GROUP": config.num_heads // config.num_kv_heads,
+        "HEAD_DIM": config.head_dim,
+        "PADDED_DIM": padded_dim(config),
+        "BLOCK_SIZE": block_size,
+        "ROWS": rows,
+        "TILE": 64 if is_half else 32,
+        "WINDOW": window or 0,
+        "PRECISION": "ieee",  # of fp32 operands; the default would round them to TF32
+        "UPCAST": is_interpreted and dtype == torch.bfloat16,
+        "FIELDS": ITEM_FIELDS,
+        "num_warps": 4 if is_half and rows <= 16 else 8,
+        "num_stages": 3 if is_half else 2,
+    }
+
+
+def plan_work(
+    pieces: Sequence[SequenceSlice],
+    table_starts: NDArray[np.int64],
+    small: int,
+    large: int,
+    window: int | None,
+    device: torch.device,
+) -> Work:
+    """Return the work of `pieces`, packed in this order, whose block tables begin at `table_starts`.
+
+    A piece of at most `small` queries is one small tile, a longer one is cut into large tiles of `large` queries; the
+    keys that the queries of a tile can see are cut into spans. One copy to `device` per list.
+    """
+    tiles = []  # table_start, query_row, position, num_queries, key_begin, key_end, span
+    row = 0
+    for piece, table_start in zip(pieces, table_starts.tolist(), strict=True):
+        count = len(piece.token_ids)
+        size = small if count <= small else large
+        span = SPAN if count <= small else CHUNK_SPAN if count <= MAX_CUT_QUERIES else piece.end
+        for first in range(0, count, size):
+            num_queries = min(size, count - first)
+            position = piece.start + first
+            key_begin = 0 if window is None else max(0, position - window + 1)
+            tiles.append((table_start, row + first, position, num_queries, key_begin, position + num_queries, span))
+        row += count
+    tile = np.array(tiles, dtype=np.int64).reshape(-1, 7)
+    num_spans = -(-(tile[:, 5] - tile[:, 4]) // tile[:, 6])
+    num_partials = np.where(num_spans > 1, num_spans * tile[:, 3], 0)
+    partial_rows = num_partials.cumsum() - num_partials
+
+    of_item = np.repeat(np.arange(len(tile)), num_spans)
+    nth_span = np.arange(len(of_item)) - np.repeat(num_spans.cumsum() - num_spans, num_spans)
+    items = tile[of_item]
+    span_begin = items[:, 4] + nth_span * items[:, 6]
+    items[:, 5] = np.minimum(items[:, 5], span_begin + items[:, 6])
+    items[:, 4] = span_begin
+    items[:, 6] = np.where(num_spans[of_item] > 1, partial_rows[of_item] + nth_span * items[:, 3], -1)
+
+    is_cut = num_spans > 1
+    of_merge = np.repeat(np.flatnonzero(is_cut), tile[is_cut, 3])
+    nth_query = np.arange(len(of_merge)) - np.repeat(tile[is_cut, 3].cumsum() - tile[is_cut, 3], tile[is_cut, 3])
+    merges = np.stack(
+        (tile[of_merge, 1] + nth_query, partial_rows[of_merge] + nth_query, tile[of_merge, 3], num_spans[of_merge]), 1
+    )
+    is_small = items[:, 3] <= small
+    small_items, large_items, merge_list = (
+        torch.from_numpy(part.astype(np.int32)).to(device) for part in (items[is_small], items[~is_small], merges)
+    )
+    return Work(small_items, large_items, merge_list, int(num_partials.sum()))
