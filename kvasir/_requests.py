@@ -17,7 +17,7 @@ from kvasir.protocol.client_messages import (
 )
 from kvasir.protocol.codec import Message, encode
 from kvasir.protocol.errors import BadRequest, TooLarge
-from kvasir.protocol.messages import CacheHint, RetentionHint, SamplingOptions
+from kvasir.protocol.messages import CacheHint, Priority, RetentionHint, SamplingOptions
 from kvasir.protocol.tokens import pack_tokens
 
 Messages = Sequence[Mapping[str, Any] | ChatMessage]
@@ -34,7 +34,7 @@ class Options(TypedDict, total=False):
     `want_text`/`want_tokens` (both True): what comes back; without text the gateway does not detokenise.
     `deadline_s`: the gateway ends the request with `DeadlineExceeded` after this long. `timeout_s`: how long to wait
     for the next sign of life of this request, default the client's. `cache_hint`, `retention`: what to keep in the KV
-    cache; `cache_salt`: share it only with requests of the same salt.
+    cache; `cache_salt`: share it only with requests of the same salt. `priority`: "low", "normal" or "high".
 
     For chats: `tools` as OpenAI's chat completions have them; `tool_choice` "auto", "none", "required" or the name of a
     tool; `variables` of the chat template; `documents` for it; `reasoning_effort`, `max_reasoning_tokens`.
@@ -68,6 +68,7 @@ class Options(TypedDict, total=False):
     cache_hint: CacheHint | None
     retention: Sequence[RetentionHint]
     cache_salt: str
+    priority: Priority
     tools: Sequence[Mapping[str, Any]]
     tool_choice: str
     parallel_tool_calls: bool
@@ -81,7 +82,7 @@ class Options(TypedDict, total=False):
 
 
 _SAMPLING = tuple(name for name in SamplingOptions.__struct_fields__ if name not in ("seed", "logit_bias"))
-_PASSED_ON = ("ignore_eos", "include_stop", "skip_special_tokens", "truncate_prompt_tokens", "cache_salt")
+_PASSED_ON = ("ignore_eos", "include_stop", "skip_special_tokens", "truncate_prompt_tokens", "cache_salt", "priority")
 _OF_CHATS = ("parallel_tool_calls", "include_reasoning", "max_reasoning_tokens", "reasoning_effort")
 
 

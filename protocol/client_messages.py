@@ -22,6 +22,7 @@ from kvasir.protocol.messages import (
     Grammar,
     Name,
     PackedTokens,
+    Priority,
     RetentionHint,
     SamplingOptions,
     Seconds,
@@ -105,7 +106,7 @@ class CompletionRequest(ClientMessage, tag="request"):
     is part of its text; `skip_special_tokens`: special tokens are not. `truncate_prompt_tokens`: keep so many tokens of
     the prompt's end, -1 as many as fit. `cache_hint` (None: the tenant's default) and `retention` say what to keep of
     it in the KV cache; with a `cache_salt` it shares the tenant's cache only with requests of the same salt. The answer
-    matches `grammar`, its content if the model reasons before.
+    matches `grammar`, its content if the model reasons before. `priority`: among the tenant's own rights.
     """
 
     id: CallId
@@ -130,6 +131,7 @@ class CompletionRequest(ClientMessage, tag="request"):
     truncate_prompt_tokens: int | None = None
     cache_salt: Annotated[str, Meta(max_length=256)] = ""
     grammar: Grammar | None = None
+    priority: Priority = "normal"
 
 
 class CancelRequest(ClientMessage, tag="cancel"):

@@ -124,6 +124,7 @@ class RetentionHint(Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     duration_s: Seconds | None = None
 
 
+Priority = Literal["low", "normal", "high"]
 CacheHint = Literal["one_shot", "open", "closing"]
 """What a client may say about a request: nothing follows it, the conversation goes on, this was its last turn."""
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import msgspec
 
 from kvasir.protocol.errors import ErrorInfo
-from kvasir.protocol.messages import MAX_TOKEN_ID, CacheHint, RetentionHint, Sampling, TokenLogprobs
+from kvasir.protocol.messages import MAX_TOKEN_ID, CacheHint, Priority, RetentionHint, Sampling, TokenLogprobs
 
 
 class PromptParts(msgspec.Struct, frozen=True):
@@ -30,7 +30,7 @@ class Submit(msgspec.Struct, frozen=True):
     and so does `key_id`, the key it came with. `deadline`: absolute time or None. `sink` gets every event of this
     request. `vocab_size`: its answer's token ids must be below. `is_open_ended`: nobody asked for the `max_tokens`,
     which are what the model's window allows. `counts_prompt` is false for all choices of a prompt but the first.
-    `parts`: of a conversation.
+    `parts`: of a conversation. `priority`: as it was asked for, whatever the tenant may have.
     """
 
     req_id: bytes
@@ -56,6 +56,7 @@ class Submit(msgspec.Struct, frozen=True):
     is_open_ended: bool = False
     counts_prompt: bool = True
     parts: PromptParts | None = None
+    priority: Priority = "normal"
 
 
 class Cancel(msgspec.Struct, frozen=True):

@@ -121,7 +121,8 @@ def _asked(body: MessagesBody) -> Asked:
 
 _CHOICES: dict[str, Any] = {"auto": None, "any": "required", "none": "none"}
 _CHECK = FieldCheck("anthropic", DIALECT_FIELDS)
-_decoder = msgspec.json.Decoder(_CHECK.with_harmless(MessagesBody))
+TYPE: type = _CHECK.with_harmless(MessagesBody)
+_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(TYPE)
 
 
 def _has_breakpoint(body: MessagesBody) -> bool:

@@ -28,12 +28,14 @@ from kvasir.gateway.edges.cors import Cors
 from kvasir.gateway.edges.limit_headers import retry_headers, standing_headers
 from kvasir.gateway.edges.openai_answers import ChatWriter, CompletionWriter
 from kvasir.gateway.edges.openai_requests import Asked, read_chat, read_completion
+from kvasir.gateway.edges.openapi import openapi
 from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.edges.responses_answers import ResponsesWriter
 from kvasir.gateway.edges.responses_requests import read_responses
 from kvasir.gateway.edges.token_routes import read_detokenize, read_tokenize, tokenized
 from kvasir.gateway.edges.writer import Writer, encode_json
 from kvasir.gateway.http.connection import Exchange, HttpResponse
+from kvasir.gateway.http.content_coding import unpack
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.gateway.log import no_log
 from kvasir.gateway.tenants.directory import Caller, Tenant, TenantDirectory
@@ -151,7 +153,7 @@ class HttpApi:
             _only(request, "POST")
             caller = self._authenticate(call)
             read, writer_of = _ROUTES[path]
-            return await self._complete(await self._read(read, request.body), caller, writer_of, call)
+            return await self._complete(await self._read(read, request), caller, writer_of, call)
         if path in _TOKEN_ROUTES:
             _only(request, "POST")
             return await self._tokens(self._authenticate(call).tenant, request)
@@ -166,6 +168,9 @@ class HttpApi:
         if path == "/health":
             _only(request, "GET", "HEAD")
             return self._health()
+        if path == "/openapi.json":
+            _only(request, "GET", "HEAD")
+            return HttpResponse(200, openapi(self._version))
         if path == "/metrics":
             _only(request, "GET", "HEAD")
             self._check_scraper(request)
@@ -175,11 +180,13 @@ class HttpApi:
             raise NotFound(f"{path[:120]!r} is not supported: {refused}")
         raise NotFound(f"there is nothing at {path[:120]!r}; see /v1/models and docs/api.md")
 
-    async def _read(self, read: Callable[[bytes], T], body: bytes) -> T:
-        """Return the body that `read` makes of it, a large one in a thread."""
-        if len(body) <= QUICK_BODY_BYTES:
+    async def _read(self, read: Callable[[bytes], T], request: HttpRequest) -> T:
+        """Return what `read` makes of the body, a large one in a thread, and so one that may become large."""
+        body, coding = request.body, request.headers.get("content-encoding", "")
+        if not coding and len(body) <= QUICK_BODY_BYTES:
             return read(body)
-        return await trio.to_thread.run_sync(read, body, limiter=self._readers, abandon_on_cancel=True)
+        unpack_and_read = partial(_unpack_and_read, read, body, coding)
+        return await trio.to_thread.run_sync(unpack_and_read, limiter=self._readers, abandon_on_cancel=True)
 
     def _check_scraper(self, request: HttpRequest) -> None:
         if not self._metrics_token:
@@ -215,13 +222,13 @@ class HttpApi:
     async def _tokens(self, tenant: Tenant, request: HttpRequest) -> HttpResponse:
         """Answer what asks for tokens only."""
         if request.path == "/detokenize":
-            body = await self._read(read_detokenize, request.body)
+            body = await self._read(read_detokenize, request)
             return _json(200, {"prompt": self._preparer.detokenize(body.model, body.tokens, tenant)})
         if request.path == "/tokenize":
-            wanted, wants_texts = await self._read(read_tokenize, request.body)
+            wanted, wants_texts = await self._read(read_tokenize, request)
             info, packed = await self._preparer.tokenize(wanted, tenant)
             return _json(200, tokenized(packed, info, self._preparer.text(info.name), wants_texts=wants_texts))
-        asked = await self._read(read_count, request.body)
+        asked = await self._read(read_count, request)
         _, packed = await self._preparer.tokenize(asked.requests[0], tenant)
         return _json(200, {"input_tokens": len(packed) // TOKEN_BYTES})
 
@@ -311,6 +318,10 @@ class HttpApi:
         out.append(writer.closing([end for end in ends if end is not None]))
         await call.stream.end(b"".join(out))
         return None
+
+
+def _unpack_and_read(read: Callable[[bytes], T], body: bytes, coding: str) -> T:
+    return read(unpack(body, coding))
 
 
 def _end_all(answers: list[Answer]) -> None:

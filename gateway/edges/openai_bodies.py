@@ -8,7 +8,7 @@ from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.edges.cache_intent import CacheControl, PromptCacheOptions, Retention
 from kvasir.gateway.edges.chat_turns import NamedTool, Turn
-from kvasir.protocol.messages import MAX_TOKENS, CacheHint, RetentionHint
+from kvasir.protocol.messages import MAX_TOKENS, CacheHint, Priority, RetentionHint
 
 MAX_TURNS = 4096
 NumTokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
@@ -36,6 +36,7 @@ class CommonBody(Struct, kw_only=True, forbid_unknown_fields=True):
     cache_hint: CacheHint | None = None
     retention: Annotated[list[RetentionHint], Meta(max_length=16)] | None = None
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
+    priority: Priority | int | None = None
 
 
 class Body(CommonBody, kw_only=True):

@@ -92,6 +92,7 @@ FIELDS: tuple[Row, ...] = (
     Row("best_of", _TEXT, "honoured", "up to `n`, where it chooses nothing"),
     Row("deadline_s", _BOTH, "honoured", "ours: the request ends with an error after so many seconds"),
     Row("cache_hint retention", _BOTH, "honoured", "ours: what to keep in the KV cache"),
+    Row("priority", _BOTH, "honoured", "`low`, `normal` or `high`, or vLLM's number: below 0 is high, above low"),
     Row(
         "prompt_cache_options prompt_cache_retention cache_control",
         _CHAT,
@@ -104,7 +105,7 @@ FIELDS: tuple[Row, ...] = (
     Row("reasoning_content reasoning", _MESSAGE, "honoured", "given to the chat template"),
     Row("include_usage", ("stream_options",), "honoured", "a last chunk with the usage"),
     Row("user safety_identifier metadata store", _BOTH, "harmless", "nothing is stored or passed on"),
-    Row("service_tier priority request_id rid", _BOTH, "harmless", "one tier, tenants in turn, request ids of our own"),
+    Row("service_tier request_id rid", _BOTH, "harmless", "one tier, request ids of our own"),
     Row("prompt_cache_key session_id", _BOTH, "harmless", "prefixes are found without it"),
     Row(
         "prompt_cache_retention prompt_cache_options cache_control", _TEXT, "harmless", "prefixes are cached without it"

@@ -20,7 +20,7 @@ from kvasir.gateway.edges.openai_bodies import MAX_TURNS, Body, ChatBody, Comple
 from kvasir.gateway.edges.openai_fields import MAX_VALUE_BYTES, FieldCheck
 from kvasir.protocol.client_messages import ChatOptions, CompletionRequest
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import CacheHint, SamplingOptions
+from kvasir.protocol.messages import CacheHint, Priority, SamplingOptions
 from kvasir.protocol.tokens import pack_tokens
 
 MAX_CHOICES = 8
@@ -163,8 +163,10 @@ _CHAT, _COMPLETION = FieldCheck("chat"), FieldCheck("completions")
 _TURN, _OPTIONS = FieldCheck("message"), FieldCheck("stream_options")
 _turns = "messages", Annotated[list[_TURN.with_harmless(Turn)], Meta(max_length=MAX_TURNS)]  # type: ignore[misc]
 _options = "stream_options", _OPTIONS.with_harmless(StreamOptions) | None, None
-_chat_body = msgspec.json.Decoder(_CHAT.with_harmless(ChatBody, _turns, _options))
-_completion_body = msgspec.json.Decoder(_COMPLETION.with_harmless(CompletionBody, _options))
+CHAT_TYPE: type = _CHAT.with_harmless(ChatBody, _turns, _options)
+COMPLETION_TYPE: type = _COMPLETION.with_harmless(CompletionBody, _options)
+_chat_body: msgspec.json.Decoder[Any] = msgspec.json.Decoder(CHAT_TYPE)
+_completion_body: msgspec.json.Decoder[Any] = msgspec.json.Decoder(COMPLETION_TYPE)
 
 
 def decode_body(
@@ -254,6 +256,7 @@ def _asked(
             skip_special_tokens=body.skip_special_tokens is not False,
             truncate_prompt_tokens=body.truncate_prompt_tokens,
             cache_salt=body.cache_salt or "",
+            priority=_priority(body.priority),
             grammar=None if structured is None else structured.grammar,
             **prompts[number // num_choices],
         )
@@ -270,6 +273,13 @@ def _asked(
         may_close=body.cache_hint is None and hint != "one_shot",
         names={} if structured is None else {"grammar": structured.field},
     )
+
+
+def _priority(given: Priority | int | None) -> Priority:
+    """Return the class of a request. As a number it is vLLM's: the lower, the sooner."""
+    if isinstance(given, str):
+        return given
+    return "high" if given and given < 0 else "low" if given else "normal"
 
 
 def _sampling(body: Body, num_logprobs: int | None) -> SamplingOptions:

@@ -277,6 +277,7 @@ class Preparer:
             key_id=caller.key_id,
             is_open_ended=request.max_tokens is None or request.max_tokens > max_tokens,
             parts=_parts(request),
+            priority=request.priority,
         )
 
     def _check_prompt(self, request: CompletionRequest, info: ModelInfo, packed: bytes) -> int:

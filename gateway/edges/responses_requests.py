@@ -147,7 +147,8 @@ def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:
 
 _CHECK = FieldCheck("responses", DIALECT_FIELDS)
 _NAMES = {"max_tokens": "max_output_tokens", "messages": "input"}
-_decoder = msgspec.json.Decoder(_CHECK.with_harmless(ResponsesBody))
+TYPE: type = _CHECK.with_harmless(ResponsesBody)
+_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(TYPE)
 
 
 def _has_breakpoint(given: str | Sequence[InputItem]) -> bool:

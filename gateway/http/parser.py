@@ -13,6 +13,7 @@ from typing import Literal
 import httptools
 
 Phase = Literal["idle", "headers", "body"]
+MAX_BODY_BYTES = 8 << 20
 REQUEST_BYTES = 1 << 10  # about what a request takes besides its body: pipelined ones can be many
 _CLOSED = httptools.HttpRequestParser(object())
 
@@ -23,7 +24,7 @@ class MessageLimits:
 
     max_header_bytes: int = 32 << 10
     max_headers: int = 100
-    max_body_bytes: int = 8 << 20
+    max_body_bytes: int = MAX_BODY_BYTES
 
 
 @dataclass(slots=True)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import tracemalloc
+import zlib
 from typing import Any
 
 import pytest
 
 from kvasir.gateway.edges.cors import Cors
-from kvasir.gateway.http.parser import HttpRequest
+from kvasir.gateway.http.content_coding import unpack
+from kvasir.gateway.http.parser import MAX_BODY_BYTES, HttpRequest
+from kvasir.protocol.errors import TooLarge
 from tests.edge_helpers import KEYS, TEXT, FakeExchange, House, decoded, run
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
@@ -125,6 +131,51 @@ def test_a_prompt_that_is_too_long_is_told_as_clients_know_it() -> None:
             assert error["message"].startswith("This model's maximum context length is 2048 tokens")
 
     run(main)
+
+
+# ---- packed bodies -----------------------------------------------------------------------------------------------
+
+PACKED = gzip.compress(json.dumps(CHAT).encode())
+
+
+@pytest.mark.parametrize(
+    ("coding", "body", "status", "words"),
+    [
+        ("gzip", PACKED, 200, ""),
+        ("X-GZIP", PACKED, 200, ""),
+        ("identity", json.dumps(CHAT).encode(), 200, ""),
+        ("gzip", gzip.compress(b'{"model": "demo",') + gzip.compress(json.dumps(CHAT).encode()[1:]), 200, ""),
+        ("gzip", PACKED[:-9], 400, "cut short"),
+        ("gzip", PACKED + b"no gzip", 400, "no gzip"),
+        ("gzip", b"{}", 400, "no gzip"),
+        ("gzip", b"", 400, "cut short"),
+        ("br", PACKED, 400, "'br' is not known"),
+        ("gzip, gzip", gzip.compress(PACKED), 400, "not known"),
+        ("gzip", gzip.compress(b" " * (MAX_BODY_BYTES + 1)), 413, f"more than {MAX_BODY_BYTES} bytes"),
+    ],
+    ids=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else None,
+)
+def test_a_body_may_be_packed_within_the_bound_of_one_that_is_not(
+    coding: str, body: bytes, status: int, words: str
+) -> None:
+    async def main(house: House) -> None:
+        key = {"authorization": f"Bearer {KEYS['alpha']}", "content-encoding": coding}
+        response = await send(house, "POST", "/v1/chat/completions", key, body)
+        assert response.status == status and words in response.body.decode()
+
+    run(main)
+
+
+def test_what_would_unpack_to_gigabytes_is_given_up_at_the_bound() -> None:
+    packer = zlib.compressobj(9, wbits=31)
+    bomb = b"".join([packer.compress(bytes(1 << 24)) for _ in range(16)]) + packer.flush()
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLarge):
+            unpack(bomb, "gzip")
+        assert tracemalloc.get_traced_memory()[1] < 3 * MAX_BODY_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 # ---- CORS --------------------------------------------------------------------------------------------------------
