@@ -176,7 +176,8 @@ class Worker:
         if not self.in_flight:
             self.last_step_at = now  # an idle engine owes no steps: the stall timer starts with the work
         num_uncached = max(1, decision.num_tokens - chosen.num_cached_tokens)
-        pending = self.backlog.add(decision.key, num_uncached, request.prefix_hashes, request.submit.tenant_id)
+        prefix_hashes, tenant_id = request.prefix_hashes, request.submit.tenant_id
+        pending = self.backlog.add(decision.key, num_uncached, prefix_hashes, tenant_id, decision.lead_s)
         # Everything that is not resident, also what others have reserved: they may be gone before this one.
         self.index.reserve(request.prefix_hashes, decision.num_resident_blocks)
         attempt = Attempt(request, now, chosen.num_cached_tokens, decision.num_resident_blocks, num_uncached, pending)

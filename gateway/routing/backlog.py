@@ -12,7 +12,8 @@ from kvasir.protocol.prefix import HASH_BYTES
 class Pending(msgspec.Struct, eq=False):
     """Uncached prompt tokens of one request on their way to a worker, or waiting there.
 
-    `key` orders a backlog: m - a * waited compares like m + a * dispatched, which does not change with time.
+    `key` orders a backlog: m - a * waited compares like m + a * dispatched, which does not change with time. Of it
+    `lead_s` is because its tenant is ahead of the others.
     """
 
     key: float
@@ -20,6 +21,7 @@ class Pending(msgspec.Struct, eq=False):
     num_tokens: int
     prefix_hashes: bytes
     tenant_id: str = ""
+    lead_s: float = 0.0
     is_begun: bool = False  # some of them are computed
 
 
@@ -35,10 +37,12 @@ class Backlog:
     def __len__(self) -> int:
         return len(self._order)
 
-    def add(self, key: float, num_tokens: int, prefix_hashes: bytes, tenant_id: str = "") -> Pending:
+    def add(
+        self, key: float, num_tokens: int, prefix_hashes: bytes, tenant_id: str = "", lead_s: float = 0.0
+    ) -> Pending:
         """Insert a prefill of `num_tokens` and return its entry, which `remove` takes."""
         self._serial += 1
-        pending = Pending(key, self._serial, num_tokens, prefix_hashes, tenant_id)
+        pending = Pending(key, self._serial, num_tokens, prefix_hashes, tenant_id, lead_s)
         index = bisect_left(self._order, (key, self._serial))
         self._order.insert(index, (key, self._serial))
         self._pending.insert(index, pending)
@@ -62,14 +66,17 @@ class Backlog:
             self.num_tokens -= done
             num_tokens -= done
 
-    def ahead(self, key: float) -> tuple[int, int]:
-        """Return (tokens, behind): what is computed before a request of `key`, and how many requests come after it."""
+    def ahead(self, key: float, lead_s: float = 0.0) -> tuple[int, int]:
+        """Return (tokens, overtaken): what is computed before a request of `key`, and how many requests it overtakes
+        because they are larger. Not counted are those that only wait longer because of their tenants' leads."""
         if not self._order:
             return 0, 0
         index = bisect_left(self._order, (key, self._serial + 1))
         if index == len(self._order):
             return self.num_tokens, 0
-        return sum([pending.num_tokens for pending in self._pending[:index]]), len(self._order) - index
+        size = key - lead_s
+        num_overtaken = sum([pending.key - pending.lead_s > size for pending in self._pending[index:]])
+        return sum([pending.num_tokens for pending in self._pending[:index]]), num_overtaken
 
     def ahead_of_own(self, key: float, tenant_id: str) -> int:
         """Return how many tokens of the same tenant are computed before a request of `key`."""

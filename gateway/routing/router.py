@@ -3,14 +3,15 @@
 For request r and worker w, all in seconds, m = uncached prompt tokens / w's prefill rate, at least one token:
 
     wait(r, w) = (uncached tokens that w computes before r) / rate + (steps that takes) * (w's decode round)
-    cost(r, w) = wait + (c + x * behind) * m  [ + beta * heat(w)  if no worker holds half of r ]
+    cost(r, w) = wait + (c + x * overtaken) * m  [ + beta * heat(w)  if no worker holds half of r ]
 
 A worker computes its pending prompts shortest first with ageing: the smallest m - a * (time waited - lead) goes first,
-where lead is what its tenant is ahead of the others (`TenantQueue.lead`) in seconds of prefill. So r overtakes the
-`behind` pending requests that are larger. A worker that lacks an order of its own computes them as they come. heat is
-the prefill time lately given to w, decayed. A prompt whose prefix another request is still computing on w waits for
-that one. Costs within `tie_s` of the least are equal: then the fewest running requests decide, then the cost, then the
-worker's id.
+where lead is what its tenant is ahead of the others (`TenantQueue.lead`) in seconds of prefill. A worker that lacks an
+order of its own computes them as they come. `overtaken` are the pending requests that r goes before because they are
+larger. Those that it goes before because their tenants have a lead do not count: with a price on them a flood would
+keep others' long prompts away from all its workers. heat is the prefill time lately given to w, decayed. A prompt whose
+prefix another request is still computing on w waits for that one. Costs within `tie_s` of the least are equal: then the
+fewest running requests decide, then the cost, then the worker's id.
 
 `choose` is a pure function. The form of the rule comes from event-driven simulation of public traces, its
 constants from the same with the product itself (`scripts/replay_trace.py route`): c = 3, x = 1, a = 0.2, beta = 0.3,
@@ -72,21 +73,23 @@ class Terms(msgspec.Struct, frozen=True, gc=False):
     wait_s: float
     miss_s: float
     num_cached_tokens: int
-    num_behind: int
+    num_overtaken: int
     heat_s: float
     num_running: int
     is_guess: bool = False
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """Where a request goes and why: the terms of all candidates. `key` is its place in the worker's backlog;
-    `num_resident_blocks` of its prompt are there already. `note`: what else there is to say of this attempt."""
+    """Where a request goes and why: the terms of all candidates. `key` is its place in the worker's backlog, `lead_s`
+    of it because of its tenant's lead; `num_resident_blocks` of its prompt are there already. `note`: what else there
+    is to say of this attempt."""
 
     worker_id: str
     num_tokens: int
     terms: tuple[Terms, ...]
     chosen: Terms
     key: float
+    lead_s: float
     num_resident_blocks: int
     note: str = ""
 
@@ -104,18 +107,20 @@ def choose(
         limit = min([terms.cost_s for terms in scored]) + config.tie_s
         best = min([(_preference(terms), i) for i, terms in enumerate(scored) if terms.cost_s <= limit])[1]
     chosen, candidate = scored[best], candidates[best]
-    key = _key(chosen.miss_s, candidate, now, lead, config)
-    return Decision(chosen.worker_id, num_tokens, tuple(scored), chosen, key, candidate.num_resident_blocks)
+    key, lead_s = _key(chosen.miss_s, candidate, now, lead, config)
+    return Decision(chosen.worker_id, num_tokens, tuple(scored), chosen, key, lead_s, candidate.num_resident_blocks)
 
 
 def _preference(terms: Terms) -> tuple[int, float, str]:
     return terms.num_running, terms.cost_s, terms.worker_id
 
 
-def _key(miss_s: float, candidate: Candidate, now: float, lead: float, config: RouterConfig) -> float:
+def _key(miss_s: float, candidate: Candidate, now: float, lead: float, config: RouterConfig) -> tuple[float, float]:
+    """Return the place in the worker's order, and how much of it is due to the lead."""
     if candidate.is_fifo:
-        return now
-    return miss_s + config.ageing * (now + lead / candidate.prefill_tokens_per_s)
+        return now, 0.0
+    lead_s = config.ageing * lead / candidate.prefill_tokens_per_s
+    return miss_s + config.ageing * now + lead_s, lead_s
 
 
 def _terms(
@@ -123,9 +128,9 @@ def _terms(
 ) -> Terms:
     num_missing = max(1, num_tokens - candidate.num_cached_tokens)
     miss_s = num_missing / candidate.prefill_tokens_per_s
-    key = _key(miss_s, candidate, now, lead, config)
-    num_ahead, num_behind = candidate.backlog.ahead(key)
-    if num_behind and not num_ahead:  # it goes first, but not before the slice that is being computed: half of one
+    key, lead_s = _key(miss_s, candidate, now, lead, config)
+    num_ahead, num_overtaken = candidate.backlog.ahead(key, lead_s)
+    if not num_ahead and len(candidate.backlog):  # it goes first, after the slice that is being computed: half of one
         num_ahead = min(candidate.backlog.front_tokens, candidate.step_tokens) // 2
     leader = candidate.leader
     if leader is not None and leader.key > key:
@@ -134,14 +139,15 @@ def _terms(
     if candidate.round_s:
         wait_s += (1 + (num_ahead + num_missing) // candidate.step_tokens) * candidate.round_s
     wait_s = max(wait_s, candidate.slot_wait_s)
-    cost_s = wait_s + (config.miss_price + config.overtake_price * num_behind) * miss_s + heat_price * candidate.heat_s
+    price = config.miss_price + config.overtake_price * num_overtaken
+    cost_s = wait_s + price * miss_s + heat_price * candidate.heat_s
     return Terms(
         candidate.worker_id,
         cost_s,
         wait_s,
         miss_s,
         candidate.num_cached_tokens,
-        num_behind,
+        num_overtaken,
         candidate.heat_s,
         candidate.num_running,
         candidate.is_guess,

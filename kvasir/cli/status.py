@@ -20,13 +20,13 @@ from kvasir.protocol.errors import BadRequest
 _TERMS = {  # of the router's decisions: (column, what it is)
     "cost_s": (
         "cost",
-        "What sending it there costs; the least wins: wait + (3 + behind) × miss, and a part of heat where no worker "
+        "What sending it there costs; the least wins: wait + (3 + passed) × miss, and a part of heat where no worker "
         "has half of the prompt cached.",
     ),
     "wait_s": ("wait", "Seconds that the worker is busy with other requests before it has read this prompt."),
     "miss_s": ("miss", "Seconds to compute the prompt tokens that are not cached there."),
     "num_cached_tokens": ("cached", "Prompt tokens cached there, or about to be by requests sent before."),
-    "num_behind": ("behind", "Requests waiting there that this one, being shorter, would overtake."),
+    "num_overtaken": ("passed", "Requests waiting there that this one, being shorter, would overtake."),
     "heat_s": ("heat", "Seconds of prefill that the worker was given lately; they fade within half a minute."),
     "num_running": ("running", "Requests running there; the fewest decide between costs within a millisecond."),
 }

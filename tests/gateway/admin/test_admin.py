@@ -126,7 +126,7 @@ class FakeHouse:
     def explain(self, request: str) -> list[dict[str, Any]] | None:
         chosen = Terms("demo-1", 0.25, 0.1, 0.1, 0, 0, 0.0, 1)
         terms = (Terms("demo-0", 0.5, 0.5, 0.2, 4, 1, 0.0, 3, is_guess=True), chosen)
-        decision = Decision("demo-1", 7, terms, chosen, 0.0, 0, note="is one of two")
+        decision = Decision("demo-1", 7, terms, chosen, 0.0, 0.0, 0, note="is one of two")
         miss = Miss("routed_elsewhere", 4, "c0ffee" * 5, "demo-0", 0.5, 0.25)
         receipt = Receipt(decision, 0.5, 0.25, 12.0, num_cached_tokens=0, miss=miss)
         return msgspec.to_builtins([receipt]) if request == "known" else None

@@ -63,7 +63,7 @@ def test_the_terms_of_every_candidate_are_kept_and_add_up() -> None:
     candidates = [make_candidate("w1", 600, pending=(100, 800), heat_s=9.0), make_candidate("w2", 0, heat_s=9.0)]
     decision = choose(1_000, candidates, 0.0, CONFIG)
     one, two = decision.terms
-    assert (one.wait_s, one.miss_s, one.num_behind) == pytest.approx((0.1, 0.4, 1))
+    assert (one.wait_s, one.miss_s, one.num_overtaken) == pytest.approx((0.1, 0.4, 1))
     assert one.cost_s == pytest.approx(0.1 + (3 + 1) * 0.4)
     assert two.cost_s == pytest.approx(3 * 1.0)  # no heat: w1 holds more than half
     cold = choose(1_000, candidates[1:], 0.0, CONFIG).chosen
@@ -84,7 +84,7 @@ def test_a_request_waits_for_the_one_that_computes_its_prefix() -> None:
 def test_a_worker_that_computes_in_order_makes_every_request_wait_for_all_before_it() -> None:
     candidate = make_candidate(pending=(800, 100), is_fifo=True)
     chosen = choose(50, [candidate], 1.0, CONFIG).chosen
-    assert (chosen.wait_s, chosen.num_behind) == (pytest.approx(0.9), 0)
+    assert (chosen.wait_s, chosen.num_overtaken) == (pytest.approx(0.9), 0)
     decision = choose(50, [candidate], 2.0, CONFIG)
     assert decision.key == 2.0  # the place in its order is when it was sent
 
@@ -93,8 +93,32 @@ def test_a_tenants_lead_counts_like_time_not_waited() -> None:
     candidate = make_candidate(pending=(1_000,))
     ahead = choose(500, [candidate], 0.0, CONFIG, lead=0.0).chosen
     behind = choose(500, [candidate], 0.0, CONFIG, lead=3_000.0).chosen
-    assert (ahead.num_behind, behind.num_behind) == (1, 0)  # 0.5 s of difference is 2.5 s of lead
+    assert (ahead.num_overtaken, behind.num_overtaken) == (1, 0)  # 0.5 s of difference is 2.5 s of lead
     assert choose(500, [candidate], 3.0, CONFIG).key == choose(500, [candidate], 0.0, CONFIG, lead=3_000.0).key
+
+
+def test_who_lets_a_request_pass_because_of_its_tenants_lead_is_not_counted_as_overtaken() -> None:
+    backlog = Backlog()
+    for num_tokens, lead_s in ((300, 5.0), (300, 0.0), (700, 5.0), (700, 0.0)):
+        backlog.add(num_tokens / RATE + lead_s, num_tokens, b"", "tenant", lead_s)
+    candidate = Candidate("w1", 0, 0, RATE, 0.0, 512, 4, 0.0, backlog)
+    chosen = choose(500, [candidate], 0.0, CONFIG).chosen
+    assert chosen.wait_s == pytest.approx(0.3)  # both with a lead come after it,
+    assert chosen.num_overtaken == 2  # the shorter one of them by right
+    own = choose(500, [candidate], 0.0, CONFIG, lead=5_000.0 / CONFIG.ageing).chosen
+    assert (own.wait_s, own.num_overtaken) == (pytest.approx(1.3), 1)
+
+
+def test_a_long_prompt_goes_to_a_worker_full_of_a_flood_and_not_to_one_full_of_others() -> None:
+    flooded = make_candidate("w1")
+    for _ in range(5):
+        flooded.backlog.add(0.2 + 100.0, 200, b"", "flooder", lead_s=100.0)
+    others = make_candidate("w2", pending=(600, 600))
+    assert choose(1_000, [flooded, others], 0.0, CONFIG).worker_id == "w1"
+    flooded.backlog.remove(flooded.backlog.next_step(1)[0])
+    for _ in range(8):  # the control: without a lead they come first
+        flooded.backlog.add(0.2, 200, b"", "busy")
+    assert choose(1_000, [flooded, others], 0.0, CONFIG).worker_id == "w2"
 
 
 def test_without_a_credit_the_wait_for_one_counts() -> None:
@@ -106,7 +130,7 @@ def test_without_a_credit_the_wait_for_one_counts() -> None:
 def test_waiting_makes_a_long_prompt_go_before_later_short_ones() -> None:
     candidate = make_candidate(pending=(1_000,))  # sent at time 0
     early, late = (choose(500, [candidate], now, CONFIG).chosen for now in (0.0, 3.0))
-    assert (early.num_behind, late.num_behind) == (1, 0)  # 0.5 s of difference is 2.5 s of ageing
+    assert (early.num_overtaken, late.num_overtaken) == (1, 0)  # 0.5 s of difference is 2.5 s of ageing
     assert late.wait_s == pytest.approx(1.0)
 
 
@@ -145,7 +169,9 @@ def test_a_backlog_equals_a_sorted_list() -> None:
     for _ in range(3_000):
         action = rng.random()
         if action < 0.4 or not entries:
-            entries.append(backlog.add(rng.choice([rng.random(), 0.5]), rng.randrange(1, 100), b""))
+            lead_s = rng.choice([0.0, rng.random()])
+            key = rng.choice([rng.random(), 0.5]) + lead_s
+            entries.append(backlog.add(key, rng.randrange(1, 100), b"", lead_s=lead_s))
         elif action < 0.7:
             backlog.remove(entries.pop(rng.randrange(len(entries))))
         elif action < 0.8:
@@ -153,7 +179,8 @@ def test_a_backlog_equals_a_sorted_list() -> None:
         entries.sort(key=lambda entry: (entry.key, entry.serial))
         key = rng.choice([rng.random(), 0.5])
         ahead = [entry.num_tokens for entry in entries if entry.key <= key]
-        assert backlog.ahead(key) == (sum(ahead), len(entries) - len(ahead))
+        overtaken = [entry for entry in entries[len(ahead) :] if entry.key - entry.lead_s > key - 0.25]
+        assert backlog.ahead(key, 0.25) == (sum(ahead), len(overtaken))
         assert (len(backlog), backlog.num_tokens) == (len(entries), sum(entry.num_tokens for entry in entries))
         assert all(entry.num_tokens >= 1 for entry in entries)
 
