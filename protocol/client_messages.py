@@ -131,7 +131,7 @@ class CompletionRequest(ClientMessage, tag="request"):
     truncate_prompt_tokens: int | None = None
     cache_salt: Annotated[str, Meta(max_length=256)] = ""
     grammar: Grammar | None = None
-    priority: Priority = "normal"
+    priority: Priority | None = None
 
 
 class CancelRequest(ClientMessage, tag="cancel"):

@@ -190,7 +190,7 @@ class Generate(Command, tag="generate"):
     the public namespace, the rest in `namespace`, which also extends the chain over generated tokens. `max_tokens`:
     how many more tokens may be drawn. `tenant` owns the blocks. `deadline_s`: remaining time at sending. `retention`
     is heeded for tenants with a floor or a cap, among whose own blocks it says which stay. `lead`: how many tokens more
-    its tenant was charged than the one that was charged least; the worker lets it wait longer for that.
+    than fair its tenant was charged, more for a low class and less for a high one; the worker lets it wait for that.
     """
 
     req_id: Id
@@ -209,7 +209,7 @@ class Generate(Command, tag="generate"):
     deadline_s: Seconds | None = None
     cache_hint: CacheHint | None = None
     retention: Annotated[list[RetentionHint], Meta(max_length=16)] = []
-    lead: Annotated[float, Meta(ge=0)] = 0.0
+    lead: float = 0.0
 
 
 class Abort(Command, tag="abort"):

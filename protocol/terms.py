@@ -10,12 +10,17 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from kvasir.protocol.messages import Priority
+
 MONEY_UNITS = 10**10  # per unit of the operator's currency
 MAX_COUNT = 10**15
 Count = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 Unit = Literal["tokens", "money"]
 Window = Literal["day", "month", "total"]
 """Of a budget: a day or a month of the calendar in UTC, or for ever."""
+Weight = Annotated[int, Meta(ge=1, le=100)]
+RANKS: dict[Priority, int] = {"high": 0, "normal": 1, "low": 2}
+"""In which order the classes come."""
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -51,17 +56,23 @@ class Price(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Terms(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """All that is granted to one payer: a tenant, or one of its keys."""
+    """All that is granted to one payer: a tenant, or one of its keys.
+
+    `weight`, of a tenant: its part of what is computed, beside those of others. `priority`: the class of its requests,
+    which may ask for a lower one. None: normal, or, of a key, its tenant's.
+    """
 
     limits: Limits = Limits()
     budgets: tuple[Budget, ...] = ()
+    weight: Weight = 1
+    priority: Priority | None = None
 
 
 NO_TERMS = Terms()
 
 
 class TermsChange(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What an operator changes of a payer's terms. None leaves a limit as it is, "none" lifts it.
+    """What an operator changes of a payer's terms. None leaves what it is for as it is, "none" lifts it.
 
     `budgets` take the place of those of their unit and window, once all of the units in `lifted` are gone.
     """
@@ -72,6 +83,8 @@ class TermsChange(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     max_concurrent: Count | Literal["none"] | None = None
     budgets: Annotated[list[Budget], Meta(max_length=16)] = []
     lifted: Annotated[list[Unit], Meta(max_length=2)] = []
+    weight: Weight | None = None
+    priority: Priority | Literal["none"] | None = None
 
     def apply(self, before: Terms) -> Terms:
         """Return `before`, changed."""
@@ -82,5 +95,7 @@ class TermsChange(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
                 limits[name] = None if value == "none" else value
         budgets = {(each.unit, each.window): each for each in before.budgets if each.unit not in self.lifted}
         budgets |= {(each.unit, each.window): each for each in self.budgets}
-        after = Terms(Limits(**limits), tuple(budgets[key] for key in sorted(budgets)))
+        weight, priority = self.weight or before.weight, self.priority or before.priority
+        granted = tuple(budgets[key] for key in sorted(budgets))
+        after = Terms(Limits(**limits), granted, weight, None if priority == "none" else priority)
         return NO_TERMS if after == NO_TERMS else after

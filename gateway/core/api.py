@@ -30,7 +30,8 @@ class Submit(msgspec.Struct, frozen=True):
     and so does `key_id`, the key it came with. `deadline`: absolute time or None. `sink` gets every event of this
     request. `vocab_size`: its answer's token ids must be below. `is_open_ended`: nobody asked for the `max_tokens`,
     which are what the model's window allows. `counts_prompt` is false for all choices of a prompt but the first.
-    `parts`: of a conversation. `priority`: as it was asked for, whatever the tenant may have.
+    `parts`: of a conversation. `priority`: the class it asks for; None, or a higher one than it may have: that of its
+    tenant and key.
     """
 
     req_id: bytes
@@ -56,7 +57,7 @@ class Submit(msgspec.Struct, frozen=True):
     is_open_ended: bool = False
     counts_prompt: bool = True
     parts: PromptParts | None = None
-    priority: Priority = "normal"
+    priority: Priority | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True):

@@ -29,10 +29,11 @@ from kvasir.gateway.core.kv_orders import KvOrders
 from kvasir.gateway.core.misses import Prompts, explain, is_worth_a_reason
 from kvasir.gateway.core.notices import Broken, Cause, Joined, Lost, Notice, Rejected
 from kvasir.gateway.core.receipts import Receipt, Receipts
-from kvasir.gateway.core.request import Request
+from kvasir.gateway.core.request import NORMAL, Request
 from kvasir.gateway.core.requests import Model, QueueConfig, Requests
 from kvasir.gateway.core.savings import Savings
 from kvasir.gateway.core.statistics import CoreStatistics, core_statistics
+from kvasir.gateway.core.tenant_queue import CLASS_S
 from kvasir.gateway.core.worker import Attempt, Worker
 from kvasir.gateway.core.worker_checks import LivenessConfig, failure, refusal
 from kvasir.gateway.routing.prefix_index import PrefixIndex
@@ -299,7 +300,7 @@ class Core(CoreApi):
         workers = [w for w in model.workers if w.state == "ready" and not w.runs_suspect and w is not emptied]
         if not model.queue or not _have_credits(workers):
             return
-        for request in model.queue.turns():
+        for request in model.queue.turns(now):
             if not request.held_for or not self._is_still_held(request, now):
                 self._try_to_route(request, model, workers, now)
                 if not _have_credits(workers):
@@ -345,7 +346,8 @@ class Core(CoreApi):
             return
         tenant_id = request.submit.tenant_id
         lead = 0.0 if request.is_suspect else queue.lead(tenant_id)
-        decision = choose(request.num_tokens, candidates, now, config, lead)
+        ahead = lead + (request.rank - NORMAL) * CLASS_S * candidates[0].prefill_tokens_per_s
+        decision = choose(request.num_tokens, candidates, now, config, ahead)
         worker = self._fleet.by_id[decision.worker_id]
         if not request.is_suspect:
             request.held_at, request.held_key = now, decision.key
@@ -357,7 +359,7 @@ class Core(CoreApi):
         if request.num_delivered and request.submit.sampling.temperature and "resumed_draws" in worker.hello.lacks:
             decision = msgspec.structs.replace(decision, note=_OTHER_DRAWS.format(request.num_delivered))
         request.attempt += 1
-        self._send(worker.peer, request.generate(now, lead))
+        self._send(worker.peer, request.generate(now, ahead))
         self._requests.dispatched(request)
         worker.take(request, decision, now, config.heat_decay_s)
         if request.is_suspect:

@@ -11,9 +11,11 @@ from kvasir.gateway.core.api import Finished, Submit
 from kvasir.protocol.errors import ErrorInfo
 from kvasir.protocol.messages import Generate
 from kvasir.protocol.prefix import HASH_BYTES, extend_chain
+from kvasir.protocol.terms import RANKS
 from kvasir.protocol.tokens import TOKEN_BYTES, unpack_tokens
 
 State = Literal["queued", "dispatched", "closed"]
+NORMAL = RANKS["normal"]
 
 
 class Request(msgspec.Struct, eq=False):
@@ -44,6 +46,7 @@ class Request(msgspec.Struct, eq=False):
     held_since: float = 0.0  # when it first found a worker without room, 0 if it did not
     held_at: float = 0.0  # when it chose that one
     held_key: float = 0.0  # its place in the backlog there
+    rank: int = NORMAL  # its class, 0 first
     num_told: int | None = None  # how many of the delivered tokens the client gets, if not all
 
     @property

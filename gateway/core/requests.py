@@ -48,7 +48,7 @@ class Model:
 
     name: str
     lost_at: float
-    queue: TenantQueue = field(default_factory=TenantQueue)
+    queue: TenantQueue
     suspects: list[Request] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
     counters: ModelCounters = field(default_factory=ModelCounters)
@@ -71,7 +71,9 @@ class Requests:
 
     def __init__(self, config: QueueConfig, models: Iterable[str], now: float, billing: Billing) -> None:
         self._billing = billing
-        self.models: dict[str, Model] = {name: Model(name, now) for name in sorted(models)}
+        self.models: dict[str, Model] = {}
+        for name in sorted(models):
+            self.model(name, now)
         self.tenants: dict[str, UsageInfo] = {}
         self.num_queued = 0
         self.num_running = 0
@@ -86,7 +88,7 @@ class Requests:
         """Return the model of that name, made if it is new."""
         model = self.models.get(name)
         if model is None:
-            model = self.models[name] = Model(name, now)
+            model = self.models[name] = Model(name, now, TenantQueue(self._billing.weight))
         return model
 
     def get(self, req_id: bytes) -> Request | None:
@@ -107,7 +109,9 @@ class Requests:
                 self._billing.finished(share, Finished(submit.req_id, "refused", 0, 0))
             return error
         assert isinstance(share, Share)
-        request = Request(submit, submit.token_ids, submit.prefix_hashes, now, share=share)
+        request = Request(
+            submit, submit.token_ids, submit.prefix_hashes, now, share=share, rank=self._billing.rank(submit)
+        )
         self._requests[submit.req_id] = request
         if submit.deadline is not None and submit.deadline < self._next_deadline:
             self._next_deadline = submit.deadline

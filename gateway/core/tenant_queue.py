@@ -1,37 +1,58 @@
-"""What waits for the workers of one model: a queue per tenant, and whose turn it is.
+"""What waits for the workers of one model: a queue per tenant and class, and whose turn it is.
 
-A tenant is charged for what is computed for it (virtual token counters, Sheng et al., OSDI 2024). The *fair charge* is
-what a tenant would have been charged that always got an equal part of what is computed among those active (the virtual
-time of weighted fair queueing). A tenant with nothing waiting is lifted to it: what it did not ask for is not saved.
-One that got more has a *lead*, and waits for the others: whoever was charged least is next.
+A tenant is charged for what is computed for it, by its weight (virtual token counters, Sheng et al., OSDI 2024). The
+*fair charge* is what a tenant would have been charged that always got its part of what is computed among those active
+(the virtual time of weighted fair queueing). A tenant with nothing waiting is lifted to it: what it did not ask for is
+not saved. One that got more has a *lead*, and waits for the others: whoever was charged least is next.
+
+Requests of a higher class come first, whatever was charged. `CLASS_S` of waiting make up for a class, so that nothing
+waits for ever.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 from kvasir.gateway.core.request import Request
 
 LOOKS = 4
 """So many of a tenant's requests may be sent next: when one waits for its worker, those behind it may go elsewhere."""
+CLASS_S = 10.0
+
+_Lane = tuple[str, int]
+"""A tenant and a class (`Request.rank`)."""
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """`charged`: tokens computed for it, over its weight. `last_turn`: of those charged the same, the one served
+    longest ago is next. `num_unfinished`: requests that wait, or whose prompts are not computed yet."""
+
+    charged: float
+    weight: int = 1
+    last_turn: int = 0
+    num_waiting: int = 0
+    num_unfinished: int = 0
 
 
 class TenantQueue:
-    """First come, first served within a tenant. Also knows which worker a request waits for, if it has chosen one."""
+    """First come, first served within a tenant's class. Also knows which worker a request waits for, if it has chosen
+    one. `weight(tenant_id)`: what is in force now; heeded with a tenant's next request."""
 
-    def __init__(self) -> None:
-        self._waiting: dict[str, dict[bytes, Request]] = {}  # by tenant
+    def __init__(self, weight: Callable[[str], int] = lambda tenant_id: 1) -> None:
+        self._weight = weight
+        self._waiting: dict[_Lane, dict[bytes, Request]] = {}
+        self._tenants: dict[str, _Tenant] = {}
         self._num_waiting = 0
-        self._last_turns: dict[
-            str, int
-        ] = {}  # by tenant: of those charged the same, the one served longest ago is next
         self._num_turns = 0
-        self._charged: dict[str, float] = {}
         self._fair_charge = 0.0
-        self._num_unfinished: dict[str, int] = {}  # requests that wait or whose prompts are not computed yet, by tenant
+        self._sum_of_weights = 0  # of active tenants
+        self.num_active = 0
+        """Tenants that have requests that wait, or whose prompts are not computed yet."""
         self._num_held: Counter[str] = Counter()  # by worker
 
     def __len__(self) -> int:
@@ -43,47 +64,56 @@ class TenantQueue:
             yield from requests.values()
 
     def __contains__(self, request: Request) -> bool:
-        return request.submit.req_id in self._waiting.get(request.submit.tenant_id, ())
+        return request.submit.req_id in self._waiting.get((request.submit.tenant_id, request.rank), ())
 
     def push(self, request: Request) -> None:
         """Append `request` to its tenant's queue."""
         tenant_id = request.submit.tenant_id
-        own = self._waiting.get(tenant_id)
+        lane = tenant_id, request.rank
+        own = self._waiting.get(lane)
         if own is None:
-            own = self._waiting[tenant_id] = {}
-            self._charged[tenant_id] = max(self._charged.get(tenant_id, 0.0), self._fair_charge)
+            own = self._waiting[lane] = {}
         own[request.submit.req_id] = request
         self._num_waiting += 1
-        self._num_unfinished[tenant_id] = self._num_unfinished.get(tenant_id, 0) + 1
+        tenant = self._active(tenant_id)
+        if not tenant.num_waiting and tenant.charged < self._fair_charge:
+            tenant.charged = self._fair_charge
+        tenant.num_waiting += 1
 
     def push_front(self, request: Request) -> None:
-        """Put `request` before everything of its tenant: it has had its turn, and its worker was lost."""
+        """Put `request` before everything of its tenant's class: it has had its turn, and its worker was lost."""
         self.push(request)
-        own = self._waiting[request.submit.tenant_id]
+        own = self._waiting[request.submit.tenant_id, request.rank]
         others = [item for item in own.items() if item[1] is not request]
         own.clear()
         own[request.submit.req_id] = request
         own.update(others)
 
-    def turns(self) -> Iterator[Request]:
-        """Yield the requests that may be sent next, in turn: the first few of each tenant.
+    def turns(self, now: float) -> Iterator[Request]:
+        """Yield the requests that may be sent next, in turn: the first few of each tenant's class.
 
         The one yielded last may be removed and its tenant charged: then the turns go on with whoever is least charged.
         """
-        waiting, charged, last = self._waiting, self._charged, self._last_turns
-        turns = [(charged[tenant_id], last.get(tenant_id, 0), tenant_id) for tenant_id in waiting]
+        turns = [self._turn(lane, own, now) for lane, own in self._waiting.items()]
         heapq.heapify(turns)
         while turns:
-            tenant_id = heapq.heappop(turns)[2]
-            own = waiting.get(tenant_id, {})
+            lane = heapq.heappop(turns)[-1]
+            own = self._waiting.get(lane, {})
             for request in list(islice(own.values(), LOOKS)):
                 req_id = request.submit.req_id
                 if req_id in own:
                     yield request
                 if req_id not in own:
                     if own:
-                        heapq.heappush(turns, (charged[tenant_id], last.get(tenant_id, 0), tenant_id))
+                        heapq.heappush(turns, self._turn(lane, own, now))
                     break
+
+    def _turn(self, lane: _Lane, own: dict[bytes, Request], now: float) -> tuple[int, float, int, float, _Lane]:
+        """Return what a lane that waits is ordered by. Of one tenant's lanes the one that has waited longest is next,
+        where the first of both count as the same class."""
+        tenant, since = self._tenants[lane[0]], next(iter(own.values())).queued_at
+        rank = lane[1] and max(0, lane[1] - int((now - since) / CLASS_S))
+        return rank, tenant.charged, tenant.last_turn, since, lane
 
     def remove(self, request: Request) -> None:
         """Take out `request`, which waits here. O(1)."""
@@ -92,14 +122,15 @@ class TenantQueue:
 
     def take(self, request: Request) -> None:
         """Take out `request`, which waits here, because it goes to a worker: its tenant is active until `computed`."""
-        tenant_id = request.submit.tenant_id
-        own = self._waiting[tenant_id]
+        lane = request.submit.tenant_id, request.rank
+        own, tenant = self._waiting[lane], self._tenants[lane[0]]
         del own[request.submit.req_id]
         self._num_waiting -= 1
         self._num_turns += 1
-        self._last_turns[tenant_id] = self._num_turns
+        tenant.num_waiting -= 1
+        tenant.last_turn = self._num_turns
         if not own:
-            del self._waiting[tenant_id]
+            del self._waiting[lane]
         if request.held_for:
             self.hold(request, "")
 
@@ -107,29 +138,42 @@ class TenantQueue:
 
     def computing(self, tenant_id: str) -> None:
         """Note that a request of the tenant that did not wait here goes to a worker."""
-        self._num_unfinished[tenant_id] = self._num_unfinished.get(tenant_id, 0) + 1
+        self._active(tenant_id)
 
     def computed(self, tenant_id: str) -> None:
         """Note that a request's prompt is computed, or not wanted any more."""
-        num = self._num_unfinished[tenant_id] - 1
-        if num:
-            self._num_unfinished[tenant_id] = num
-        else:
-            del self._num_unfinished[tenant_id]
+        tenant = self._tenants[tenant_id]
+        tenant.num_unfinished -= 1
+        if not tenant.num_unfinished:
+            self.num_active -= 1
+            self._sum_of_weights -= tenant.weight
 
     def charge(self, tenant_id: str, num_tokens: float) -> None:
         """Charge a tenant, or, less than 0, give back what it was charged too much."""
-        self._charged[tenant_id] = self._charged.get(tenant_id, self._fair_charge) + num_tokens
-        self._fair_charge += num_tokens / max(1, len(self._num_unfinished))
-
-    @property
-    def num_active(self) -> int:
-        """How many tenants have requests that wait, or whose prompts are not computed yet."""
-        return len(self._num_unfinished)
+        tenant = self._tenants[tenant_id]
+        tenant.charged += num_tokens / tenant.weight
+        self._fair_charge += num_tokens / (self._sum_of_weights or tenant.weight)
 
     def lead(self, tenant_id: str) -> float:
-        """Return how many tokens more than fair the tenant was charged."""
-        return max(0.0, self._charged.get(tenant_id, 0.0) - self._fair_charge)
+        """Return how many tokens more than fair the tenant was charged, as a tenant of mean weight counts them."""
+        lead = self._tenants[tenant_id].charged - self._fair_charge
+        if lead <= 0.0:
+            return 0.0
+        return lead * self._sum_of_weights / self.num_active if self.num_active else lead
+
+    def _active(self, tenant_id: str) -> _Tenant:
+        """Return a tenant, made if it is new, with one more request that is not computed, and by its weight of now."""
+        tenant, weight = self._tenants.get(tenant_id), self._weight(tenant_id)
+        if tenant is None:
+            tenant = self._tenants[tenant_id] = _Tenant(self._fair_charge)
+        if tenant.num_unfinished:
+            self._sum_of_weights += weight - tenant.weight
+        else:
+            self.num_active += 1
+            self._sum_of_weights += weight
+        tenant.weight = weight
+        tenant.num_unfinished += 1
+        return tenant
 
     # ---- holds ---------------------------------------------------------------------------------------------------
 
@@ -152,5 +196,8 @@ class TenantQueue:
         assert all(self._waiting.values()), "a tenant without waiting requests is kept"
         assert self._num_waiting == sum(map(len, self._waiting.values())), "the count is off"
         assert self._num_held == Counter(request.held_for for request in self if request.held_for), "holds leak"
-        assert all(count > 0 for count in self._num_unfinished.values())
-        assert all(self._num_unfinished[tenant_id] >= len(waiting) for tenant_id, waiting in self._waiting.items())
+        waiting = Counter(request.submit.tenant_id for request in self)
+        for tenant_id, tenant in self._tenants.items():
+            assert tenant.num_waiting == waiting[tenant_id] <= tenant.num_unfinished
+        active = [tenant for tenant in self._tenants.values() if tenant.num_unfinished]
+        assert self.num_active == len(active) and self._sum_of_weights == sum(tenant.weight for tenant in active)

@@ -92,7 +92,12 @@ FIELDS: tuple[Row, ...] = (
     Row("best_of", _TEXT, "honoured", "up to `n`, where it chooses nothing"),
     Row("deadline_s", _BOTH, "honoured", "ours: the request ends with an error after so many seconds"),
     Row("cache_hint retention", _BOTH, "honoured", "ours: what to keep in the KV cache"),
-    Row("priority", _BOTH, "honoured", "`low`, `normal` or `high`, or vLLM's number: below 0 is high, above low"),
+    Row(
+        "priority",
+        _BOTH,
+        "honoured",
+        "`low`, `normal` or `high`, or vLLM's number: below 0 is high, above low; at most the class of its tenant and key",
+    ),
     Row(
         "prompt_cache_options prompt_cache_retention cache_control",
         _CHAT,

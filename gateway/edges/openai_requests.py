@@ -275,11 +275,11 @@ def _asked(
     )
 
 
-def _priority(given: Priority | int | None) -> Priority:
-    """Return the class of a request. As a number it is vLLM's: the lower, the sooner."""
-    if isinstance(given, str):
+def _priority(given: Priority | int | None) -> Priority | None:
+    """Return the class that a request asks for, if any. As a number it is vLLM's: the lower, the sooner."""
+    if given is None or isinstance(given, str):
         return given
-    return "high" if given and given < 0 else "low" if given else "normal"
+    return "high" if given < 0 else "low" if given else "normal"
 
 
 def _sampling(body: Body, num_logprobs: int | None) -> SamplingOptions:

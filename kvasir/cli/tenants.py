@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import click
+from msgspec import structs
 
 from kvasir.cli.admin_client import ask
 from kvasir.cli.keys import print_keys
@@ -133,25 +134,31 @@ def tenant_show(name: str, as_json: bool) -> None:
     help="What to take a request for that brings no cache_hint of its own: nothing follows it, its conversation goes "
     "on, this was its last turn.",
 )
+@click.option(
+    "--weight", type=click.IntRange(1, 100), help="Its part of what is computed, beside others' (default: 1)."
+)
 @terms_options
 @json_option
 @example(
     "kvasir tenant set acme --kv-floor 20% --kv-cap 50%\nkvasir tenant set acme --kv-cap none --cache-hint one_shot\n"
-    "kvasir tenant set acme --requests-per-min 600 --max-concurrent 32 --token-budget 5M/month"
+    "kvasir tenant set acme --requests-per-min 600 --max-concurrent 32 --token-budget 5M/month\n"
+    "kvasir tenant set acme --weight 4 --priority high"
 )
 def tenant_set(
     name: str,
     kv_floor: str | None,
     kv_cap: str | None,
     cache_hint: CacheHint | Literal["none"] | None,
+    weight: int | None,
     terms: TermsChange,
     as_json: bool,
 ) -> None:
-    """Change a tenant's share of every worker's KV memory, its default hint, its limits and budgets, at once.
+    """Change a tenant's share of every worker's KV memory and of the queue, its default hint, limits and budgets.
 
-    Floors that do not fit together are refused. Limits and budgets count all its keys together; "none" lifts one. A
+    At once; floors that do not fit together are refused. Limits and budgets count all its keys together; "none" lifts one. A
     whole minute's worth may come at once; a day and a month are those of the calendar in UTC.
     """
+    terms = structs.replace(terms, weight=weight)
     command = am.TenantSet(name=name, kv_floor=kv_floor, kv_cap=kv_cap, cache_hint=cache_hint, terms=terms)
     if command == am.TenantSet(name=name):
         raise BadRequest("say what to change, such as --kv-cap 50% or --token-budget 5M/month; see --help")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
+from kvasir.protocol.messages import Priority
 from kvasir.protocol.terms import MAX_COUNT, MONEY_UNITS, Budget, Terms, TermsChange, Unit, Window
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -75,7 +76,7 @@ class BudgetType(click.ParamType[Any]):
 
 
 def terms_options(command: F) -> F:
-    """Add the options of limits and budgets to a command, which gets them as `terms`, a `TermsChange`."""
+    """Add the options of limits, budgets and classes to a command, which gets them as `terms`, a `TermsChange`."""
 
     @wraps(command)
     def with_terms(*args: Any, **options: Any) -> Any:
@@ -83,11 +84,17 @@ def terms_options(command: F) -> F:
         typed: dict[Unit, Any] = {"tokens": options.pop("token_budgets"), "money": options.pop("money_budgets")}
         budgets = [budget for each in typed.values() for budget in each if budget != "none"]
         lifted: list[Unit] = [unit for unit, each in typed.items() if "none" in each]
-        return command(*args, terms=TermsChange(**limits, budgets=budgets, lifted=lifted), **options)
+        terms = TermsChange(**limits, budgets=budgets, lifted=lifted, priority=options.pop("priority"))
+        return command(*args, terms=terms, **options)
 
     for name, text in reversed(_LIMITS.items()):
         flag = f"--{name.replace('_', '-')}"
         with_terms = click.option(flag, name, type=CountType(), help=f"At most so many {text}.")(with_terms)
+    with_terms = click.option(
+        "--priority",
+        type=click.Choice([*get_args(Priority), "none"]),
+        help="The class of its requests: higher ones come first; they may ask for a lower one.",
+    )(with_terms)
     with_terms = click.option(
         "--money-budget",
         "money_budgets",
@@ -144,14 +151,16 @@ def price_text(units: int) -> str:
 
 
 def terms_lines(terms: Terms) -> list[tuple[str, str]]:
-    """Return limits and budgets as facts to show; nothing where there are none."""
+    """Return what is granted as facts to show; nothing where that is nothing special."""
     limits = [
         f"{getattr(terms.limits, name)} {text}"
         for name, text in _LIMITS.items()
         if getattr(terms.limits, name) is not None
     ]
     budgets = [budget_text(budget) for budget in terms.budgets]
-    return [(name, ", ".join(parts)) for name, parts in (("limits", limits), ("budgets", budgets)) if parts]
+    queue = [f"weight {terms.weight}"] * (terms.weight != 1) + [f"{terms.priority} priority"] * bool(terms.priority)
+    facts = ("limits", limits), ("budgets", budgets), ("queue", queue)
+    return [(name, ", ".join(parts)) for name, parts in facts if parts]
 
 
 def budget_text(budget: Budget) -> str:

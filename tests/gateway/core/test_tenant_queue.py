@@ -21,7 +21,7 @@ def make_request(req_id: bytes, tenant: str) -> Request:
 def serve(queue: TenantQueue, cost: float = 1.0, count: int = 1_000) -> list[bytes]:
     """Take requests in turn, each charged `cost` and computed at once."""
     taken = []
-    for request in queue.turns():
+    for request in queue.turns(0.0):
         queue.remove(request)
         queue.charge(request.submit.tenant_id, cost)
         taken.append(request.submit.req_id)
@@ -46,7 +46,7 @@ def test_turns_go_by_what_was_charged_and_not_by_the_number_of_requests() -> Non
         queue.push(make_request(b"a%d" % i, "alpha"))
         queue.push(make_request(b"b%d" % i, "beta"))
     taken: Counter[str] = Counter()
-    for request in queue.turns():
+    for request in queue.turns(0.0):
         queue.remove(request)
         queue.charge(request.submit.tenant_id, 30.0 if request.submit.tenant_id == "alpha" else 10.0)
         taken[request.submit.tenant_id] += 1
@@ -60,7 +60,7 @@ def test_what_waits_for_its_worker_lets_a_few_behind_it_pass() -> None:
     for i in range(10):
         queue.push(make_request(b"a%d" % i, "alpha"))
     queue.push(make_request(b"b0", "beta"))
-    assert [request.submit.req_id for request in queue.turns()] == [*(b"a%d" % i for i in range(LOOKS)), b"b0"]
+    assert [request.submit.req_id for request in queue.turns(0.0)] == [*(b"a%d" % i for i in range(LOOKS)), b"b0"]
 
 
 def test_a_tenant_that_was_idle_has_saved_nothing() -> None:
@@ -121,7 +121,7 @@ def test_iterating_and_counting_show_what_waits() -> None:
     queue.remove(requests[1])
     assert (requests[1].held_for, queue.num_held("w1")) == ("", 0)
     assert serve(queue) == [b"a0", b"a1"]
-    assert list(queue.turns()) == []
+    assert list(queue.turns(0.0)) == []
 
 
 STEPS = st.tuples(st.sampled_from(["push", "front", "take", "remove", "compute", "hold"]), st.integers(0, 3))
@@ -148,7 +148,7 @@ def test_the_turn_is_always_that_of_the_least_charged_and_a_tenants_own_stay_in_
             (queue.push if what == "push" else queue.push_front)(request)
             own.insert(len(own) if what == "push" else 0, request)
         elif what == "take":
-            taken = next(queue.turns(), None)
+            taken = next(queue.turns(0.0), None)
             assert (taken is None) == (not any(waiting.values()))
             if taken is not None:
                 owner = taken.submit.tenant_id
