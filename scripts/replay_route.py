@@ -36,7 +36,8 @@ DEFAULT_POLICIES = ["kvasir", "kvasir-fifo", "sglang", "dynamo", "wait+2miss", *
 @dataclass(frozen=True, slots=True)
 class Cell:
     """What one row measures. `capacity`: a share of the trace's distinct blocks, or, an int, blocks, of all workers
-    together. `load` None: recorded times. `slo_s`: a first token within that time is good."""
+    together. `load` None: recorded times. `slo_s`: a first token within that time is good. `weights`: of the tenants,
+    in turn."""
 
     policy: str
     num_workers: int
@@ -48,6 +49,7 @@ class Cell:
     step_tokens: int = 2048
     step_s: float = 0.0
     delay_s: float = 0.0
+    weights: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def measure(trace: Trace, cell: Cell) -> Row:
     victims = jain = None
     if cell.num_tenants > 1:
         victims = _victims(served, normal, flooder, run)
-        jain = _jain(served, cell.num_workers, trace.block_tokens)
+        jain = _jain(served, cell, trace.block_tokens)
     return Row(
         trace=trace.name,
         policy=cell.policy,
@@ -119,7 +121,7 @@ def _runner(trace: Trace, cell: Cell, total: int) -> Callable[[Sequence[Arrival]
     if cell.policy in BOUNDS:
         return lambda coming: BOUNDS[cell.policy](trace, coming, num_workers, max(1, total))
     if cell.policy in PRODUCT:
-        options = ProductOptions(PRODUCT[cell.policy], cell.step_tokens, cell.step_s, cell.delay_s)
+        options = ProductOptions(PRODUCT[cell.policy], cell.step_tokens, cell.step_s, cell.delay_s, cell.weights)
         return lambda coming: run_product(trace, coming, num_workers, num_blocks, options)
 
     def run(coming: Sequence[Arrival]) -> list[Served]:
@@ -143,7 +145,7 @@ def _victims(
     return percentile(sorted(together), 0.99) / max(1e-9, percentile(sorted(alone), 0.99))
 
 
-def _jain(served: Sequence[Served], num_workers: int, block_tokens: int) -> float:
+def _jain(served: Sequence[Served], cell: Cell, block_tokens: int) -> float:
     """Return Jain's index over tenants of the work done in the middle half of the time, over the fair share of it.
 
     A request's work is what it would compute on an infinite cache: no rule gets more for missing more.
@@ -159,17 +161,20 @@ def _jain(served: Sequence[Served], num_workers: int, block_tokens: int) -> floa
             offered[one.arrival.tenant] += tokens
         if one.worker is not None and begin_s <= arrived_at + one.ttft_s < until_s:
             done[one.arrival.tenant] += tokens
-    shares = fair_shares(offered, num_workers * PREFILL_TOKENS_PER_S * (until_s - begin_s))
+    shares = fair_shares(offered, cell.num_workers * PREFILL_TOKENS_PER_S * (until_s - begin_s), cell.weights)
     ratios = [done[tenant] / share for tenant, share in shares.items() if share > 0]
     return sum(ratios) ** 2 / (len(ratios) * sum(ratio * ratio for ratio in ratios)) if any(ratios) else 1.0
 
 
-def fair_shares(wanted: Counter[int], capacity: float) -> dict[int, float]:
-    """Return the max-min fair shares of `capacity`: nobody gets more than is wanted, the rest goes in equal parts."""
+def fair_shares(wanted: Counter[int], capacity: float, weights: Sequence[int] = (1,)) -> dict[int, float]:
+    """Return the max-min fair shares of `capacity`: nobody gets more than is wanted, the rest goes by weight."""
+    weight = {tenant: weights[tenant % len(weights)] for tenant in wanted}
+    rest = sum(weight.values())
     shares: dict[int, float] = {}
-    for i, (tenant, amount) in enumerate(sorted(wanted.items(), key=lambda item: item[1])):
-        shares[tenant] = min(amount, capacity / (len(wanted) - i))
+    for tenant, amount in sorted(wanted.items(), key=lambda item: item[1] / weight[item[0]]):
+        shares[tenant] = min(amount, capacity * weight[tenant] / rest)
         capacity -= shares[tenant]
+        rest -= weight[tenant]
     return shares
 
 

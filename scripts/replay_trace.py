@@ -4,7 +4,7 @@
                                          [--jobs N] [--json OUT] [--plot OUT.png]
     python scripts/replay_trace.py route --trace FILE... [--policy kvasir,sglang,dynamo] [--workers 4,8,16]
                                          [--capacity 25%] [--load 0.5] [--spread 5] [--tenants 16] [--flood]
-                                         [--jobs N] [--json OUT] [--plot OUT.png]
+                                         [--weights 1:2:4] [--jobs N] [--json OUT] [--plot OUT.png]
 
 `route` is described in `scripts/replay_route.py`; the rest of this page is about `cache`.
 
@@ -213,6 +213,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--load", type=_loads, default=_loads("0.5"), metavar="LOAD,...", help="0.5, native (the recorded times)")
     add("--spread", type=_count, default=1, metavar="N", help="run each load at N points within 5%% of it")
     add("--tenants", type=_count, default=1, metavar="N", help="conversations belong to so many tenants")
+    add(
+        "--weights", type=_weights, default=(1,), metavar="W:W:...", help="of the tenants, in turn (default: all alike)"
+    )
     add("--flood", action="store_true", help="one of the tenants floods")
     add("--slo", type=float, default=5.0, metavar="SECONDS", help="a first token within it counts as good")
     add("--step-tokens", type=_count, default=2048, metavar="N", help="prompt tokens in one step of Kvasir's workers")
@@ -244,6 +247,7 @@ def _route_cells(args: argparse.Namespace) -> list[replay_route.Cell]:
             step_tokens=args.step_tokens,
             step_s=args.step_ms / 1000,
             delay_s=args.delay_ms / 1000,
+            weights=args.weights,
         )
         for num_workers in args.workers
         for capacity in args.capacity
@@ -287,6 +291,10 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number that can be used here; give 1 or more")
     return int(text)
+
+
+def _weights(text: str) -> tuple[int, ...]:
+    return tuple(_count(item) for item in text.split(":"))
 
 
 def _counts(text: str) -> list[int]:

@@ -23,6 +23,7 @@ from route_peers import DECODE_S, MAX_RUNNING, Served
 
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.gateway.core.api import Delta, Event, Finished, Submit
+from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.core import Core, CoreConfig
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.routing.router import RouterConfig
@@ -39,6 +40,7 @@ from kvasir.protocol.messages import (
     Snapshot,
     StepReport,
 )
+from kvasir.protocol.terms import NO_TERMS, Terms
 from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.scheduler import EngineLimits
@@ -46,6 +48,7 @@ from kvasir.worker.engine.step import Sampled, SampleRow, SequenceSlice
 
 MODEL = "lab"
 TICK_S = 0.1
+MAX_TENANTS = 1_000  # beyond it all have weight 1
 UNIT_TOKENS = 16  # tokens of the trace per token of the lab
 OWN_AGEING = 0.2  # a worker's default
 FIFO_AGEING = 1e6  # a second of waiting outweighs any prompt: first come, first served
@@ -56,13 +59,18 @@ _GREEDY = Sampling(temperature=0.0)
 @dataclass(frozen=True, slots=True)
 class ProductOptions:
     """`is_fifo`: workers compute first come, first served. `step_tokens` of prompts fit in one step of a worker, which
-    takes `step_s` beside the prefill. `delay_s`: one way between gateway and workers."""
+    takes `step_s` beside the prefill. `delay_s`: one way between gateway and workers. `weights` of tenants, in turn."""
 
     is_fifo: bool = False
     step_tokens: int = 8192
     step_s: float = 0.0
     delay_s: float = 0.0
+    weights: tuple[int, ...] = (1,)
     router: RouterConfig = field(default_factory=RouterConfig)
+
+
+def tenant_name(number: int) -> str:
+    return f"tenant-{number}"
 
 
 def run_product(
@@ -91,7 +99,10 @@ class _Lab:
             liveness=LivenessConfig(stall_s=_NEVER_S, max_missed_heartbeats=1 << 30),
             router=options.router,
         )
-        self.core = Core(config, self._send, lambda: self.now, epoch=b"lab")
+        weights = options.weights
+        terms = {tenant_name(i): Terms(weight=weights[i % len(weights)]) for i in range(MAX_TENANTS)}
+        billing = Billing(lambda payer_id: terms.get(payer_id, NO_TERMS))
+        self.core = Core(config, self._send, lambda: self.now, epoch=b"lab", billing=billing)
         num_whole_blocks = max(1, num_blocks * trace.num_whole // trace.num_distinct)
         self._workers = {}
         for i in range(num_workers):
@@ -127,7 +138,7 @@ class _Lab:
         tokens = b"".join([pack_tokens((block_id,)) * size for block_id in block_ids])
         submit = Submit(
             req_id=req_id,
-            tenant_id=f"tenant-{arrival.tenant}",
+            tenant_id=tenant_name(arrival.tenant),
             model=MODEL,
             token_ids=tokens + bytes(TOKEN_BYTES * num_tokens - len(tokens)),
             num_prompt_tokens=num_tokens,

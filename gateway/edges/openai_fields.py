@@ -96,7 +96,7 @@ FIELDS: tuple[Row, ...] = (
         "priority",
         _BOTH,
         "honoured",
-        "`low`, `normal` or `high`, or vLLM's number: below 0 is high, above low; at most the class of its tenant and key",
+        "`low`, `normal` or `high`, at most its key's; or vLLM's number: below 0 is high, above low",
     ),
     Row(
         "prompt_cache_options prompt_cache_retention cache_control",

@@ -155,8 +155,8 @@ def tenant_set(
 ) -> None:
     """Change a tenant's share of every worker's KV memory and of the queue, its default hint, limits and budgets.
 
-    At once; floors that do not fit together are refused. Limits and budgets count all its keys together; "none" lifts one. A
-    whole minute's worth may come at once; a day and a month are those of the calendar in UTC.
+    At once; floors that do not fit together are refused. Limits and budgets count all its keys together; "none" lifts
+    one. A whole minute's worth may come at once; a day and a month are those of the calendar in UTC.
     """
     terms = structs.replace(terms, weight=weight)
     command = am.TenantSet(name=name, kv_floor=kv_floor, kv_cap=kv_cap, cache_hint=cache_hint, terms=terms)

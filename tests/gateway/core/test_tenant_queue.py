@@ -9,19 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvasir.gateway.core.request import Request
-from kvasir.gateway.core.tenant_queue import LOOKS, TenantQueue
+from kvasir.gateway.core.tenant_queue import CLASS_S, LOOKS, TenantQueue
+from kvasir.protocol.terms import RANKS
 from tests.core_helpers import make_submit
 
+HIGH, NORMAL, LOW = (RANKS[priority] for priority in ("high", "normal", "low"))
 
-def make_request(req_id: bytes, tenant: str) -> Request:
+
+def make_request(req_id: bytes, tenant: str, rank: int = NORMAL, queued_at: float = 0.0) -> Request:
     submit, _ = make_submit(req_id, tenant=tenant)
-    return Request(submit, submit.token_ids, submit.prefix_hashes, 0.0)
+    return Request(submit, submit.token_ids, submit.prefix_hashes, queued_at, rank=rank)
 
 
-def serve(queue: TenantQueue, cost: float = 1.0, count: int = 1_000) -> list[bytes]:
+def serve(queue: TenantQueue, cost: float = 1.0, count: int = 1_000, now: float = 0.0) -> list[bytes]:
     """Take requests in turn, each charged `cost` and computed at once."""
     taken = []
-    for request in queue.turns(0.0):
+    for request in queue.turns(now):
         queue.remove(request)
         queue.charge(request.submit.tenant_id, cost)
         taken.append(request.submit.req_id)
@@ -53,6 +56,62 @@ def test_turns_go_by_what_was_charged_and_not_by_the_number_of_requests() -> Non
         if taken.total() == 8:
             break
     assert taken == {"alpha": 2, "beta": 6}
+
+
+def test_tenants_get_by_their_weights_and_a_new_weight_is_heeded_with_the_next_request() -> None:
+    weights = {"alpha": 1, "beta": 2, "gamma": 4}
+    queue = TenantQueue(weights.__getitem__)
+    for i in range(100):
+        for tenant in weights:
+            queue.push(make_request(b"%s%d" % (tenant.encode(), i), tenant))
+    assert Counter(req_id[:1] for req_id in serve(queue, count=70)) == {b"a": 10, b"b": 20, b"g": 40}
+    weights["alpha"] = 4
+    queue.push(make_request(b"a100", "alpha"))
+    queue.check_integrity()
+    assert Counter(req_id[:1] for req_id in serve(queue, count=100)) == {b"a": 40, b"b": 20, b"g": 40}
+
+
+def test_a_lead_says_the_same_whatever_the_scale_of_the_weights() -> None:
+    leads = []
+    for scale in (1, 10):
+        weights = {"alpha": scale, "beta": 3 * scale}
+        queue = TenantQueue(weights.__getitem__)
+        for tenant in weights:
+            queue.computing(tenant)
+        queue.charge("alpha", 1_000.0)
+        leads.append(queue.lead("alpha"))
+        assert queue.lead("beta") == 0.0
+    assert leads[0] == pytest.approx(leads[1]) == pytest.approx(2 * (1_000 - 1_000 / 4))
+
+
+def test_higher_classes_come_first_whatever_was_charged() -> None:
+    queue = TenantQueue()
+    for tenant in ("alpha", "beta"):
+        for rank in (LOW, NORMAL, HIGH):
+            queue.push(make_request(b"%s%d" % (tenant.encode(), rank), tenant, rank))
+    queue.charge("alpha", 1_000.0)
+    assert serve(queue) == [b"beta0", b"alpha0", b"beta1", b"alpha1", b"beta2", b"alpha2"]
+
+
+def test_whoever_has_waited_long_enough_counts_as_the_class_above_and_nothing_starves() -> None:
+    queue = TenantQueue()
+    queue.push(make_request(b"low", "alpha", LOW))
+    served = []
+    for second in range(40):  # a high one a second, of another tenant, and one request a second is served
+        queue.push(make_request(b"high%d" % second, "beta", HIGH, queued_at=float(second)))
+        served += serve(queue, count=1, now=float(second))
+    assert served.index(b"low") == 2 * CLASS_S
+    queue.check_integrity()
+
+
+def test_a_tenants_own_low_requests_do_not_starve_behind_its_high_ones() -> None:
+    queue = TenantQueue()
+    queue.push(make_request(b"low", "alpha", LOW))
+    served = []
+    for second in range(40):
+        queue.push(make_request(b"high%d" % second, "alpha", HIGH, queued_at=float(second)))
+        served += serve(queue, count=1, now=float(second))
+    assert served.index(b"low") == 2 * CLASS_S
 
 
 def test_what_waits_for_its_worker_lets_a_few_behind_it_pass() -> None:
@@ -132,8 +191,9 @@ STEPS = st.tuples(st.sampled_from(["push", "front", "take", "remove", "compute",
 def test_the_turn_is_always_that_of_the_least_charged_and_a_tenants_own_stay_in_order(
     steps: list[tuple[str, int]],
 ) -> None:
-    """The oracle: plain lists of requests, and one number per tenant."""
-    queue = TenantQueue()
+    """The oracle: plain lists of requests, and one number per tenant, whose weight is 1 more than its number."""
+    weights = {f"t{i}": i + 1 for i in range(4)}
+    queue = TenantQueue(weights.__getitem__)
     waiting: dict[str, list[Request]] = {}
     computing: Counter[str] = Counter()
     charged: dict[str, float] = {}
@@ -157,8 +217,10 @@ def test_the_turn_is_always_that_of_the_least_charged_and_a_tenants_own_stay_in_
                 queue.take(taken)
                 computing[owner] += 1
                 queue.charge(owner, 1.0 + choice)
-                charged[owner] += 1.0 + choice
-                fair += (1.0 + choice) / sum(bool(waiting.get(f"t{i}") or computing[f"t{i}"]) for i in range(4))
+                charged[owner] += (1.0 + choice) / weights[owner]
+                fair += (1.0 + choice) / sum(
+                    weight for name, weight in weights.items() if waiting.get(name) or computing[name]
+                )
         elif what == "remove" and own:
             queue.remove(own.pop())
         elif what == "compute" and computing[tenant]:
@@ -167,6 +229,8 @@ def test_the_turn_is_always_that_of_the_least_charged_and_a_tenants_own_stay_in_
         elif what == "hold" and own:
             queue.hold(own[0], f"w{number % 3}")
         queue.check_integrity()
+        active = [weight for name, weight in weights.items() if waiting.get(name) or computing[name]]
         for name, amount in charged.items():
-            assert queue.lead(name) == pytest.approx(max(0.0, amount - fair))
+            mean = sum(active) / len(active) if active else 1.0
+            assert queue.lead(name) == pytest.approx(max(0.0, amount - fair) * mean)
         assert len(queue) == sum(map(len, waiting.values()))

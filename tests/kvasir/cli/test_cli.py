@@ -115,6 +115,8 @@ def test_tenants_keys_and_prefixes_from_the_command_line(office: Office, home: P
     assert shown["tenant"]["sharing"] == "group:g" and shown["tenant"]["usage"]["prompt_tokens"] == 0
     kvasir(capsys, "tenant", "set", "acme", "--kv-floor", "20%", "--cache-hint", "one_shot")
     assert kvasir_json(capsys, "tenant", "show", "acme")["tenant"]["cache_hint"] == "one_shot"
+    kvasir(capsys, "tenant", "set", "acme", "--weight", "4", "--priority", "high")
+    assert "weight 4, high priority" in kvasir(capsys, "tenant", "show", "acme")[0]
     for shown in (kvasir(capsys, "tenant", "show", "acme")[0], kvasir(capsys, "tenant", "list")[0]):
         assert "one_shot" in shown and "20%" in shown
     assert kvasir_json(capsys, "tenant", "disable", "acme") == {"changed": True}

@@ -1,0 +1,56 @@
+"""Classes of requests: who may have which, and that a higher one is sent first and passes the others on its worker."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvasir.gateway.core.billing import Billing
+from kvasir.gateway.core.tenant_queue import CLASS_S
+from kvasir.protocol.messages import Generate, Priority
+from kvasir.protocol.terms import NO_TERMS, RANKS, Terms, TermsChange
+from tests.core_helpers import Bench, make_submit, output
+
+
+@pytest.mark.parametrize(
+    ("tenant", "key", "asked", "given"),
+    [
+        (None, None, None, "normal"),
+        (None, None, "high", "normal"),
+        (None, None, "low", "low"),
+        ("high", None, None, "high"),
+        ("high", "normal", None, "normal"),
+        ("high", "low", "high", "low"),
+        ("high", None, "normal", "normal"),
+        ("low", "high", "high", "low"),
+    ],
+)
+def test_a_request_has_its_tenants_class_or_a_lower_one_that_its_key_or_it_itself_names(
+    tenant: Priority | None, key: Priority | None, asked: Priority | None, given: Priority
+) -> None:
+    terms = {"alpha": Terms(priority=tenant), "k": Terms(priority=key)}
+    submit, _ = make_submit(key_id="k", priority=asked)
+    assert Billing(lambda payer: terms.get(payer, NO_TERMS)).rank(submit) == RANKS[given]
+
+
+def test_of_what_waits_the_highest_class_is_sent_first_and_says_so_to_the_worker() -> None:
+    terms = {"gold": Terms(priority="high"), "bulk": Terms(priority="low")}
+    bench = Bench(billing=Billing(lambda payer: terms.get(payer, NO_TERMS)))
+    bench.join(max_requests=1)
+    bench.submit(b"first")
+    for req_id, tenant in ((b"low", "bulk"), (b"normal", "alpha"), (b"high", "gold")):
+        bench.submit(req_id, tenant=tenant)
+    leads = {}
+    for req_id in (b"first", b"high", b"normal", b"low"):
+        [(_, command)] = bench.take(Generate)
+        assert command.req_id == req_id
+        leads[req_id] = command.lead
+        bench.report(b"w1", output(req_id, 0, [1], "stop", num_cached_tokens=0))
+    assert leads[b"high"] < leads[b"normal"] - CLASS_S < leads[b"low"] - 2 * CLASS_S
+    bench.core.check_integrity()
+
+
+def test_terms_are_changed_one_by_one_and_lifted() -> None:
+    terms = TermsChange(weight=4, priority="high").apply(NO_TERMS)
+    assert terms == Terms(weight=4, priority="high")
+    assert TermsChange(requests_per_min=5).apply(terms).weight == 4
+    assert TermsChange(weight=1, priority="none").apply(terms) is NO_TERMS
