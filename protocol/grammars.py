@@ -12,9 +12,11 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
+from kvasir.protocol.call_grammar import CallGrammar, lark_of
 from kvasir.protocol.errors import BadRequest, ModelError
 from kvasir.protocol.messages import Grammar
 
@@ -36,6 +38,13 @@ _JSON_OPTIONS = {
     "coerce_one_of": False,
     "lenient": False,
 }
+_WORDS = (  # of llguidance's errors
+    (r"Unimplemented keys: \[(.*?)\]", "uses {}, which answers cannot be held to here; leave it out"),
+    (r"Unknown format: (\S+)", "uses format {}, which answers cannot be held to here; leave it out"),
+    (r"oneOf constraints are not supported", "uses oneOf with schemas that do not exclude each other; use anyOf"),
+    (r"Resource '(.*?)' is not present", "refers to {}, which is not within it; bring what is meant in $defs"),
+    (r"Unsatisfiable schema", "allows nothing at all: a part that has to match is false or contradicts itself"),
+)
 _BY_NAME = {"properties", "patternProperties", "$defs", "definitions"}  # keywords whose values are schemas by name
 _DATA = {"const", "enum", "default", "examples", "example"}  # keywords whose values are no schemas
 
@@ -79,6 +88,8 @@ def translate(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_regex(grammar.text)
         case "choice":
             return _from_choices(grammar.text)
+        case "calls":
+            return _from_calls(grammar.text)
         case "lark":
             try:
                 return LLMatcher.grammar_from_lark(any_to_lark(grammar.text))
@@ -88,10 +99,9 @@ def translate(grammar: Grammar) -> str:
 
 def plain(error: str) -> str:
     """Return what llguidance says, in our words and bounded."""
-    found = re.search(r"Unimplemented keys: \[(.*?)\]", error)
-    if found is not None:
-        names = found[1].replace('"', "")
-        return f"the JSON schema uses {names}, which answers cannot be held to here; leave it out"
+    for pattern, words in _WORDS:
+        if found := re.search(pattern, error):
+            return f"the JSON schema {words.format(*found.groups())}"[:500].replace('"', "")
     return " ".join(error.replace("<non-verbose/>", "").split())[:500]
 
 
@@ -113,6 +123,18 @@ def _from_schema(text: str) -> str:
         return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
     except ValueError as error:
         raise BadRequest(f"the JSON schema cannot be read: {error}"[:500], param="grammar") from None
+
+
+def _from_calls(text: str) -> str:
+    try:
+        calls = msgspec.json.decode(text, type=CallGrammar)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadRequest(f"the tools cannot be read: {error}", param="grammar") from None
+    for schema in [calls.content or {}, *(tool.schema for tool in calls.tools)]:
+        unheard = _unheard(schema)
+        if unheard is not None:
+            raise BadRequest(plain(f'Unimplemented keys: ["{unheard}"]'), param="grammar")
+    return LLMatcher.grammar_from_lark(lark_of(calls, _JSON_OPTIONS))
 
 
 def _unheard(schema: object) -> str | None:

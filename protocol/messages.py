@@ -46,10 +46,10 @@ class ReasoningBudget(Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 
 class Grammar(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What an answer has to match. `text`: a JSON schema, a regular expression, a JSON list of texts, or a grammar in
-    Lark's notation."""
+    """What an answer has to match. `text`: a JSON schema, a regular expression, a JSON list of texts, a grammar in
+    Lark's notation, or a `CallGrammar` in JSON."""
 
-    kind: Literal["json_schema", "regex", "choice", "lark"]
+    kind: Literal["json_schema", "regex", "choice", "lark", "calls"]
     text: Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR_CHARS)]
 
 

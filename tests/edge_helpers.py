@@ -12,7 +12,7 @@ import trio
 from tokenizers import Tokenizer
 
 from kvasir.gateway.core.api import Cancel, Delta, Finished, ModelInfo, Standing, Submit
-from kvasir.gateway.edges.grammar_check import GrammarCheck
+from kvasir.gateway.edges.grammar_check import GrammarCheck, GrammarModel
 from kvasir.gateway.edges.http_api import HttpApi
 from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.edges.published import Published
@@ -22,7 +22,7 @@ from kvasir.gateway.tenants.directory import ApiKey, Caller, PublishedPrefix, Te
 from kvasir.gateway.text.answer_parser import find_format
 from kvasir.gateway.text.chat_template import ChatTemplate
 from kvasir.gateway.text.model_text import ModelText, load_text
-from kvasir.protocol.messages import TokenLogprobs
+from kvasir.protocol.messages import Grammar, TokenLogprobs
 from kvasir.protocol.tokens import pack_tokens
 
 SECRET = b"s" * 32
@@ -119,6 +119,16 @@ def make_published(directory: TenantDirectory) -> Published:
     return Published(FakeCore(lambda submit: []), directory, TEXTS, SECRET, 16)
 
 
+class GoodGrammars(GrammarCheck):
+    """Calls every grammar of the models with a tokenizer good, without a process that tries it."""
+
+    def __init__(self) -> None:
+        super().__init__({"demo": GrammarModel(DEMO, TEXT.vocab_size, TEXT.eos_token_ids)})
+
+    def verdict_nowait(self, tenant_id: str, model: str, grammar: Grammar) -> bool:
+        return model in self._models or super().verdict_nowait(tenant_id, model, grammar)
+
+
 def make_preparer(
     core: FakeCore,
     directory: TenantDirectory | None = None,
@@ -127,7 +137,9 @@ def make_preparer(
 ) -> Preparer:
     """Return the way in, with `text` for the models "demo" and "twin" (which is not served unless a test says so)."""
     texts = {**TEXTS, "demo": text, "twin": text}
-    return Preparer(core, make_published(directory or make_directory()), texts, SECRET, 16, grammars=grammars)
+    return Preparer(
+        core, make_published(directory or make_directory()), texts, SECRET, 16, grammars=grammars or GoodGrammars()
+    )
 
 
 def make_text(template: str, special: Sequence[str] = (), tool_parser: str = "auto") -> ModelText:

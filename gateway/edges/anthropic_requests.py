@@ -51,6 +51,7 @@ class Tool(Struct):
     input_schema: dict[str, Any] = {}
     description: str | None = None
     type: str | None = None
+    strict: bool | None = None
     cache_control: CacheControl | None = None
 
 
@@ -195,5 +196,7 @@ def _tools(tools: Sequence[Tool]) -> Raw:
         if tool.description is not None:
             function["description"] = tool.description
         function["parameters"] = tool.input_schema
+        if tool.strict is not None:
+            function["strict"] = tool.strict
         found.append({"type": "function", "function": function})
     return Raw(msgspec.json.encode(found)) if found else Raw()

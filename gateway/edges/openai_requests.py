@@ -271,7 +271,7 @@ def _asked(
         bool(body.echo),
         bool(body.return_token_ids),
         may_close=body.cache_hint is None and hint != "one_shot",
-        names={} if structured is None else {"grammar": structured.field},
+        names={"grammar": "tools" if structured is None else structured.field},
     )
 
 

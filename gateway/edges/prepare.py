@@ -21,8 +21,10 @@ from kvasir.gateway.edges.grammar_check import GrammarCheck
 from kvasir.gateway.edges.published import Published
 from kvasir.gateway.tenants.directory import Caller, Tenant
 from kvasir.gateway.text.answer_parser import AnswerParser
+from kvasir.gateway.text.call_grammars import is_strict
 from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText
+from kvasir.gateway.text.tool_schemas import read_tools
 from kvasir.gateway.text.word_cache import Words
 from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
@@ -81,7 +83,10 @@ class Preparer:
         info = self._find_model(request.model, tenant)
         if (request.text, request.messages, request.token_ids).count(None) != 2:
             raise BadRequest("give exactly one of text, messages and token_ids", param="prompt")
-        if _num_chars(request) > QUICK_CHARS or not self._is_grammar_known(request, tenant, info):
+        if _num_chars(request) > QUICK_CHARS:
+            return None
+        request = self._with_grammar(request, info)
+        if request.grammar is not None and not self._grammars.verdict_nowait(tenant.id, info.name, request.grammar):
             return None
         return self._submit(request, caller, sink, info, self._encode(info, request, tenant))
 
@@ -91,7 +96,14 @@ class Preparer:
         submit = self.prepare_nowait(request, caller, sink)
         if submit is not None:
             return submit
-        info, packed = await self.tokenize(request, caller.tenant)
+        info = self._find_model(request.model, caller.tenant)
+        if _num_chars(request) <= QUICK_CHARS:
+            request = self._with_grammar(request, info)
+        else:
+            request = await trio.to_thread.run_sync(
+                self._with_grammar, request, info, limiter=self._threads, abandon_on_cancel=True
+            )
+        _, packed = await self.tokenize(request, caller.tenant)
         return self._submit(request, caller, sink, info, packed)
 
     async def tokenize(self, request: CompletionRequest, tenant: Tenant) -> tuple[ModelInfo, bytes]:
@@ -123,29 +135,36 @@ class Preparer:
         self._check_ids(info.name, token_ids, "tokens")
         return text.decode_all(token_ids)
 
-    def _is_grammar_known(self, request: CompletionRequest, tenant: Tenant, info: ModelInfo) -> bool:
-        """Return whether the grammar, if there is one, is known to be good.
+    def _with_grammar(self, request: CompletionRequest, info: ModelInfo) -> CompletionRequest:
+        """Return `request` with its grammar: also of tools whose calls are to be held to their schemas.
 
         Raises:
-            BadRequest: it is known to be bad, or this model or request takes none.
+            BadRequest: `call_grammars.call_grammar` says no, or answers of this model cannot be held to one.
         """
-        if request.grammar is None:
-            return True
-        if "grammars" in info.lacks:
+        chat, text = request.chat, self._texts.get(info.name)
+        if (
+            chat is not None
+            and text is not None
+            and (chat.tools and chat.tool_choice != "none")
+            and (request.grammar is not None or chat.tool_choice == "required" or b"strict" in chat.tools)
+        ):
+            if "grammars" not in info.lacks:
+                request = msgspec.structs.replace(request, grammar=text.call_grammar(chat, request.grammar))
+            elif is_strict(read_tools(chat.tools)):
+                raise BadRequest(
+                    f"calls of model {info.name!r}, which {info.engine} computes, cannot be held to a schema; "
+                    "say strict: false",
+                    param="tools",
+                )
+        if request.grammar is not None and "grammars" in info.lacks:
             raise BadRequest(
                 f"answers of model {info.name!r}, which {info.engine} computes, cannot be held to a grammar; "
                 "leave response_format and structured_outputs out",
                 param="grammar",
             )
-        if request.chat is not None and request.chat.tools and request.chat.tool_choice != "none":
-            raise BadRequest(
-                "an answer cannot be held to a grammar while it may call tools; leave tools out, or say "
-                'tool_choice: "none"',
-                param="tools",
-            )
-        if request.ignore_eos:
+        if request.grammar is not None and request.ignore_eos:
             raise BadRequest("with a grammar the answer ends where that does; leave ignore_eos out", param="ignore_eos")
-        return self._grammars.verdict_nowait(tenant.id, info.name, request.grammar)
+        return request
 
     def parser(self, request: CompletionRequest, submit: Submit) -> AnswerParser | None:
         """Return what finds the parts of the answer to a conversation, None if it is all content."""

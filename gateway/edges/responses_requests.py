@@ -195,5 +195,4 @@ def _tools(raw: Raw) -> list[dict[str, Any]]:
     for index, tool in enumerate(tools):
         if tool.pop("type", None) != "function":
             raise BadRequest(f"tools[{index}] is no function; only functions can be called", param=f"tools[{index}]")
-        tool.pop("strict", None)
     return tools

@@ -15,6 +15,7 @@ import jinja2
 from tokenizers import Tokenizer
 
 from kvasir.gateway.text.answer_parser import AnswerFormat, AnswerParser, ReasoningParser, find_format
+from kvasir.gateway.text.call_grammars import call_grammar
 from kvasir.gateway.text.chat_template import ChatTemplate
 from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.gateway.text.model_files import (
@@ -30,7 +31,7 @@ from kvasir.gateway.text.tool_schemas import read_tools, schemas_of
 from kvasir.gateway.text.word_cache import Words, make_word_cache
 from kvasir.protocol.client_messages import ChatMessage, ChatOptions
 from kvasir.protocol.errors import BadRequest, ModelError
-from kvasir.protocol.messages import MAX_TOKENS, ReasoningBudget
+from kvasir.protocol.messages import MAX_TOKENS, Grammar, ReasoningBudget
 
 QUICK_CHARS = 8_192  # longer texts belong into a thread: the library takes about 3 ms for so many
 
@@ -170,6 +171,18 @@ class ModelText:
         reasoning = None if is_forced else ReasoningParser(*marks, is_open=is_open)
         return AnswerParser(reasoning, tools, keep_reasoning=options is None or options.include_reasoning)
 
+    def call_grammar(self, options: ChatOptions, content: Grammar | None) -> Grammar | None:
+        """Return what holds the calls in an answer to their schemas, None if nothing does. `content`: the grammar of an
+        answer without calls.
+
+        Raises:
+            BadRequest: as `read_tools` and `call_grammars.call_grammar`; or how the model calls tools is not known.
+        """
+        tools = read_tools(options.tools)
+        if self.answers.tools is None or not tools:
+            return content  # if it has to call, rendering says why it cannot
+        return call_grammar(self.answers.tools, tools, options, content, self._special_ids)
+
     def _tool_parser(self, options: ChatOptions) -> ToolParser | None:
         schemas = schemas_of(read_tools(options.tools))
         if self.answers.tools is None or not schemas:
@@ -213,6 +226,8 @@ class ModelText:
         """
         max_tokens = None if options is None else options.max_reasoning_tokens
         marks = self.answers.reasoning
+        if options is not None and options.tool_choice == "required":
+            return None  # the call has begun in the prompt
         start, end = (None, None) if marks is None else map(self._tokenizer.token_to_id, marks)
         if marks is None or start is None or end is None:
             if options is None or max_tokens is None or options.is_lenient:
@@ -238,6 +253,12 @@ class ModelText:
             return False
         content = messages[-1].content or ""
         return content.rfind(marks[0]) > content.rfind(marks[1])
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        """The special tokens among the marks of the model's answers."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: index for index, token in added if token.special and token.content in self.answers.marks}
 
     @cached_property
     def _all_token_bytes(self) -> list[bytes]:

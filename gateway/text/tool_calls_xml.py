@@ -13,6 +13,7 @@ from typing import Any
 
 from kvasir.gateway.text.answer_parts import overlap
 from kvasir.gateway.text.tool_calls import ToolParser
+from kvasir.protocol.call_grammar import parameter_kind
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
@@ -82,7 +83,7 @@ class QwenCoderParser(ToolParser):
             if self._ended:
                 self._end_function("")
             return self._ended
-        self._kind = _kind(self._schema, key.strip())
+        self._kind = parameter_kind(self._schema, key.strip())
         self._arguments((", " if self._num_parameters else "") + json.dumps(key.strip(), ensure_ascii=False) + ": ")
         self._num_parameters += 1
         self._buffer = rest
@@ -147,21 +148,6 @@ class QwenCoderParser(ToolParser):
             self._buffer = self._buffer[len(_CALL_END) :]
         self._state = self._content
         return True
-
-
-def _kind(schema: dict[str, Any], key: str) -> str:
-    """Return the JSON type of a parameter; "string" if the schema does not say."""
-    properties = schema.get("properties")
-    entry = properties.get(key) if isinstance(properties, dict) else None
-    if not isinstance(entry, dict):
-        return "string"
-    kind = entry.get("type")
-    if kind is None:
-        found = [each.get("type") for each in entry.get("anyOf") or entry.get("oneOf") or () if isinstance(each, dict)]
-    else:
-        found = list(kind) if isinstance(kind, list) else [kind]
-    kinds = [each for each in found if isinstance(each, str) and each != "null"]
-    return "string" if not kinds or "string" in kinds else kinds[0]
 
 
 def _converted(text: str, kind: str) -> str:

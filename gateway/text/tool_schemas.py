@@ -52,5 +52,7 @@ def _check(tool: dict[str, Any], where: str) -> None:
             f"{where}: a name has 1 to 128 letters, digits and _ . : -, not {str(name)[:80]!r}",
             param=f"{where}.function.name",
         )
+    if function.get("strict") not in (None, True, False):
+        raise BadRequest(f"{where}: strict is true or false", param=f"{where}.function.strict")
     if not isinstance(function.get("parameters") or {}, dict):
         raise BadRequest(f"{where}: parameters is a JSON schema", param=f"{where}.function.parameters")

@@ -122,10 +122,8 @@ def test_a_model_whose_engine_cannot_is_named() -> None:
     assert "'demo', which vllm computes, cannot be held to a grammar" in error.message
 
 
-def test_tools_and_ignore_eos_do_not_go_with_a_grammar() -> None:
-    tools = [{"type": "function", "function": {"name": "f"}}]
+def test_ignore_eos_does_not_go_with_a_grammar() -> None:
     core = FakeCore(lambda submit: [])
-    assert refusal(core, response_format={"type": "json_object"}, tools=tools).param == "tools"
     assert refusal(core, response_format={"type": "json_object"}, ignore_eos=True).param == "ignore_eos"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 
@@ -149,6 +150,47 @@ def test_a_call_that_must_come_is_begun_in_the_prompt(choice: Any) -> None:
     [call] = answer["choices"][0]["message"]["tool_calls"]
     assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("add", ARGUMENTS)
     assert answer["choices"][0]["finish_reason"] == "tool_calls" and answer["choices"][0]["message"]["content"] is None
+
+
+STRICT = {**TOOL, "function": {**TOOL["function"], "strict": True}}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_held"),
+    [
+        ({}, False),
+        ({"tools": [STRICT]}, True),
+        ({"tools": [STRICT], "tool_choice": "none"}, False),
+        ({"tool_choice": "required"}, True),
+        ({"tool_choice": "required", "tools": [{**TOOL, "function": {**TOOL["function"], "strict": False}}]}, False),  # type: ignore[dict-item]
+        ({"response_format": {"type": "json_object"}}, True),
+    ],
+)
+def test_calls_are_held_to_their_schemas_where_that_is_asked_for(fields: dict[str, Any], is_held: bool) -> None:
+    _, submit = ask({**CHAT, **fields}, "x")
+    constraint = submit.sampling.constraint
+    assert (constraint is not None and constraint.grammar is not None) == is_held
+    if constraint is not None and constraint.grammar is not None:
+        assert constraint.grammar.kind == "calls"
+        assert (constraint.reasoning is None) == (fields.get("tool_choice") == "required"), "the call has begun"
+
+
+def test_strict_tools_of_an_engine_that_cannot_hold_to_them_are_refused() -> None:
+    for strict in (True, False):
+        house = House(written(QWEN3, "x"), text=QWEN3)
+        lacking = msgspec.structs.replace(house.core.infos["demo"], engine="vllm", lacks=frozenset({"grammars"}))
+        house.core.infos["demo"] = lacking
+        tool = {**TOOL, "function": {**TOOL["function"], "strict": strict}}  # type: ignore[dict-item]
+        found = []
+
+        async def main(house: House, tool: Any = tool, found: list[Any] = found) -> None:
+            found.append(await house.ask("/v1/chat/completions", {**CHAT, "tools": [tool], "tool_choice": "required"}))
+
+        run(main, house)
+        response = found[0][0]
+        assert response is not None and response.status == (400 if strict else 200)
+        if strict:
+            assert decoded(response)["error"]["param"] == "tools" and "say strict: false" in str(decoded(response))
 
 
 @pytest.mark.parametrize("stream", [False, True])

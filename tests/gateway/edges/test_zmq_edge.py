@@ -38,7 +38,7 @@ from kvasir.protocol.messages import TokenLogprobs
 from kvasir.protocol.profile import LinkProfile
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from tests.chat_templates import FAMILIES
-from tests.edge_helpers import make_text
+from tests.edge_helpers import GoodGrammars, make_text
 
 pytestmark = pytest.mark.timeout(60)
 SECRET = b"s" * 32
@@ -126,7 +126,7 @@ class House:
         self.text = TEXT
         texts = {"demo": TEXT, "other": None}
         published = Published(self.core, self.directory, texts, SECRET, 16)
-        preparer = Preparer(self.core, published, texts, SECRET, 16)
+        preparer = Preparer(self.core, published, texts, SECRET, 16, grammars=GoodGrammars())
         self.context: zmq.Context = zmq.Context()
         self.link = open_router(self.context, [self.endpoint], LinkProfile(high_water=high_water))
         self.lines: list[dict[str, object]] = []
