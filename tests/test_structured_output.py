@@ -16,7 +16,8 @@ import jsonschema
 import openai
 import pytest
 
-from tests.box import Box, open_box
+from tests.box import DEMO_MODEL, Box, open_box
+from tests.chat_templates import FAMILIES
 from tests.gateway.edges.test_grammar_check import HOSTILE
 from tests.readme import curl_command
 
@@ -33,11 +34,19 @@ PERSON = {
     "additionalProperties": False,
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+TOOL = {"type": "function", "function": {"name": "save", "parameters": PERSON}}
 
 
 @pytest.fixture(scope="module")
-def box() -> Iterator[Box]:
-    with open_box(workers=2, worker_args="--deterministic --kv-memory 256M") as box:
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    """The bundled model with a chat template that knows tools."""
+    folder = tmp_path_factory.mktemp("model")
+    for file in DEMO_MODEL.iterdir():
+        shutil.copy(file, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = json.dumps({**settings, "chat_template": FAMILIES["qwen2.5"]})
+    (folder / "tokenizer_config.json").write_text(template)
+    with open_box(model=str(folder), workers=2, worker_args="--deterministic --kv-memory 256M") as box:
         yield box
 
 
@@ -46,21 +55,28 @@ def api(box: Box) -> openai.OpenAI:
 
 
 def answer(client: openai.OpenAI, seed: int, on_chunk: Callable[[], None] = lambda: None) -> str:
-    """Return one streamed answer that has come to its end."""
+    """Return one streamed answer that has come to its end: content, or the arguments of a call if `seed` is odd."""
+    asked: dict[str, Any] = {"response_format": FORMAT}
+    if seed % 2:
+        asked = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
     stream = client.chat.completions.create(
         model="demo",
         messages=[{"role": "user", "content": f"Describe person {seed}."}],
-        response_format=FORMAT,  # type: ignore[arg-type]
         temperature=0.9,
         seed=seed,
         stream=True,
+        **asked,
     )
-    text, reason = "", None
+    text, names, reason = "", [], None
     for chunk in stream:
-        text += chunk.choices[0].delta.content or ""
+        delta = chunk.choices[0].delta
+        text += delta.content or ""
+        for call in delta.tool_calls or ():
+            names += [call.function.name] if call.function.name else []
+            text += call.function.arguments or ""
         reason = chunk.choices[0].finish_reason or reason
         on_chunk()
-    assert reason == "stop"
+    assert (names, reason) == ((["save"], "tool_calls") if seed % 2 else ([], "stop"))
     return text
 
 
