@@ -55,17 +55,23 @@ class Price(Struct, frozen=True, forbid_unknown_fields=True):
         return (num_prompt - num_cached) * self.prompt + num_cached * self.cached + num_output * self.output
 
 
+ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
+Aliases = Annotated[dict[ModelName, Annotated[list[ModelName], Meta(max_length=8)]], Meta(max_length=64)]
+"""Names that a tenant may use for a model, each with the models it stands for: the first that has a worker."""
+
+
 class Terms(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """All that is granted to one payer: a tenant, or one of its keys.
 
     `weight`, of a tenant: its part of what is computed, beside those of others. `priority`: the class of its requests,
-    which may ask for a lower one. None: normal, or, of a key, its tenant's.
+    which may ask for a lower one. None: normal, or, of a key, its tenant's. `aliases`: of a tenant.
     """
 
     limits: Limits = Limits()
     budgets: tuple[Budget, ...] = ()
     weight: Weight = 1
     priority: Priority | None = None
+    aliases: Aliases = {}
 
 
 NO_TERMS = Terms()
@@ -74,7 +80,8 @@ NO_TERMS = Terms()
 class TermsChange(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What an operator changes of a payer's terms. None leaves what it is for as it is, "none" lifts it.
 
-    `budgets` take the place of those of their unit and window, once all of the units in `lifted` are gone.
+    `budgets` take the place of those of their unit and window, once all of the units in `lifted` are gone. `aliases`
+    take the place of those of their name; one for no model is gone.
     """
 
     requests_per_min: Count | Literal["none"] | None = None
@@ -85,6 +92,7 @@ class TermsChange(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     lifted: Annotated[list[Unit], Meta(max_length=2)] = []
     weight: Weight | None = None
     priority: Priority | Literal["none"] | None = None
+    aliases: Aliases = {}
 
     def apply(self, before: Terms) -> Terms:
         """Return `before`, changed."""
@@ -97,5 +105,6 @@ class TermsChange(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
         budgets |= {(each.unit, each.window): each for each in self.budgets}
         weight, priority = self.weight or before.weight, self.priority or before.priority
         granted = tuple(budgets[key] for key in sorted(budgets))
-        after = Terms(Limits(**limits), granted, weight, None if priority == "none" else priority)
+        aliases = {name: models for name, models in (before.aliases | self.aliases).items() if models}
+        after = Terms(Limits(**limits), granted, weight, None if priority == "none" else priority, aliases)
         return NO_TERMS if after == NO_TERMS else after

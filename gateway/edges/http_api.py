@@ -26,6 +26,7 @@ from kvasir.gateway.edges.anthropic_requests import read_count, read_messages
 from kvasir.gateway.edges.cache_intent import says_final
 from kvasir.gateway.edges.cors import Cors
 from kvasir.gateway.edges.limit_headers import retry_headers, standing_headers
+from kvasir.gateway.edges.models import models_of
 from kvasir.gateway.edges.openai_answers import ChatWriter, CompletionWriter
 from kvasir.gateway.edges.openai_requests import Asked, read_chat, read_completion
 from kvasir.gateway.edges.openapi import openapi
@@ -200,17 +201,16 @@ class HttpApi:
         return caller
 
     def _models(self, tenant: Tenant, name: str) -> HttpResponse:
-        mine = [info for info in self._core.models().values() if tenant.may_use(info.name)]
+        mine = models_of(tenant, self._core.models())
         if not name:
-            return _json(200, {"object": "list", "data": [self._card(info) for info in mine]})
-        for info in mine:
-            if info.name == name:
-                return _json(200, self._card(info))
-        served = ", ".join(info.name for info in mine) or "none"
+            return _json(200, {"object": "list", "data": [self._card(*item) for item in mine.items()]})
+        if name in mine:
+            return _json(200, self._card(name, mine[name]))
+        served = ", ".join(mine) or "none"
         raise UnknownModel(f"model {name[:80]!r} is not served here; served: {served}", param="model")
 
-    def _card(self, info: ModelInfo) -> dict[str, Any]:
-        card = {"id": info.name, "object": "model", "created": self._created, "owned_by": "kvasir"}
+    def _card(self, name: str, info: ModelInfo) -> dict[str, Any]:
+        card = {"id": name, "object": "model", "created": self._created, "owned_by": "kvasir"}
         return {**card, "max_model_len": info.max_context}
 
     def _health(self) -> HttpResponse:

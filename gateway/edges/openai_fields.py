@@ -40,7 +40,7 @@ _TEXT: tuple[Place, ...] = ("completions",)
 _MESSAGE: tuple[Place, ...] = ("message",)
 
 FIELDS: tuple[Row, ...] = (
-    Row("model", _BOTH, "honoured", "may be left out by a tenant of one model"),
+    Row("model", _BOTH, "honoured", "one that is served or an alias; may be left out by a tenant of one model"),
     Row("messages", _CHAT, "honoured", "text only; through the model's chat template"),
     Row("prompt", _TEXT, "honoured", "a text, token ids, or several of either, up to 256 choices in all"),
     Row("max_tokens", _BOTH, "honoured", "default: chat up to the window, completions 16"),

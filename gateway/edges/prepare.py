@@ -18,6 +18,7 @@ from xxhash import xxh3_128_digest
 
 from kvasir.gateway.core.api import CoreApi, ModelInfo, PromptParts, Sink, Submit
 from kvasir.gateway.edges.grammar_check import GrammarCheck
+from kvasir.gateway.edges.models import find_model, models_of
 from kvasir.gateway.edges.published import Published
 from kvasir.gateway.tenants.directory import Caller, Tenant
 from kvasir.gateway.text.answer_parser import AnswerParser
@@ -207,11 +208,11 @@ class Preparer:
                     f"name one of the models you may use: {', '.join(sorted(mine)) or 'none'}", param="model"
                 )
             [name] = mine
-        info = models.get(name)
+        info = find_model(name, tenant, models)
         if info is None:
-            served = ", ".join(sorted(model for model in models if tenant.may_use(model))) or "none yet"
+            served = ", ".join(sorted(models_of(tenant, models))) or "none yet"
             raise UnknownModel(f"model {name[:80]!r} is not served here; served: {served}", param="model")
-        if not tenant.may_use(name):
+        if not tenant.may_use(info.name):
             raise PermissionDenied(f"tenant {tenant.name} may not use model {name!r}; ask the operator", param="model")
         if not info.fingerprint:
             raise Unavailable(f"model {name!r} is still being loaded; try again in a moment", retry_after_s=2.0)

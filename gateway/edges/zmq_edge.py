@@ -18,6 +18,7 @@ import trio
 
 from kvasir.gateway.core.api import Cancel, CoreApi, Event, Submit
 from kvasir.gateway.edges.answer import Answer, Piece
+from kvasir.gateway.edges.models import models_of
 from kvasir.gateway.edges.outbox import Outbox, OutboxLimits, Peer
 from kvasir.gateway.log import log, no_log
 from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content, Reasoning, joined
@@ -289,15 +290,8 @@ class ZmqEdge:
         except KvasirError as error:
             self._num_refused += 1
             return ModelList(request.id, error=error.info())
-        served = self._core.models().values()
-        return ModelList(
-            request.id,
-            [
-                ModelCard(model.name, model.max_context, model.num_workers)
-                for model in served
-                if tenant.may_use(model.name)
-            ],
-        )
+        mine = models_of(tenant, self._core.models()).items()
+        return ModelList(request.id, [ModelCard(name, info.max_context, info.num_workers) for name, info in mine])
 
     def _log_end(self, call: _Call, status: str) -> None:
         submit = call.answer.submit

@@ -18,11 +18,11 @@ from rich.text import Text
 from kvasir._answers import Completion
 from kvasir.cli.admin_client import ask
 from kvasir.cli.chat import choose_model
-from kvasir.cli.demo_keys import obtain_key
+from kvasir.cli.demo_keys import borrowed_key
 from kvasir.cli.output import ID_CHARS, Rows, example, harmless, json_option, make_console, plain, print_json
 from kvasir.client import Client
 from kvasir.paths import admin_socket, client_endpoint
-from kvasir.protocol.admin_messages import PrefixPublish, PrefixReply, StatusQuery, StatusReply
+from kvasir.protocol.admin_messages import Done, PrefixPublish, PrefixRemove, PrefixReply, StatusQuery, StatusReply
 from kvasir.protocol.errors import BadRequest, RequestFailed
 
 PREFIX_NAME = "kvasir-demo"
@@ -64,25 +64,29 @@ class Row:
 def run_demo(console: Console, *, model: str | None = None, quiet: bool = False) -> list[Row]:
     """Run the demonstration against this user's gateway; print a table and what it shows. Return the rows.
 
-    Makes the tenants `demo` and `demo-b` and publishes the prefix `kvasir-demo`, once more if they are there already.
+    Makes the tenants `demo` and `demo-b`, unless they are there already, and publishes the prefix `kvasir-demo`. What
+    it made is gone at the end, also after a failure.
 
     Raises:
         RequestFailed: a request was warm that should have been cold, or the other way round.
         KvasirError: no gateway, no model, a request failed.
     """
-    keys = [obtain_key(name, admin_socket()) for name in ("demo", "demo-b")]
     run = secrets.token_hex(4)
     system = f"This is demonstration {run}. {SYSTEM_PROMPT}"
     private = f"# The ledger of run {run}: nobody else's business.\n{PRIVATE_CODE}"
     with (
-        Client(client_endpoint(), keys[0], timeout_s=TIMEOUT_S) as demo,
-        Client(client_endpoint(), keys[1], timeout_s=TIMEOUT_S) as demo_b,
+        borrowed_key("demo", admin_socket()) as key,
+        borrowed_key("demo-b", admin_socket()) as key_b,
+        Client(client_endpoint(), key, timeout_s=TIMEOUT_S) as demo,
+        Client(client_endpoint(), key_b, timeout_s=TIMEOUT_S) as demo_b,
+        contextlib.ExitStack() as cleaning,
     ):
         name, _ = choose_model(demo, model)
         speak = _warm_up(demo, name)
         workers = [worker for worker in ask(StatusQuery(), StatusReply).workers if worker.model == name]
         is_shared = not any("public_zone" in worker.lacks for worker in workers)
         ask(PrefixPublish(name=PREFIX_NAME, text=system, replace=True), PrefixReply)
+        cleaning.callback(ask, PrefixRemove(name=PREFIX_NAME), Done)
         plan: tuple[tuple[str, str, str, Callable[[], Completion]], ...] = (
             ("demo", "published, first time", "cold", lambda: speak(demo, system, QUESTIONS[0])),
             ("demo", "published, again", "warm", lambda: speak(demo, system, QUESTIONS[1])),

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from kvasir.cli.admin_client import ask
 from kvasir.paths import state_dir
-from kvasir.protocol.admin_messages import KeyCreate, KeyCreated, TenantCreate, TenantReply, TenantShow
+from kvasir.protocol.admin_messages import (
+    Done,
+    KeyCreate,
+    KeyCreated,
+    TenantCreate,
+    TenantDelete,
+    TenantReply,
+    TenantShow,
+)
 from kvasir.protocol.errors import AuthenticationFailed, ConfigurationError, NotFound
 
 
@@ -53,6 +63,22 @@ def obtain_key(tenant: str, socket: Path | None = None) -> str:
     key = ask(KeyCreate(tenant=tenant, label="demonstration"), KeyCreated, path=socket).key
     _keep(key_path(tenant), key)
     return key
+
+
+@contextlib.contextmanager
+def borrowed_key(tenant: str, socket: Path | None = None) -> Iterator[str]:
+    """Give a working key of a demonstration tenant. One that was not there before goes at the end, with its key."""
+    try:
+        ask(TenantShow(name=tenant), TenantReply, path=socket)
+        is_ours = False
+    except NotFound:
+        is_ours = True
+    try:
+        yield obtain_key(tenant, socket)
+    finally:
+        if is_ours:
+            ask(TenantDelete(name=tenant), Done, path=socket)
+            key_path(tenant).unlink(missing_ok=True)
 
 
 def _keep(path: Path, key: str) -> None:

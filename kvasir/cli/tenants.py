@@ -26,7 +26,7 @@ from kvasir.cli.output import (
     print_json,
     yes_option,
 )
-from kvasir.cli.terms import terms_lines, terms_options
+from kvasir.cli.terms import AliasType, terms_lines, terms_options
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import CacheHint
@@ -135,6 +135,13 @@ def tenant_show(name: str, as_json: bool) -> None:
     "on, this was its last turn.",
 )
 @click.option(
+    "--alias",
+    "aliases",
+    type=AliasType(),
+    multiple=True,
+    help="What to take a model's name for: gpt-4o=qwen; with several, qwen,demo, the first that has a worker; or none.",
+)
+@click.option(
     "--weight", type=click.IntRange(1, 100), help="Its part of what is computed, beside others' (default: 1)."
 )
 @terms_options
@@ -142,13 +149,15 @@ def tenant_show(name: str, as_json: bool) -> None:
 @example(
     "kvasir tenant set acme --kv-floor 20% --kv-cap 50%\nkvasir tenant set acme --kv-cap none --cache-hint one_shot\n"
     "kvasir tenant set acme --requests-per-min 600 --max-concurrent 32 --token-budget 5M/month\n"
-    "kvasir tenant set acme --weight 4 --priority high"
+    "kvasir tenant set acme --weight 4 --priority high\n"
+    "kvasir tenant set acme --alias gpt-4o=qwen,demo --alias qwen=qwen,demo"
 )
 def tenant_set(
     name: str,
     kv_floor: str | None,
     kv_cap: str | None,
     cache_hint: CacheHint | Literal["none"] | None,
+    aliases: tuple[tuple[str, list[str]], ...],
     weight: int | None,
     terms: TermsChange,
     as_json: bool,
@@ -158,7 +167,7 @@ def tenant_set(
     At once; floors that do not fit together are refused. Limits and budgets count all its keys together; "none" lifts
     one. A whole minute's worth may come at once; a day and a month are those of the calendar in UTC.
     """
-    terms = structs.replace(terms, weight=weight)
+    terms = structs.replace(terms, weight=weight, aliases=dict(aliases))
     command = am.TenantSet(name=name, kv_floor=kv_floor, kv_cap=kv_cap, cache_hint=cache_hint, terms=terms)
     if command == am.TenantSet(name=name):
         raise BadRequest("say what to change, such as --kv-cap 50% or --token-budget 5M/month; see --help")

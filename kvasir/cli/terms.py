@@ -75,6 +75,18 @@ class BudgetType(click.ParamType[Any]):
         return Budget("money", window, parse_money(amount))  # type: ignore[arg-type]
 
 
+class AliasType(click.ParamType[Any]):
+    """NAME=MODEL,MODEL..., or NAME=none."""
+
+    name = "NAME=MODEL,...|NAME=none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        name, _, models = str(value).partition("=")
+        if not name or not all(models.split(",")):
+            self.fail(f"{value!r} is no alias; give one such as gpt-4o=qwen, or gpt-4o=none to lift it")
+        return name, [] if models == "none" else models.split(",")
+
+
 def terms_options(command: F) -> F:
     """Add the options of limits, budgets and classes to a command, which gets them as `terms`, a `TermsChange`."""
 
@@ -159,7 +171,8 @@ def terms_lines(terms: Terms) -> list[tuple[str, str]]:
     ]
     budgets = [budget_text(budget) for budget in terms.budgets]
     queue = [f"weight {terms.weight}"] * (terms.weight != 1) + [f"{terms.priority} priority"] * bool(terms.priority)
-    facts = ("limits", limits), ("budgets", budgets), ("queue", queue)
+    aliases = [f"{name} is {' or '.join(models)}" for name, models in sorted(terms.aliases.items())]
+    facts = ("limits", limits), ("budgets", budgets), ("queue", queue), ("aliases", aliases)
     return [(name, ", ".join(parts)) for name, parts in facts if parts]
 
 

@@ -12,11 +12,13 @@ import trio
 
 from kvasir.gateway.core.api import Delta, Finished, Submit
 from kvasir.gateway.edges.answer import Answer
+from kvasir.gateway.edges.models import models_of
 from kvasir.gateway.tenants.directory import Caller, PublishedPrefix, Tenant
 from kvasir.protocol.client_messages import ChatMessage, ChatOptions, CompletionRequest
 from kvasir.protocol.errors import BadRequest, KvasirError, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
 from kvasir.protocol.messages import RetentionHint, SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt, split_hashes
+from kvasir.protocol.terms import Terms
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from tests.edge_helpers import ALPHA, BETA, CALLER, SECRET, TEXT, FakeCore, make_directory, make_preparer
 
@@ -66,6 +68,32 @@ def test_an_engine_without_a_public_zone_gets_the_whole_prompt_in_the_tenants_na
     assert prepare(ask(text=SYSTEM), prefixes=(prefix,)).num_public_tokens > 0, "the control"
     assert submit.num_public_tokens == 0
     assert submit.prefix_hashes == hash_prompt(root, b"", own, submit.token_ids, 0, 16)
+
+
+def test_an_alias_is_the_first_of_its_models_that_has_a_worker_and_that_its_tenant_may_use() -> None:
+    core = FakeCore(lambda submit: [])
+    model = core.infos["demo"]
+    core.infos |= {name: msgspec.structs.replace(model, name=name) for name in ("large", "secret")}
+    core.infos["demo"] = msgspec.structs.replace(model, num_workers=1)
+    core.infos["large"] = msgspec.structs.replace(core.infos["large"], num_workers=1)
+    aliases = {"gpt-4o": ["secret", "large", "demo"], "large": ["large", "demo"], "gone": ["nowhere"]}
+    tenant = dataclasses.replace(ALPHA, terms=Terms(aliases=aliases), allowed_models=frozenset({"large", "demo"}))
+    assert {name: info.name for name, info in models_of(tenant, core.infos).items()} == {
+        "demo": "demo",
+        "large": "large",
+        "gpt-4o": "large",
+    }
+    core.infos["large"] = msgspec.structs.replace(core.infos["large"], num_workers=0)
+    preparer = make_preparer(core, make_directory())
+    for name in ("gpt-4o", "large", "demo"):
+        submit = trio.run(preparer.prepare, ask(text="x", model=name), Caller(tenant, "k1"), Nowhere())
+        assert submit.model == "demo"
+    with pytest.raises(UnknownModel, match="'gone' is not served here; served: demo, gpt-4o, large"):
+        trio.run(preparer.prepare, ask(text="x", model="gone"), Caller(tenant, "k1"), Nowhere())
+    with pytest.raises(UnknownModel, match="gpt-4o"):
+        trio.run(preparer.prepare, ask(text="x", model="gpt-4o"), CALLER, Nowhere())  # another tenant's
+    with pytest.raises(PermissionDenied):
+        trio.run(preparer.prepare, ask(text="x", model="secret"), Caller(tenant, "k1"), Nowhere())
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,11 @@ def test_tenants_keys_and_prefixes_from_the_command_line(office: Office, home: P
     kvasir(capsys, "tenant", "set", "acme", "--kv-floor", "20%", "--cache-hint", "one_shot")
     assert kvasir_json(capsys, "tenant", "show", "acme")["tenant"]["cache_hint"] == "one_shot"
     kvasir(capsys, "tenant", "set", "acme", "--weight", "4", "--priority", "high")
+    kvasir(capsys, "tenant", "set", "acme", "--alias", "gpt-4o=large,demo", "--alias", "gone=demo")
+    kvasir(capsys, "tenant", "set", "acme", "--alias", "gone=none")
+    assert office.directory.tenant("acme").terms.aliases == {"gpt-4o": ["large", "demo"]}
+    assert "gpt-4o is large or demo" in kvasir(capsys, "tenant", "show", "acme")[0]
+    assert "is no alias" in kvasir(capsys, "tenant", "set", "acme", "--alias", "gpt-4o", code=2)[1]
     assert "weight 4, high priority" in kvasir(capsys, "tenant", "show", "acme")[0]
     for shown in (kvasir(capsys, "tenant", "show", "acme")[0], kvasir(capsys, "tenant", "list")[0]):
         assert "one_shot" in shown and "20%" in shown
@@ -497,8 +502,12 @@ def test_the_demonstration_shows_the_same_at_every_run(
     out, _ = kvasir(capsys, "demo")
     assert "kvasir explain c0ffee01" in out and "c0ffee01\n" in out
     assert "published, first contact" in out and "and 0 of demo's private text" in out and "\x1b" not in out
-    [prefix] = kvasir_json(capsys, "prefix", "list")["prefixes"]
-    assert prefix["name"] == "kvasir-demo"
+    assert kvasir_json(capsys, "prefix", "list")["prefixes"] == [] == kvasir_json(capsys, "tenant", "list")["tenants"]
+    assert not demo_keys.key_path("demo").exists()
+    demo_keys.obtain_key("demo")  # as `kvasir up` does, for `kvasir chat`
+    kvasir(capsys, "demo")
+    assert [tenant["name"] for tenant in kvasir_json(capsys, "tenant", "list")["tenants"]] == ["demo"]
+    assert office.directory.authenticate(demo_keys.find_key(None)).tenant.name == "demo"
 
 
 def test_the_demonstration_fails_loudly_when_private_text_is_shared(
@@ -508,6 +517,7 @@ def test_the_demonstration_fails_loudly_when_private_text_is_shared(
     _, err = kvasir(capsys, "demo", code=2)
     assert_one_line(err.splitlines()[-1], "demo-b", "should have been cold", "report")
     assert "Traceback" not in err
+    assert kvasir_json(capsys, "prefix", "list")["prefixes"] == [] == kvasir_json(capsys, "tenant", "list")["tenants"]
 
 
 # ---- up ----------------------------------------------------------------------------------------------------------
