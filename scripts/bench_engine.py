@@ -57,8 +57,8 @@ class Times:
     num_prefilled: int = 0  # prompt tokens computed
 
 
-def make_engine(folder: Path, num_tokens: int, max_requests: int) -> Engine:
-    model = load_model(folder, "cpu", "float32")
+def make_engine(folder: Path, num_tokens: int, max_requests: int, dtype: str = "float32") -> Engine:
+    model = load_model(folder, "cpu", dtype)
     config = model.config
     num_blocks = 2 * max_requests * (num_tokens // BLOCK_SIZE + 2)
     shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
@@ -73,8 +73,14 @@ def make_engine(folder: Path, num_tokens: int, max_requests: int) -> Engine:
     )
 
 
-def run_engine(engine: Engine, prompts: list[list[int]], num_tokens: int, tenants: list[str] | None = None) -> Times:
-    """Submit everything at once and step until it is done. `tenants`: whose each request is."""
+def run_engine(
+    engine: Engine,
+    prompts: list[list[int]],
+    num_tokens: int,
+    tenants: list[str] | None = None,
+    samplings: list[Sampling] | None = None,
+) -> Times:
+    """Submit everything at once and step until it is done, greedily without `samplings`. `tenants`: whose each is."""
     root = derive_root(b"benchmark", "model", "float32")
     answers: dict[bytes, int] = {}
     begin = time.perf_counter()
@@ -92,7 +98,7 @@ def run_engine(engine: Engine, prompts: list[list[int]], num_tokens: int, tenant
             num_public_tokens=0,
             namespace=SPACE,
             max_tokens=num_tokens,
-            sampling=Sampling(temperature=0.0),
+            sampling=samplings[i] if samplings else Sampling(temperature=0.0),
             ignore_eos=True,
         )
         engine.submit(command)

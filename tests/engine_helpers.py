@@ -49,18 +49,20 @@ class WatchedStore(OracleStore):
 class WatchedModel(OracleModel):
     """Remembers the slices of every step and the keys it was told to forget.
 
-    Has memory for `max_tokens` tokens in a step, and no finite logits for sequences whose prompt holds `sick_token`.
+    Has memory for `max_tokens` tokens in a step, and no finite logits for sequences that have computed `sick_token`.
     """
 
     def __init__(self, config: OracleConfig) -> None:
         super().__init__(config)
         self.max_tokens = 1 << 30
         self.sick_token = -1
+        self.sick_keys: set[int] = set()
         self.steps: list[list[SequenceSlice]] = []
         self.forgotten: list[int] = []
 
     def forward(self, slices: list[SequenceSlice], kv: OracleStore) -> list[int]:
         self.steps.append(slices)
+        self.sick_keys |= {piece.seq_key for piece in slices if self.sick_token in piece.token_ids}
         hashes = super().forward(slices, kv)
         if sum(len(piece.token_ids) for piece in slices) > self.max_tokens:
             raise OutOfMemory("no memory for this step")
@@ -68,9 +70,10 @@ class WatchedModel(OracleModel):
 
     def sample_all(self, hashes: Sequence[int], rows: Sequence[SampleRow]) -> list[Sampled | None]:
         drawn = self.sample(hashes, rows)
-        return [
-            None if self.sick_token in row.prompt_ids else sampled for row, sampled in zip(rows, drawn, strict=True)
-        ]
+        if not self.sick_keys:
+            return [*drawn]
+        keys = [piece.seq_key for piece in self.steps[-1] for _ in range(piece.num_logits * piece.num_draws)]
+        return [None if key in self.sick_keys else sampled for key, sampled in zip(keys, drawn, strict=True)]
 
     def forget(self, seq_key: int) -> None:
         self.forgotten.append(seq_key)

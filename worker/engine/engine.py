@@ -302,7 +302,7 @@ class Engine:
         drawing = [(s, piece.end) for sequence, piece, forks in batch if piece.num_logits for s in (*forks, sequence)]
         masks = self._masks([s for s, _ in drawing])
         rows = [
-            SampleRow(s.sampling, position, s.prompt_ids, s.output_ids, s.stop_token_ids, masks.get(s.key))
+            SampleRow(s.sampling, position, s.output_ids, s.counts, s.stop_token_ids, masks.get(s.key))
             for s, position in drawing
         ]
         return list(self._sampler(logits, rows)) if rows else []
@@ -463,7 +463,7 @@ class Engine:
                 self._end(sequence, "error", sequence.matcher.error)
                 return
         seq = len(sequence.output_ids)
-        sequence.output_ids.append(sampled.token_id)
+        sequence.append(sampled.token_id)
         output = Output(sequence.req_id, sequence.attempt, seq, pack_tokens((sampled.token_id,)))
         if sampled.logprob is not None:
             output.logprobs = [TokenLogprobs(sampled.logprob, list(sampled.top_logprobs))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from kvasir.cache.block_table import BlockTable, Chain
@@ -9,7 +10,7 @@ from kvasir.protocol.errors import BadRequest, PromptTooLong
 from kvasir.protocol.messages import FinishReason, Generate, Sampling
 from kvasir.protocol.prefix import HASH_BYTES
 from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens, unpack_tokens
-from kvasir.worker.engine.step import Matcher
+from kvasir.worker.engine.step import Matcher, asks_for_counts
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +43,7 @@ class Sequence:
     hold: BlockTable = field(default_factory=BlockTable)
     may_hold: bool = True
     num_computed: int = 0
+    counts: dict[int, int] = field(default_factory=dict)  # as `SampleRow.counts`; only where a penalty asks
     num_cached: int | None = None  # prompt tokens found at its first admission; None until then
     cached_reported: bool = False
     matcher: Matcher | None = None
@@ -68,6 +70,12 @@ class Sequence:
     @property
     def last_token(self) -> int:
         return self.output_ids[-1] if self.output_ids else self.prompt_ids[-1]
+
+    def append(self, token_id: int) -> None:
+        """Take the next token of the output."""
+        self.output_ids.append(token_id)
+        if self.counts:
+            self.counts[token_id] = self.counts.get(token_id, 0) + 1
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Return the token ids at positions start..end-1."""
@@ -132,13 +140,16 @@ def make_sequence(
     token_ids = unpack_tokens(command.token_ids)
     if max(token_ids) >= vocab_size:
         raise BadRequest(f"token id {max(token_ids)} is outside the model's vocabulary of {vocab_size}")
+    prompt_ids, output_ids = token_ids[: command.num_prompt_tokens], token_ids[command.num_prompt_tokens :]
+    counts = {**dict.fromkeys(prompt_ids, 0), **Counter(output_ids)} if asks_for_counts(command.sampling) else {}
     stop = command.stop_token_ids if command.ignore_eos else [*command.stop_token_ids, *eos_token_ids]
     return Sequence(
         key=key,
         req_id=command.req_id,
         attempt=command.attempt,
-        prompt_ids=token_ids[: command.num_prompt_tokens],
-        output_ids=token_ids[command.num_prompt_tokens :],
+        prompt_ids=prompt_ids,
+        output_ids=output_ids,
+        counts=counts,
         num_given=length,
         given=(command.tenant, command.root, command.namespace, command.num_public_tokens, command.token_ids),
         max_length=min(length + command.max_tokens, max_context),

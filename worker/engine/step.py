@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from kvasir.protocol.messages import Constraint, Sampling
@@ -29,12 +29,14 @@ class SequenceSlice:
 @dataclass(frozen=True, slots=True)
 class SampleRow:
     """What one draw needs. `position` is the absolute position that the drawn token will have; `stop_token_ids` would
-    end the sequence. `allowed`: one bit for each token id, the lowest first, set where it may be drawn; None: all."""
+    end the sequence. `counts`: how often each token id is in the output, 0 for those that are only in the prompt; empty
+    where no penalty asks. `allowed`: one bit for each token id, the lowest first, set where it may be drawn; None: all.
+    """
 
     params: Sampling
     position: int
-    prompt_ids: Sequence[int]
     output_ids: Sequence[int]
+    counts: Mapping[int, int] = field(default_factory=dict)
     stop_token_ids: Collection[int] = ()
     allowed: bytes | None = None
 
@@ -46,6 +48,11 @@ class Sampled:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+def asks_for_counts(params: Sampling) -> bool:
+    """Return whether a penalty of `params` depends on which tokens there have been."""
+    return params.repetition_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
 
 
 class OutOfMemory(Exception):

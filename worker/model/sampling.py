@@ -1,9 +1,4 @@
-"""Drawing tokens: penalties, filters, and one uniform per (seed, position).
-
-The uniform comes from a counter-based hash and inverts the cumulative distribution in the order of token ids, in
-float64. A draw therefore depends on the logits, the parameters, the seed and the position and on nothing else: not on
-the batch, not on the worker, not on how often the request was moved. Rounding differs between batches in the last bits
-of the logits; that changes a draw only when the uniform falls into that sliver.
+"""Sampling: penalties, filters and a draw for every row; `worker.model.draws` has the draws.
 
 What counts, in this order: the tokens that a grammar allows, penalties and bias, the constraint on what may be drawn,
 temperature, top-k, top-p (over what top-k left), min-p (against the most likely token). Equal logits rank by token id.
@@ -14,24 +9,16 @@ The tests compare `sample`, which treats whole batches, with a readable duplicat
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from kvasir.protocol.messages import Constraint, ReasoningBudget, Sampling
-from kvasir.worker.engine.step import Sampled, SampleRow
+from kvasir.worker.engine.step import Sampled, SampleRow, asks_for_counts
+from kvasir.worker.model.draws import draw_filtered, draw_greedy, draw_plain
 from kvasir.worker.model.memory import memory_errors
-
-_NUM_CANDIDATES = 64  # first guess of how many tokens the filters can leave
-
-
-def uniform(seed: int, position: int) -> float:
-    """Return the one number in [0, 1) that belongs to a seed and a position."""
-    return (xxhash.xxh3_64_intdigest(struct.pack("<QQ", seed & (1 << 64) - 1, position)) >> 11) * 2.0**-53
 
 
 @torch.inference_mode()
@@ -60,7 +47,7 @@ def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     plain = [i for i, row in enumerate(rows) if row.params.temperature != 0 and not _is_filtered(row.params)]
     filtered = [i for i, row in enumerate(rows) if row.params.temperature != 0 and _is_filtered(row.params)]
     token_ids = [0] * len(rows)
-    for group, draw in ((greedy, _draw_greedy), (plain, _draw_plain), (filtered, _draw_filtered)):
+    for group, draw in ((greedy, draw_greedy), (plain, draw_plain), (filtered, draw_filtered)):
         if group:
             part = logits if len(group) == len(rows) else logits[group]
             for i, token_id in zip(group, draw(part, [rows[i] for i in group]), strict=True):
@@ -85,13 +72,7 @@ def _mask(logits: Tensor, rows: Sequence[SampleRow]) -> None:
 
 
 def _is_penalised(params: Sampling) -> bool:
-    return bool(
-        params.repetition_penalty != 1.0
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.logit_bias
-        or params.constraint
-    )
+    return asks_for_counts(params) or bool(params.logit_bias or params.constraint)
 
 
 def _is_filtered(params: Sampling) -> bool:
@@ -102,14 +83,14 @@ def _penalise(logits: Tensor, row: SampleRow) -> None:
     """Apply penalties, bias and constraint to `logits` [vocab] in place; ids beyond the vocabulary are passed over."""
     params, device = row.params, logits.device
     if params.repetition_penalty != 1.0:
-        seen = torch.tensor([*row.prompt_ids, *row.output_ids], dtype=torch.int64, device=device)
+        seen = torch.tensor(list(row.counts), dtype=torch.int64, device=device)
         values = logits[seen]
         penalised = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
         logits[seen] = penalised
     changes: dict[int, float] = {}
     if params.presence_penalty or params.frequency_penalty:
-        for token_id in row.output_ids:
-            changes[token_id] = changes.get(token_id, -params.presence_penalty) - params.frequency_penalty
+        once, each = params.presence_penalty, params.frequency_penalty
+        changes = {token_id: -once - each * count for token_id, count in row.counts.items() if count}
     for token_id, bias in params.logit_bias.items():
         if 0 <= token_id < logits.shape[0]:
             changes[token_id] = changes.get(token_id, 0.0) + bias
@@ -165,75 +146,6 @@ def _copy(given: Tensor, logits: Tensor, token_ids: Iterable[int]) -> None:
 def _ids(token_ids: Iterable[int], logits: Tensor) -> Tensor:
     known = [token_id for token_id in token_ids if token_id < logits.shape[0]]
     return torch.tensor(known, dtype=torch.int64, device=logits.device)
-
-
-def _draw_greedy(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    token_ids: list[int] = logits.argmax(dim=-1).tolist()
-    return token_ids
-
-
-def _draw_plain(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    token_ids: list[int] = _invert(_weights(logits, rows), rows).tolist()
-    return token_ids
-
-
-def _draw_filtered(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
-    """Sort only as many of the most likely tokens as the filters can leave, more where they were too few."""
-    weights = _weights(logits, rows)
-    vocab = weights.shape[1]
-    total = weights.sum(dim=1, keepdim=True)
-    token_ids = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
-    pending = torch.arange(len(rows), device=logits.device)
-    largest_top_k = max((row.params.top_k for row in rows if row.params.top_k < vocab), default=0)
-    count = max(_NUM_CANDIDATES, largest_top_k + 1)
-    while len(pending):
-        asked = [rows[i] for i in pending.tolist()]
-        drawn, certain = _draw_among(weights[pending], total[pending], asked, min(vocab, count))
-        token_ids[pending[certain]] = drawn[certain]
-        pending = pending[~certain]
-        count *= 8
-    result: list[int] = token_ids.tolist()
-    return result
-
-
-def _draw_among(weights: Tensor, total: Tensor, rows: Sequence[SampleRow], count: int) -> tuple[Tensor, Tensor]:
-    """Draw from the `count` most likely tokens; also return [num_rows] bool, False where others might have counted."""
-    vocab, device = weights.shape[1], weights.device
-    top_k = _column([row.params.top_k or vocab for row in rows], device).long()
-    top_p = _column([row.params.top_p for row in rows], device)
-    min_p = _column([row.params.min_p for row in rows], device)
-    if count < vocab:
-        ids = weights.topk(count, dim=1).indices.sort(dim=1).values
-        weights = weights.gather(1, ids)
-    ranked, order = weights.sort(dim=1, descending=True, stable=True)
-    passed = ranked.cumsum(dim=1)
-    reference = torch.where(top_k < vocab, passed.gather(1, (top_k - 1).clamp(max=count - 1)), total)
-    kept = (passed - ranked < top_p * reference) & (ranked >= min_p * ranked[:, :1])
-    kept &= torch.arange(count, device=device) < top_k
-    kept[:, 0] = True
-    chosen = _invert(weights * torch.zeros_like(kept).scatter_(1, order, kept), rows)
-    if count == vocab:
-        return chosen, torch.ones_like(chosen, dtype=torch.bool)
-    last_kept = torch.where(kept, ranked, torch.inf).amin(dim=1)
-    return ids.gather(1, chosen[:, None])[:, 0], ranked[:, -1] < last_kept  # beyond the least candidate nothing is kept
-
-
-def _weights(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Return unnormalised probabilities [num_rows, vocab] fp64; the most likely token has 1."""
-    exact = logits.double()
-    temperature = _column([row.params.temperature for row in rows], logits.device)
-    return (exact - exact.amax(dim=1, keepdim=True)).div_(temperature).exp_()
-
-
-def _invert(weights: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Return [num_rows] column indices: the first whose cumulative weight exceeds uniform × total."""
-    passed = weights.cumsum(dim=1)
-    uniforms = _column([uniform(row.params.seed, row.position) for row in rows], weights.device)
-    return torch.searchsorted(passed, uniforms * passed[:, -1:], right=True)[:, 0].clamp(max=weights.shape[1] - 1)
-
-
-def _column(values: list[float] | list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

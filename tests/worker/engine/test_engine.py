@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections import Counter
 
 import pytest
 
@@ -99,14 +100,25 @@ def test_penalties_see_the_prompt_and_all_generated_tokens_apart() -> None:
     draw = rig.model.sample
 
     def spy(hashes: list[int], rows: list[SampleRow]) -> object:
-        seen.extend(SampleRow(r.params, r.position, list(r.prompt_ids), list(r.output_ids)) for r in rows)
+        seen.extend(SampleRow(r.params, r.position, list(r.output_ids), dict(r.counts)) for r in rows)
         return draw(hashes, rows)
 
     rig.engine._sampler = spy  # type: ignore[assignment]
-    stream = rig.submit(make_generate([1, 2, 3], 2, delivered=[8, 9]))
+    penalised = Sampling(temperature=0.0, presence_penalty=1.0)
+    stream = rig.submit(make_generate([1, 2, 8, 3], 3, delivered=[8, 9], sampling=penalised))
     rig.run()
-    first = stream.token_ids[0]
-    assert seen == [SampleRow(GREEDY, 5, [1, 2, 3], [8, 9]), SampleRow(GREEDY, 6, [1, 2, 3], [8, 9, first])]
+    first, second, _ = stream.token_ids
+    assert [list(row.output_ids) for row in seen] == [[8, 9], [8, 9, first], [8, 9, first, second]]
+    for row in seen:
+        assert row.counts == {**dict.fromkeys([1, 2, 8, 3], 0), **Counter(row.output_ids)}
+
+
+def test_tokens_are_counted_only_where_a_penalty_asks() -> None:
+    rig = Rig()
+    rig.submit(make_generate([1, 2, 3], 2, sampling=Sampling(logit_bias={1: 2.0})))
+    (sequence,) = rig.engine._waiting
+    rig.run()
+    assert sequence.counts == {} and len(sequence.output_ids) == 2
 
 
 def test_end_of_sequence_and_stop_tokens_end_a_stream_with_that_token() -> None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 import random
+import struct
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kvasir.protocol.messages import Constraint, ReasoningBudget, Sampling
 from kvasir.worker.engine.step import OutOfMemory, Sampled, SampleRow
+from kvasir.worker.model import draws as draws_module
 from kvasir.worker.model import sampling
+from kvasir.worker.model.draws import all_exponentials, draw_plain, exponentials, row_keys
 from kvasir.worker.model.memory import memory_errors
-from kvasir.worker.model.sampling import sample, uniform
+from kvasir.worker.model.sampling import sample
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0, 0.5])  # tokens 1 and 3 are equally likely
 
@@ -25,13 +29,35 @@ LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0, 0.5])  # tokens 1 and 3 are equ
 def make_row(
     position: int = 0, prompt: list[int] | None = None, output: list[int] | None = None, **params: Any
 ) -> SampleRow:
-    return SampleRow(Sampling(**params), position, prompt or [], output or [])
+    return SampleRow(Sampling(**params), position, output or [], counts_of(prompt or [], output or []))
+
+
+def counts_of(prompt: list[int], output: list[int]) -> dict[int, int]:
+    return {**dict.fromkeys(prompt, 0), **Counter(output)}
 
 
 def draws(logits: Tensor, count: int = 4000, **params: Any) -> Counter[int]:
     """Draw at `count` positions in one batch."""
     rows = [make_row(position, **params) for position in range(count)]
     return Counter(result.token_id for result in sample(logits.repeat(count, 1), rows))
+
+
+def noise_of(seed: int, position: int, token_id: int) -> float:
+    """The noise of one token, written out with Python's integers."""
+    key = xxhash.xxh3_64_intdigest(struct.pack("<QQ", seed, position))
+
+    def hashed(number: int) -> int:
+        x = (number * 0x9E3779B97F4A7C15 + key) % (1 << 64)
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % (1 << 64)
+        return x ^ x >> 31
+
+    def exponential(bits: int) -> float:
+        return -math.log1p(-((bits >> 11) + 0.5) * 2.0**-53)
+
+    of_block = hashed((1 << 40) + token_id // 64)
+    least = exponential(of_block) / 64
+    return least if of_block % 64 == token_id % 64 else least + exponential(hashed(token_id))
 
 
 @torch.inference_mode()
@@ -57,13 +83,10 @@ def sample_one(logits: Tensor, row: SampleRow) -> Sampled:
                 break
             kept.append(candidate)
             before += weight
-        kept.sort()
-        target = uniform(params.seed, row.position) * float(weights[kept].sum())
-        passed = 0.0
-        for token_id in kept:
-            passed += float(weights[token_id])
-            if passed > target:
-                break
+        token_id = min(
+            (i for i in kept if weights[i] > 0),
+            key=lambda i: noise_of(params.seed, row.position, i) / float(weights[i]),
+        )
     return sampling._report(token_id, row, log_probabilities if params.logprobs is not None else None)
 
 
@@ -91,7 +114,8 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, list[SampleRow]]:
             logprobs=draw(st.sampled_from([None, 0, 3])),
             constraint=draw(st.sampled_from([None, None, Constraint(3), Constraint(0, [1, 2, 4], [[2], [0, 1]])])),
         )
-        rows.append(SampleRow(params, draw(st.integers(0, 1 << 20)), draw(ids), draw(ids), {1, 3}))
+        output = draw(ids)
+        rows.append(SampleRow(params, draw(st.integers(0, 1 << 20)), output, counts_of(draw(ids), output), {1, 3}))
     return logits.double(), rows
 
 
@@ -117,13 +141,63 @@ def test_a_draw_is_the_same_alone_in_any_batch_and_in_any_place(params: dict[str
     assert [mixed[order.index(i)].token_id for i in range(40)] == alone
 
 
-def test_uniforms_are_fixed_for_ever_and_spread_evenly() -> None:
-    assert uniform(0, 0) == 0.8150393007738989  # golden: another value would change running requests
-    assert uniform(1 << 62, 12345) == 0.5301834188797074
-    values = [uniform(seed, position) for seed in range(100) for position in range(100)]
-    assert len(set(values)) == 10_000 and min(values) >= 0 and max(values) < 1
-    for tenth in range(10):
-        assert 850 < sum(tenth / 10 <= value < (tenth + 1) / 10 for value in values) < 1150
+def noise(num_rows: int, vocab: int) -> Tensor:
+    """Return [num_rows, vocab]: the noise at `num_rows` positions."""
+    return all_exponentials(
+        row_keys([make_row(position, seed=3) for position in range(num_rows)], LOGITS.device), vocab
+    )
+
+
+def test_noise_is_fixed_for_ever_and_the_same_asked_for_singly_or_all_at_once() -> None:
+    rows = [make_row(0, seed=0), make_row(12345, seed=1 << 62)]
+    keys = row_keys(rows, LOGITS.device)
+    everything = all_exponentials(keys, 200)
+    golden = [
+        [2.7878949385260587, 2.5668434812276177, 0.22428289201563242],
+        [0.8946103041717102, 0.1515076249559048, 0.9739108077361831],
+    ]  # other values would change running requests
+    assert everything[:, [0, 1, 199]].tolist() == [pytest.approx(row, rel=1e-14) for row in golden]
+    for row, expected in zip(rows, everything, strict=True):
+        assert [noise_of(row.params.seed, row.position, i) for i in range(200)] == pytest.approx(expected.tolist())
+    ids = torch.tensor([[5, 199, 64, 5], [0, 0, 63, 128]])
+    assert torch.equal(exponentials(keys, ids), everything.gather(1, ids))
+
+
+def test_noise_is_exponential_and_independent_within_a_block_and_across_blocks() -> None:
+    """The blocks are a way to make it, which must not show: neither in one token nor in two."""
+    values = noise(4000, 130)
+    ordered = values.flatten().sort().values
+    uniform = 1 - (-ordered).exp()
+    expected = (torch.arange(len(uniform)) + 0.5) / len(uniform)
+    assert (uniform - expected).abs().max() * len(uniform) ** 0.5 < 1.95  # Kolmogorov–Smirnov at 0.1 %
+    normal = torch.erfinv(2 * (1 - (-values).exp()).clamp(1e-12, 1 - 1e-12) - 1) * 2**0.5
+    correlation = torch.corrcoef(normal.t()) - torch.eye(130)
+    assert correlation.abs().max() < 5 / 4000**0.5
+    assert (values[1:] * values[:-1]).mean() == pytest.approx(1.0, abs=0.02), "positions follow each other by chance"
+    pair = torch.minimum(values[:, :64], values[:, 1:65])
+    assert pair.mean() == pytest.approx(0.5, abs=0.005) and (pair**2).mean() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 500, 4096])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 4.0, 40.0])
+def test_leaving_blocks_out_changes_no_draw(vocab: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(40, vocab, generator=torch.Generator().manual_seed(vocab)) * scale
+    logits[1, 1:], logits[2, :-1] = -torch.inf, -torch.inf  # as where a grammar allows one token
+    rows = [make_row(i, seed=i, temperature=(0.5, 1.0, 1e-300)[i % 3]) for i in range(40)]
+    monkeypatch.setattr(draws_module, "_FEW", 0)
+    by_blocks = draw_plain(logits, rows)
+    monkeypatch.setattr(draws_module, "_FEW", 1 << 60)
+    assert by_blocks == draw_plain(logits, rows)
+
+
+def test_few_draws_change_where_logits_differ_in_their_last_bits() -> None:
+    """What hand-over lives from. One uniform that inverts the cumulative distribution changes a fifth of these."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, 4096, generator=generator) * 2
+    rows = [make_row(i, seed=i) for i in range(500)]
+    changed = sample(logits + torch.randn(logits.shape, generator=generator) * 0.02, rows)
+    same = sum(a.token_id == b.token_id for a, b in zip(sample(logits.clone(), rows), changed, strict=True))
+    assert same / 500 > 0.97
 
 
 def test_frequencies_follow_the_distribution() -> None:
@@ -184,9 +258,9 @@ def test_bias_can_forbid_and_force_tokens() -> None:
 
 
 def constrained(constraint: Constraint, output: list[int], stop: frozenset[int] = frozenset({1, 3})) -> set[int]:
-    """Return which tokens are drawn at 300 positions after `output`."""
-    rows = [SampleRow(Sampling(constraint=constraint), position, [], output, stop) for position in range(300)]
-    return {drawn.token_id for drawn in sample(LOGITS.repeat(300, 1), rows) if drawn is not None}
+    """Return which tokens are drawn at 1,500 positions after `output`."""
+    rows = [SampleRow(Sampling(constraint=constraint), position, output, {}, stop) for position in range(1500)]
+    return {drawn.token_id for drawn in sample(LOGITS.repeat(1500, 1), rows) if drawn is not None}
 
 
 def test_no_stop_token_is_drawn_before_min_tokens() -> None:
