@@ -31,7 +31,12 @@ class BlockTable:
     hint: CacheHint | None = None
     retention: tuple[RetentionHint, ...] = ()
     visit: object | None = None
-    publishable: bool = True  # False after a hash collision: nothing further can be published under this chain
+    leaves_nothing: bool = False  # by its request's wish, no block of its is ever published
+    has_collided: bool = False  # nothing further can be published under this chain
+
+    @property
+    def publishable(self) -> bool:
+        return not (self.leaves_nothing or self.has_collided)
 
     def runs(self) -> Iterator[Run]:
         """Yield every run that this table references, the deepest first."""

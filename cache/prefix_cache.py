@@ -184,7 +184,7 @@ class PrefixCache:
             else:
                 run = self._share(chain, run, num_blocks)
                 if run is None:
-                    table.publishable = False
+                    table.has_collided = True
                     return
                 table.duplicates += range(start, run.end)
                 self._num_duplicates += len(run)
@@ -206,7 +206,7 @@ class PrefixCache:
         table.block_ids = []  # a new list: slices of the last step may still show the old one
         table.duplicates = []
         table.last, table.num_published = None, 0
-        table.publishable = True
+        table.has_collided = False
 
     def evict(self, num_blocks: int, owner: str | None = None) -> int:
         """Evict up to `num_blocks` idle blocks to make room for `owner`, and return how many went.

@@ -35,6 +35,7 @@ class Options(TypedDict, total=False):
     `deadline_s`: the gateway ends the request with `DeadlineExceeded` after this long. `timeout_s`: how long to wait
     for the next sign of life of this request, default the client's. `cache_hint`, `retention`: what to keep in the KV
     cache; `cache_salt`: share it only with requests of the same salt. `priority`: "low", "normal" or "high".
+    `no_store`: nothing of it stays in the KV cache.
 
     For chats: `tools` as OpenAI's chat completions have them; `tool_choice` "auto", "none", "required" or the name of a
     tool; `variables` of the chat template; `documents` for it; `reasoning_effort`, `max_reasoning_tokens`.
@@ -69,6 +70,7 @@ class Options(TypedDict, total=False):
     retention: Sequence[RetentionHint]
     cache_salt: str
     priority: Priority
+    no_store: bool
     tools: Sequence[Mapping[str, Any]]
     tool_choice: str
     parallel_tool_calls: bool
@@ -82,7 +84,15 @@ class Options(TypedDict, total=False):
 
 
 _SAMPLING = tuple(name for name in SamplingOptions.__struct_fields__ if name not in ("seed", "logit_bias"))
-_PASSED_ON = ("ignore_eos", "include_stop", "skip_special_tokens", "truncate_prompt_tokens", "cache_salt", "priority")
+_PASSED_ON = (
+    "ignore_eos",
+    "include_stop",
+    "skip_special_tokens",
+    "truncate_prompt_tokens",
+    "cache_salt",
+    "priority",
+    "no_store",
+)
 _OF_CHATS = ("parallel_tool_calls", "include_reasoning", "max_reasoning_tokens", "reasoning_effort")
 
 

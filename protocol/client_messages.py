@@ -107,6 +107,7 @@ class CompletionRequest(ClientMessage, tag="request"):
     the prompt's end, -1 as many as fit. `cache_hint` (None: the tenant's default) and `retention` say what to keep of
     it in the KV cache; with a `cache_salt` it shares the tenant's cache only with requests of the same salt. The answer
     matches `grammar`, its content if the model reasons before. `priority`: among the tenant's own rights.
+    `no_store`: nothing of it stays in the KV cache.
     """
 
     id: CallId
@@ -132,6 +133,7 @@ class CompletionRequest(ClientMessage, tag="request"):
     cache_salt: Annotated[str, Meta(max_length=256)] = ""
     grammar: Grammar | None = None
     priority: Priority | None = None
+    no_store: bool = False
 
 
 class CancelRequest(ClientMessage, tag="cancel"):

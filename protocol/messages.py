@@ -140,6 +140,7 @@ Lack = Literal[
     "max_reasoning_tokens",
     "order",
     "grammars",
+    "no_store",
 ]
 """What a worker that fronts another engine cannot do.
 
@@ -149,7 +150,7 @@ resumed_penalties: go on from prompt + delivered tokens where penalties look at 
 resumed_draws: go on with a sampled request and draw the tokens that the worker before would have drawn.
 logprobs, bad_words, max_reasoning_tokens: the request fields of that name.
 order: compute the shortest waiting prompt first; they are computed as they come.
-grammars: hold answers to a `Grammar`.
+grammars: hold answers to a `Grammar`. no_store: leave nothing of a request in the cache.
 """
 
 
@@ -191,6 +192,7 @@ class Generate(Command, tag="generate"):
     how many more tokens may be drawn. `tenant` owns the blocks. `deadline_s`: remaining time at sending. `retention`
     is heeded for tenants with a floor or a cap, among whose own blocks it says which stay. `lead`: how many tokens more
     than fair its tenant was charged, more for a low class and less for a high one; the worker lets it wait for that.
+    With `no_store` not one block of it is published: it reads what is cached, and leaves nothing.
     """
 
     req_id: Id
@@ -210,6 +212,7 @@ class Generate(Command, tag="generate"):
     cache_hint: CacheHint | None = None
     retention: Annotated[list[RetentionHint], Meta(max_length=16)] = []
     lead: float = 0.0
+    no_store: bool = False
 
 
 class Abort(Command, tag="abort"):

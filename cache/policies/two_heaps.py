@@ -81,6 +81,8 @@ class TwoHeaps:
         self.now = now
 
     def on_match(self, chain: Chain, table: BlockTable) -> None:
+        if table.leaves_nothing:
+            return
         ends = self._ends
         table.visit = visit = Visit(is_final=table.hint in ("one_shot", "closing"))
         known = next(filter(ends.__contains__, reversed(chain.hashes)), None)

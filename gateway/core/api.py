@@ -31,7 +31,7 @@ class Submit(msgspec.Struct, frozen=True):
     request. `vocab_size`: its answer's token ids must be below. `is_open_ended`: nobody asked for the `max_tokens`,
     which are what the model's window allows. `counts_prompt` is false for all choices of a prompt but the first.
     `parts`: of a conversation. `priority`: the class it asks for; None, or a higher one than it may have: that of its
-    tenant and key.
+    tenant and key. `no_store`: see `Generate`.
     """
 
     req_id: bytes
@@ -58,6 +58,7 @@ class Submit(msgspec.Struct, frozen=True):
     counts_prompt: bool = True
     parts: PromptParts | None = None
     priority: Priority | None = None
+    no_store: bool = False
 
 
 class Cancel(msgspec.Struct, frozen=True):

@@ -552,7 +552,7 @@ class Core(CoreApi):
             if request.attempt == 1 and is_worth:
                 size, decision = self._config.block_size, receipt.decision
                 receipt.miss = explain(submit, self._prompts, num_cached_tokens, size, decision, self._index_of, now)
-        if is_worth:
+        if is_worth and not submit.no_store:
             self._prompts.add(submit, worker.worker_id)
 
     def _index_of(self, worker_id: str) -> PrefixIndex | None:

@@ -96,6 +96,7 @@ class Request(msgspec.Struct, eq=False):
             submit.cache_hint,
             list(submit.retention),
             lead,
+            submit.no_store,
         )
 
     def go_on_elsewhere(self, block_size: int) -> None:

@@ -179,8 +179,10 @@ class Worker:
         prefix_hashes, tenant_id = request.prefix_hashes, request.submit.tenant_id
         pending = self.backlog.add(decision.key, num_uncached, prefix_hashes, tenant_id, decision.lead_s)
         # Everything that is not resident, also what others have reserved: they may be gone before this one.
-        self.index.reserve(request.prefix_hashes, decision.num_resident_blocks)
         attempt = Attempt(request, now, chosen.num_cached_tokens, decision.num_resident_blocks, num_uncached, pending)
+        attempt.is_reserved = not request.submit.no_store
+        if attempt.is_reserved:
+            self.index.reserve(request.prefix_hashes, decision.num_resident_blocks)
         self.in_flight[request.submit.req_id] = attempt
         self._heat_s = self.heat_s(now, heat_decay_s) + chosen.miss_s
         self._heat_at = now

@@ -51,6 +51,11 @@ def hint_of(
     )
 
 
+def says_no_store(headers: Mapping[str, str]) -> bool:
+    """Return whether the headers of a request ask that nothing of it be kept (RFC 9111, 5.2.1.5)."""
+    return "no-store" in [each.strip().lower() for each in headers.get("cache-control", "").split(",")]
+
+
 def says_final(headers: Mapping[str, str]) -> bool:
     """Return whether the headers of a request say that its conversation ends with it."""
     return headers.get("x-dynamo-session-final", "").strip().lower() in ("true", "1")

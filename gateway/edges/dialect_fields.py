@@ -15,7 +15,7 @@ _KEEP_THINKING = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
 DIALECT_FIELDS: tuple[Row, ...] = (
     Row("model stream temperature top_p", _BOTH, "honoured", "as for chats"),
     Row("top_k min_p repetition_penalty seed ignore_eos deadline_s", _BOTH, "honoured", "as for chats"),
-    Row("cache_hint retention cache_salt priority", _BOTH, "honoured", "as for chats"),
+    Row("cache_hint retention no_store cache_salt priority", _BOTH, "honoured", "as for chats"),
     Row("input", _RESPONSES, "honoured", "a text, or messages, reasoning, function calls and their outputs; text only"),
     Row("instructions", _RESPONSES, "honoured", "a system message before the input"),
     Row("max_output_tokens", _RESPONSES, "honoured", "no more than the window allows, which is the default"),

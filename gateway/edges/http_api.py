@@ -23,7 +23,7 @@ from kvasir.gateway.core.api import CoreApi, Finished, ModelInfo, Submit
 from kvasir.gateway.edges.answer import Answer, Piece, Waiter
 from kvasir.gateway.edges.anthropic_answers import AnthropicWriter
 from kvasir.gateway.edges.anthropic_requests import read_count, read_messages
-from kvasir.gateway.edges.cache_intent import says_final
+from kvasir.gateway.edges.cache_intent import says_final, says_no_store
 from kvasir.gateway.edges.cors import Cors
 from kvasir.gateway.edges.limit_headers import retry_headers, standing_headers
 from kvasir.gateway.edges.models import models_of
@@ -238,6 +238,8 @@ class HttpApi:
         requests = asked.requests
         if asked.may_close and says_final(call.request.headers):
             requests = [msgspec.structs.replace(request, cache_hint="closing") for request in requests]
+        if says_no_store(call.request.headers):
+            requests = [msgspec.structs.replace(request, no_store=True) for request in requests]
         every_event = asked.stream or _may_end_early(requests[0])
         waiter = Waiter(len(requests), call.stream.cut, every_event=every_event)
         answers = [Answer(self._core, waiter.wake) for _ in requests]

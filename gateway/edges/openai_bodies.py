@@ -37,6 +37,7 @@ class CommonBody(Struct, kw_only=True, forbid_unknown_fields=True):
     retention: Annotated[list[RetentionHint], Meta(max_length=16)] | None = None
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
     priority: Priority | int | None = None
+    no_store: bool | None = None
 
 
 class Body(CommonBody, kw_only=True):

@@ -92,6 +92,7 @@ FIELDS: tuple[Row, ...] = (
     Row("best_of", _TEXT, "honoured", "up to `n`, where it chooses nothing"),
     Row("deadline_s", _BOTH, "honoured", "ours: the request ends with an error after so many seconds"),
     Row("cache_hint retention", _BOTH, "honoured", "ours: what to keep in the KV cache"),
+    Row("no_store", _BOTH, "honoured", "ours: true leaves nothing in the KV cache; so does `cache-control: no-store`"),
     Row(
         "priority",
         _BOTH,

@@ -257,6 +257,7 @@ def _asked(
             truncate_prompt_tokens=body.truncate_prompt_tokens,
             cache_salt=body.cache_salt or "",
             priority=_priority(body.priority),
+            no_store=bool(body.no_store),
             grammar=None if structured is None else structured.grammar,
             **prompts[number // num_choices],
         )

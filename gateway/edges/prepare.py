@@ -231,7 +231,7 @@ class Preparer:
                 param=_prompt_field(request),
             )
         # A salt is to keep others from learning what was sent, by the clock too.
-        memory = None if request.cache_salt else self._memory(info.name, tenant)
+        memory = None if request.cache_salt or request.no_store else self._memory(info.name, tenant)
         try:
             if request.messages is not None:
                 return pack_tokens(text.encode_chat(request.messages, memory, request.chat))
@@ -298,6 +298,7 @@ class Preparer:
             is_open_ended=request.max_tokens is None or request.max_tokens > max_tokens,
             parts=_parts(request),
             priority=request.priority,
+            no_store=request.no_store,
         )
 
     def _check_prompt(self, request: CompletionRequest, info: ModelInfo, packed: bytes) -> int:
@@ -341,6 +342,8 @@ class Preparer:
                 )
         if request.sampling.allowed_token_ids:
             self._check_ids(info.name, request.sampling.allowed_token_ids, "allowed_token_ids")
+        if request.no_store and request.retention:
+            raise BadRequest("no_store leaves nothing that retention could keep; leave one out", param="retention")
         if request.deadline_s is not None and not 0 < request.deadline_s < inf:
             raise BadRequest("deadline_s must be a positive number of seconds", param="deadline_s")
 
@@ -383,6 +386,8 @@ def _asks_for(request: CompletionRequest, field: str) -> bool:
     match field:
         case "retention":
             return bool(request.retention)
+        case "no_store":
+            return request.no_store
         case "logprobs":
             return request.sampling.logprobs is not None
         case "bad_words":

@@ -71,7 +71,7 @@ class Writer(ABC):
 
     def num_written(self, index: int, end: Finished) -> int:
         """Return how many tokens of a prompt are in the cache now that were not before: those in full blocks."""
-        if not end.num_prompt_tokens:
+        if not end.num_prompt_tokens or self.submits[index].no_store:
             return 0
         num_full = len(self.submits[index].prefix_hashes) // HASH_BYTES * self.block_size
         return max(0, num_full - end.num_cached_tokens)

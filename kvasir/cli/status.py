@@ -54,6 +54,7 @@ _LACKS = {  # of `messages.Lack`: what follows "has no"
     "resumed_draws": "equal draws after a hand-over of sampled requests",
     "order": "short prompts before long ones",
     "grammars": "structured output",
+    "no_store": "no_store",
 }
 _STATE_COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", "lost": "red"}
 

@@ -168,5 +168,5 @@ def make_sequence(
         arrived=now,
         deadline=None if command.deadline_s is None else now + command.deadline_s,
         lead=command.lead,
-        table=BlockTable(hint=command.cache_hint, retention=tuple(command.retention)),
+        table=BlockTable(hint=command.cache_hint, retention=tuple(command.retention), leaves_nothing=command.no_store),
     )

@@ -38,7 +38,7 @@ from kvasir.worker.upstream.reporter import Reporter
 from kvasir.worker.upstream.server import Facts, Server, event_endpoints
 from kvasir.worker.upstream.streams import Streams
 
-_CACHE_LACKS: list[Lack] = ["public_zone", "owners", "pins", "retention"]
+_CACHE_LACKS: list[Lack] = ["public_zone", "owners", "pins", "retention", "no_store"]
 _DRAWING_LACKS: list[Lack] = [
     "resumed_penalties",
     "resumed_draws",

@@ -12,7 +12,7 @@ from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.protocol.errors import from_info
 from kvasir.protocol.messages import Abort, Bye, Generate, Identify, Load, Refused, Resync, Snapshot, Welcome
 from kvasir.protocol.tokens import unpack_tokens
-from tests.core_helpers import Bench, RecordingSink, make_hashes, make_submit, output
+from tests.core_helpers import BLOCK_SIZE, Bench, RecordingSink, make_hashes, make_submit, output
 
 
 def error_code(sink: RecordingSink) -> str:
@@ -425,6 +425,22 @@ def test_the_tenant_for_which_least_was_computed_goes_first() -> None:
         running += [command.req_id for _, command in bench.take()]
         order += running[-1:] if running and running[-1] not in order else []
     assert order == [b"a0", b"b0", b"a1", b"a2", b"b1", b"a3", b"a4", b"b2", b"b3", b"b4"]
+
+
+def test_nobody_is_promised_the_blocks_of_what_leaves_nothing() -> None:
+    for no_store, num_cached in ((False, 8 * BLOCK_SIZE), (True, 0)):
+        bench = Bench()
+        bench.join("w1")
+        tokens = list(range(8 * BLOCK_SIZE + 1))
+
+        bench.submit(b"first", tokens, no_store=no_store)
+        bench.submit(b"second", tokens)
+
+        [receipt] = bench.core.receipts.of(b"second") or []
+        assert receipt.decision.chosen.num_cached_tokens == num_cached
+        [(_, first), _] = bench.take(Generate)
+        assert first.no_store == no_store
+        bench.report(b"w1", output(b"first", 0, [7], "stop", num_cached_tokens=0))  # checks that no reservation leaks
 
 
 def test_what_is_found_cached_is_not_charged() -> None:

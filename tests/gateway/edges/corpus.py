@@ -114,6 +114,7 @@ CASES: dict[str, Case] = {
     "logprobs": Case(True, "x"),
     "top_logprobs": Case(2, 99, "logprobs", {"logprobs": True}),
     "deadline_s": Case(9, -1),
+    "no_store": Case(True, "x"),
     "priority": Case("low", "urgent"),
     "cache_hint": Case("one_shot", "never"),
     "retention": Case([{"priority": 80}], [{"priority": 101}], "retention[0].priority"),

@@ -16,6 +16,9 @@ EPHEMERAL = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 EXPLICIT = {"prompt_cache_options": {"mode": "explicit"}}
 
 
+PATH = "/v1/chat/completions"
+
+
 def parts(**more: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "text", "text": "x", **more}]}]
 
@@ -82,12 +85,39 @@ def test_a_final_session_is_closing_unless_the_body_says_more(
 
 
 @pytest.mark.parametrize(
+    ("headers", "fields", "no_store"),
+    [
+        ({}, {}, False),
+        ({}, {"no_store": True}, True),
+        ({"cache-control": "no-cache, No-Store"}, {}, True),
+        ({"cache-control": "no-cache"}, {"no_store": False}, False),
+    ],
+)
+def test_a_request_may_ask_to_leave_nothing_behind(
+    headers: dict[str, str], fields: dict[str, Any], no_store: bool
+) -> None:
+    house = House()
+
+    async def main(house: House) -> None:
+        known = {"host": "x", "authorization": f"Bearer {KEYS['alpha']}", **headers}
+        body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "x " * 40}], **fields}).encode()
+        response = await house.api(HttpRequest("POST", PATH, known, body, keep_alive=True), FakeExchange())  # type: ignore[arg-type]
+        assert house.core.submits[0].no_store == no_store
+        assert (decoded(response)["usage"]["prompt_tokens_details"]["cache_write_tokens"] == 0) == no_store
+        memories = house.api._preparer._memories
+        assert bool(memories) != no_store, "the gateway remembers none of its words"
+
+    run(main, house)
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"prompt_cache_options": {"ttl": "30m"}, "prompt_cache_retention": "24h"}, "prompt_cache_retention"),
         ({"prompt_cache_retention": "forever"}, "prompt_cache_retention"),
         ({"prompt_cache_options": {"mode": "none"}}, "prompt_cache_options.mode"),
         ({"cache_control": {"type": "persistent"}}, "cache_control.type"),
+        ({"no_store": True, "retention": [{"priority": 1}]}, "retention"),
     ],
 )
 def test_what_contradicts_itself_or_is_unknown_is_refused(fields: dict[str, Any], param: str) -> None:

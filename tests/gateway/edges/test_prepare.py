@@ -38,7 +38,7 @@ def prepare(request: CompletionRequest, tenant: Tenant = ALPHA, prefixes: tuple[
 
 def prepare_for_vllm(request: CompletionRequest, prefixes: tuple[PublishedPrefix, ...] = ()) -> Submit:
     core = FakeCore(lambda submit: [])
-    lacks = frozenset({"public_zone", "retention", "bad_words", "logprobs", "max_reasoning_tokens"})
+    lacks = frozenset({"public_zone", "retention", "bad_words", "logprobs", "max_reasoning_tokens", "no_store"})
     core.infos["demo"] = msgspec.structs.replace(core.infos["demo"], engine="vllm", lacks=lacks)
     return trio.run(make_preparer(core, make_directory(prefixes)).prepare, request, CALLER, Nowhere())
 
@@ -100,6 +100,7 @@ def test_an_alias_is_the_first_of_its_models_that_has_a_worker_and_that_its_tena
     ("field", "asked"),
     [
         ("retention", {"retention": [RetentionHint()]}),
+        ("no_store", {"no_store": True}),
         ("bad_words", {"sampling": SamplingOptions(bad_words=["no"])}),
         ("logprobs", {"sampling": SamplingOptions(logprobs=0)}),
         ("max_reasoning_tokens", {"chat": ChatOptions(max_reasoning_tokens=5)}),

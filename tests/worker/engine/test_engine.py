@@ -165,6 +165,38 @@ def test_logprobs_come_with_every_token_where_asked_for() -> None:
     assert all(len(o.logprobs[0].top) == 2 for o in outputs if o.req_id == b"1")
 
 
+# ---- leaving nothing
+
+
+def test_what_leaves_nothing_publishes_no_block_through_preemption_and_forks() -> None:
+    rig = Rig(num_blocks=14)
+    prompts = [make_prompt(9, salt=i) for i in (0, 1, 2, 2)]  # the last two are choices of one request
+    streams = [
+        rig.submit(make_generate(p, 25, req_id=bytes([i + 1]), sampling=SEEDED, no_store=True))
+        for i, p in enumerate(prompts)
+    ]
+    rig.run()
+    assert rig.engine.num_preempted > 0
+    assert [s.token_ids for s in streams] == [expected_tokens(p, 25, SEEDED) for p in prompts]
+    assert all(not report.stored and not report.removed for report in rig.reports)
+    assert not rig.engine.snapshot().hashes and rig.cache.statistics().num_free == 14
+    assert [s.num_cached for s in streams] == [0] * 4
+
+
+def test_what_leaves_nothing_reads_what_is_there_and_nobody_waits_for_it() -> None:
+    rig = Rig()
+    prompt = make_prompt(12)
+    first = rig.submit(make_generate(prompt, 2, req_id=b"1", no_store=True))
+    other = rig.submit(make_generate([*prompt[:11], 7], 2, req_id=b"2"))  # shares two blocks with it
+    rig.step()
+    assert rig.model.steps[0][1].start == 0, "it is not led by what will publish nothing"
+    rig.run()
+    again = rig.submit(make_generate([*prompt, 5], 2, req_id=b"3", no_store=True))
+    rig.run()
+    assert (first.num_cached, other.num_cached, again.num_cached) == (0, 0, 8)
+    assert len(rig.followed) == 3, "the blocks of the second request alone"
+
+
 # ---- memory
 
 
@@ -400,6 +432,7 @@ def test_random_loads_over_tiny_pools_lose_double_and_change_nothing(seed: int) 
             num_public=num_public,
             sampling=sampling,
             deadline_s=dice.choice([None, None, 0.5]),
+            no_store=dice.random() < 0.15,
         )
         stream = rig.submit(command)
         submitted.append((command, prompt, stream))
