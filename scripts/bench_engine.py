@@ -37,6 +37,7 @@ from kvasir.protocol.messages import Generate, Sampling
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.engine.engine import Engine
+from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.model.loader import load_model
 from kvasir.worker.model.sampling import sample
@@ -63,9 +64,7 @@ def make_engine(folder: Path, num_tokens: int, max_requests: int, dtype: str = "
     num_blocks = 2 * max_requests * (num_tokens // BLOCK_SIZE + 2)
     shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
     return Engine(
-        model,
-        KvStore(*shape, dtype=model.dtype, device="cpu"),
-        sample,
+        LocalExecutor(model, KvStore(*shape, dtype=model.dtype, device="cpu"), sample),
         PrefixCache(num_blocks, BLOCK_SIZE),
         EngineLimits(max_requests=max_requests, max_step_tokens=2048, max_context=config.max_position),
         vocab_size=config.vocab_size,

@@ -32,6 +32,7 @@ from kvasir.protocol.messages import Constraint, Generate, Grammar, Sampling
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.engine.engine import Engine
+from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.grammars.grammars import Grammars
 from kvasir.worker.model.loader import load_model
@@ -54,9 +55,7 @@ def make_engine() -> Engine:
     kv = KvStore(num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim, torch.float32, "cpu")
     eos = config.eos_token_ids
     return Engine(
-        model,
-        kv,
-        sample,
+        LocalExecutor(model, kv, sample),
         PrefixCache(num_blocks, BLOCK_SIZE),
         EngineLimits(64, 512, config.max_position),
         vocab_size=config.vocab_size,

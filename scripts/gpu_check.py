@@ -190,8 +190,6 @@ def continuation(model: Model, prompts: list[list[int]], tokens: list[list[int]]
         for piece in pieces:
             if piece.num_logits:
                 logits[piece.seq_key].append(next(rows))
-    for i in range(len(prompts)):
-        model.forget(i)
     return torch.stack([torch.stack(row) for row in logits], dim=1)
 
 
@@ -268,8 +266,6 @@ def measure_model(
 
     prefill_s = seconds_of(prefill, device, 2)
     step_s = seconds_of(decode, device, 2) / steps
-    for i in range(batch):
-        model.forget(i)
     matrices = weight_bytes(config, dtype, device) / dtype.itemsize - config.vocab_size * config.hidden_size * (
         not config.tie_word_embeddings
     )  # the embedding is looked up, not multiplied

@@ -44,7 +44,7 @@ from kvasir.protocol.terms import NO_TERMS, Terms
 from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.scheduler import EngineLimits
-from kvasir.worker.engine.step import Sampled, SampleRow, SequenceSlice
+from kvasir.worker.engine.step import Mask, Sampled, StepBatch, StepResult
 
 MODEL = "lab"
 TICK_S = 0.1
@@ -201,7 +201,7 @@ class _LabWorker:
         ageing = FIFO_AGEING if options.is_fifo else OWN_AGEING
         limits = EngineLimits(MAX_RUNNING, step_tokens, context, max_step_s=_NEVER_S, ageing=ageing)
         model, cache = self._model, PrefixCache(num_blocks, size)
-        self._engine = Engine(model, model, model.sample, cache, limits, vocab_size=1 << 32, clock=model.clock)
+        self._engine = Engine(model, cache, limits, vocab_size=1 << 32, clock=model.clock)
         self.hello = Hello(
             protocol_version=PROTOCOL_VERSION,
             worker_id=str(number),
@@ -259,7 +259,7 @@ class _LabWorker:
 
 
 class _Model:
-    """Takes time and computes nothing; its engine's store and sampler, too."""
+    """An executor that takes time and computes nothing."""
 
     def __init__(self, tokens_per_s: float, step_s: float) -> None:
         self.now = 0.0
@@ -269,15 +269,11 @@ class _Model:
     def clock(self) -> float:
         return self.now
 
-    def forward(self, slices: list[SequenceSlice], kv: object) -> None:
-        num_tokens = sum(len(piece.token_ids) for piece in slices)
-        self.now += num_tokens / self._tokens_per_s + self._step_s
+    def launch(self, batch: StepBatch) -> int:
+        if batch.slices:
+            num_tokens = sum(len(piece.token_ids) for piece in batch.slices)
+            self.now += num_tokens / self._tokens_per_s + self._step_s
+        return len(batch.rows)
 
-    def forget(self, seq_key: int) -> None: ...
-
-    def zero(self, block_ids: Sequence[int]) -> None: ...
-
-    def copy_block(self, src: int, dst: int) -> None: ...
-
-    def sample(self, logits: object, rows: Sequence[SampleRow]) -> list[Sampled | None]:
-        return [Sampled(0)] * len(rows)
+    def collect(self, num_rows: int, masks: Sequence[Mask] = ()) -> StepResult:
+        return StepResult([Sampled(0)] * num_rows)

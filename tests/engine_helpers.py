@@ -13,8 +13,9 @@ from kvasir.protocol.messages import Generate, Output, Sampling, StepReport
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from kvasir.worker.engine.engine import Engine
+from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.scheduler import EngineLimits
-from kvasir.worker.engine.step import OutOfMemory, Sampled, SampleRow, SequenceSlice
+from kvasir.worker.engine.step import Mask, OutOfMemory, Sampled, SampleRow, SequenceSlice
 from kvasir.worker.model.oracle_model import _MASK, OracleConfig, OracleModel, OracleStore, _weights, _words
 
 SECRET = b"deployment"
@@ -47,7 +48,7 @@ class WatchedStore(OracleStore):
 
 
 class WatchedModel(OracleModel):
-    """Remembers the slices of every step and the keys it was told to forget.
+    """Remembers the slices of every step, and how often there were none.
 
     Has memory for `max_tokens` tokens in a step, and no finite logits for sequences that have computed `sick_token`.
     """
@@ -58,9 +59,12 @@ class WatchedModel(OracleModel):
         self.sick_token = -1
         self.sick_keys: set[int] = set()
         self.steps: list[list[SequenceSlice]] = []
-        self.forgotten: list[int] = []
+        self.num_rests = 0
 
     def forward(self, slices: list[SequenceSlice], kv: OracleStore) -> list[int]:
+        if not slices:
+            self.num_rests += 1
+            return []
         self.steps.append(slices)
         self.sick_keys |= {piece.seq_key for piece in slices if self.sick_token in piece.token_ids}
         hashes = super().forward(slices, kv)
@@ -68,15 +72,14 @@ class WatchedModel(OracleModel):
             raise OutOfMemory("no memory for this step")
         return hashes
 
-    def sample_all(self, hashes: Sequence[int], rows: Sequence[SampleRow]) -> list[Sampled | None]:
+    def sample_all(
+        self, hashes: Sequence[int], rows: Sequence[SampleRow], masks: Sequence[Mask] = ()
+    ) -> list[Sampled | None]:
         drawn = self.sample(hashes, rows)
         if not self.sick_keys:
             return [*drawn]
         keys = [piece.seq_key for piece in self.steps[-1] for _ in range(piece.num_logits * piece.num_draws)]
         return [None if key in self.sick_keys else sampled for key, sampled in zip(keys, drawn, strict=True)]
-
-    def forget(self, seq_key: int) -> None:
-        self.forgotten.append(seq_key)
 
 
 @dataclass
@@ -108,10 +111,9 @@ class Rig:
         self.kv = WatchedStore(num_blocks, size)
         self.cache = PrefixCache(num_blocks, size)
         limits = EngineLimits(max_requests, max_step_tokens, max_context or num_blocks * size)
+        self.executor = LocalExecutor(self.model, self.kv, self.model.sample_all)
         self.engine = Engine(
-            self.model,
-            self.kv,
-            self.model.sample_all,
+            self.executor,
             self.cache,
             limits,
             vocab_size=self.model.config.vocab,

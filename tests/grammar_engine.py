@@ -12,6 +12,7 @@ from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.messages import Generate
 from kvasir.protocol.tokens import unpack_tokens
 from kvasir.worker.engine.engine import Engine
+from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.grammars.grammars import Grammars
 from kvasir.worker.model.loader import load_model
@@ -32,9 +33,7 @@ def make_engine(model: Model, *, num_blocks: int = 512, max_requests: int = 16) 
     config = model.config
     kv = KvStore(num_blocks, config.num_layers, SIZE, config.num_kv_heads, config.head_dim, model.dtype, "cpu")
     engine = Engine(
-        model,
-        kv,
-        sample,
+        LocalExecutor(model, kv, sample),
         PrefixCache(num_blocks, SIZE),
         EngineLimits(max_requests, 256, min(config.max_position, num_blocks * SIZE)),
         vocab_size=config.vocab_size,

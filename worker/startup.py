@@ -18,8 +18,9 @@ from kvasir.protocol import PROTOCOL_VERSION
 from kvasir.protocol.errors import ConfigurationError, ModelError
 from kvasir.protocol.messages import Hello, Limits
 from kvasir.worker.engine.engine import Engine
+from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.scheduler import EngineLimits
-from kvasir.worker.engine.step import Grammars, OutOfMemory, Sampler, StepModel, StepStore
+from kvasir.worker.engine.step import Executor, Grammars, OutOfMemory
 from kvasir.worker.log import log
 from kvasir.worker.model.oracle_model import PREFIX, OracleModel, OracleStore, parse_oracle
 from kvasir.worker.options import MemorySize, Options
@@ -34,11 +35,9 @@ MAX_BLOCKS = 1 << 20  # bounds a snapshot to 16 MiB
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model in memory and the pool that goes with it."""
+    """A model in memory and what goes with it."""
 
-    model: StepModel
-    kv: StepStore
-    sampler: Sampler
+    executor: Executor
     num_blocks: int
     bytes_per_block: int
     vocab_size: int
@@ -62,9 +61,7 @@ def build(options: Options) -> tuple[Engine, Hello]:
     make_policy = POLICIES[options.eviction_policy](loaded.num_blocks)
     cache = PrefixCache(loaded.num_blocks, options.block_size, make_policy)
     engine = Engine(
-        loaded.model,
-        loaded.kv,
-        loaded.sampler,
+        loaded.executor,
         cache,
         limits,
         vocab_size=loaded.vocab_size,
@@ -176,9 +173,7 @@ def _load_oracle(options: Options) -> Loaded:
             options.kv_memory, free_bytes=free_memory(), block_bytes=block_bytes, on_gpu=False
         )
     return Loaded(
-        model=model,
-        kv=OracleStore(num_blocks, options.block_size),
-        sampler=model.sample,
+        executor=LocalExecutor(model, OracleStore(num_blocks, options.block_size), model.sample),
         num_blocks=num_blocks,
         bytes_per_block=block_bytes,
         vocab_size=config.vocab,
@@ -241,14 +236,11 @@ def _load_torch(options: Options) -> Loaded:
         )
         # The first step allocates and compiles what every step needs: better before anybody waits for it.
         model.forward([SequenceSlice(0, [0], 0, [0], 1)], kv)
-        model.forget(0)
         kv.zero([0])
     except (MemoryError, torch.OutOfMemoryError, OutOfMemory) as error:
         raise ModelError(f"{options.model} does not fit into memory ({error}); give less --kv-memory.") from None
     return Loaded(
-        model=model,
-        kv=kv,
-        sampler=sample,
+        executor=LocalExecutor(model, kv, sample),
         num_blocks=num_blocks,
         bytes_per_block=block_bytes,
         vocab_size=config.vocab_size,

@@ -1,6 +1,6 @@
 """The engine: runs sequences step by step over a paged KV cache. Synchronous, and it never waits.
 
-Knows neither sockets nor torch: model, store, sampler and clock are handed in. Every `Generate` submitted gets exactly
+Knows neither sockets nor torch: executor and clock are handed in. Every `Generate` submitted gets exactly
 one `Output` with a finish reason, whatever happens to it, unless `drop_all` forgets it.
 """
 
@@ -32,14 +32,14 @@ from kvasir.worker.engine.pins import Pins, is_prewarming
 from kvasir.worker.engine.scheduler import MIN_CHUNK, EngineLimits, Plan, no_room, schedule
 from kvasir.worker.engine.sequence import Sequence, make_sequence
 from kvasir.worker.engine.step import (
+    Executor,
     Grammars,
+    Mask,
     OutOfMemory,
     Sampled,
-    Sampler,
     SampleRow,
     SequenceSlice,
-    StepModel,
-    StepStore,
+    StepBatch,
 )
 
 _FIRST_RATE = 100.0  # prompt tokens per second, until measured: low, so that the first chunk is a small one
@@ -65,9 +65,7 @@ class Engine:
 
     def __init__(
         self,
-        model: StepModel,
-        kv: StepStore,
-        sampler: Sampler,
+        executor: Executor,
         cache: PrefixCache,
         limits: EngineLimits,
         *,
@@ -78,7 +76,7 @@ class Engine:
         grammars: Grammars | None = None,
     ) -> None:
         self._grammars = grammars
-        self._model, self._kv, self._sampler, self._cache = model, kv, sampler, cache
+        self._executor, self._cache = executor, cache
         self.limits = self._limits = limits
         self.public_namespace = bytes(16)
         self.on_blocks: Callable[[list[Stored], bytes], None] | None = None  # told what every step stored and removed
@@ -92,6 +90,9 @@ class Engine:
         self._num_steps = self._event_seq = self._num_sequences = 0
         self.num_preempted = self.num_forked = self.num_not_finite = self.num_out_of_memory = 0
         self._rate = _FIRST_RATE
+        self._copies: list[tuple[int, int]] = []  # of blocks, due before the next step computes
+        self._to_zero: list[int] = []  # then these
+        self._is_at_rest = True  # nothing computed in the last step
         self._pins = Pins(cache)
 
     @property
@@ -274,13 +275,12 @@ class Engine:
         for sequence in plan.held:
             self._hold(sequence)
         batch: _Batch = []
-        to_zero: list[int] = []
         for sequence, count in plan.work:
             start = sequence.num_computed
-            if sequence is plan.last_resort and not self._allocate(sequence, sequence.num_tokens, to_zero):
+            if sequence is plan.last_resort and not self._allocate(sequence, sequence.num_tokens, self._to_zero):
                 self._end(sequence, "error", no_room(-(-sequence.num_tokens // self._cache.block_size)))
                 continue
-            if not self._allocate(sequence, start + count, to_zero):
+            if not self._allocate(sequence, start + count, self._to_zero):
                 self._preempt(sequence)  # only after a hash collision is less there than the plan could see
                 continue
             num_logits = int(count == sequence.num_remaining)
@@ -290,32 +290,32 @@ class Engine:
                 sequence.key, token_ids, start, sequence.table.block_ids, num_logits, num_draws=1 + len(forks)
             )
             batch.append((sequence, piece, forks))
-        if to_zero:
-            self._kv.zero(to_zero)
         return batch
 
     def _compute(self, batch: _Batch) -> list[Sampled | None]:
         """Compute `batch`; return one draw for every sequence that is computed to its end, after those of its forks."""
-        if not batch:
+        if not batch and self._is_at_rest:
             return []
-        logits = self._model.forward([piece for _, piece, _ in batch], self._kv)
         drawing = [(s, piece.end) for sequence, piece, forks in batch if piece.num_logits for s in (*forks, sequence)]
-        masks = self._masks([s for s, _ in drawing])
-        rows = [
-            SampleRow(s.sampling, position, s.output_ids, s.counts, s.stop_token_ids, masks.get(s.key))
-            for s, position in drawing
-        ]
-        return list(self._sampler(logits, rows)) if rows else []
+        rows = [SampleRow(s.sampling, position, s.output_ids, s.counts, s.stop_token_ids) for s, position in drawing]
+        step = StepBatch(self._copies, self._to_zero, [piece for _, piece, _ in batch], rows)
+        self._copies, self._to_zero, self._is_at_rest = [], [], not batch
+        handle = self._executor.launch(step)
+        masks = self._masks([s for s, _ in drawing])  # while a GPU still computes the logits
+        return self._executor.collect(handle, masks).sampled
 
-    def _masks(self, sequences: list[Sequence]) -> dict[int, bytes | None]:
-        """Return by key which tokens may come next, where grammars say that. A GPU still computes the logits now.
+    def _masks(self, sequences: list[Sequence]) -> list[Mask]:
+        """Return which tokens each of `sequences` may draw, where grammars say that; empty where none does.
 
         None for a sequence whose grammar has become too complex: it ends, whatever is drawn.
         """
-        held = [s for s in sequences if s.matcher is not None]
+        held = [(i, s.matcher) for i, s in enumerate(sequences) if s.matcher is not None]
         if not held or self._grammars is None:
-            return {}
-        return dict(zip([s.key for s in held], self._grammars.masks([s.matcher for s in held]), strict=True))
+            return []
+        masks: list[Mask] = [None] * len(sequences)
+        for (i, _), mask in zip(held, self._grammars.masks([matcher for _, matcher in held]), strict=True):
+            masks[i] = mask
+        return masks
 
     def _hand_back(self, plan: Plan, batch: _Batch, error: OutOfMemory) -> None:
         """Let the sequences of a step that ran out of memory wait, to be computed again in smaller steps."""
@@ -418,16 +418,16 @@ class Engine:
     def _fork(self, fork: Sequence, original: Sequence) -> bool:
         """Let `fork` run from the blocks of `original`, which has just computed the tokens that both have.
 
-        The full ones are published and shared. The last one, partly filled, is copied now: both write their next token
-        into it in the next step, so that a later copy would hardly ever be saved. False: a hash collision has hidden a
-        block, and `fork` has to compute the rest by itself.
+        The full ones are published and shared. The last one, partly filled, is copied before the next step: both write
+        their next token into it then, so that a later copy would hardly ever be saved. False: a hash collision has
+        hidden a block, and `fork` has to compute the rest by itself.
         """
         num_full = fork.num_tokens // self._cache.block_size
         self._admit(fork, num_full)
         if len(fork.table.block_ids) < num_full or not self._allocate(fork, fork.num_tokens, to_zero=[]):
             return False
-        for src, dst in zip(original.table.block_ids[num_full:], fork.table.block_ids[num_full:], strict=True):
-            self._kv.copy_block(src, dst)  # as a whole, so that nothing of another owner is left to be zeroed
+        # As wholes, so that nothing of another owner is left to be zeroed.
+        self._copies += zip(original.table.block_ids[num_full:], fork.table.block_ids[num_full:], strict=True)
         fork.num_computed = fork.num_tokens
         self.num_forked += 1
         return True
@@ -495,4 +495,3 @@ class Engine:
         self._let_go(sequence)
         self._cache.free(sequence.table)
         sequence.num_computed = 0
-        self._model.forget(sequence.key)

@@ -1,8 +1,8 @@
-"""What the engine says to a model and a sampler in one step, without torch: the seam between deciding and computing."""
+"""What the engine says to an executor in one step, without torch: the seam between deciding and computing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ class SequenceSlice:
 class SampleRow:
     """What one draw needs. `position` is the absolute position that the drawn token will have; `stop_token_ids` would
     end the sequence. `counts`: how often each token id is in the output, 0 for those that are only in the prompt; empty
-    where no penalty asks. `allowed`: one bit for each token id, the lowest first, set where it may be drawn; None: all.
+    where no penalty asks.
     """
 
     params: Sampling
@@ -38,7 +38,10 @@ class SampleRow:
     output_ids: Sequence[int]
     counts: Mapping[int, int] = field(default_factory=dict)
     stop_token_ids: Collection[int] = ()
-    allowed: bytes | None = None
+
+
+Mask = bytes | None
+"""Which tokens a row may draw: one bit for each token id, the lowest first; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,34 +59,44 @@ def asks_for_counts(params: Sampling) -> bool:
 
 
 class OutOfMemory(Exception):
-    """Raised by a model or sampler that lacks the memory for a step. What it wrote of that step is not used."""
+    """Raised by an executor that lacks the memory for a step. What it wrote of that step is not used."""
 
 
-class StepModel(Protocol):
-    """`worker.model.model.Model`, or a stand-in such as `worker.model.oracle_model.OracleModel`."""
+@dataclass(slots=True)
+class StepBatch:
+    """One step for an executor, plain data: copy blocks, zero others, then compute `slices`, then draw for `rows`.
 
-    def forward(self, slices: list[SequenceSlice], kv: Any) -> Any:
-        """Compute the tokens of `slices`, store their keys and values in `kv`, return their logits.
+    `rows` are in the order of the slices' logits. Without slices nothing is computed, and the executor lets go what it
+    keeps of sequences.
+    """
 
-        Those are [sum of num_logits * num_draws, …], in the order of `slices`; the sampler may change them in place.
+    copies: list[tuple[int, int]]  # (source, target), one after the other
+    zeroed: list[int]
+    slices: list[SequenceSlice]
+    rows: list[SampleRow]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step has come to. `sampled`: a draw for each row, None where the logits are not finite."""
+
+    sampled: list[Sampled | None]
+
+
+class Executor(Protocol):
+    """Carries out one step after another, see `worker.engine.executor`. All that the engine knows of a model."""
+
+    def launch(self, batch: StepBatch) -> Any:
+        """Begin a step and return a handle for `collect`. A device may still compute when this returns.
+
+        Raises: OutOfMemory, with the copies made and the blocks zeroed.
+        """
+
+    def collect(self, handle: Any, masks: Sequence[Mask] = ()) -> StepResult:
+        """Draw, and wait for the result. `masks`, if any row has one: what each row may draw.
 
         Raises: OutOfMemory.
         """
-
-    def forget(self, seq_key: int) -> None:
-        """Drop what is kept for a sequence that finished, was preempted or aborted."""
-
-
-class StepStore(Protocol):
-    """The memory behind the block ids, as far as the engine touches it."""
-
-    def zero(self, block_ids: Sequence[int]) -> None: ...
-
-    def copy_block(self, src: int, dst: int) -> None: ...
-
-
-Sampler = Callable[[Any, Sequence[SampleRow]], Sequence[Sampled | None]]
-"""Draws one token per row of logits; None where they are not finite. Raises: OutOfMemory."""
 
 
 class Matcher(Protocol):
@@ -109,5 +122,5 @@ class Grammars(Protocol):
     def open(self, tenant: str, constraint: Constraint, output_ids: Sequence[int]) -> Any:
         """Return the `Matcher` of an answer that begins with `output_ids`; it may be ready only later."""
 
-    def masks(self, matchers: Sequence[Any]) -> Sequence[bytes | None]:
-        """Return what each matcher allows next, as `SampleRow.allowed`; None: an `error`."""
+    def masks(self, matchers: Sequence[Any]) -> Sequence[Mask]:
+        """Return what each matcher allows next, None: an `error`."""

@@ -35,7 +35,7 @@ class Attention:
         self._config = config
 
     def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
-        """Return `singles` in the order in which they shall lie in the pack."""
+        """Return `singles` in the order in which they shall lie in the pack; let go what is kept of others."""
         return singles
 
     def begin(self, batch: Batch, kv: KvStore) -> None:
@@ -49,9 +49,6 @@ class Attention:
         tokens, rotated; `kv` holds them as well by now.
         """
         raise NotImplementedError
-
-    def forget(self, seq_key: int) -> None:
-        """Drop whatever is kept about a sequence between steps."""
 
 
 def reference_attend(q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, window: int | None) -> Tensor:

@@ -36,8 +36,6 @@ def choose_attention(
             attention = PagedAttention(config, dtype)
         error = largest_error(attention, config, block_size, device, dtype, _SHARES)
         reason = "" if error <= TOLERANCE.get(dtype, 1e-5) else f"it differs from the reference by {error:.1e}"
-        for seq_key in range(len(_SHARES)):
-            attention.forget(seq_key)
     except Exception as failure:  # whatever a compiler or driver raises: the worker can serve without it
         reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
     return attention if not reason else GatherAttention(config, fallback_reason=reason)
@@ -89,4 +87,5 @@ def largest_error(
         kv.write(layer, rows, k, v)
         difference = (attention.attend(layer, q, k, v, kv) - reference.attend(layer, q, k, v, kv)).abs().max().item()
         worst = max(worst, difference if difference == difference else float("inf"))
+    attention.arrange([], kv)
     return worst

@@ -75,6 +75,8 @@ class Model:
         """
         config, weights, attention = self.config, self.weights, self.attention
         singles = attention.arrange([piece for piece in slices if len(piece.token_ids) == 1], kv)
+        if not slices:
+            return self.weights.embedding.new_empty((0, config.vocab_size))
         chunks = [piece for piece in slices if len(piece.token_ids) > 1]
         batch = pack(slices, singles, chunks, kv.block_size, self.device)
         attention.begin(batch, kv)
@@ -94,11 +96,6 @@ class Model:
         x = rms_norm(x, (config.hidden_size,), weights.final_norm, config.rms_norm_eps)
         logits = torch.mm(x, weights.lm_head)
         return logits if logits.dtype == torch.float64 else logits.float()
-
-    @torch.inference_mode()
-    def forget(self, seq_key: int) -> None:
-        """Drop what is kept for a sequence that finished, was preempted or aborted."""
-        self.attention.forget(seq_key)
 
     def _project(self, layer: LayerWeights, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim]; q and k rotated."""

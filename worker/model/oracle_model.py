@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvasir.protocol.errors import ConfigurationError
 from kvasir.protocol.messages import Sampling
-from kvasir.worker.engine.step import Sampled, SampleRow, SequenceSlice
+from kvasir.worker.engine.step import Mask, Sampled, SampleRow, SequenceSlice
 
 PREFIX = "oracle:"
 _MASK = (1 << 64) - 1
@@ -95,15 +95,14 @@ class OracleModel:
             if piece.num_logits:
                 terms = flat[where] * _weights(np.arange(piece.end, dtype=np.uint64))
                 hashes += np.cumsum(terms, dtype=np.uint64)[-piece.num_logits :].tolist() * piece.num_draws
+        if not slices:
+            return hashes
         delay_s = self.config.step_ms * 1e-3 + self.config.token_us * 1e-6 * sum(len(p.token_ids) for p in slices)
         if delay_s:
             time.sleep(delay_s)
         return hashes
 
-    def forget(self, seq_key: int) -> None:
-        pass
-
-    def sample(self, hashes: Sequence[int], rows: Sequence[SampleRow]) -> list[Sampled]:
+    def sample(self, hashes: Sequence[int], rows: Sequence[SampleRow], masks: Sequence[Mask] = ()) -> list[Sampled]:
         """Draw one token per hash: greedy from it alone, otherwise from it, the seed and the position."""
         return [self._draw(digest, row.params, row.position) for digest, row in zip(hashes, rows, strict=True)]
 

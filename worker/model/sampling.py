@@ -16,30 +16,29 @@ import torch
 from torch import Tensor
 
 from kvasir.protocol.messages import Constraint, ReasoningBudget, Sampling
-from kvasir.worker.engine.step import Sampled, SampleRow, asks_for_counts
+from kvasir.worker.engine.step import Mask, Sampled, SampleRow, asks_for_counts
 from kvasir.worker.model.draws import draw_filtered, draw_greedy, draw_plain
 from kvasir.worker.model.memory import memory_errors
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | None]:
-    """Draw one token per row of `logits` [num_rows, vocab], which are changed where penalties apply.
+def sample(logits: Tensor, rows: Sequence[SampleRow], masks: Sequence[Mask] = ()) -> list[Sampled | None]:
+    """Draw one token per row of `logits` [num_rows, vocab], which are changed where `masks` and penalties apply.
 
     None for a row without a finite maximum: with a NaN, with +inf, or of -inf throughout.
     """
     with memory_errors():
         is_finite = logits.amax(dim=-1).isfinite().tolist()
         if all(is_finite):
-            return [*_sample(logits, rows)]
-        drawn = iter(
-            _sample(logits[torch.tensor(is_finite)], [row for row, good in zip(rows, is_finite, strict=True) if good])
-        )
-        return [next(drawn) if good else None for good in is_finite]
+            return [*_sample(logits, rows, masks)]
+        good = [i for i, is_good in enumerate(is_finite) if is_good]
+        drawn = iter(_sample(logits[good], [rows[i] for i in good], [masks[i] for i in good] if masks else ()))
+        return [next(drawn) if is_good else None for is_good in is_finite]
 
 
-def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
+def _sample(logits: Tensor, rows: Sequence[SampleRow], masks: Sequence[Mask]) -> list[Sampled]:
     reported = {i: _log_probabilities(logits[i]) for i, row in enumerate(rows) if row.params.logprobs is not None}
-    _mask(logits, rows)
+    _mask(logits, masks)
     for i, row in enumerate(rows):
         if _is_penalised(row.params):
             _penalise(logits[i], row)
@@ -57,15 +56,15 @@ def _sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     return [_report(token_id, rows[i], reported.get(i)) for i, token_id in enumerate(token_ids)]
 
 
-def _mask(logits: Tensor, rows: Sequence[SampleRow]) -> None:
-    """Make impossible in `logits` [num_rows, vocab] what `allowed` says of a row; ids that it does not know are not."""
-    held = [i for i, row in enumerate(rows) if row.allowed is not None]
+def _mask(logits: Tensor, masks: Sequence[Mask]) -> None:
+    """Make impossible in `logits` [num_rows, vocab] what a row's mask forbids; ids that it does not know are not."""
+    held = [i for i, mask in enumerate(masks) if mask is not None]
     if not held:
         return
-    packed = np.frombuffer(b"".join(rows[i].allowed or b"" for i in held), dtype=np.uint8).reshape(len(held), -1)
+    packed = np.frombuffer(b"".join(masks[i] or b"" for i in held), dtype=np.uint8).reshape(len(held), -1)
     bits = np.unpackbits(packed, axis=1, count=logits.shape[1], bitorder="little")
     is_banned = torch.from_numpy(bits).to(logits.device) == 0  # [len(held), vocab]
-    if len(held) == len(rows):
+    if len(held) == len(masks):
         logits.masked_fill_(is_banned, -torch.inf)
     else:
         logits[held] = logits[held].masked_fill_(is_banned, -torch.inf)

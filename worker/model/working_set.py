@@ -53,7 +53,7 @@ class WorkingSetAttention(GatherAttention):
         for shelf in list(self._shelves.values()):
             for seq_key in reversed(shelf.seq_keys):  # from the last row on, so that no row moves that leaves as well
                 if not shelf.continues(seq_key, by_key.get(seq_key)):
-                    self.forget(seq_key)
+                    self._drop(seq_key)
         new = [piece for piece in singles if piece.seq_key not in self._rows]
         coming = Counter(_capacity(piece.end, kv.block_size) for piece in new)
         self._overflow = [piece for piece in new if not self._admit(piece, kv, coming)]
@@ -80,10 +80,8 @@ class WorkingSetAttention(GatherAttention):
             out.append(self.attend_chunks(layer, q[rest], k[rest], v[rest], kv))
         return torch.cat(out) if len(out) > 1 else out[0]
 
-    def forget(self, seq_key: int) -> None:
-        shelf = self._rows.pop(seq_key, None)
-        if shelf is None:
-            return
+    def _drop(self, seq_key: int) -> None:
+        shelf = self._rows.pop(seq_key)
         shelf.remove(seq_key)
         if not shelf.seq_keys:
             del self._shelves[shelf.capacity]

@@ -10,7 +10,7 @@ from kvasir.cache.block_pool import IntegrityError
 from kvasir.protocol.messages import Generate, Quota, Sampling
 from kvasir.protocol.prefix import split_hashes
 from kvasir.protocol.tokens import pack_tokens
-from kvasir.worker.engine.step import SampleRow, SequenceSlice
+from kvasir.worker.engine.step import Sampled, SampleRow, SequenceSlice
 from kvasir.worker.model.oracle_model import OracleStore
 from tests.engine_helpers import (
     GREEDY,
@@ -99,11 +99,11 @@ def test_penalties_see_the_prompt_and_all_generated_tokens_apart() -> None:
     seen: list[SampleRow] = []
     draw = rig.model.sample
 
-    def spy(hashes: list[int], rows: list[SampleRow]) -> object:
+    def spy(hashes: list[int], rows: list[SampleRow], masks: object) -> list[Sampled]:
         seen.extend(SampleRow(r.params, r.position, list(r.output_ids), dict(r.counts)) for r in rows)
         return draw(hashes, rows)
 
-    rig.engine._sampler = spy  # type: ignore[assignment]
+    rig.executor.sampler = spy
     penalised = Sampling(temperature=0.0, presence_penalty=1.0)
     stream = rig.submit(make_generate([1, 2, 8, 3], 3, delivered=[8, 9], sampling=penalised))
     rig.run()
@@ -137,11 +137,11 @@ def test_the_sampler_is_told_which_tokens_would_end_a_sequence() -> None:
     rig, told = Rig(eos=7), []
     draw = rig.model.sample
 
-    def spy(hashes: list[int], rows: list[SampleRow]) -> object:
+    def spy(hashes: list[int], rows: list[SampleRow], masks: object) -> list[Sampled]:
         told.extend(row.stop_token_ids for row in rows)
         return draw(hashes, rows)
 
-    rig.engine._sampler = spy  # type: ignore[assignment]
+    rig.executor.sampler = spy
     rig.submit(make_generate([1, 2, 3], 1, stop_token_ids=[5], req_id=b"1"))
     rig.submit(make_generate([1, 2, 3], 1, stop_token_ids=[5], ignore_eos=True, req_id=b"2"))
     rig.run()
@@ -317,7 +317,7 @@ def test_abort_frees_the_blocks_at_once_and_is_answered_once() -> None:
     rig.run()
     assert stream.finish_reason == "abort"
     assert stream.token_ids == expected_tokens(make_prompt(30), 4)
-    assert rig.model.forgotten == [1]
+    assert rig.model.num_rests == 1  # told once that there is nothing to keep anything for
 
 
 def test_a_waiting_request_can_be_aborted_too() -> None:

@@ -15,6 +15,7 @@ from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.messages import Generate, Output, Sampling
 from kvasir.protocol.tokens import unpack_tokens
 from kvasir.worker.engine.engine import Engine
+from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.model.loader import load_model
 from kvasir.worker.model.model import Model
@@ -39,9 +40,7 @@ def make_engine(loaded: Model, *, num_blocks: int = 256, max_step_tokens: int = 
     kv.data.fill_(float("nan"))  # whoever reads what was never written will know
     kv.zero(range(num_blocks))
     engine = Engine(
-        loaded,
-        kv,
-        sample,
+        LocalExecutor(loaded, kv, sample),
         PrefixCache(num_blocks, SIZE),
         EngineLimits(max_requests, max_step_tokens, min(config.max_position, num_blocks * SIZE)),
         vocab_size=config.vocab_size,

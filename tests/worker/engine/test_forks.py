@@ -146,7 +146,7 @@ def test_penalties_of_a_fork_see_its_own_prompt_and_answer() -> None:
     rig, whole = ForkRig(), make_prompt(10)
     rows = []
     draw = rig.model.sample
-    rig.engine._sampler = lambda hashes, given: rows.extend(given) or draw(hashes, given)
+    rig.executor.sampler = lambda hashes, given, masks: rows.extend(given) or draw(hashes, given)
     penalised = Sampling(temperature=0.0, frequency_penalty=1.0)
     rig.submit(make_generate(whole, 1, req_id=b"1", sampling=penalised))
     rig.submit(make_generate(whole[:6], 1, req_id=b"2", delivered=whole[6:], sampling=penalised))

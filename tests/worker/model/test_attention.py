@@ -108,7 +108,6 @@ def test_random_schedules_equal_the_reference(limit_bytes: int, seed: int) -> No
         for i in rng.sample(range(7), rng.randint(1, 7)):  # the others are absent, as when preempted
             room = MAX_TOKENS - harness.lengths[i]
             if room == 0 or rng.random() < 0.03:  # finished: another sequence takes the key from the start
-                attention.forget(i)
                 harness.lengths[i] = 0
                 room = MAX_TOKENS
             count = 1 if harness.lengths[i] and rng.random() < 0.8 else rng.randint(1, 90)
@@ -226,7 +225,7 @@ def test_steady_decode_copies_no_sequence_again(monkeypatch: pytest.MonkeyPatch)
     assert admitted == []
 
 
-def test_forgotten_and_absent_sequences_give_their_memory_back() -> None:
+def test_absent_sequences_give_their_memory_back() -> None:
     attention = WorkingSetAttention(make_config())
     harness = Harness(make_config(), attention, num_sequences=3)
     harness.step({0: 5, 1: 5, 2: 200})
@@ -235,11 +234,13 @@ def test_forgotten_and_absent_sequences_give_their_memory_back() -> None:
     config = make_config()
     row_bytes = bytes_per_block(config.num_layers, 256, config.num_kv_heads, config.head_dim, torch.float32)
     assert 0 < full <= 2 * 3 * row_bytes
-    attention.forget(2)
+    harness.step({0: 1, 1: 1})
     assert attention.allocated_bytes < full
     harness.step({2: 3})
     assert attention.allocated_bytes == attention.num_sequences == 0
-    attention.forget(99)  # unknown keys are no error: the engine forgets whatever ends
+    harness.step({0: 1})
+    attention.arrange([], harness.kv)  # a step without sequences
+    assert attention.allocated_bytes == 0
 
 
 def test_fused_attention_sees_what_the_mask_says() -> None:

@@ -109,14 +109,12 @@ def test_cached_prefix_gives_the_logits_and_tokens_of_transformers(model: Model,
     store = make_store(model)
     first = make_sequence()
     greedy(model, store, [first], 1)
-    model.forget(first.key)
     for num_cached in (4, 20, 36):  # the last leaves one token to compute
         own = [block for block in range(64) if block not in first.block_table]
         shared = first.block_table[: num_cached // 4]
         second = Sequence(2, list(PROMPT), shared + own, num_stored=num_cached)
         greedy(model, store, [second], NUM_TOKENS)
         assert_equals_oracle(second, oracle)
-        model.forget(second.key)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
@@ -136,13 +134,11 @@ def test_batched_with_others_gives_the_logits_and_tokens_of_transformers(model: 
     assert_equals_oracle(sequences[2], oracle)
 
 
-def test_sequences_can_be_forgotten_in_any_order_between_steps(model: Model, oracle: Oracle) -> None:
+def test_sequences_can_leave_between_steps(model: Model, oracle: Oracle) -> None:
     tables = scattered_tables(4, 32)
     sequences = [Sequence(key, list(PROMPT), table) for key, table in enumerate(tables)]
     store = make_store(model, 128)
     greedy(model, store, sequences, 8)
-    for key in (0, 2, 3):
-        model.forget(key)
     greedy(model, store, [sequences[1]], NUM_TOKENS)
     assert_equals_oracle(sequences[1], oracle)
 
@@ -161,7 +157,6 @@ def test_logits_come_in_the_order_of_the_slices_whatever_the_pack_does(model: Mo
         [Sequence(i, p, t).slice() for i, (p, t) in enumerate(zip(prompts, tables, strict=True))], store
     )
     for i, (prompt, table) in enumerate(zip(prompts, tables, strict=True)):
-        model.forget(i)
         alone = model.forward([Sequence(10 + i, prompt, table).slice()], store)
         assert (together[i] - alone[0]).abs().max().item() <= 1e-4
 
