@@ -15,17 +15,19 @@ import threading
 import time
 import weakref
 from collections import deque
+from math import inf
 from typing import Protocol
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from kvasir.protocol.client_messages import GATEWAY_MESSAGES, CancelRequest, CompletionChunk
+from kvasir.protocol.client_messages import GATEWAY_MESSAGES, CancelRequest, CompletionChunk, Received
 from kvasir.protocol.codec import Message, encode
 from kvasir.protocol.errors import ConfigurationError, ConnectionLost, InvalidMessage, KvasirError
 from kvasir.protocol.profile import LinkProfile, apply_profile
 
 CONNECT_TIMEOUT_S = 5.0
+RECEIPT_EVERY_S = 0.05
 PROFILE = LinkProfile(max_frame_bytes=64 << 20, reconnect_ms=50, reconnect_max_ms=1_000)
 
 
@@ -96,6 +98,9 @@ class _State:
         self.calls: dict[int, Mailbox] = {}
         self.unsent: dict[int, tuple[bytes, float]] = {}  # call id -> frame and when to give up; in order
         self.cancels: deque[bytes] = deque()
+        self.received: dict[int, int] = {}  # tokens of running calls that the gateway has not been told of
+        self.ended: list[int] = []  # calls whose end it has not been told of
+        self.receipt_at = inf
         self.wake_out, self.wake_in = sockets.socketpair()
         self.wake_out.setblocking(False)
         self.wake_in.setblocking(False)
@@ -149,10 +154,8 @@ class _State:
             self._close_sockets()
 
     def _timeout_ms(self) -> int | None:
-        if not self.unsent:
-            return None
-        first = next(iter(self.unsent.values()))[1]
-        return max(0, int((first - time.monotonic()) * 1e3) + 1)
+        first = min(next(iter(self.unsent.values()))[1] if self.unsent else inf, self.receipt_at)
+        return None if first == inf else max(0, int((first - time.monotonic()) * 1e3) + 1)
 
     def _drain_wake_ups(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -177,11 +180,16 @@ class _State:
             except InvalidMessage as error:
                 self._fail_all(InvalidMessage(f"{self.endpoint} is no gateway of this client's version: {error}"))
                 continue
+            if self.receipt_at == inf:
+                self.receipt_at = time.monotonic() + RECEIPT_EVERY_S
             for message in messages:
                 if isinstance(message, CompletionChunk):
                     mailbox = self.calls.get(message.id)
+                    self.received[message.id] = message.num_tokens
                 else:
                     mailbox = self.calls.pop(message.id, None)
+                    self.received.pop(message.id, None)
+                    self.ended.append(message.id)
                 if mailbox is not None:
                     mailbox.put(message)
 
@@ -199,6 +207,7 @@ class _State:
                 )
             )
         self.cancels.clear()  # the next gateway knows none of them
+        self._forget_received()
 
     def _take_commands(self) -> None:
         while self.commands:
@@ -209,8 +218,16 @@ class _State:
             elif self.calls.pop(call_id, None) is not None and self.unsent.pop(call_id, None) is None:
                 self.cancels.append(encode(CancelRequest(call_id)))
 
+    def _forget_received(self) -> None:
+        self.received, self.ended, self.receipt_at = {}, [], inf
+
     def _send(self) -> None:
         try:
+            if self.closing or time.monotonic() >= self.receipt_at:
+                self.receipt_at = time.monotonic() + RECEIPT_EVERY_S  # if it cannot be sent now
+                if self.received or self.ended:
+                    self.socket.send(encode(Received(self.received, self.ended)), zmq.NOBLOCK)
+                self._forget_received()
             while self.cancels:
                 self.socket.send(self.cancels[0], zmq.NOBLOCK)
                 self.cancels.popleft()
@@ -240,7 +257,7 @@ class _State:
         sent = [call_id for call_id in self.calls if call_id not in self.unsent]
         self.unsent.clear()
         self.cancels.extend(encode(CancelRequest(call_id)) for call_id in sent)
-        linger_ms = 200 if self.cancels else 0
+        linger_ms = 200 if self.cancels or self.ended else 0
         self._send()
         return linger_ms
 

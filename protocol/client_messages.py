@@ -5,7 +5,8 @@ of its own, and all of them are one send and one wake-up.
 
 Every message carries the API key or answers one that did: there is no session to lose, and a revoked key stops
 working at the next request. `id` is the client's own number for a request, unique per connection. Every
-`CompletionRequest` gets any number of `CompletionChunk`s and then exactly one `CompletionDone`.
+`CompletionRequest` gets any number of `CompletionChunk`s and then exactly one `CompletionDone`. The client says now
+and then what has arrived (`Received`): a gateway that is killed bills no more than that.
 """
 
 from __future__ import annotations
@@ -142,6 +143,14 @@ class CancelRequest(ClientMessage, tag="cancel"):
     id: CallId
 
 
+class Received(ClientMessage, tag="received"):
+    """What has arrived: how many tokens of running answers, by request, and which requests have `ended`. Unknown ids
+    are ignored."""
+
+    tokens: Annotated[dict[CallId, Annotated[int, Meta(ge=0)]], Meta(max_length=1 << 16)] = {}
+    ended: Annotated[list[CallId], Meta(max_length=1 << 16)] = []
+
+
 class ModelsRequest(ClientMessage, tag="models"):
     """Which models may this key use?"""
 
@@ -180,7 +189,8 @@ AnswerPart = TextPart | ReasoningPart | ToolCallPart
 class CompletionChunk(GatewayMessage, tag="chunk"):
     """New text and/or tokens, in order, each delivered exactly once.
 
-    `parts`: of the answer of a model that reasons or may call tools, in order; `text` is empty then.
+    `parts`: of the answer of a model that reasons or may call tools, in order; `text` is empty then. `num_tokens` of
+    the answer have been sent with it.
     """
 
     id: CallId
@@ -188,6 +198,7 @@ class CompletionChunk(GatewayMessage, tag="chunk"):
     token_ids: PackedTokens = b""
     logprobs: list[TokenLogprobs] = []
     parts: list[AnswerPart] = []
+    num_tokens: int = 0
 
 
 class CompletionDone(GatewayMessage, tag="done"):
@@ -222,8 +233,8 @@ class ModelList(GatewayMessage, tag="model_list"):
     error: ErrorInfo | None = None
 
 
-CLIENT_MESSAGES: Decoder[CompletionRequest | CancelRequest | ModelsRequest] = Decoder(
-    CompletionRequest | CancelRequest | ModelsRequest, max_bytes=MAX_CLIENT_FRAME_BYTES
+CLIENT_MESSAGES: Decoder[CompletionRequest | CancelRequest | Received | ModelsRequest] = Decoder(
+    CompletionRequest | CancelRequest | Received | ModelsRequest, max_bytes=MAX_CLIENT_FRAME_BYTES
 )
 GATEWAY_MESSAGES: Decoder[CompletionChunk | CompletionDone | ModelList] = Decoder(
     CompletionChunk | CompletionDone | ModelList, max_bytes=64 << 20

@@ -21,6 +21,7 @@ from kvasir.protocol.client_messages import (
     ModelCard,
     ModelList,
     ModelsRequest,
+    Received,
     Usage,
 )
 from kvasir.protocol.codec import Message, encode
@@ -126,6 +127,8 @@ class FakeGateway:
                 peer, frame = socket.recv_multipart()
                 message = CLIENT_MESSAGES.decode(frame)
                 self.received.put(message)
+                if isinstance(message, Received):
+                    continue
                 self._peers[message.id] = peer
                 if isinstance(message, CompletionRequest):
                     for answer in self.script(message):

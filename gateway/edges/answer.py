@@ -101,10 +101,19 @@ class Answer:
         return piece
 
     def sent(self) -> None:
-        """Note that the client has been sent all that was taken."""
-        if self.num_tokens > self.num_sent and self.submit is not None:
-            self.num_sent = self.num_tokens
-            self.core.sent(self.submit.req_id, self.num_sent)
+        """Note that the client has been sent all that was taken, for sure."""
+        if self.num_tokens > self.num_sent:
+            self.posted()
+            self.arrived(self.num_sent)
+
+    def posted(self) -> None:
+        """Note that all that was taken is on its way to the client, which pays for it also if it is gone."""
+        self.num_sent = self.num_tokens
+
+    def arrived(self, num_tokens: int) -> None:
+        """Note that the client says to have so many tokens."""
+        if self.submit is not None:
+            self.core.sent(self.submit.req_id, min(num_tokens, self.num_sent))
 
     def close(self) -> None:
         """The client has been sent the end: tell the core. Idempotent."""

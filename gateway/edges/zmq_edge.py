@@ -35,6 +35,7 @@ from kvasir.protocol.client_messages import (
     ModelList,
     ModelsRequest,
     ReasoningPart,
+    Received,
     TextPart,
     ToolCallPart,
     Usage,
@@ -55,6 +56,8 @@ class EdgeLimits:
     max_calls_per_client: int = 1024
     max_preparing: int = 32
     outbox: OutboxLimits = field(default_factory=OutboxLimits)
+    receipt_s: float = 5.0
+    """For so long a client may take to say that an answer has arrived; then it counts as arrived."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,9 @@ class ZmqEdge:
         self._access = access
         self._outbox: Outbox[_Call] = Outbox(link, self._limits.outbox)
         self._dirty: list[_Call] = []
+        self._ended: dict[
+            tuple[bytes, CallId], tuple[_Call, float]
+        ] = {}  # sent whole, not known to have arrived; since
         self._flusher = trio.lowlevel.ParkingLot()
         self._draining = False
         self._num_preparing = 0
@@ -133,6 +139,7 @@ class ZmqEdge:
                 nursery.start_soon(self._link.run)
                 nursery.start_soon(self._retry_for_ever)
                 nursery.start_soon(self._flush_for_ever)
+                nursery.start_soon(self._settle_for_ever)
                 task_status.started()
                 while True:
                     for frames in await self._link.receive(64):
@@ -140,6 +147,9 @@ class ZmqEdge:
                     self._send_posted()
         except* LinkClosed:  # whichever task has noticed it first
             pass
+        finally:
+            for call, _ in self._ended.values():  # what is on its way has a little time, when the link is closed
+                call.answer.close()
 
     def drain(self) -> None:
         """From now on refuse new requests as `Unavailable`; what runs goes on."""
@@ -190,6 +200,8 @@ class ZmqEdge:
                 call = peer.calls.get(message.id)
                 if call is not None:
                     self._cancel(call)
+            case Received():
+                self._note_received(peer, message)
             case ModelsRequest():
                 self._outbox.post(peer, message.id, encode(self._list_models(message)))
 
@@ -247,15 +259,33 @@ class ZmqEdge:
         call.answer.detokenizer = self._preparer.detokenizer(call.request, submit, call.answer.parser)
         self._core.submit(submit)
 
+    def _note_received(self, peer: Peer[_Call], message: Received) -> None:
+        for call_id, num in message.tokens.items():
+            call = peer.calls.get(call_id)
+            if call is not None:
+                call.answer.arrived(num)
+        for call_id in message.ended:
+            self._settle(peer.routing_id, call_id)
+
+    def _settle(self, routing_id: bytes, call_id: CallId) -> None:
+        """Tell the core that an answer that was sent whole has arrived."""
+        call, _ = self._ended.pop((routing_id, call_id), (None, 0.0))
+        if call is not None:
+            call.answer.close()
+
     def _open(self, call: _Call) -> None:
         self._num_open += 1
         call.peer.calls[call.request.id] = call
         self._outbox.remember(call.peer)
 
     def _close(self, call: _Call) -> None:
+        """Forget a call whose end is sent next; the core is told when that has arrived."""
         self._num_open -= 1
         call.closed = True
-        call.answer.close()
+        routing_id, call_id = call.peer.routing_id, call.request.id
+        self._settle(routing_id, call_id)  # an earlier call of the same id
+        if call.answer.submit is not None:
+            self._ended[routing_id, call_id] = call, trio.current_time()
         call.peer.calls.pop(call.request.id, None)
         self._outbox.release(call.peer)
 
@@ -322,6 +352,16 @@ class ZmqEdge:
             self._abandon(await self._outbox.retry())
             self._send_posted()
 
+    async def _settle_for_ever(self) -> None:
+        while True:
+            await trio.sleep(self._limits.receipt_s / 5)
+            until = trio.current_time() - self._limits.receipt_s
+            while self._ended:
+                key, (_, since) = next(iter(self._ended.items()))
+                if since > until:
+                    break
+                self._settle(*key)
+
     async def _flush_for_ever(self) -> None:
         while True:
             if not self._dirty:
@@ -339,8 +379,9 @@ class ZmqEdge:
         if piece.parts or piece.text or (piece.token_ids and request.want_tokens):
             packed = piece.token_ids if request.want_tokens else b""
             text, parts = ("", _parts_of(call, piece)) if piece.parts else (piece.text, [])
-            self._send(call, CompletionChunk(request.id, text, packed, piece.logprobs, parts))
-            call.answer.sent()
+            num_tokens = call.answer.num_tokens
+            self._send(call, CompletionChunk(request.id, text, packed, piece.logprobs, parts, num_tokens))
+            call.answer.posted()
         end = piece.finished
         if end is not None:
             self._close(call)

@@ -22,6 +22,7 @@ from kvasir.protocol.client_messages import (
     CompletionDone,
     CompletionRequest,
     ModelCard,
+    Received,
     Usage,
 )
 from kvasir.protocol.errors import ErrorInfo
@@ -70,6 +71,24 @@ def test_a_stream_yields_the_chunks_in_order_and_then_has_a_result(client: Clien
     assert [chunk.token_ids for chunk in chunks] == [[5], [6], [7]]
     assert "".join(chunk.text for chunk in chunks) == stream.result.text == "<5><6><7>"
     assert list(stream) == []
+
+
+def test_the_gateway_is_told_what_has_arrived(gateway: FakeGateway, client: Client) -> None:
+    gateway.script = lambda request: [CompletionChunk(request.id, "a", num_tokens=1)]
+    with client.generate("x", stream=True) as stream:
+        call_id = gateway.wait_for(CompletionRequest).id
+        assert gateway.wait_for(Received) == Received({call_id: 1})
+        gateway.send(call_id, CompletionChunk(call_id, "b", num_tokens=3))
+        assert gateway.wait_for(Received) == Received({call_id: 3})
+        gateway.send(call_id, CompletionDone(call_id, "stop"))
+        assert [chunk.text for chunk in stream] == ["a", "b"]
+    assert gateway.wait_for(Received) == Received({}, [call_id])
+
+
+def test_a_client_that_is_closed_at_once_still_says_what_has_arrived(gateway: FakeGateway) -> None:
+    with Client(gateway.endpoint, API_KEY, timeout_s=10) as client:
+        client.generate("a b c")
+    assert len(gateway.wait_for(Received).ended) == 1
 
 
 def test_chat_sends_the_messages_as_they_are(client: Client) -> None:

@@ -30,6 +30,7 @@ from kvasir.protocol.client_messages import (
     CompletionDone,
     CompletionRequest,
     GatewayMessage,
+    Received,
     Usage,
 )
 from kvasir.protocol.codec import encode
@@ -239,6 +240,64 @@ def test_tokens_in_and_tokens_out(run) -> None:
         assert line["request"] == submit.req_id.hex()
 
     run(main)
+
+
+def test_an_answer_counts_as_delivered_as_far_as_its_client_says_that_it_has_arrived(run) -> None:
+    async def main(house: House) -> None:
+        client, other = house.dealer(), house.dealer()
+        call_id = client.request([5, 6])
+        submit = await house.core.next_submit()
+        house.core.deliver(submit, [1, 2, 3])
+        assert (await client.receive()).num_tokens == 3
+        assert house.core.sent_tokens == {}, "it may have been lost on its way"
+        client.send(encode(Received({call_id: 2, 77: 5})))
+        await until(lambda: house.core.sent_tokens == {submit.req_id: 2})
+        client.send(encode(Received({call_id: 1_000})))
+        await until(lambda: house.core.sent_tokens == {submit.req_id: 3})
+        house.core.finish(submit, "stop", 3)
+        assert isinstance(await client.receive(), CompletionDone)
+        other.send(encode(Received(ended=[call_id])))  # not its own
+        await house.settled()
+        assert not house.core.closed_ids
+        client.send(encode(Received(ended=[call_id, call_id])))
+        await until(lambda: house.core.closed_ids == {submit.req_id})
+
+    run(main)
+
+
+def test_who_never_says_what_has_arrived_pays_for_what_it_was_sent(run) -> None:
+    async def main(house: House) -> None:
+        client = house.dealer()
+        client.request([5, 6])
+        client.request([5, 6])
+        ended, left = await house.core.next_submit(), await house.core.next_submit()
+        for submit in (ended, left):
+            house.core.deliver(submit, [1, 2, 3])
+            await client.receive()
+        house.core.finish(ended, "stop", 3)
+        await client.receive()
+        await until(lambda: house.core.closed_ids == {ended.req_id})
+        client.socket.close()
+        await trio.sleep(0.1)
+        house.core.deliver(left, [4])  # found to be gone
+        assert (await house.core.cancelled(left)).num_output_tokens in (3, 4)
+
+    run(main, EdgeLimits(receipt_s=0.05))
+
+
+def test_a_gateway_that_stops_in_good_order_closes_what_it_has_sent(run) -> None:
+    cores = []
+
+    async def main(house: House) -> None:
+        cores.append(house.core)
+        client = house.dealer()
+        client.request([5, 6])
+        submit = await house.core.next_submit()
+        house.core.finish(submit, "stop")
+        await client.receive()
+
+    run(main)
+    assert len(cores[0].closed_ids) == 1
 
 
 def test_events_of_one_batch_become_one_chunk_in_order(run) -> None:
