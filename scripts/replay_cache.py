@@ -10,10 +10,11 @@ from __future__ import annotations
 import gzip
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from pathlib import Path
+from typing import Any
 
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.cache.policies import POLICIES
@@ -30,13 +31,14 @@ SPACE = derive_namespace(b"replay", "tenant", "replay")
 @dataclass(frozen=True, slots=True)
 class Request:
     """`time_s` from the start; `block_ids` of the prompt, of which each stands for all before it too. `session`: which
-    conversation it belongs to, None if the trace does not say."""
+    conversation it belongs to, None if the trace does not say; `is_sub`: to a sub-agent of it."""
 
     time_s: float
     num_tokens: int
     block_ids: list[int]
     num_output_tokens: int = 1
     session: int | None = None
+    is_sub: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,6 +108,7 @@ def load_trace(path: Path, limit: int | None = None) -> Trace:
                     block_ids,
                     int(row["out_len"]),
                     None if session is None else int(session),
+                    row.get("type") == "sub",
                 )
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
@@ -123,9 +126,21 @@ def load_trace(path: Path, limit: int | None = None) -> Trace:
     return Trace(path.name.split(".")[0], requests, size, len(parents), num_whole)
 
 
-def replay(trace: Trace, policy: str, num_blocks: int, *, hints: Sequence[CacheHint] | None = None) -> Result:
-    """Replay `trace` through a `PrefixCache` of `num_blocks` blocks under `policy`. `hints`: one per request."""
-    cache = PrefixCache(num_blocks, 1, POLICIES[policy](num_blocks))
+def replay(
+    trace: Trace,
+    policy: str | Callable[[int], Any],
+    num_blocks: int,
+    *,
+    hints: Sequence[CacheHint | None] | None = None,
+    sessions: Sequence[int] | None = None,
+) -> Result:
+    """Replay `trace` through a `PrefixCache` of `num_blocks` blocks under `policy`, one of the product's by its name.
+
+    `hints`: one per request. `sessions`: one per request, for a policy that has an attribute `session`. Where it can
+    `close` one, it does so after a request that says that nothing follows.
+    """
+    made = (POLICIES[policy] if isinstance(policy, str) else policy)(num_blocks)
+    cache = PrefixCache(num_blocks, 1, made)
     num_hits = num_hit_tokens = 0
     cpu_s = 0.0
     for i, request in enumerate(trace.requests):
@@ -137,11 +152,15 @@ def replay(trace: Trace, policy: str, num_blocks: int, *, hints: Sequence[CacheH
         start = time.process_time()
         table = BlockTable(hint=hints[i] if hints is not None else None)
         cache.advance(request.time_s)
+        if sessions is not None:
+            made.session = sessions[i]
         num_found = cache.match(chain, table, length)
         allocated = cache.allocate(chain, table, length - num_found)
         assert allocated is not None
         cache.insert(chain, table, length)
         cache.free(table)
+        if sessions is not None and table.hint in ("one_shot", "closing") and hasattr(made, "close"):
+            made.close(sessions[i])
         cpu_s += time.process_time() - start
         num_hits += num_found
         num_hit_tokens += min(num_found * trace.block_tokens, request.num_tokens)
@@ -191,11 +210,25 @@ def honest_hints(trace: Trace) -> list[CacheHint]:
 
     Taken from the trace's future, for a report of what such a hint is worth.
     """
-    requests = trace.requests
+    goes_on, is_first = _links(trace.requests)[:2]
+    return ["open" if on else "one_shot" if first else "closing" for on, first in zip(goes_on, is_first, strict=True)]
+
+
+def chains(trace: Trace) -> list[int]:
+    """Return the number of the chain that every request belongs to: each goes on with the one before."""
+    found: list[int] = []
+    for i, before in enumerate(_links(trace.requests)[2]):
+        found.append(i if before is None else found[before])
+    return found
+
+
+def _links(requests: Sequence[Request]) -> tuple[list[bool], list[bool], list[int | None]]:
+    """Return of every request whether another goes on with it, whether it goes on with none, and with which it does."""
     owner: dict[int, int] = {}  # block -> the last request that used it
     trunk = [0] * len(requests)
     is_first = [True] * len(requests)
     goes_on = [False] * len(requests)
+    before: list[int | None] = [None] * len(requests)
     for i, request in enumerate(requests):
         block_ids = request.block_ids
         known = next((n for n, block_id in enumerate(block_ids) if block_id not in owner), len(block_ids))
@@ -203,10 +236,10 @@ def honest_hints(trace: Trace) -> list[CacheHint]:
         if known:
             last = owner[block_ids[known - 1]]
             if known > trunk[last] and 2 * (known - trunk[last]) >= len(requests[last].block_ids) - trunk[last]:
-                goes_on[last], is_first[i], trunk[i] = True, False, trunk[last]
+                goes_on[last], is_first[i], trunk[i], before[i] = True, False, trunk[last], last
         for block_id in block_ids:
             owner[block_id] = i
-    return ["open" if on else "one_shot" if first else "closing" for on, first in zip(goes_on, is_first, strict=True)]
+    return goes_on, is_first, before
 
 
 def _spread(requests: list[Request]) -> Iterator[Request]:

@@ -13,8 +13,10 @@ prompt's blocks, of which each stands for its block and all before it. It is rep
 (`scripts/replay_cache.py` says how). Hit rates are shares of all blocks, or tokens, of all prompts; capacities are
 shares of the trace's distinct blocks, or numbers of blocks; the CPU time is that of the calls into the cache.
 
-Policies are those of `cache.policies`; `optimum`, which knows the future; and any policy with `+hints` after its name:
-then clients say honestly of every request whether the conversation goes on. `all`: every policy and the optimum.
+Policies are those of `cache.policies`; `session_lru`, SGLang's; `optimum`, which knows the future. After a name may
+come `+hints`: clients say honestly of every request whether the conversation goes on; `+intent`: they say no more than
+which request is the last of its session; `+session` (of `two_heaps`): nothing but which session a request belongs to.
+`all`: every policy of the product and the optimum. Sessions are described in `scripts/replay_sessions.py`.
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import replay_route
 from replay_cache import Trace, honest_hints, load_trace, replay, replay_optimum
+from replay_sessions import SessionLru, SessionTwoHeaps, last_words, sessions_of
 
 from kvasir.cache.policies import POLICIES
 
 OPTIMUM = "optimum"
-HINTED = "+hints"
+SAID = ("", "hints", "intent")  # what clients say, after a policy's name
+LAB: dict[str, Any] = {"session_lru": SessionLru, "two_heaps+session": SessionTwoHeaps}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +103,11 @@ def measure(trace: Trace, policy: str, capacity: float | int) -> Row:
     num_blocks = capacity if isinstance(capacity, int) else max(1, int(capacity * trace.num_distinct + 1e-9))
     if policy == OPTIMUM:
         result = replay_optimum(trace, num_blocks)
-    elif policy.endswith(HINTED):
-        result = replay(trace, policy.removesuffix(HINTED), num_blocks, hints=honest_hints(trace))
     else:
-        result = replay(trace, policy, num_blocks)
+        name, said = (policy, "") if policy in LAB else policy.partition("+")[::2]
+        sessions = sessions_of(trace)
+        hints = {"": None, "hints": honest_hints(trace), "intent": last_words(sessions)}[said]
+        result = replay(trace, LAB.get(name, name), num_blocks, hints=hints, sessions=sessions if name in LAB else None)
     return Row(
         trace=trace.name,
         policy=policy,
@@ -265,7 +270,7 @@ def spread(load: float | None, count: int) -> list[float | None]:
 
 
 def _names() -> str:
-    return ", ".join([*POLICIES, OPTIMUM])
+    return ", ".join([*POLICIES, *LAB, OPTIMUM])
 
 
 def _policies(text: str) -> list[str]:
@@ -273,7 +278,8 @@ def _policies(text: str) -> list[str]:
         return [*POLICIES, OPTIMUM]
     names = text.split(",")
     for name in names:
-        if name != OPTIMUM and name.removesuffix(HINTED) not in POLICIES:
+        base, _, said = name.partition("+")
+        if name not in (OPTIMUM, *LAB) and (base not in (*POLICIES, "session_lru") or said not in SAID):
             raise argparse.ArgumentTypeError(f"there is no policy {name!r}; choose of {_names()}")
     return names
 

@@ -14,7 +14,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import replay_trace
-from replay_cache import Trace, load_trace, replay, replay_optimum
+from replay_cache import Trace, chains, load_trace, replay, replay_optimum
+from replay_sessions import SessionLru, SessionTwoHeaps, last_words, sessions_of
 
 from kvasir.cache.policies import POLICIES
 
@@ -124,6 +125,37 @@ def test_a_request_larger_than_the_cache_keeps_what_fits(tmp_path: Path) -> None
     assert (replay(trace, "lru", 3).num_hits, replay_optimum(trace, 3).num_hits) == (3, 3)
 
 
+# ---- sessions
+
+
+def test_chains_stand_for_sessions_that_have_no_name_and_only_the_last_request_is_a_last_word(tmp_path: Path) -> None:
+    prompts = [[0, 1], [5, 6], [0, 1, 2], [0, 1, 2, 3], [8]]
+    assert chains(make_trace(tmp_path, prompts)) == [0, 1, 0, 0, 4]
+    assert last_words([0, 1, 0, 0, 4]) == [None, "one_shot", None, "closing", "one_shot"]
+    path = write_trace(tmp_path / "named.jsonl", prompts)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    more = [{"session": 7, "type": "sub" if i in (1, 4) else "main"} for i in range(5)]
+    path.write_text("".join(json.dumps({**row, **said}) + "\n" for row, said in zip(rows, more, strict=True)))
+    assert sessions_of(load_trace(path)) == [7, -2, 7, 7, -5], "sub-agents are sessions of their own"
+
+
+def test_without_a_last_word_the_session_aware_rule_is_lru_and_with_it_the_closed_go_first(tmp_path: Path) -> None:
+    trace = make_trace(tmp_path, make_prompts(random.Random(2), 300, depth=6, fan=3))
+    sessions = sessions_of(trace)
+    for capacity in (9, 30):
+        plain = replay(trace, "lru", capacity).num_hits
+        assert replay(trace, SessionLru, capacity, sessions=sessions).num_hits == plain
+        assert replay(trace, SessionTwoHeaps, capacity, sessions=sessions).num_hits > 0
+    # Two sessions, the second one over: it goes, though it was used last.
+    trace = make_trace(tmp_path, [[0, 1], [5, 6], [8], [0, 1, 2]])
+    sessions = [0, 1, 2, 0]
+    hits = {
+        hints is None: replay(trace, SessionLru, 4, sessions=sessions, hints=hints).num_hits
+        for hints in (None, last_words(sessions))
+    }
+    assert hits == {True: 1, False: 2}
+
+
 def test_the_command_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = random.Random(5)
     files = [write_trace(tmp_path / name, make_prompts(rng, 120, 6, 3), 4) for name in ("one.jsonl.gz", "two.jsonl")]
@@ -133,13 +165,13 @@ def test_the_command_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pyte
         "--trace",
         *map(str, files),
         "--policy",
-        "lru,two_heaps,two_heaps+hints,optimum",
+        "lru,two_heaps,two_heaps+hints,two_heaps+session,two_heaps+intent,session_lru,session_lru+intent,optimum",
         "--capacity",
         "5%,25%,30",
     ]
     replay_trace.main([*command, "--json", str(out), "--jobs", "2"])
     rows = json.loads(out.read_text())
-    assert len(rows) == 2 * 4 * 3
+    assert len(rows) == 2 * 8 * 3
     assert all(set(row) == FIELDS for row in rows)
     assert {row["trace"] for row in rows} == {"one", "two"}
     for row in rows:
