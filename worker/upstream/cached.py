@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from kvasir.protocol.prefix import HASH_BYTES
 from kvasir.worker.upstream.kv_index import UpstreamIndex
 from kvasir.worker.upstream.sent_index import SentIndex
@@ -33,15 +35,20 @@ class CachedBlocks:
         """Return all resident hashes, packed."""
         return self.followed.snapshot() if self.is_exact else self._sent.snapshot()
 
-    def num_leading_tokens(self, prefix_hashes: bytes, num_tokens: int) -> int:
-        """Return how many tokens of a prompt are cached now. Its last token never counts: it is computed always."""
+    def num_leading_tokens(self, prefix_hashes: bytes, num_tokens: int, coming: Iterable[bytes] = ()) -> int:
+        """Return how many tokens of a prompt are cached now, or will be when its turn comes: `coming` are the chains of
+        the prompts before it. Its last token never counts: it is computed always."""
         index = self.followed if self.is_exact else self._sent
-        num_blocks = min(len(prefix_hashes) // HASH_BYTES, (num_tokens - 1) // self.block_size) // self._ratio
-        for number in range(num_blocks):
-            end = (number + 1) * self._ratio * HASH_BYTES
+        num_blocks = min(len(prefix_hashes) // HASH_BYTES, (num_tokens - 1) // self.block_size)
+        num_found = 0
+        while num_found + self._ratio <= num_blocks:
+            end = (num_found + self._ratio) * HASH_BYTES
             if prefix_hashes[end - HASH_BYTES : end] not in index:
-                return number * self._ratio * self.block_size
-        return num_blocks * self._ratio * self.block_size
+                break
+            num_found += self._ratio
+        num_coming = max((_num_common(prefix_hashes, chain) for chain in coming), default=0)
+        num_found = max(num_found, min(num_coming, num_blocks))
+        return num_found // self._ratio * self._ratio * self.block_size
 
     def computed(self, prefix_hashes: bytes) -> None:
         """Note that the blocks of a chain were computed just now."""
@@ -54,3 +61,16 @@ class CachedBlocks:
         num_whole = len(hashes) // size
         if num_whole * self._ratio * self.block_size > num_prompt_tokens:
             self.followed.expect(hashes[(num_whole - 1) * size : num_whole * size], now + LATE_EVENT_S)
+
+
+def _num_common(one: bytes, other: bytes) -> int:
+    """Return how many leading blocks two chains have in common. A chained hash stands for all before it: bisection."""
+    low, high = 0, min(len(one), len(other)) // HASH_BYTES
+    while low < high:
+        middle = (low + high + 1) // 2
+        start, end = (middle - 1) * HASH_BYTES, middle * HASH_BYTES
+        if one[start:end] == other[start:end]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -6,12 +6,14 @@ only with what shows that the engine works: a token, or figures of its metrics t
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 from kvasir.protocol.messages import Load, Output, Snapshot, StepReport
 from kvasir.worker.upstream.cached import CachedBlocks
 from kvasir.worker.upstream.vllm import Metrics
 
+MIN_RATE_TOKENS = 256  # fewer prompt tokens take a step's time whatever the rate is: nothing is learned from them
 MAX_STEP_S = 1.0  # a longer pause between tokens is no decode step
 
 
@@ -29,7 +31,7 @@ class Reporter:
         self._progress: tuple[str, ...] = ()
         self._num_decoded = self._num_prefilled = 0
         self._prefill_s = 0.0
-        self._first_token_at = 0.0  # of whichever request had one last
+        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=64)  # of the last requests: (sent, first token)
         self._decoded_at = 0.0  # when a report last told of decoded tokens
 
     def add(self, output: Output) -> None:
@@ -44,13 +46,14 @@ class Reporter:
     def prefilled(self, num_tokens: int, sent_at: float) -> None:
         """Note the first token of a request of which `num_tokens` prompt tokens had to be computed.
 
-        The engine computes prompts one after the other: this one's turn began when it was sent, or when the one before
-        it was through.
+        The engine computes prompts in the order in which they were sent: this one's turn began when it was sent, or
+        when those before it were through. First tokens of one step come in any order.
         """
         now = self._clock()
+        began_at = max([first_at for at, first_at in self._first_tokens if at <= sent_at], default=sent_at)
         self._num_prefilled += num_tokens
-        self._prefill_s += max(1e-6, now - max(sent_at, self._first_token_at))
-        self._first_token_at = now
+        self._prefill_s += max(1e-6, now - max(sent_at, began_at))
+        self._first_tokens.append((sent_at, now))
         self._is_progress = True
 
     def observe(self, metrics: Metrics) -> None:
@@ -72,7 +75,9 @@ class Reporter:
         self._step += self._is_progress
         load = Load(self._load.num_running, self._load.num_waiting, self._load.num_free_blocks)
         if self._num_prefilled:
-            load.num_prefill_tokens, load.step_s = self._num_prefilled, self._prefill_s
+            load.num_prefill_tokens = self._num_prefilled
+            if self._num_prefilled >= MIN_RATE_TOKENS:
+                load.step_s = self._prefill_s
         elif self._num_decoded:
             step_s = now - self._decoded_at
             load.num_decode_tokens, load.step_s = self._num_decoded, step_s if step_s < MAX_STEP_S else 0.0

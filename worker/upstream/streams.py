@@ -32,7 +32,7 @@ class Active:
 
     command: Generate
     request_id: str
-    num_guessed: int  # prompt tokens that were probably cached when it was sent
+    num_guessed: int  # prompt tokens that will probably be cached when its turn comes
     sent_at: float
     scope: trio.CancelScope
     generated: bytearray = field(default_factory=bytearray)
@@ -89,7 +89,8 @@ class Streams:
             return
         now = trio.current_time()
         deadline = inf if command.deadline_s is None else now + command.deadline_s
-        num_guessed = self._cached.num_leading_tokens(command.prefix_hashes, num_tokens(command.token_ids))
+        coming = [active.command.prefix_hashes for active in self._active.values() if not active.generated]
+        num_guessed = self._cached.num_leading_tokens(command.prefix_hashes, num_tokens(command.token_ids), coming)
         request_id = f"{command.req_id.hex()}-{command.attempt}"
         active = Active(command, request_id, num_guessed, now, trio.CancelScope(deadline=deadline))
         self._active[key] = active

@@ -9,7 +9,7 @@ from kvasir.protocol.prefix import extend_chain, split_hashes
 from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.upstream.cached import LATE_EVENT_S, CachedBlocks
 from kvasir.worker.upstream.kv_wire import Batch, Stored
-from kvasir.worker.upstream.reporter import Reporter
+from kvasir.worker.upstream.reporter import MIN_RATE_TOKENS, Reporter
 from kvasir.worker.upstream.vllm import Metrics
 
 ROOT, NAMESPACE = b"r" * 16, b"n" * 16
@@ -66,6 +66,27 @@ def test_a_prompts_time_begins_when_the_one_before_it_was_through() -> None:
     assert (load.num_prefill_tokens, load.step_s, load.num_decode_tokens) == (500, 0.5, 0)
 
 
+def test_first_tokens_of_one_step_come_in_any_order_and_a_prompts_time_ends_with_its_own() -> None:
+    rig = Rig()
+    rig.now = 100.5
+    rig.reporter.prefilled(10, sent_at=100.001)  # it shares what the first one computes, and is told of before it
+    rig.reporter.take()
+    rig.now = 100.51
+    rig.reporter.prefilled(1000, sent_at=100.0)
+    load = rig.reporter.take().load
+    assert (load.num_prefill_tokens, load.step_s) == (1000, pytest.approx(0.51))
+
+
+def test_a_prompt_that_was_cached_says_nothing_of_the_prefill_rate() -> None:
+    rig = Rig()
+    rig.now = 100.1
+    rig.reporter.prefilled(MIN_RATE_TOKENS - 1, sent_at=100.0)
+    load = rig.reporter.take().load
+    assert (load.num_prefill_tokens, load.step_s) == (MIN_RATE_TOKENS - 1, 0.0)
+    rig.reporter.prefilled(MIN_RATE_TOKENS, sent_at=100.0)
+    assert rig.reporter.take().load.step_s > 0.0
+
+
 def test_a_decode_round_is_the_time_between_two_reports_of_tokens_and_a_pause_is_none() -> None:
     rig = Rig()
     rig.reporter.decoded(4)
@@ -98,6 +119,17 @@ def test_prompts_are_cached_in_whole_blocks_of_the_upstreams_and_never_to_the_la
     rig.cached.computed(chain(20))  # five of our blocks: two whole ones of the upstream's
     for num_tokens, num_cached in ((20, 16), (17, 16), (16, 8), (9, 8), (8, 0), (1, 0)):
         assert rig.cached.num_leading_tokens(chain(num_tokens), num_tokens) == num_cached
+
+
+def test_what_prompts_before_it_are_computing_will_be_cached_when_its_turn_comes() -> None:
+    rig = Rig()
+    rig.cached.computed(chain(8))
+    longer = chain(20)
+    assert rig.cached.num_leading_tokens(longer, 20) == 8
+    other = extend_chain(ROOT, b"o" * 16, pack_tokens(range(20)), 4)
+    for coming, expected in (([other], 8), ([other, chain(19)], 16), ([chain(14)], 8), ([longer], 16)):
+        assert rig.cached.num_leading_tokens(longer, 20, coming) == expected
+    assert rig.cached.num_leading_tokens(longer, 16, [longer]) == 8, "the last token is computed always"
 
 
 def test_the_last_block_of_an_answer_counts_before_its_event_has_come_but_not_for_ever() -> None:
