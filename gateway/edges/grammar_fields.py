@@ -3,11 +3,12 @@ vLLM's `structured_outputs` and its older `guided_*`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from kvasir.gateway.text.json_input import read_json
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import MAX_GRAMMAR_CHARS, Grammar
 
@@ -28,7 +29,7 @@ class GrammarFields(Protocol):
     guided_json_object: bool | None
 
 
-class Asked(NamedTuple):
+class AskedGrammar(NamedTuple):
     """A grammar, and the field that asked for it."""
 
     grammar: Grammar
@@ -67,14 +68,14 @@ class _Structured(Struct, forbid_unknown_fields=True):
     json_object: bool | None = None
 
 
-def read_grammar(body: GrammarFields) -> Asked | None:
+def read_grammar(body: GrammarFields) -> AskedGrammar | None:
     """Return what the answer has to match, None if it is free.
 
     Raises:
         BadRequest: two fields ask for something, or one cannot be read; `param` names it.
     """
     found = [
-        Asked(grammar, name)
+        AskedGrammar(grammar, name)
         for name, grammar in (
             ("response_format", _from_response_format(body.response_format)),
             ("structured_outputs", _from_structured(body.structured_outputs)),
@@ -91,7 +92,7 @@ def read_grammar(body: GrammarFields) -> Asked | None:
     return found[0] if found else None
 
 
-def read_text_options(raw: Raw) -> Asked | None:
+def read_text_options(raw: Raw) -> AskedGrammar | None:
     """Return what `text` of a request for a response asks for: there a schema's name and the schema stand beside its
     type.
 
@@ -100,7 +101,7 @@ def read_text_options(raw: Raw) -> Asked | None:
     """
     if _is_absent(raw):
         return None
-    given: _TextOptions = _decode(raw, _TextOptions, "text")
+    given: _TextOptions = read_json(raw, _TextOptions, "text")
     kind = "text" if given.format is None else given.format.type
     if kind not in ("text", "json_object", "json_schema"):
         raise BadRequest(
@@ -110,8 +111,8 @@ def read_text_options(raw: Raw) -> Asked | None:
     if given.format is None or kind == "text":
         return None
     if kind == "json_object":
-        return Asked(_OBJECT, "text.format")
-    return Asked(from_json_schema(given.format.schema, "text.format.schema"), "text.format")
+        return AskedGrammar(_OBJECT, "text.format")
+    return AskedGrammar(from_json_schema(given.format.schema, "text.format.schema"), "text.format")
 
 
 def from_json_schema(raw: Raw, param: str) -> Grammar:
@@ -129,7 +130,7 @@ def from_json_schema(raw: Raw, param: str) -> Grammar:
 def _from_response_format(raw: Raw) -> Grammar | None:
     if _is_absent(raw):
         return None
-    given: _ResponseFormat = _decode(raw, _ResponseFormat, "response_format")
+    given: _ResponseFormat = read_json(raw, _ResponseFormat, "response_format")
     if given.type not in ("text", "json_object", "json_schema"):
         raise BadRequest(
             f"response_format of type {given.type[:80]!r} is not supported here; text, json_object and json_schema are",
@@ -147,7 +148,7 @@ def _from_structured(raw: Raw) -> Grammar | None:
     if _is_absent(raw):
         return None
     where = "structured_outputs"
-    given: _Structured = _decode(raw, _Structured, where)
+    given: _Structured = read_json(raw, _Structured, where)
     found = [
         grammar
         for grammar in (
@@ -170,32 +171,23 @@ def _from_json(raw: Raw, param: str) -> Grammar | None:
     if _is_absent(raw):
         return None
     if bytes(raw).startswith(b'"'):  # vLLM takes a schema as a string, too
-        return _grammar("json_schema", _decode(raw, str, param), param)
+        return _grammar("json_schema", read_json(raw, str, param), param)
     return from_json_schema(raw, param)
 
 
 def _from_choice(raw: Raw, param: str) -> Grammar | None:
     if _is_absent(raw):
         return None
-    choices = _decode(raw, Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)], param)
+    choices = read_json(raw, Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)], param)
     return _grammar("choice", msgspec.json.encode(choices).decode(), param)
 
 
 def _from_text(kind: str, raw: Raw, param: str) -> Grammar | None:
-    return None if _is_absent(raw) else _grammar(kind, _decode(raw, str, param), param)
+    return None if _is_absent(raw) else _grammar(kind, read_json(raw, str, param), param)
 
 
 def _is_absent(raw: Raw) -> bool:
     return bytes(raw) in (b"", _NULL)
-
-
-def _decode(raw: Raw, kind: Any, param: str) -> Any:
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        message, _, path = str(error).partition(" - at `$")
-        where = param + path.rstrip("`").partition("[")[0]
-        raise BadRequest(f"{where}: {message}", param=where) from None
 
 
 def _grammar(kind: str, text: str, param: str) -> Grammar:

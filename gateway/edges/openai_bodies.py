@@ -90,25 +90,6 @@ class ChatBody(Body, kw_only=True):
     prompt_cache_retention: Retention | None = None
     cache_control: CacheControl | None = None
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing of it is for the chat template or the parser of the answer."""
-        return not (
-            self.tools
-            or self.documents
-            or self.chat_template_kwargs
-            or self.reasoning_effort
-            or self.tool_choice is not None
-            or self.continue_final_message
-            or self.max_reasoning_tokens is not None
-            or self.thinking_token_budget is not None
-            or self.enable_thinking is not None
-            or self.add_generation_prompt is False
-            or self.parallel_tool_calls is False
-            or self.include_reasoning is False
-            or self.separate_reasoning is False
-        )
-
 
 class CompletionBody(Body, kw_only=True):
     prompt: Raw  # by its shape, see `_prompts`

@@ -18,6 +18,7 @@ from kvasir.gateway.edges.chat_turns import NamedTool, Turn, message_of
 from kvasir.gateway.edges.grammar_fields import read_grammar
 from kvasir.gateway.edges.openai_bodies import MAX_TURNS, Body, ChatBody, CompletionBody, StreamOptions
 from kvasir.gateway.edges.openai_fields import MAX_VALUE_BYTES, FieldCheck
+from kvasir.gateway.text.json_input import read_by, read_json
 from kvasir.protocol.client_messages import ChatOptions, CompletionRequest
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import CacheHint, Priority, SamplingOptions
@@ -113,8 +114,6 @@ def _has_breakpoint(body: ChatBody) -> bool:
 
 def _chat_options(body: ChatBody, is_lenient: bool) -> ChatOptions | None:
     """Return how the template is to be used; None where the request says nothing of it."""
-    if body.is_plain and not is_lenient:
-        return None
     given: dict[str, Any] = {}
     for name in ("tools", "documents"):
         if raw := _object(getattr(body, name)):
@@ -138,17 +137,14 @@ def _chat_options(body: ChatBody, is_lenient: bool) -> ChatOptions | None:
         given["add_generation_prompt"] = bool(body.add_generation_prompt)
     elif body.add_generation_prompt is False:
         given["add_generation_prompt"] = False
-    return ChatOptions(**given, is_lenient=is_lenient)
+    return ChatOptions(**given, is_lenient=is_lenient) if given or is_lenient else None
 
 
 def _variables(body: ChatBody) -> bytes:
     raw = _object(body.chat_template_kwargs)
     if body.enable_thinking is None:
         return raw
-    try:
-        given = msgspec.json.decode(raw or b"{}", type=dict[str, Raw])
-    except msgspec.ValidationError as error:
-        raise BadRequest(f"chat_template_kwargs: {error}", param="chat_template_kwargs") from None
+    given = read_json(raw or b"{}", dict[str, Raw], "chat_template_kwargs")
     return msgspec.json.encode({"enable_thinking": body.enable_thinking, **given})
 
 
@@ -181,24 +177,18 @@ def decode_body(
     Raises:
         BadRequest: as `read_chat`.
     """
+
+    def by_the_table() -> Any:
+        kept: dict[str, Any] = fields.honoured_of(raw)
+        check(kept)
+        return decoder.decode(msgspec.json.encode(kept))
+
     try:
-        try:
-            body = decoder.decode(raw) if len(raw) <= MAX_VALUE_BYTES else None
-        except msgspec.ValidationError:
-            body = None  # the table says better what is wrong
-        if body is None:
-            kept: dict[str, Any] = fields.honoured_of(raw)
-            check(kept)
-            body = decoder.decode(msgspec.json.encode(kept))
-        return body
-    except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$")
-        param = path.rstrip("`").lstrip(".") or None
-        raise BadRequest(f"{message}{f' ({param})' if param else ''}", param=param) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"the body is no valid JSON: {error}") from None
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None
+        if len(raw) <= MAX_VALUE_BYTES:
+            return decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass  # the table says better what is wrong
+    return read_by(by_the_table)
 
 
 def _check_turns(kept: dict[str, Any]) -> None:
@@ -332,10 +322,10 @@ def _prompts(raw: Raw) -> list[dict[str, Any]]:
 
 def _decode_prompt(raw: Raw, kind: Any) -> Any:
     try:
-        return msgspec.json.decode(raw, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        message = f"{error}; send a string, token ids, or several of one kind"
-        raise BadRequest(f"prompt: {message}", param="prompt") from None
+        return read_json(raw, kind, "prompt")
+    except BadRequest as error:
+        message = f"{error.message}; send a string, token ids, or several of one kind"
+        raise BadRequest(message, param="prompt") from None
 
 
 def _pack(token_ids: list[int]) -> bytes:

@@ -15,6 +15,7 @@ from kvasir.gateway.edges.grammar_fields import read_text_options
 from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody, CommonBody, NumTokens
 from kvasir.gateway.edges.openai_fields import FieldCheck
 from kvasir.gateway.edges.openai_requests import Asked, asked_of_chat, decode_body
+from kvasir.gateway.text.json_input import read_json
 from kvasir.protocol.errors import BadRequest
 
 
@@ -188,10 +189,7 @@ def _tools(raw: Raw) -> list[dict[str, Any]]:
     """Return the functions among the tools; other kinds are refused."""
     if not raw or bytes(raw) == b"null":
         return []
-    try:
-        tools = msgspec.json.decode(raw, type=list[dict[str, Any]])
-    except msgspec.ValidationError as error:
-        raise BadRequest(f"tools: {error}", param="tools") from None
+    tools: list[dict[str, Any]] = read_json(raw, list[dict[str, Any]], "tools")
     for index, tool in enumerate(tools):
         if tool.pop("type", None) != "function":
             raise BadRequest(f"tools[{index}] is no function; only functions can be called", param=f"tools[{index}]")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import msgspec
 from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.core.api import ModelInfo
 from kvasir.gateway.edges.chat_turns import Turn
 from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody
 from kvasir.gateway.edges.openai_requests import asked_of_chat
+from kvasir.gateway.text.json_input import read_json
 from kvasir.gateway.text.model_text import ModelText
 from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import BadRequest
@@ -42,7 +42,7 @@ def read_tokenize(raw: bytes) -> tuple[CompletionRequest, bool]:
     Raises:
         BadRequest: no valid body; `param` names the field.
     """
-    body: TokenizeBody = _decode(raw, TokenizeBody)
+    body: TokenizeBody = read_json(raw, TokenizeBody)
     wants_texts = bool(body.return_token_strs)
     if body.add_special_tokens is (body.messages is not None):
         raise BadRequest("add_special_tokens is true for prompts and false for chats", param="add_special_tokens")
@@ -76,17 +76,5 @@ def read_detokenize(raw: bytes) -> DetokenizeBody:
     Raises:
         BadRequest: as `read_tokenize`.
     """
-    body: DetokenizeBody = _decode(raw, DetokenizeBody)
+    body: DetokenizeBody = read_json(raw, DetokenizeBody)
     return body
-
-
-def _decode(raw: bytes, kind: Any) -> Any:
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$")
-        raise BadRequest(message, param=path.rstrip("`").lstrip(".") or None) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"the body is no valid JSON: {error}") from None
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None

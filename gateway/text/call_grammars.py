@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from kvasir.gateway.text.json_input import read_json
 from kvasir.gateway.text.tool_calls import HermesParser, LlamaParser, MistralParser, ToolParser
 from kvasir.gateway.text.tool_calls_xml import QwenCoderParser
 from kvasir.protocol.call_grammar import CallableTool, CallGrammar, Piece
@@ -135,10 +136,7 @@ def _bare(schema: Any) -> Any:
 def _content(content: Grammar) -> dict[str, Any]:
     if content.kind != "json_schema":
         raise BadRequest("beside tools, content can be held to a JSON schema only; leave tools out", param="tools")
-    try:
-        schema = msgspec.json.decode(content.text)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise BadRequest(f"the JSON schema is no valid JSON: {error}", param="grammar") from None
+    schema = read_json(content.text, Any, "grammar")
     return schema if isinstance(schema, dict) else {}
 
 

@@ -20,6 +20,7 @@ import jinja2.sandbox
 import jinja2.utils
 import msgspec
 
+from kvasir.gateway.text.json_input import read_json
 from kvasir.gateway.text.tool_schemas import read_tools
 from kvasir.protocol.client_messages import ChatMessage, ChatOptions, ToolCall
 from kvasir.protocol.errors import BadRequest
@@ -114,12 +115,12 @@ class ChatTemplate:
             raise BadRequest(
                 "the model's chat template knows no documents; write them into a message", param="documents"
             )
-        return _decode_json(options.documents, list[dict[str, Any]], "documents")
+        return read_json(options.documents, list[dict[str, Any]], "documents")
 
     def _more_variables(self, options: ChatOptions) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if options.variables:
-            found = _decode_json(options.variables, dict[str, Any], "chat_template_kwargs")
+            found = read_json(options.variables, dict[str, Any], "chat_template_kwargs")
         for name in found:
             if name in _OURS or name in self._tokens or not self.knows(name):
                 known = ", ".join(sorted(self._variables - _OURS - self._tokens.keys())) or "none"
@@ -160,15 +161,6 @@ def _call(call: ToolCall) -> dict[str, Any]:
     except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):  # what the model wrote is no JSON
         pass
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
-
-
-def _decode_json(raw: bytes, kind: Any, param: str) -> Any:
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"{param}: {error}", param=param) from None
-    except RecursionError:
-        raise BadRequest(f"{param} is nested too deeply", param=param) from None
 
 
 def _compile(source: str) -> tuple[jinja2.Template, set[str]]:

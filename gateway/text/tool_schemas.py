@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import msgspec
-
+from kvasir.gateway.text.json_input import read_json
 from kvasir.gateway.text.tool_calls import Tools
 from kvasir.protocol.errors import BadRequest
 
@@ -20,12 +19,7 @@ def read_tools(raw: bytes) -> list[dict[str, Any]]:
     Raises:
         BadRequest: no list of functions, or a name that no model could be given; says which one.
     """
-    try:
-        tools = msgspec.json.decode(raw, type=list[dict[str, Any]])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"tools: {error}", param="tools") from None
-    except RecursionError:
-        raise BadRequest("tools are nested too deeply", param="tools") from None
+    tools: list[dict[str, Any]] = read_json(raw, list[dict[str, Any]], "tools")
     if len(tools) > MAX_TOOLS:
         raise BadRequest(f"{len(tools)} tools are more than the {MAX_TOOLS} that are allowed", param="tools")
     for index, tool in enumerate(tools):

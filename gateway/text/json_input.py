@@ -1,0 +1,35 @@
+"""JSON that clients send, decoded; what is wrong with it in their words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from kvasir.protocol.errors import BadRequest
+
+
+def read_json(raw: bytes | str | Raw, kind: Any, param: str = "") -> Any:
+    """Return the JSON `raw` as a `kind`. `param`: the field that it is the value of; "": the body.
+
+    Raises:
+        BadRequest: no valid JSON, or not of that kind; `param` names the place.
+    """
+    return read_by(lambda: msgspec.json.decode(raw, type=kind), param)
+
+
+def read_by(decode: Callable[[], Any], param: str = "") -> Any:
+    """Return what `decode` makes of JSON; as `read_json` otherwise."""
+    what = param or "the body"
+    try:
+        return decode()
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        where = f"{param}{path.rstrip('`')}".lstrip(".")
+        raise BadRequest(f"{where}: {message}" if where else message, param=where or None) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{what} is no valid JSON: {error}", param=param or None) from None
+    except RecursionError:
+        raise BadRequest(f"{what} is nested too deeply", param=param or None) from None
