@@ -26,11 +26,11 @@ class Day:
     spent_money: int = 0
     reserved_tokens: int = 0
     reserved_money: int = 0
+    month: tuple[int, int] = field(init=False)
 
-    @property
-    def month(self) -> tuple[int, int]:
+    def __post_init__(self) -> None:
         day = date.fromordinal(self.number + _EPOCH)
-        return day.year, day.month
+        self.month = day.year, day.month
 
 
 @dataclass(slots=True, eq=False)
@@ -56,20 +56,15 @@ class Account:
 
     def used(self, budget: Budget, day: Day, *, with_reserved: bool = True) -> int:
         """Return what of `budget`'s unit is used in its window around `day`."""
-        used = 0
-        if budget.window == "day":
-            days = [day]
-        elif budget.window == "month":
-            month = day.month
-            days = [other for other in self.days.values() if other.month == month]
-        else:
-            days = list(self.days.values())
-            used = self.tokens_before if budget.unit == "tokens" else self.money_before
-        for each in days:
-            if budget.unit == "tokens":
-                used += each.spent_tokens + (each.reserved_tokens if with_reserved else 0)
+        is_tokens, window, month = budget.unit == "tokens", budget.window, day.month
+        used = 0 if window != "total" else self.tokens_before if is_tokens else self.money_before
+        for each in (day,) if window == "day" else self.days.values():
+            if window == "month" and each.month != month:
+                continue
+            if is_tokens:
+                used += each.spent_tokens + each.reserved_tokens * with_reserved
             else:
-                used += each.spent_money + (each.reserved_money if with_reserved else 0)
+                used += each.spent_money + each.reserved_money * with_reserved
         return used
 
     def check_integrity(self) -> None:

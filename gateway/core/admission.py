@@ -125,16 +125,16 @@ class Admission:
 
     def admit(self, submits: Sequence[Submit], now: float, wall_s: float) -> list[Share] | KvasirError:
         """Book the requests of one API request, or return why it is refused. One share per request."""
-        first, ask = submits[0], _ask(submits)
+        first, ask, now_ns = submits[0], _ask(submits), int(now * 1e9)
         price, grant = self._price(first.model), GRANT_TOKENS
         payers = self._payers_of(first.tenant_id, first.key_id, day_number(wall_s))
         for payer in payers:
             if payer.terms is not NO_TERMS:
-                refusal = _limit_refusal(payer, ask, int(now * 1e9)) or _budget_refusal(payer, ask, price, wall_s)
+                refusal = _limit_refusal(payer, ask, now_ns) or _budget_refusal(payer, ask, price, wall_s)
                 if refusal is not None:
                     return refusal
                 if ask.num_open_ended:
-                    grant = min(grant, _output_left(payer, ask, price, int(now * 1e9)) // ask.num_open_ended)
+                    grant = min(grant, _output_left(payer, ask, price, now_ns) // ask.num_open_ended)
         granted = [min(submit.max_tokens, grant) if submit.is_open_ended else submit.max_tokens for submit in submits]
         num_output = sum(granted)
         money = _dearest(price, ask.num_prompt, num_output)
@@ -143,8 +143,8 @@ class Admission:
             account.num_running += 1
             day.reserved_tokens += ask.num_prompt + num_output
             day.reserved_money += money
-            if payer.terms is not NO_TERMS:
-                _take(payer, (1, ask.num_prompt, num_output), int(now * 1e9))
+            if payer.gauges:
+                _take(payer, (1, ask.num_prompt, num_output), now_ns)
         req_ids = tuple([submit.req_id for submit in submits])
         num = len(req_ids)
         bill = Bill(req_ids[0], first.tenant_id, first.key_id, first.model, wall_s, price, payers, req_ids, num, num)

@@ -26,11 +26,11 @@ class Meter:
 
     def take(self, num: int, per_min: int, now: int) -> None:
         """Take `num`, which is there to be taken."""
-        self.full_at = (self.full_at if self.full_at > now else now) + cost_ns(num, per_min)
+        self.full_at = (self.full_at if self.full_at > now else now) - (-num * MINUTE_NS // per_min)
 
     def put_back(self, num: int, of: int, per_min: int) -> None:
         """Put back `num` of the `of` that were taken at once and not used."""
-        self.full_at -= cost_ns(of, per_min) - cost_ns(of - num, per_min)
+        self.full_at += -of * MINUTE_NS // per_min - (num - of) * MINUTE_NS // per_min
 
     def available(self, per_min: int, now: int) -> int:
         """Return how many can be taken now."""

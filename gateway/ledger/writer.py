@@ -75,7 +75,8 @@ class LedgerWriter:
     def reserve(self, bill: Bill) -> None:
         """Have a row written for `bill` with the next commit."""
         self._new.append(bill)
-        self._wake.set()
+        if not self._wake.is_set():  # which costs less than to set it once more
+            self._wake.set()
 
     def save(self, bills: Sequence[Bill]) -> None:
         """Have written what running `bills` have been sent so far."""
@@ -124,7 +125,7 @@ class LedgerWriter:
         if not (counts or refused or new):
             return
         try:
-            self._write(Batch([_row(bill, 0, 0, 0) for bill in new], list(counts.values()), _refusals(refused)))
+            self._write(Batch([_new_row(bill) for bill in new], list(counts.values()), _refusals(refused)))
         except Exception as error:  # whatever it is: requests wait for this thread
             self._close(error)
             lost = {bill.bill_id for bill in new}  # they have no row, and their requests end with an error
@@ -194,6 +195,10 @@ def _take(waiting: deque[Any]) -> list[Any]:
 
 def _refusals(refused: Sequence[tuple[int, str, str, str]]) -> list[DaySum]:
     return [DaySum(*key, num_refused=count) for key, count in Counter(refused).items()]
+
+
+def _new_row(bill: Bill) -> Row:
+    return Row(bill.admitted_at, bill.bill_id, bill.tenant_id, bill.key_id, bill.model)
 
 
 def _row(bill: Bill, num_prompt: int, num_cached: int, num_output: int, settled_at: float | None = None) -> Row:
