@@ -1,0 +1,149 @@
+"""Runs what one HTTP request asks for, and writes what comes back in the client's dialect, whole or as it comes.
+
+A whole answer wakes its connection once, when the last choice has ended (or at every step if its text may end it,
+which must be looked for as it comes). A streamed one is woken at most once per engine step, and writes all that came
+meanwhile in one go. A client that goes away cancels the task that serves it, and with it its requests.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import msgspec
+import trio
+
+from kvasir.gateway.core.api import CoreApi, Finished, Submit
+from kvasir.gateway.edges.answer import Answer, Piece, Waiter
+from kvasir.gateway.edges.cache_intent import says_final, says_no_store
+from kvasir.gateway.edges.http_exchange import HttpExchange, error_response, id_headers, json_response, request_id
+from kvasir.gateway.edges.limit_headers import standing_headers
+from kvasir.gateway.edges.openai_requests import Asked
+from kvasir.gateway.edges.prepare import Preparer
+from kvasir.gateway.edges.writer import Writer
+from kvasir.gateway.http.connection import HttpResponse
+from kvasir.gateway.tenants.directory import Caller
+from kvasir.protocol.client_messages import CompletionRequest
+from kvasir.protocol.errors import BadRequest
+
+MAX_PREPARED = 8  # prompts of one request, before others go first
+
+
+class Completions:
+    """Makes requests of what was asked and answers of what comes."""
+
+    def __init__(self, core: CoreApi, preparer: Preparer) -> None:
+        self._core = core
+        self._preparer = preparer
+
+    async def answer(
+        self, asked: Asked, caller: Caller, writer_of: type[Writer], call: HttpExchange
+    ) -> HttpResponse | None:
+        """Run `asked` for `caller`; return the answer, None if it was streamed.
+
+        Cancelled: what runs is cancelled too, and what was sent is paid for.
+
+        Raises:
+            KvasirError: it was refused; every request of it has ended or will be cancelled.
+        """
+        requests = asked.requests
+        if asked.may_close and says_final(call.request.headers):
+            requests = [msgspec.structs.replace(request, cache_hint="closing") for request in requests]
+        if says_no_store(call.request.headers):
+            requests = [msgspec.structs.replace(request, no_store=True) for request in requests]
+        every_event = asked.stream or _may_end_early(requests[0])
+        waiter = Waiter(len(requests), call.stream.cut, every_event=every_event)
+        answers = [Answer(self._core, waiter.wake) for _ in requests]
+        submits: list[Submit] = []
+        try:
+            for request, answer in zip(requests, answers, strict=True):
+                answer.submit = submit = await self._preparer.prepare(request, caller, answer)
+                answer.parser = self._preparer.parser(request, submit)
+                answer.detokenizer = self._preparer.detokenizer(request, submit, answer.parser)
+                if len(submits) % asked.num_choices:  # of a prompt with several choices, the first one counts it
+                    answer.submit = submit = msgspec.structs.replace(submit, counts_prompt=False)
+                submits.append(submit)
+                if len(submits) % MAX_PREPARED == 0:
+                    await trio.lowlevel.checkpoint()  # many prompts let others go first
+            call.facts["request"] = submits[0].req_id.hex()
+            self._core.submit(*submits)
+            call.headers.extend(standing_headers(self._core.standing(caller.tenant.id, caller.key_id)))
+            text, block_size = self._preparer.text(submits[0].model), self._preparer.block_size
+            writer = writer_of(asked, submits, text, block_size)
+            if asked.stream:
+                response = await self._stream(answers, waiter, writer, call)
+            else:
+                response = await self._whole(answers, waiter, writer, call)
+        except BadRequest as error:
+            _end_all(answers)
+            raise asked.renamed(error) from None
+        except BaseException:
+            _end_all(answers)
+            raise
+        finally:
+            call.facts["tokens"] = sum([answer.num_tokens for answer in answers])
+        if response is None:
+            _end_all(answers)
+        else:
+            response.on_sent = partial(_end_all, answers)
+        return response
+
+    async def _whole(self, answers: list[Answer], waiter: Waiter, writer: Writer, call: HttpExchange) -> HttpResponse:
+        pieces = [Piece() for _ in answers]
+        while any(piece.finished is None for piece in pieces):
+            await waiter.wait()
+            for piece, answer in zip(pieces, answers, strict=True):
+                piece.extend(answer.take())
+        ends = [_end(piece) for piece in pieces]
+        for end in ends:
+            if end.error is not None:
+                return error_response(end.error, call.request.path, request_id(call.facts))
+        return json_response(200, writer.whole(pieces, ends), [("x-kvasir-worker", ends[0].worker_id)])
+
+    async def _stream(
+        self, answers: list[Answer], waiter: Waiter, writer: Writer, call: HttpExchange
+    ) -> HttpResponse | None:
+        ends: list[Finished | None] = [None] * len(answers)
+        await waiter.wait()
+        pieces = [answer.take() for answer in answers]
+        first = next((piece.finished for piece in pieces if piece.finished and piece.finished.error), None)
+        if first is not None and first.error is not None and first.num_output_tokens == 0:
+            # Refused before anything was sent: a plain status says it best.
+            return error_response(first.error, call.request.path, request_id(call.facts))
+        headers = [("cache-control", "no-cache"), *id_headers(call.request.path, call.facts), *call.headers]
+        call.stream.begin(200, "text/event-stream; charset=utf-8", headers)
+        out = writer.opening()
+        while True:
+            for index, piece in enumerate(pieces):
+                out += writer.progress(index, piece)
+                end = piece.finished
+                if end is not None:
+                    ends[index] = end
+                    out.append(writer.ending(index, end) if end.error is None else writer.failure(end.error))
+            if None not in ends:
+                break
+            await call.stream.write(b"".join(out))
+            for answer in answers:
+                answer.sent()
+            out = []
+            await waiter.wait()
+            pieces = [answer.take() for answer in answers]
+        out.append(writer.closing([end for end in ends if end is not None]))
+        await call.stream.end(b"".join(out))
+        return None
+
+
+def _end_all(answers: list[Answer]) -> None:
+    """All has been sent, or cannot be: cancel what an error has left running, and close all."""
+    for answer in answers:
+        answer.cancel()
+
+
+def _may_end_early(request: CompletionRequest) -> bool:
+    """Return whether the text of an answer can end it."""
+    chat = request.chat
+    return bool(request.stop) or (chat is not None and (not chat.parallel_tool_calls or bool(chat.tool_name)))
+
+
+def _end(piece: Piece) -> Finished:
+    assert piece.finished is not None
+    return piece.finished

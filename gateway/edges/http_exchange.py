@@ -1,0 +1,64 @@
+"""One HTTP request on its way through the routes, and what every answer has in common: ids, errors, JSON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvasir.gateway.edges.anthropic_answers import AnthropicWriter
+from kvasir.gateway.edges.limit_headers import retry_headers
+from kvasir.gateway.edges.openai_answers import ChatWriter
+from kvasir.gateway.edges.writer import encode_json
+from kvasir.gateway.http.connection import Exchange, HttpResponse
+from kvasir.gateway.http.parser import HttpRequest
+from kvasir.protocol.errors import BY_CODE, AuthenticationFailed, ErrorInfo, KvasirError
+
+_ANTHROPIC = "/v1/messages"  # and below: in its dialect, errors too
+
+
+@dataclass(slots=True)
+class HttpExchange:
+    """One request on its way: `facts` gains what the access log says of it, `headers` are those of every answer."""
+
+    request: HttpRequest
+    stream: Exchange
+    facts: dict[str, object]
+    headers: list[tuple[str, str]]
+
+
+def api_key(request: HttpRequest) -> str:
+    """Return the API key that a request brings, as OpenAI's or as Anthropic's clients send it."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if key and scheme.lower() != "bearer":
+        raise AuthenticationFailed(f"authorization scheme {scheme[:20]!r} is not known; send `Bearer KEY`")
+    return key.strip() or request.headers.get("x-api-key", "").strip()
+
+
+def request_id(facts: dict[str, object]) -> str:
+    """Return the id of a request: the one that `kvasir explain` takes, or a new one where nothing was submitted."""
+    if "request" not in facts:
+        facts["request"] = os.urandom(16).hex()
+    return str(facts["request"])
+
+
+def id_headers(path: str, facts: dict[str, object]) -> list[tuple[str, str]]:
+    found = [("x-request-id", request_id(facts))]
+    return [*found, ("request-id", request_id(facts))] if path.startswith(_ANTHROPIC) else found
+
+
+def error_response(
+    info: ErrorInfo, path: str, req_id: str, more_headers: Sequence[tuple[str, str]] = ()
+) -> HttpResponse:
+    """Return an error as its HTTP status and the object that clients of `path` expect."""
+    status = BY_CODE.get(info.code, KvasirError).http_status
+    headers = [*more_headers, *retry_headers(info)]
+    if status == 401:
+        headers.append(("www-authenticate", "Bearer"))
+    writer_of = AnthropicWriter if path.startswith(_ANTHROPIC) else ChatWriter
+    return json_response(status, writer_of.error(info, status, req_id), headers)
+
+
+def json_response(status: int, content: Any, headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
+    return HttpResponse(status, encode_json(content), "application/json", headers)
