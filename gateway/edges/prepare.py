@@ -8,9 +8,8 @@ namespace, the rest in the namespace of the tenant's sharing scope. No request g
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
-from math import inf
 
 import msgspec
 import trio
@@ -20,18 +19,26 @@ from kvasir.gateway.core.api import CoreApi, ModelInfo, PromptParts, Sink, Submi
 from kvasir.gateway.edges.grammar_check import GrammarCheck
 from kvasir.gateway.edges.models import find_model, models_of
 from kvasir.gateway.edges.published import Published
+from kvasir.gateway.edges.request_checks import (
+    check_ids,
+    check_max_tokens,
+    check_prompt,
+    check_sampling,
+    prompt_field,
+    truncate,
+    window,
+    with_grammar,
+)
 from kvasir.gateway.tenants.directory import Caller, Tenant
 from kvasir.gateway.text.answer_parser import AnswerParser
-from kvasir.gateway.text.call_grammars import is_strict
 from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText
-from kvasir.gateway.text.tool_schemas import read_tools
 from kvasir.gateway.text.word_cache import Words
 from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
 from kvasir.protocol.messages import MAX_TOKEN_ID, Constraint, Grammar, Sampling, SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
-from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens, unpack_tokens, view_tokens
+from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 
 MAX_THREADS = 4
 TAIL_BYTES = 64
@@ -86,7 +93,7 @@ class Preparer:
             raise BadRequest("give exactly one of text, messages and token_ids", param="prompt")
         if _num_chars(request) > QUICK_CHARS:
             return None
-        request = self._with_grammar(request, info)
+        request = with_grammar(request, info, self._texts.get(info.name))
         if request.grammar is not None and not self._grammars.verdict_nowait(tenant.id, info.name, request.grammar):
             return None
         return self._submit(request, caller, sink, info, self._encode(info, request, tenant))
@@ -99,10 +106,10 @@ class Preparer:
             return submit
         info = self._find_model(request.model, caller.tenant)
         if _num_chars(request) <= QUICK_CHARS:
-            request = self._with_grammar(request, info)
+            request = with_grammar(request, info, self._texts.get(info.name))
         else:
             request = await trio.to_thread.run_sync(
-                self._with_grammar, request, info, limiter=self._threads, abandon_on_cancel=True
+                with_grammar, request, info, self._texts.get(info.name), limiter=self._threads, abandon_on_cancel=True
             )
         _, packed = await self.tokenize(request, caller.tenant)
         return self._submit(request, caller, sink, info, packed)
@@ -133,39 +140,8 @@ class Preparer:
         text = self._texts.get(info.name)
         if text is None:
             raise BadRequest(f"model {info.name!r} has no tokenizer here", param="model")
-        self._check_ids(info.name, token_ids, "tokens")
+        check_ids(text, token_ids, "tokens")
         return text.decode_all(token_ids)
-
-    def _with_grammar(self, request: CompletionRequest, info: ModelInfo) -> CompletionRequest:
-        """Return `request` with its grammar: also of tools whose calls are to be held to their schemas.
-
-        Raises:
-            BadRequest: `call_grammars.call_grammar` says no, or answers of this model cannot be held to one.
-        """
-        chat, text = request.chat, self._texts.get(info.name)
-        if (
-            chat is not None
-            and text is not None
-            and (chat.tools and chat.tool_choice != "none")
-            and (request.grammar is not None or chat.tool_choice == "required" or b"strict" in chat.tools)
-        ):
-            if "grammars" not in info.lacks:
-                request = msgspec.structs.replace(request, grammar=text.call_grammar(chat, request.grammar))
-            elif is_strict(read_tools(chat.tools)):
-                raise BadRequest(
-                    f"calls of model {info.name!r}, which {info.engine} computes, cannot be held to a schema; "
-                    "say strict: false",
-                    param="tools",
-                )
-        if request.grammar is not None and "grammars" in info.lacks:
-            raise BadRequest(
-                f"answers of model {info.name!r}, which {info.engine} computes, cannot be held to a grammar; "
-                "leave response_format and structured_outputs out",
-                param="grammar",
-            )
-        if request.grammar is not None and request.ignore_eos:
-            raise BadRequest("with a grammar the answer ends where that does; leave ignore_eos out", param="ignore_eos")
-        return request
 
     def parser(self, request: CompletionRequest, submit: Submit) -> AnswerParser | None:
         """Return what finds the parts of the answer to a conversation, None if it is all content."""
@@ -227,8 +203,8 @@ class Preparer:
         num_chars = _num_chars(request)
         if num_chars > text.max_chars(info.max_context):
             raise PromptTooLong(
-                f"{_window(info)}; a prompt of {num_chars} characters cannot fit: shorten it",
-                param=_prompt_field(request),
+                f"{window(info)}; a prompt of {num_chars} characters cannot fit: shorten it",
+                param=prompt_field(request),
             )
         # A salt is to keep others from learning what was sent, by the clock too.
         memory = None if request.cache_salt or request.no_store else self._memory(info.name, tenant)
@@ -252,12 +228,12 @@ class Preparer:
 
     def _submit(self, request: CompletionRequest, caller: Caller, sink: Sink, info: ModelInfo, packed: bytes) -> Submit:
         tenant = caller.tenant
-        if request.truncate_prompt_tokens is not None:
-            packed = _truncate(request, info, packed)
-        num_tokens = self._check_prompt(request, info, packed)
-        max_tokens = _check_max_tokens(request, info, num_tokens)
-        self._check_sampling(request, info, max_tokens)
         text = self._texts.get(info.name)
+        if request.truncate_prompt_tokens is not None:
+            packed = truncate(request, info, packed)
+        num_tokens = check_prompt(request, info, text, packed)
+        max_tokens = check_max_tokens(request, info, num_tokens)
+        check_sampling(request, info, text, max_tokens)
         sampling = self._sampling(request, info.name)
         chat = request.chat if "max_reasoning_tokens" not in info.lacks else None
         is_bounded = chat is not None and chat.max_reasoning_tokens is not None
@@ -301,52 +277,6 @@ class Preparer:
             no_store=request.no_store,
         )
 
-    def _check_prompt(self, request: CompletionRequest, info: ModelInfo, packed: bytes) -> int:
-        """Return the prompt's length in tokens."""
-        if not packed:
-            raise BadRequest("the prompt is empty; send at least one token", param="prompt")
-        if len(packed) % TOKEN_BYTES:
-            raise BadRequest("token_ids is no whole number of 32-bit ids; pack them as little-endian u32")
-        num_tokens = len(packed) // TOKEN_BYTES
-        if num_tokens >= info.max_context:
-            raise PromptTooLong(
-                f"{_window(info)}; the prompt has {num_tokens} tokens, which leaves none for the answer: shorten it",
-                param=_prompt_field(request),
-            )
-        if request.token_ids is not None:
-            self._check_ids(info.name, (max(view_tokens(packed)),), "prompt")  # none can be negative
-        return num_tokens
-
-    def _check_ids(self, model: str, ids: Collection[int], param: str) -> None:
-        text = self._texts.get(model)
-        vocab_size = MAX_TOKEN_ID + 1 if text is None else text.vocab_size
-        for token_id in ids:
-            if not 0 <= token_id < vocab_size:
-                raise BadRequest(f"token id {token_id} is not in the vocabulary of {vocab_size} tokens", param=param)
-
-    def _check_sampling(self, request: CompletionRequest, info: ModelInfo, max_tokens: int) -> None:
-        if request.sampling.min_tokens > max_tokens:
-            raise BadRequest(
-                f"min_tokens is {request.sampling.min_tokens}, more than the {max_tokens} that the answer may have",
-                param="min_tokens",
-            )
-        self._check_ids(info.name, request.sampling.logit_bias, "logit_bias")
-        self._check_ids(info.name, request.stop_token_ids, "stop_token_ids")
-        if request.stop and (not request.want_text or self._texts.get(info.name) is None):
-            raise BadRequest("stop strings need text; ask for text or use stop_token_ids", param="stop")
-        for field in info.lacks:
-            if _asks_for(request, field):
-                raise BadRequest(
-                    f"{field} is not supported for model {info.name!r}, which {info.engine} computes; leave it out",
-                    param=field,
-                )
-        if request.sampling.allowed_token_ids:
-            self._check_ids(info.name, request.sampling.allowed_token_ids, "allowed_token_ids")
-        if request.no_store and request.retention:
-            raise BadRequest("no_store leaves nothing that retention could keep; leave one out", param="retention")
-        if request.deadline_s is not None and not 0 < request.deadline_s < inf:
-            raise BadRequest("deadline_s must be a positive number of seconds", param="deadline_s")
-
     def _sampling(self, request: CompletionRequest, model: str) -> Sampling:
         """Return how to draw: what the options leave out is the model's default, else that of `Sampling`."""
         text, options = self._texts.get(model), request.sampling
@@ -381,23 +311,6 @@ def _tail(packed: bytes) -> list[int]:
     return unpack_tokens(packed[-TAIL_BYTES:])
 
 
-def _asks_for(request: CompletionRequest, field: str) -> bool:
-    """Return whether a request uses a field that some engines lack."""
-    match field:
-        case "retention":
-            return bool(request.retention)
-        case "no_store":
-            return request.no_store
-        case "logprobs":
-            return request.sampling.logprobs is not None
-        case "bad_words":
-            return bool(request.sampling.bad_words)
-        case "max_reasoning_tokens":
-            chat = request.chat
-            return chat is not None and chat.max_reasoning_tokens is not None and not chat.is_lenient
-    return False
-
-
 def _num_chars(request: CompletionRequest) -> int:
     num_chars = len(request.text or "")
     for message in request.messages or ():
@@ -406,42 +319,3 @@ def _num_chars(request: CompletionRequest) -> int:
             num_chars += len(message.reasoning) + sum(len(call.arguments) for call in message.tool_calls)
     chat = request.chat
     return num_chars if chat is None else num_chars + len(chat.tools) + len(chat.documents) + len(chat.variables)
-
-
-def _window(info: ModelInfo) -> str:
-    """Return how long a request may be, in the words by which clients know this error."""
-    return f"This model's maximum context length is {info.max_context} tokens"
-
-
-def _prompt_field(request: CompletionRequest) -> str:
-    return "prompt" if request.messages is None else "messages"
-
-
-def _truncate(request: CompletionRequest, info: ModelInfo, packed: bytes) -> bytes:
-    """Return the end of the prompt that `truncate_prompt_tokens` asks for."""
-    count = request.truncate_prompt_tokens
-    assert count is not None
-    if count == 0 or count < -1:
-        raise BadRequest(
-            f"truncate_prompt_tokens is a number of tokens or -1 (as many as fit), not {count}",
-            param="truncate_prompt_tokens",
-        )
-    if count < 0:
-        count = max(1, info.max_context - max(1, request.max_tokens or 1))
-    return packed[-count * TOKEN_BYTES :]
-
-
-def _check_max_tokens(request: CompletionRequest, info: ModelInfo, num_tokens: int) -> int:
-    left = info.max_context - num_tokens
-    if request.max_tokens is None:
-        return left
-    if request.max_tokens < 1:
-        raise BadRequest(f"max_tokens must be at least 1, not {request.max_tokens}", param="max_tokens")
-    if request.max_tokens > left:
-        if request.chat is not None and request.chat.is_lenient:
-            return left
-        raise PromptTooLong(
-            f"{_window(info)}; the prompt has {num_tokens}, max_tokens is {request.max_tokens}: ask for at most {left}",
-            param="max_tokens",
-        )
-    return request.max_tokens
