@@ -17,7 +17,7 @@ from kvasir.protocol.client_messages import (
 )
 from kvasir.protocol.codec import Message, encode
 from kvasir.protocol.errors import BadRequest, TooLarge
-from kvasir.protocol.messages import CacheHint, Priority, RetentionHint, SamplingOptions
+from kvasir.protocol.messages import CacheHint, Grammar, Priority, RetentionHint, SamplingOptions
 from kvasir.protocol.tokens import pack_tokens
 
 Messages = Sequence[Mapping[str, Any] | ChatMessage]
@@ -36,6 +36,9 @@ class Options(TypedDict, total=False):
     for the next sign of life of this request, default the client's. `cache_hint`, `retention`: what to keep in the KV
     cache; `cache_salt`: share it only with requests of the same salt. `priority`: "low", "normal" or "high".
     `no_store`: nothing of it stays in the KV cache.
+
+    The answer matches `response_format` as OpenAI's chat completions have it (`json_object` or `json_schema`), or the
+    regular expression `regex`, or is one of the texts in `choice`.
 
     For chats: `tools` as OpenAI's chat completions have them; `tool_choice` "auto", "none", "required" or the name of a
     tool; `variables` of the chat template; `documents` for it; `reasoning_effort`, `max_reasoning_tokens`.
@@ -71,6 +74,9 @@ class Options(TypedDict, total=False):
     cache_salt: str
     priority: Priority
     no_store: bool
+    response_format: Mapping[str, Any]
+    regex: str
+    choice: Sequence[str]
     tools: Sequence[Mapping[str, Any]]
     tool_choice: str
     parallel_tool_calls: bool
@@ -136,8 +142,35 @@ def make_request(
         cache_hint=options.get("cache_hint"),
         retention=list(options.get("retention", ())),
         chat=None if messages is None else _chat_options(options),
+        grammar=_grammar(options),
         **{name: options[name] for name in _PASSED_ON if name in options},  # type: ignore[literal-required]
     )
+
+
+def _grammar(options: Options) -> Grammar | None:
+    """Return what the answer has to match.
+
+    Raises:
+        BadRequest: two options say it, or a `response_format` that is none.
+    """
+    found: list[Grammar] = []
+    given = options.get("response_format") or {"type": "text"}
+    match given:
+        case {"type": "text"}:
+            pass
+        case {"type": "json_object"}:
+            found.append(Grammar("json_schema", '{"type":"object"}'))
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            found.append(Grammar("json_schema", _encode_json("response_format", schema).decode()))
+        case _:
+            raise BadRequest(f"response_format is as OpenAI has it, not {given!r:.80}", param="response_format")
+    if "regex" in options:
+        found.append(Grammar("regex", options["regex"]))
+    if "choice" in options:
+        found.append(Grammar("choice", _encode_json("choice", list(options["choice"])).decode()))
+    if len(found) > 1:
+        raise BadRequest("give one of response_format, regex and choice", param="response_format")
+    return found[0] if found else None
 
 
 def _chat_options(options: Options) -> ChatOptions | None:

@@ -30,6 +30,7 @@ from kvasir.protocol.client_messages import (
 )
 from kvasir.protocol.codec import Message
 from kvasir.protocol.errors import ErrorInfo
+from kvasir.protocol.messages import Grammar
 from tests.fake_gateway import API_KEY, FakeGateway
 
 pytestmark = pytest.mark.timeout(30)
@@ -101,6 +102,28 @@ def test_options_for_chats_reach_the_gateway(client: Client, gateway: FakeGatewa
     for choice, expected in (("none", ChatOptions(tool_choice="none")), ("auto", None)):
         client.chat(HI, tool_choice=choice)
         assert gateway.wait_for(CompletionRequest).chat == expected
+
+
+def test_what_an_answer_has_to_match_reaches_the_gateway(client: Client, gateway: FakeGateway) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    asked: list[tuple[dict[str, Any], Grammar | None]] = [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar("json_schema", '{"type":"object"}')),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+            Grammar("json_schema", json.dumps(schema, separators=(",", ":"))),
+        ),
+        ({"regex": "a+"}, Grammar("regex", "a+")),
+        ({"choice": ("a", "é")}, Grammar("choice", '["a","é"]')),
+    ]
+    for options, grammar in asked:
+        client.chat(HI, priority="low", no_store=True, **options)
+        request = gateway.wait_for(CompletionRequest)
+        assert (request.grammar, request.priority, request.no_store) == (grammar, "low", True)
+    for wrong in ({"response_format": {"type": "xml"}}, {"regex": "a", "choice": ["a"]}):
+        with pytest.raises(errors.BadRequest, match="response_format"):
+            client.chat(HI, **wrong)  # type: ignore[arg-type]
 
 
 def test_messages_may_be_as_openai_has_them_and_an_answer_goes_back_as_it_came(
