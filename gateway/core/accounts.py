@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 
 from kvasir.gateway.core.gcra import Meter
+from kvasir.gateway.core.promises import Promises
 from kvasir.protocol.terms import Budget
 
 MAX_DAYS = 100  # remembered one by one; of older ones only the sum
@@ -41,6 +42,8 @@ class Account:
     prompt_tokens: Meter = field(default_factory=Meter)
     output_tokens: Meter = field(default_factory=Meter)
     num_running: int = 0  # API requests
+    mean_stay_s: float = 1.0  # of those
+    promised: Promises = field(default_factory=Promises)  # of a place among them
     days: dict[int, Day] = field(default_factory=dict)
     tokens_before: int = 0  # spent before the first of `days`
     money_before: int = 0

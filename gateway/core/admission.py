@@ -15,10 +15,12 @@ import msgspec
 from kvasir.gateway.core.accounts import Account, Day, day_number, window_end
 from kvasir.gateway.core.api import Allowance, Finished, Standing, Submit
 from kvasir.gateway.core.gcra import Meter
+from kvasir.gateway.core.promises import MARGIN, MAX_WAIT_S
 from kvasir.protocol.errors import BadRequest, BudgetExceeded, KvasirError, RateLimited
 from kvasir.protocol.terms import MONEY_UNITS, NO_TERMS, Budget, Price, Terms
 
 GRANT_TOKENS = 1_024
+_NEWEST = 0.2  # weight of the newest request's stay in their mean
 _SOON_S = 1.0  # when to try again what other running requests may give back
 _FREE = Price()
 _UNBOUNDED = 1 << 60
@@ -169,7 +171,7 @@ class Admission:
         share.num_granted += wanted
         return wanted
 
-    def settle(self, share: Share, end: Finished) -> None:
+    def settle(self, share: Share, end: Finished, wall_s: float) -> None:
         """Book what a request has come to and give back the rest of what it had reserved."""
         bill, price = share.bill, share.bill.price
         num_prompt = min(end.num_prompt_tokens, share.num_prompt)
@@ -193,6 +195,8 @@ class Admission:
                 _put_back(payer, (0, share.num_prompt, share.num_granted), (0, num_prompt, num_output))
             if not bill.num_unfinished:
                 payer.account.num_running -= 1
+                stay_s = min(max(0.0, wall_s - bill.admitted_at), MAX_WAIT_S)  # the wall clock may jump
+                payer.account.mean_stay_s += _NEWEST * (stay_s - payer.account.mean_stay_s)
 
     def standing(self, tenant_id: str, key_id: str, now: float) -> Standing | None:
         """Return what is left of a caller's limits, of tenant and key the nearer one; None: it has no limits."""
@@ -272,18 +276,21 @@ def _limit_refusal(payer: Payer, ask: Ask, now: int) -> KvasirError | None:
     account, max_concurrent = payer.account, payer.terms.limits.max_concurrent
     if max_concurrent is not None and account.num_running >= max_concurrent:
         text = f"{account.num_running} requests are running, as many as may at once; wait for one to end"
-        return RateLimited(text, retry_after_s=_SOON_S)
+        stay_s = MARGIN * account.mean_stay_s
+        wait_s = account.promised.wait_s(now / 1e9, stay_s, stay_s / account.num_running)
+        return RateLimited(text, retry_after_s=wait_s)
     amounts = 1, ask.num_prompt, ask.num_least
     for gauge in payer.gauges:
         num, per_min = amounts[gauge.kind], gauge.per_min
-        if num <= per_min and not (wait_ns := gauge.meter.wait_ns(num, per_min, now)):
+        if num <= per_min and not gauge.meter.wait_ns(num, per_min, now):
             continue
         what, param = _KINDS[gauge.kind]
         if num > per_min:
             text = f"this request asks for {num} {what}, and {per_min} are allowed per minute; it can never be served"
             return BadRequest(f"{text}: make it smaller", param=param)
-        text = f"the limit of {per_min} {what} per minute is reached; try again in {wait_ns / 1e9:.1f} s"
-        return RateLimited(text, param=param, retry_after_s=wait_ns / 1e9)
+        wait_s = gauge.meter.promise_s(num, per_min, now)
+        text = f"the limit of {per_min} {what} per minute is reached; try again in {wait_s:.1f} s"
+        return RateLimited(text, param=param, retry_after_s=wait_s)
     return None
 
 

@@ -85,7 +85,7 @@ class Billing:
 
     def finished(self, share: Share, end: Finished) -> None:
         """Book the end of a request."""
-        self.admission.settle(share, end)
+        self.admission.settle(share, end, self._wall_clock())
         share.is_finished = True
         if share.is_closed or end.req_id not in self._open:
             self._close(end.req_id, share)

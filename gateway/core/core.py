@@ -260,7 +260,7 @@ class Core(CoreApi):
         for model in self._requests.models.values():
             self._give_up_waiting(model, now)
             self._dispatch(model, now)
-        self._requests.measure_rate(now)
+        self._requests.measure_rates(now)
         self._billing.tick()
 
     def drain(self) -> None:

@@ -7,7 +7,9 @@ monotonic clock, rounded so that nothing is granted twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from kvasir.gateway.core.promises import Promises
 
 MINUTE_NS = 60_000_000_000
 
@@ -17,12 +19,17 @@ class Meter:
     """One bucket. `full_at`: when all of it may be taken again."""
 
     full_at: int = 0
+    promised: Promises = field(default_factory=Promises)
 
     def wait_ns(self, num: int, per_min: int, now: int) -> int:
         """Return for how long `num` cannot be taken yet, 0 if it can. `num` is at most `per_min`."""
         begin = self.full_at if self.full_at > now else now
         wait_ns = begin - now - MINUTE_NS - (-num * MINUTE_NS // per_min)
         return wait_ns if wait_ns > 0 else 0
+
+    def promise_s(self, num: int, per_min: int, now: int) -> float:
+        """Return in how many seconds who was refused `num` is to come back, after those refused before."""
+        return self.promised.wait_s(now / 1e9, self.wait_ns(num, per_min, now) / 1e9, cost_ns(num, per_min) / 1e9)
 
     def take(self, num: int, per_min: int, now: int) -> None:
         """Take `num`, which is there to be taken."""

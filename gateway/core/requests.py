@@ -13,13 +13,14 @@ from kvasir.gateway.core.admission import Share
 from kvasir.gateway.core.api import Finished, Submit
 from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.counters import ModelCounters
+from kvasir.gateway.core.promises import MARGIN, LeavingRate, Promises
 from kvasir.gateway.core.request import Request
 from kvasir.gateway.core.tenant_queue import TenantQueue
 from kvasir.gateway.core.worker import Worker
 from kvasir.protocol.admin_messages import UsageInfo
 from kvasir.protocol.errors import Conflict, KvasirError, Overloaded, UnknownModel
 
-_RATE_WINDOW_S = 1.0
+UNKNOWN_S = 5.0  # between those that are refused, when nothing is known of how fast the queue gets shorter
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,17 @@ class Model:
     suspects: list[Request] = field(default_factory=list)
     workers: list[Worker] = field(default_factory=list)
     counters: ModelCounters = field(default_factory=ModelCounters)
+    leaving: LeavingRate = field(default_factory=LeavingRate)
     max_context: int = 1
 
     @property
     def num_waiting(self) -> int:
         return len(self.suspects) + len(self.queue)
+
+    @property
+    def leaving_per_s(self) -> float:
+        """How many requests a second leave the queue while some wait: measured, or else by how long others stayed."""
+        return self.leaving.per_s or sum(worker.turnover_per_s for worker in self.workers)
 
     def discard(self, request: Request) -> None:
         """Take out `request` if it waits here."""
@@ -80,9 +87,7 @@ class Requests:
         self._config = config
         self._requests: dict[bytes, Request] = {}
         self._next_deadline = inf
-        self._num_finished = 0
-        self._finished_per_s = 0.0
-        self._measured = (now, 0)  # when the rate was measured, and the requests finished until then
+        self._promises: dict[str, Promises] = {}  # by tenant
 
     def model(self, name: str, now: float) -> Model:
         """Return the model of that name, made if it is new."""
@@ -102,7 +107,7 @@ class Requests:
         if tenant is None:
             tenant = self.tenants[submit.tenant_id] = UsageInfo()
         tenant.num_requests += 1
-        error = share if isinstance(share, KvasirError) else self._refusal(submit, tenant)
+        error = share if isinstance(share, KvasirError) else self._refusal(submit, tenant, now)
         if error is not None:
             tenant.num_refused += 1
             if isinstance(share, Share):
@@ -160,7 +165,6 @@ class Requests:
         tenant.output_tokens += finished.num_output_tokens
         tenant.num_finished[reason] = tenant.num_finished.get(reason, 0) + 1
         self.models[submit.model].counters.num_finished += 1
-        self._num_finished += 1
         self._billing.finished(request.share, finished)
         submit.sink.put(finished)
 
@@ -193,12 +197,10 @@ class Requests:
                 self._next_deadline = deadline
         return late
 
-    def measure_rate(self, now: float) -> None:
-        """Measure how many requests finish per second, for `Overloaded.retry_after_s`."""
-        measured_at, num_finished = self._measured
-        if now - measured_at >= _RATE_WINDOW_S:
-            self._finished_per_s = (self._num_finished - num_finished) / (now - measured_at)
-            self._measured = (now, self._num_finished)
+    def measure_rates(self, now: float) -> None:
+        """Measure how fast queues get shorter, for `Overloaded.retry_after_s`."""
+        for model in self.models.values():
+            model.leaving.measure(now, model.queue.num_taken, is_waiting=len(model.queue) > 0)
 
     def check_integrity(self) -> None:
         """Assert that states, queues and counts agree."""
@@ -226,19 +228,22 @@ class Requests:
         self.tenants[request.submit.tenant_id].num_running -= 1
         self.num_running -= 1
 
-    def _refusal(self, submit: Submit, tenant: UsageInfo) -> KvasirError | None:
+    def _refusal(self, submit: Submit, tenant: UsageInfo, now: float) -> KvasirError | None:
         if submit.model not in self.models:
             names = ", ".join(sorted(self.models)) or "none"
             return UnknownModel(f"model {submit.model!r} is not served here; served: {names}", param="model")
         if submit.req_id in self._requests:
             return Conflict(f"request id {submit.req_id.hex()} is in use by a running request; choose another")
         if self.num_queued >= self._config.max_queued:
-            return self._overloaded("the queue is full", self.num_queued)
+            return self._overloaded("the queue is full", self.num_queued, submit, now)
         if tenant.num_waiting >= self._config.max_queued_per_tenant:
-            return self._overloaded("this tenant has too many requests waiting", tenant.num_waiting)
+            return self._overloaded("this tenant has too many requests waiting", tenant.num_waiting, submit, now)
         return None
 
-    def _overloaded(self, what: str, num_waiting: int) -> Overloaded:
-        per_s = self._finished_per_s
-        retry_after_s = min(60.0, max(1.0, num_waiting / per_s)) if per_s else 5.0
-        return Overloaded(f"{what} ({num_waiting}); try again in {retry_after_s:.0f} s", retry_after_s=retry_after_s)
+    def _overloaded(self, what: str, num_waiting: int, submit: Submit, now: float) -> Overloaded:
+        """Return a refusal that says when its tenant's next place in the queue is free that nobody was told of."""
+        model, tenant_id = self.models[submit.model], submit.tenant_id
+        per_s = model.leaving_per_s * model.queue.share(tenant_id)
+        each_s = MARGIN / per_s if per_s else UNKNOWN_S
+        retry_after_s = self._promises.setdefault(tenant_id, Promises()).wait_s(now, each_s, each_s)
+        return Overloaded(f"{what} ({num_waiting}); try again in {retry_after_s:.1f} s", retry_after_s=retry_after_s)

@@ -134,6 +134,16 @@ class TenantQueue:
         if request.held_for:
             self.hold(request, "")
 
+    @property
+    def num_taken(self) -> int:
+        """How many requests have left the queue so far."""
+        return self._num_turns
+
+    def share(self, tenant_id: str) -> float:
+        """Return a tenant's part of what is computed as things stand, from 0 to 1."""
+        tenant = self._tenants.get(tenant_id)
+        return tenant.weight / self._sum_of_weights if tenant is not None and tenant.num_unfinished else 1.0
+
     # ---- charges -------------------------------------------------------------------------------------------------
 
     def computing(self, tenant_id: str) -> None:

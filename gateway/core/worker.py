@@ -132,6 +132,11 @@ class Worker:
             return 0
         return self.hello.limits.max_requests - len(self.in_flight)
 
+    @property
+    def turnover_per_s(self) -> float:
+        """How many requests a second it is done with when it is full, by how long the last ones have stayed."""
+        return self.hello.limits.max_requests / max(self._mean_stay_s, 1e-3)
+
     def heat_s(self, now: float, decay_s: float) -> float:
         """Return the seconds of prefill that were lately sent here, decayed with time constant `decay_s`."""
         return self._heat_s * math.exp((self._heat_at - now) / decay_s) if self._heat_s else 0.0

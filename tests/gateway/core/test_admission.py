@@ -43,7 +43,9 @@ class Desk:
         return shares[0]
 
     def end(self, share: Share, num_output: int, *, num_prompt: int = 10, num_cached: int = 0) -> None:
-        self.admission.settle(share, Finished(share.bill.bill_id, "stop", num_prompt, num_output, num_cached))
+        self.admission.settle(
+            share, Finished(share.bill.bill_id, "stop", num_prompt, num_output, num_cached), self.wall_s
+        )
 
     def used(self, payer: str = "alpha", *, unit: str = "tokens") -> tuple[int, int]:
         """Spent and reserved of the day."""

@@ -1,0 +1,138 @@
+"""Who was refused and comes back once, when it was told to, is admitted: the whole core in virtual time."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from kvasir.gateway.core.billing import Billing
+from kvasir.gateway.core.promises import MAX_WAIT_S, Promises
+from kvasir.gateway.core.requests import QueueConfig
+from kvasir.protocol.messages import Generate
+from kvasir.protocol.terms import NO_TERMS, Limits, Terms
+from tests.core_helpers import Bench, output
+
+TICK_S = 0.1
+
+
+@dataclass
+class Crowd:
+    """Clients of a core whose one worker takes `stay_s` over each request, `num_slots` at once."""
+
+    terms: Terms = NO_TERMS
+    stay_s: float = 0.3
+    num_slots: int = 8
+    max_queued: int = 10_000
+    outcomes: Counter[str] = field(default_factory=Counter)
+    longest_wait_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        billing = Billing(lambda payer: self.terms, wall_clock=lambda: self.bench.now)
+        self.bench = Bench(billing=billing, queue=QueueConfig(max_queued_per_tenant=self.max_queued))
+        self.bench.join(max_requests=self.num_slots, num_blocks=100_000)
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._serial = itertools.count()
+
+    def come(self, times: Sequence[float], tenant: str = "alpha") -> None:
+        """Have a client come at each of `times`, from now."""
+        for time_s in times:
+            self._at(self.bench.now + time_s, lambda: self._ask(tenant, is_second=False))
+
+    def run(self, for_s: float) -> None:
+        """Let time pass."""
+        end, next_tick = self.bench.now + for_s, self.bench.now
+        while (self._events and self._events[0][0] <= end) or next_tick <= end:
+            if self._events and self._events[0][0] <= next_tick:
+                self.bench.now, _, call = heapq.heappop(self._events)
+                call()
+            else:
+                self.bench.now, next_tick = next_tick, next_tick + TICK_S
+                self.bench.report(b"w1")  # it is alive
+                self.bench.core.tick()
+            for _, command in self.bench.take(Generate):
+                self._at(self.bench.now + self.stay_s, lambda req_id=command.req_id: self._serve(req_id))
+        self.bench.now = end
+
+    @property
+    def share_admitted(self) -> float:
+        """The share of those that were refused and came back when they were told to that was admitted then."""
+        return self.outcomes["admitted"] / (self.outcomes["admitted"] + self.outcomes["refused twice"])
+
+    def _at(self, time_s: float, call: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (time_s, next(self._serial), call))
+
+    def _ask(self, tenant: str, *, is_second: bool) -> None:
+        sink = self.bench.submit(b"%d" % next(self._serial), tenant=tenant)
+        if sink.finished is None:
+            self.outcomes["admitted" if is_second else "at once"] += 1
+        elif is_second:
+            self.outcomes["refused twice"] += 1
+        else:
+            assert sink.finished.error is not None and sink.finished.error.retry_after_s is not None
+            wait_s = sink.finished.error.retry_after_s
+            self.longest_wait_s = max(self.longest_wait_s, wait_s)
+            self._at(self.bench.now + wait_s, lambda: self._ask(tenant, is_second=True))
+
+    def _serve(self, req_id: bytes) -> None:
+        self.bench.report(b"w1", output(req_id, 0, [1, 2], "stop", num_cached_tokens=0))
+
+
+def test_a_burst_on_a_full_queue_is_told_when_it_will_have_drained() -> None:
+    crowd = Crowd(max_queued=20)
+    crowd.come([i * 0.1 for i in range(50)])  # it has worked before
+    crowd.run(10)
+    crowd.come([0.0] * 150)
+    crowd.run(70)
+    assert crowd.outcomes["at once"] == 50 + 28
+    assert crowd.outcomes.total() == 200
+    assert crowd.share_admitted >= 0.9, crowd.outcomes
+    assert crowd.longest_wait_s < 3 * 122 * 0.3 / 8  # that is how long it takes to serve them
+
+
+def test_a_gateway_that_has_served_nothing_yet_does_not_send_clients_away_for_a_minute() -> None:
+    crowd = Crowd(max_queued=20)
+    crowd.come([0.0] * 150)
+    crowd.run(70)
+    assert crowd.share_admitted >= 0.9, crowd.outcomes
+    assert crowd.longest_wait_s < 30
+
+
+def test_each_of_two_tenants_is_told_by_its_own_part() -> None:
+    crowd = Crowd(max_queued=20)
+    crowd.come([0.0] * 60, "alpha")
+    crowd.come([0.5] * 60, "beta")
+    crowd.run(70)
+    assert crowd.share_admitted >= 0.9, crowd.outcomes
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [Limits(requests_per_min=120), Limits(prompt_tokens_per_min=1_200), Limits(output_tokens_per_min=960)],
+)
+def test_a_burst_over_a_limit_per_minute_is_told_when_each_of_it_can_be_had(limits: Limits) -> None:
+    crowd = Crowd(Terms(limits), stay_s=0.01)
+    crowd.come([0.0] * 220)
+    crowd.run(70)
+    assert crowd.outcomes["at once"] == 120
+    assert crowd.share_admitted >= 0.9, crowd.outcomes
+
+
+def test_a_burst_over_a_limit_at_once_is_told_when_others_will_have_ended() -> None:
+    crowd = Crowd(Terms(Limits(max_concurrent=4)), stay_s=0.5)
+    crowd.come([float(i) for i in range(20)])  # it has seen how long they take
+    crowd.run(25)
+    crowd.come([0.0] * 44)
+    crowd.run(70)
+    assert crowd.outcomes["at once"] == 24
+    assert crowd.share_admitted >= 0.9, crowd.outcomes
+
+
+def test_promises_come_one_after_the_other_and_begin_anew_when_they_are_too_far_away() -> None:
+    promises = Promises()
+    waits = [promises.wait_s(10.0, 1.0, 20.0) for _ in range(5)]
+    assert waits == [1.0, 21.0, 41.0, 1.0, 21.0] and max(waits) <= MAX_WAIT_S
