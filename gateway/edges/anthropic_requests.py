@@ -11,6 +11,7 @@ from msgspec import Meta, Raw, Struct
 from kvasir.gateway.edges.cache_intent import CacheControl, hint_of
 from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn
 from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
+from kvasir.gateway.edges.grammar_fields import AskedGrammar, from_json_schema
 from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody, CommonBody, NumTokens, StopStrings
 from kvasir.gateway.edges.openai_fields import FieldCheck
 from kvasir.gateway.edges.openai_requests import Asked, asked_of_chat, decode_body
@@ -66,9 +67,14 @@ class Thinking(Struct):
     budget_tokens: NumTokens | None = None
 
 
+class OutputFormat(Struct, forbid_unknown_fields=True):
+    type: Literal["json_schema"]
+    schema: Raw
+
+
 class OutputConfig(Struct, forbid_unknown_fields=True):
     effort: str | None = None
-    format: None = None
+    format: OutputFormat | None = None
 
 
 class MessagesBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
@@ -102,7 +108,7 @@ def read_count(raw: bytes) -> Asked:
 
 def _asked(body: MessagesBody) -> Asked:
     choice = body.tool_choice or ToolChoice("auto")
-    effort = None if body.output_config is None else body.output_config.effort
+    output = body.output_config or OutputConfig()
     thinking = body.thinking
     common = {name: getattr(body, name) for name in CommonBody.__struct_fields__}
     if body.stop_sequences is not None:
@@ -113,11 +119,15 @@ def _asked(body: MessagesBody) -> Asked:
         tools=_tools(body.tools or ()),
         tool_choice=NamedTool(NamedFunction(choice.name)) if choice.type == "tool" else _CHOICES[choice.type],
         parallel_tool_calls=not choice.disable_parallel_tool_use,
-        reasoning_effort="none" if thinking is not None and thinking.type == "disabled" else effort,
+        reasoning_effort="none" if thinking is not None and thinking.type == "disabled" else output.effort,
         max_reasoning_tokens=None if thinking is None else thinking.budget_tokens,
         **common,
     )
-    return asked_of_chat(chat, hint_of(None, None, has_breakpoint=_has_breakpoint(body)), is_lenient=True)
+    asked = asked_of_chat(chat, hint_of(None, None, has_breakpoint=_has_breakpoint(body)), is_lenient=True)
+    if output.format is None:
+        return asked
+    grammar = from_json_schema(output.format.schema, "output_config.format.schema")
+    return asked.held_to(AskedGrammar(grammar, "output_config.format"))
 
 
 _CHOICES: dict[str, Any] = {"auto": None, "any": "required", "none": "none"}

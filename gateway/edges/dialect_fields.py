@@ -26,7 +26,10 @@ DIALECT_FIELDS: tuple[Row, ...] = (
     Row("parallel_tool_calls", _RESPONSES, "honoured", "false: the answer ends after one call"),
     Row("reasoning", _RESPONSES, "honoured", "`effort`, if the model's template knows it; no summaries are made"),
     Row(
-        "thinking output_config", _ANTHROPIC, "honoured", "type, `budget_tokens` and `effort`, if the model knows them"
+        "thinking output_config",
+        _ANTHROPIC,
+        "honoured",
+        "type, `budget_tokens` and `effort`, if the model knows them; `format`",
     ),
     Row("chat_template_kwargs max_reasoning_tokens enable_thinking", _RESPONSES, "honoured", "as for chats"),
     Row("prompt_cache_options prompt_cache_retention", _RESPONSES, "honoured", "as a `cache_hint`, see below"),

@@ -15,7 +15,7 @@ from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.edges.cache_intent import hint_of
 from kvasir.gateway.edges.chat_turns import NamedTool, Turn, message_of
-from kvasir.gateway.edges.grammar_fields import read_grammar
+from kvasir.gateway.edges.grammar_fields import AskedGrammar, read_grammar
 from kvasir.gateway.edges.openai_bodies import MAX_TURNS, Body, ChatBody, CompletionBody, StreamOptions
 from kvasir.gateway.edges.openai_fields import MAX_VALUE_BYTES, FieldCheck
 from kvasir.gateway.text.json_input import read_by, read_json
@@ -44,6 +44,13 @@ class Asked(Struct, frozen=True):
     shown: dict[str, Any] = {}
     may_close: bool = False
     names: dict[str, str] = {}
+
+    def held_to(self, structured: AskedGrammar | None) -> Asked:
+        """Return this, with answers that match what another field asks for."""
+        if structured is None:
+            return self
+        requests = [msgspec.structs.replace(request, grammar=structured.grammar) for request in self.requests]
+        return msgspec.structs.replace(self, requests=requests, names={**self.names, "grammar": structured.field})
 
     def renamed(self, error: BadRequest) -> BadRequest:
         """Return `error` in the words of the request."""

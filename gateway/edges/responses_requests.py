@@ -106,10 +106,7 @@ def read_responses(raw: bytes) -> Asked:
     structured = read_text_options(body.text)
     if structured is not None:
         shown["text"] = msgspec.json.decode(body.text)
-        requests = [msgspec.structs.replace(request, grammar=structured.grammar) for request in asked.requests]
-        asked = msgspec.structs.replace(asked, requests=requests)
-        asked.names["grammar"] = structured.field
-    return msgspec.structs.replace(asked, shown=shown)
+    return msgspec.structs.replace(asked.held_to(structured), shown=shown)
 
 
 def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:

@@ -118,6 +118,21 @@ def test_thinking_and_uses_of_tools_are_blocks_and_go_back_as_they_came() -> Non
     with_anthropic(work, script=written(QWEN3, CALLING), text=QWEN3)
 
 
+def test_an_answer_is_held_to_the_format_of_its_output() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+    def work(api: Any, core: FakeCore) -> None:
+        api.messages.create(**ASKED, output_config={"format": {"type": "json_schema", "schema": schema}})
+        constraint = core.submits[0].sampling.constraint
+        assert constraint is not None and constraint.grammar is not None
+        assert constraint.grammar.kind == "json_schema" and json.loads(constraint.grammar.text) == schema
+        for wrong in ({"type": "xml"}, {"type": "json_schema", "schema": []}, {"type": "json_schema"}):
+            with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format"):
+                api.messages.create(**ASKED, output_config={"format": wrong})
+
+    with_anthropic(work)
+
+
 def test_more_tokens_than_fit_are_as_many_as_fit_since_clients_have_to_name_some() -> None:
     def work(api: Any, core: FakeCore) -> None:
         whole = api.messages.create(**{**ASKED, "max_tokens": 32_000})
