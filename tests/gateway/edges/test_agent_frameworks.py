@@ -98,6 +98,25 @@ def test_a_langchain_agent_calls_its_tools_and_answers(family: str, streams: boo
     with_edge(work, script=agent(text, family), text=text)
 
 
+def test_langchain_gets_structured_output_by_schema_and_by_a_forced_call() -> None:
+    pytest.importorskip("langchain_openai", reason="of the dev dependencies")
+    text = model("qwen3")
+    schema = {"title": "add", "description": "d", **TOOL["function"]["parameters"]}  # type: ignore[dict-item]
+    written = {"json_schema": json.dumps(ARGUMENTS), "function_calling": f"{json.dumps(ARGUMENTS)}}}\n</tool_call>"}
+
+    for method, answer in written.items():
+
+        def work(url: str, core: FakeCore, method: str = method) -> None:
+            for strict in (None, True):
+                asked = langchain(url).with_structured_output(schema, method=method, strict=strict)
+                assert asked.invoke("Add.") == ARGUMENTS
+                constraint = core.submits[-1].sampling.constraint
+                assert constraint is not None and constraint.grammar is not None
+
+        ids = text._tokenizer.encode(answer, add_special_tokens=False).ids
+        with_edge(work, script=lambda submit, ids=ids: [*ids, text.eos_token_ids[0]], text=text)
+
+
 def sum_of(chunks: Any) -> Any:
     first, *rest = chunks
     for chunk in rest:
