@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from kvasir.protocol.errors import BadRequest
 from tests.grammar_helpers import accepts
 
 SCALARS: list[Any] = [
@@ -125,3 +126,20 @@ def test_a_format_is_held_to(name: str) -> None:
     schema = {"type": "string", "format": name}
     assert all(accepts(schema, text) for text in valid)
     assert not any(accepts(schema, text) for text in invalid)
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"not": {}}, "uses not, which"),
+        ({"type": "string", "format": "iri"}, "uses format iri, which"),
+        ({"$ref": "http://example.org/schema"}, "refers to http://example.org/schema, which is not within it"),
+        ({"oneOf": [{"type": "integer"}, {"minimum": 2}]}, "uses oneOf with schemas that do not exclude each other"),
+        ({"allOf": [True, False]}, "allows nothing at all"),
+        ({"type": "object", "minProperties": 2}, "uses minProperties above 1"),
+    ],
+)
+def test_what_cannot_be_held_to_is_named_in_our_words(schema: Any, words: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        accepts(schema, 1)
+    assert f"the JSON schema {words}" in caught.value.message
