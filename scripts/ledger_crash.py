@@ -38,6 +38,8 @@ from kvasir.gateway.sql.places import open_reader
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP_MS = 10  # per token
+ORACLE = f"oracle:step_ms={STEP_MS},vocab=3000"
+DEMO_MODEL = ROOT / "kvasir" / "demo_model"
 MAX_TOKENS = {"stream": 120, "whole": 12, "sdk": 120}
 KINDS = ("stream", "stream", "stream", "whole", "whole", "sdk", "sdk")
 
@@ -66,7 +68,7 @@ class Report:
 class House:
     """A gateway that can be killed and started again, and a worker that outlives it."""
 
-    def __init__(self, home: Path, url: str = "") -> None:
+    def __init__(self, home: Path, url: str = "", engine: str = ORACLE) -> None:
         self.home, self.url = home, url
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -74,7 +76,7 @@ class House:
         self.log = (home / "log").open("wb")
         self.gateway = self._gateway()
         worker = ["-m", "kvasir.worker", "--gateway", f"ipc://{home}/run/workers/workers.sock", "--name", "demo"]
-        worker += ["--model", f"oracle:step_ms={STEP_MS},vocab=3000", "--kv-memory", "64M"]
+        worker += ["--model", engine, "--kv-memory", "64M"]
         self.worker = self._start(*worker)
         self.wait_until_ready()
 
@@ -131,8 +133,8 @@ class House:
     def _gateway(self) -> subprocess.Popen[bytes]:
         args = ["--state-dir", f"{self.home}/state", "--run-dir", f"{self.home}/run", "--workers", "0"]
         args += ["--database", self.url]
-        model = f"demo={ROOT / 'kvasir' / 'demo_model'}"
-        return self._start("-m", "kvasir.gateway", *args, "--http", f"127.0.0.1:{self.port}", "--model", model)
+        args += ["--http", f"127.0.0.1:{self.port}", "--model", f"demo={DEMO_MODEL}"]
+        return self._start("-m", "kvasir.gateway", *args)
 
     def _start(self, *args: str) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -140,11 +142,11 @@ class House:
 
 
 @contextlib.contextmanager
-def open_house(url: str = "") -> Iterator[House]:
-    """Start a house in a folder of its own; all of it goes at the end."""
+def open_house(url: str = "", engine: str = ORACLE) -> Iterator[House]:
+    """Start a house in a folder of its own, whose worker computes with `engine`; all of it goes at the end."""
     home = Path(tempfile.mkdtemp(prefix="kv", dir="/tmp"))
     (home / "state").mkdir()
-    house = House(home, url)
+    house = House(home, url, engine)
     try:
         yield house
     finally:

@@ -138,8 +138,8 @@ class FakeHouse:
 class Office:
     """The admin actor in a thread of its own, as a gateway runs it; `ask` is the command line's side."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
+    def __init__(self, home: Path, url: str = "") -> None:
+        self.home, self.url = home, url
         self.path = home / "run" / "admin" / "admin.sock"
         self.directory: TenantDirectory
         self.house = FakeHouse()
@@ -170,7 +170,7 @@ class Office:
         self._ready.set()
 
     async def _serve(self) -> None:
-        store = open_store(self.home)
+        store = open_store(self.home, self.url)
         context = zmq.Context()
         try:
             self.directory = TenantDirectory(store.secret, store.load())
@@ -193,8 +193,8 @@ def home() -> Iterator[Path]:
 
 
 @contextmanager
-def open_office(home: Path) -> Iterator[Office]:
-    office = Office(home)
+def open_office(home: Path, url: str = "") -> Iterator[Office]:
+    office = Office(home, url)
     try:
         yield office
     finally:

@@ -51,9 +51,9 @@ class Running:
 class Machine:
     """The gateway's books, and a plain count beside them."""
 
-    def __init__(self, seed: int, folder: Path) -> None:
+    def __init__(self, seed: int, folder: Path, url: str) -> None:
         self.rng = random.Random(seed)
-        self.folder = folder
+        self.folder, self.url = folder, url
         self.now, self.wall_s = 0.0, START
         self.num_requests = self.num_admitted = self.num_killed = 0
         self.told: dict[bytes, tuple[int, int, int]] = {}  # ended and closed: exact prompt, cached and output tokens
@@ -61,7 +61,7 @@ class Machine:
         self.start()
 
     def start(self) -> None:
-        self.database = open_ledger(self.folder)
+        self.database = open_ledger(self.folder, self.url)
         self.is_full = False
         real_write = self.database.write
 
@@ -251,9 +251,9 @@ class Machine:
 budget_use = {"tokens": lambda row: row.prompt_tokens + row.output_tokens, "money": lambda row: row.cost}
 
 
-def run_machine(seed: int, num_steps: int) -> Machine:
+def run_machine(seed: int, num_steps: int, url: str = "") -> Machine:
     with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as folder:
-        machine = Machine(seed, Path(folder))
+        machine = Machine(seed, Path(folder), url)
         for number in range(num_steps):
             machine.step()
             if number % 16 == 0:
@@ -268,7 +268,7 @@ def test_no_budget_is_overdrawn_and_every_row_is_settled_once(seed: int, num_ste
     run_machine(seed, num_steps)
 
 
-def test_a_long_run_sees_every_kind_of_trouble() -> None:
-    machine = run_machine(11, NUM_STEPS)
+def test_a_long_run_sees_every_kind_of_trouble(url: str) -> None:
+    machine = run_machine(11, NUM_STEPS, url)
     assert machine.num_killed > 3 and machine.num_admitted > NUM_STEPS / 40
     assert machine.num_requests > machine.num_admitted, "no budget was ever reached"

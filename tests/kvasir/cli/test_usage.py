@@ -17,8 +17,9 @@ from kvasir.gateway.tenants.directory import TenantDirectory
 from kvasir.gateway.tenants.store import DATABASE_NAME, open_store
 from kvasir.protocol.errors import AuthenticationFailed, StoreError
 from kvasir.protocol.terms import MONEY_UNITS, Price
-from tests.gateway.admin.test_admin import Office
+from tests.gateway.admin.test_admin import Office, open_office
 from tests.kvasir.cli.test_cli import assert_one_line, home, kvasir, kvasir_json, office
+from tests.postgres import Postgres
 
 __all__ = ["home", "office"]
 pytestmark = pytest.mark.timeout(60)
@@ -35,7 +36,7 @@ def write_usage(
     """Have the ledger say that a tenant used 1,000 prompt tokens, 400 cached, and 200 of output, `num` times."""
     tenant_id = office.directory.tenant(tenant).id
     when = time.time() - days_ago * DAY_S
-    database = open_ledger(office.home)
+    database = open_ledger(office.home, office.url)
     rows = [Row(when + index / 1e3, b"%f-%d" % (when, index), tenant_id, key, model) for index in range(num)]
     database.write(Batch(rows))
     done = [Row(r.admitted_at, r.id, tenant_id, key, model, when, "stop", 1_000, 400, 200, 3_500_000) for r in rows]
@@ -196,6 +197,17 @@ def test_a_backup_is_a_state_directory_that_works(office: Office, home: Path, ca
     assert_one_line(kvasir(capsys, "backup", str(home / "copy"), code=2)[1], "there already")
     assert_one_line(kvasir(capsys, "backup", "/proc/copy", code=2)[1], "/proc/copy")
     assert kvasir_json(capsys, "audit", "log")["rows"][-1]["command"] == "backup"
+
+
+def test_the_books_are_kept_in_postgresql_too(home: Path, postgres: Postgres, capsys: Any) -> None:
+    with open_office(home, postgres.new_url()) as office:
+        kvasir(capsys, "tenant", "create", "acme")
+        write_usage(office, "acme", kvasir_json(capsys, "key", "create", "acme")["id"])
+        assert [row["output_tokens"] for row in kvasir_json(capsys, "usage")["rows"]] == [200]
+        assert "2 rows" in kvasir(capsys, "audit", "verify")[0]
+        refused = kvasir(capsys, "backup", str(home / "copy"), code=2)[1]
+        assert_one_line(refused, "pg_dump", str(home / "secret"))
+        assert not (home / "copy").exists()
 
 
 def test_half_a_backup_is_taken_away(office: Office, home: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
