@@ -2,7 +2,7 @@
 
 Same weights, same random prompts, greedy, one torch thread, everything in one run and taken in turns:
 
-    python scripts/bench_engine.py [--model FOLDER] [--batch 1,8,32] [--json FILE]
+    python scripts/bench_engine.py [--model FOLDER] [--batch 1,8,32] [--plain] [--json FILE]
 
 Prefill is the time until the last sequence has its first token, decode the time from there to the end; for
 `transformers` generate the two are told apart by a second run that stops after one token, for its continuous batching
@@ -39,7 +39,8 @@ from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.scheduler import EngineLimits
-from kvasir.worker.model.loader import load_model
+from kvasir.worker.model.linear import Packing
+from kvasir.worker.model.loader import load_model, read_config
 from kvasir.worker.model.sampling import sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,8 +59,10 @@ class Times:
     num_prefilled: int = 0  # prompt tokens computed
 
 
-def make_engine(folder: Path, num_tokens: int, max_requests: int, dtype: str = "float32") -> Engine:
-    model = load_model(folder, "cpu", dtype)
+def make_engine(
+    folder: Path, num_tokens: int, max_requests: int, dtype: str = "float32", packing: Packing | None = None
+) -> Engine:
+    model = load_model(folder, "cpu", dtype, packing=packing)
     config = model.config
     num_blocks = 2 * max_requests * (num_tokens // BLOCK_SIZE + 2)
     shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
@@ -204,20 +207,26 @@ def main() -> None:
     parser.add_argument(
         "--no-continuous", action="store_true", help="leave out the continuous batching of transformers"
     )
+    parser.add_argument("--plain", action="store_true", help="also our engine with matrices that are not packed")
+    parser.add_argument("--no-transformers", action="store_true", help="our engine alone")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     batches = [int(size) for size in options.batch.split(",")]
     longest = max(options.prompt, options.choices_prompt) + options.tokens
     engine = make_engine(options.model, longest, max(*batches, options.choices))
-    reference = make_reference(options.model)
-    vocab_size = reference.config.vocab_size
+    vocab_size = read_config(options.model).vocab_size
     runs: dict[str, Callable[[list[list[int]]], Times]] = {
         "kvasir": lambda prompts: run_engine(engine, prompts, options.tokens),
-        "generate": lambda prompts: run_generate(reference, prompts, options.tokens),
     }
-    if not options.no_continuous:
-        runs["continuous"] = lambda prompts: run_continuous(reference, prompts, options.tokens)
+    if options.plain:
+        plain = make_engine(options.model, longest, max(batches), packing=Packing())
+        runs["plain"] = lambda prompts: run_engine(plain, prompts, options.tokens)
+    if not options.no_transformers:
+        reference = make_reference(options.model)
+        runs["generate"] = lambda prompts: run_generate(reference, prompts, options.tokens)
+        if not options.no_continuous:
+            runs["continuous"] = lambda prompts: run_continuous(reference, prompts, options.tokens)
     generator = torch.Generator().manual_seed(0)
     rows = []
     print(f"{options.prompt} prompt + {options.tokens} generated tokens, fp32, one thread: tokens/s (kvasir / it)")

@@ -32,6 +32,7 @@ from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.attention import Attention, GatherAttention, ReferenceAttention
 from kvasir.worker.model.attention_paths import TOLERANCE, choose_attention, largest_error
 from kvasir.worker.model.config import ModelConfig, RopeConfig
+from kvasir.worker.model.linear import Linear, Packing
 from kvasir.worker.model.loader import weight_bytes
 from kvasir.worker.model.model import LayerWeights, Model, Weights
 
@@ -132,12 +133,11 @@ def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype
     layers = [
         LayerWeights(
             input_norm=vector(hidden, 1.0),
-            qkv=matrix(hidden, qkv_size),
-            output=matrix(config.num_heads * head_dim, hidden),
+            qkv=Linear(matrix(hidden, qkv_size), vector(qkv_size, 0.0) if config.qkv_bias else None),
+            output=Linear(matrix(config.num_heads * head_dim, hidden)),
             post_norm=vector(hidden, 1.0),
-            gate_up=matrix(hidden, 2 * inner),
-            down=matrix(inner, hidden),
-            qkv_bias=vector(qkv_size, 0.0) if config.qkv_bias else None,
+            gate_up=Linear(matrix(hidden, 2 * inner)),
+            down=Linear(matrix(inner, hidden)),
             q_norm=vector(head_dim, 1.0) if config.qk_norm else None,
             k_norm=vector(head_dim, 1.0) if config.qk_norm else None,
         )
@@ -145,13 +145,15 @@ def random_weights(config: ModelConfig, device: torch.device, dtype: torch.dtype
     ]
     lm_head = matrix(hidden, config.vocab_size)
     embedding = lm_head.t() if config.tie_word_embeddings else matrix(config.vocab_size, hidden)
-    return Weights(embedding, layers, vector(hidden, 1.0), lm_head)
+    return Weights(embedding, layers, vector(hidden, 1.0), Linear(lm_head))
 
 
 def move(weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
     """Return a copy of `weights` elsewhere."""
 
-    def moved(value: Tensor | None) -> Any:
+    def moved(value: Linear | Tensor | None) -> Any:
+        if isinstance(value, Linear):
+            return Linear(moved(value.plain), moved(value.bias))
         return None if value is None else value.to(device=device, dtype=dtype, copy=True)
 
     names = LayerWeights.__dataclass_fields__
@@ -266,10 +268,9 @@ def measure_model(
 
     prefill_s = seconds_of(prefill, device, 2)
     step_s = seconds_of(decode, device, 2) / steps
-    matrices = weight_bytes(config, dtype, device) / dtype.itemsize - config.vocab_size * config.hidden_size * (
-        not config.tie_word_embeddings
-    )  # the embedding is looked up, not multiplied
     head = config.vocab_size * config.hidden_size
+    looked_up = 0 if config.tie_word_embeddings else head  # an embedding of its own is not multiplied
+    matrices = weight_bytes(config, dtype, Packing(), device) / dtype.itemsize - looked_up
     attention = (
         2 * config.num_layers * config.num_heads * config.head_dim
     )  # multiply-adds per query and key, q·k and p·v
@@ -331,7 +332,7 @@ def main() -> int:
     result["rates"] = []
     for shape in options.models.split(","):
         config = SHAPES[shape]
-        needed = weight_bytes(config, torch.bfloat16, device)
+        needed = weight_bytes(config, torch.bfloat16, Packing(), device)
         if needed * 1.5 > torch.cuda.mem_get_info(device)[0]:
             print(f"{shape:5} left out: needs about {needed * 1.5 / 2**30:.0f} GiB of free GPU memory")
             continue

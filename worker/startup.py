@@ -191,6 +191,7 @@ def _load_torch(options: Options) -> Loaded:
 
     from kvasir.cache.kv_store import KvStore, bytes_per_block
     from kvasir.worker.engine.step import SequenceSlice
+    from kvasir.worker.model.linear import Packing, choose_packing
     from kvasir.worker.model.loader import load_model, model_fingerprint, read_config, resolve_dtype, weight_bytes
     from kvasir.worker.model.sampling import sample
 
@@ -205,7 +206,8 @@ def _load_torch(options: Options) -> Loaded:
 
     config = read_config(Path(options.model))
     dtype = resolve_dtype(options.dtype, config, device)
-    needed = weight_bytes(config, dtype)
+    packing = choose_packing(dtype, device, weight_bytes(config, dtype, Packing(), device))
+    needed = weight_bytes(config, dtype, packing, device)
     if needed > free_bytes():
         raise ModelError(
             f"{options.model} needs {_gib(needed)} for its weights in {_name(dtype)}, but only {_gib(free_bytes())} "
@@ -221,7 +223,8 @@ def _load_torch(options: Options) -> Loaded:
         * -(-(options.max_context or config.max_position) // options.block_size),
     )
     limits = choose_limits(options, window=config.max_position, num_blocks=num_blocks, on_gpu=on_gpu)
-    log("loading", model=options.model, device=device.type, dtype=_name(dtype), weight_bytes=needed)
+    is_packed = {"packed": packing.packs} if not on_gpu else {}
+    log("loading", model=options.model, device=device.type, dtype=_name(dtype), weight_bytes=needed, **is_packed)
     try:
         model = load_model(
             options.model,
@@ -229,6 +232,7 @@ def _load_torch(options: Options) -> Loaded:
             dtype,
             block_size=options.block_size,
             working_set_limit_bytes=num_blocks * block_bytes,
+            packing=packing,
             on_progress=_report_progress,
         )
         kv = KvStore(

@@ -23,6 +23,7 @@ from kvasir.protocol.errors import ModelError
 from kvasir.worker.model.attention import Attention
 from kvasir.worker.model.attention_paths import choose_attention
 from kvasir.worker.model.config import ModelConfig, parse_config
+from kvasir.worker.model.linear import Linear, Packing, choose_packing, make_linear
 from kvasir.worker.model.model import LayerWeights, Model, Weights
 from kvasir.worker.model.rope import make_pairs_adjacent
 
@@ -56,13 +57,15 @@ def load_model(
     block_size: int = 16,
     working_set_limit_bytes: int = 1 << 30,
     make_attention: Callable[[ModelConfig], Attention] | None = None,
+    packing: Packing | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load the model in folder `path` onto `device`, its weights converted to `dtype` (see `resolve_dtype`).
 
     `working_set_limit_bytes` bounds the decode working set on a CPU (`worker.model.working_set`), beside the KV pool.
-    `make_attention` overrides the attention path, see `worker.model.attention_paths`.
-    `on_progress(done, total)` is called after every layer. Peak memory is the weights plus one layer.
+    `make_attention` overrides the attention path (`worker.model.attention_paths`), `packing` how matrices are kept
+    (`worker.model.linear`).
+    `on_progress(done, total)` is called after every layer. Peak memory is `weight_bytes` plus one layer.
 
     Raises: ModelError when the folder is no model that this worker can serve.
     """
@@ -72,7 +75,8 @@ def load_model(
     resolved = resolve_dtype(dtype, config, device)
     stored = read_headers(folder)
     with ExitStack() as stack:
-        reader = _Reader(folder, config, stored, stack, device, resolved)
+        packing = packing or choose_packing(resolved, device, weight_bytes(config, resolved, Packing(), device))
+        reader = _Reader(folder, config, stored, stack, device, resolved, packing)
         config = reader.check()
         layers = []
         for i in range(config.num_layers):
@@ -80,8 +84,8 @@ def load_model(
             if on_progress is not None:
                 on_progress(i + 1, config.num_layers)
         embedding = reader.read(_EMBEDDING)
-        lm_head = embedding if config.tie_word_embeddings else reader.read(_LM_HEAD)
-        lm_head = lm_head.t() if _shares_head(config, device) else lm_head.t().contiguous()
+        head = embedding if config.tie_word_embeddings else reader.read(_LM_HEAD)
+        lm_head = Linear(head.t()) if _shares_head(config, device) else make_linear(head, None, packing)
         weights = Weights(embedding, layers, reader.read("model.norm.weight"), lm_head)
     if make_attention is not None:
         attention = make_attention(config)
@@ -165,12 +169,14 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype, device: str | torch.device = "cpu") -> int:
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, packing: Packing, device: str | torch.device = "cpu") -> int:
     """Return what the weights of such a model take in memory, to refuse it before loading it."""
-    count = sum(math.prod(shape) for shape in expected_shapes(config).values())
+    shapes = expected_shapes(config)
     if config.tie_word_embeddings and not _shares_head(config, torch.device(device)):
-        count += config.vocab_size * config.hidden_size
-    return count * dtype.itemsize
+        shapes[_LM_HEAD] = shapes[_EMBEDDING]
+    once = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 1 or name == _EMBEDDING)
+    matrices = sum(map(math.prod, shapes.values())) - once
+    return (once + packing.num_copies * matrices) * dtype.itemsize
 
 
 def _shares_head(config: ModelConfig, device: torch.device) -> bool:
@@ -274,7 +280,9 @@ class _Reader:
         stack: ExitStack,
         device: torch.device,
         dtype: torch.dtype,
+        packing: Packing,
     ) -> None:
+        self._packing = packing
         self._folder, self._config, self._stored = folder, config, stored
         self._stack, self._device, self._dtype = stack, device, dtype
         self._open: dict[Path, Any] = {}
@@ -316,20 +324,18 @@ class _Reader:
         def gate_up(kind: str) -> Tensor:
             return torch.cat([self.read(f"{prefix}mlp.{part}_proj.{kind}") for part in ("gate", "up")])
 
-        def transposed(weight: Tensor) -> Tensor:
-            return weight.t().contiguous()
+        def linear(weight: Tensor, bias: Tensor | None) -> Linear:
+            return make_linear(weight, bias, self._packing)
 
+        output_bias = self.read(prefix + "self_attn.o_proj.bias") if config.output_bias else None
+        down_bias = self.read(prefix + "mlp.down_proj.bias") if config.mlp_bias else None
         return LayerWeights(
             input_norm=self.read(prefix + "input_layernorm.weight"),
-            qkv=transposed(qkv("weight")),
-            output=transposed(self.read(prefix + "self_attn.o_proj.weight")),
+            qkv=linear(qkv("weight"), qkv("bias") if config.qkv_bias else None),
+            output=linear(self.read(prefix + "self_attn.o_proj.weight"), output_bias),
             post_norm=self.read(prefix + "post_attention_layernorm.weight"),
-            gate_up=transposed(gate_up("weight")),
-            down=transposed(self.read(prefix + "mlp.down_proj.weight")),
-            qkv_bias=qkv("bias") if config.qkv_bias else None,
-            output_bias=self.read(prefix + "self_attn.o_proj.bias") if config.output_bias else None,
-            gate_up_bias=gate_up("bias") if config.mlp_bias else None,
-            down_bias=self.read(prefix + "mlp.down_proj.bias") if config.mlp_bias else None,
+            gate_up=linear(gate_up("weight"), gate_up("bias") if config.mlp_bias else None),
+            down=linear(self.read(prefix + "mlp.down_proj.weight"), down_bias),
             q_norm=paired("self_attn.q_norm.weight") if config.qk_norm else None,
             k_norm=paired("self_attn.k_norm.weight") if config.qk_norm else None,
         )

@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from kvasir.protocol.errors import ModelError
+from kvasir.worker.model.linear import Linear, Packing
 from kvasir.worker.model.loader import load_model, model_fingerprint, read_config, resolve_dtype, weight_bytes
 from kvasir.worker.model.model import LayerWeights, Model
 from tests.model_helpers import Sequence, make_reference, make_store, save_reference
@@ -63,19 +64,23 @@ def test_loading_reports_what_it_holds_and_how_far_it_is(folder: Path) -> None:
     loaded = load_model(folder, on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     tensors = load_file(folder / "model.safetensors")
-    num_bytes = weight_bytes(loaded.config, loaded.dtype)
+    num_bytes = weight_bytes(loaded.config, loaded.dtype, Packing())
     assert num_bytes == sum(tensor.numel() * 4 for tensor in tensors.values())
-    assert weight_bytes(loaded.config, torch.bfloat16) * 2 == num_bytes
+    assert weight_bytes(loaded.config, torch.bfloat16, Packing()) * 2 == num_bytes
     assert (loaded.dtype, loaded.device) == (torch.float32, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("packing", [Packing(), Packing(True, True), Packing(True, False)], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
-def test_weight_bytes_are_what_the_weights_take(tmp_path: Path, tied: bool) -> None:
+def test_weight_bytes_are_what_the_weights_take(tmp_path: Path, tied: bool, packing: Packing) -> None:
     folder = save_reference(make_reference("qwen3", tie_word_embeddings=tied), tmp_path)
-    weights = load_model(folder).weights
-    layers = [getattr(layer, name) for layer in weights.layers for name in LayerWeights.__dataclass_fields__]
-    tensors = [weights.embedding, weights.lm_head, weights.final_norm, *(t for t in layers if t is not None)]
-    assert sum(tensor.nbytes for tensor in tensors) == weight_bytes(read_config(folder), torch.float32)
+    weights = load_model(folder, packing=packing).weights
+    values = [getattr(layer, name) for layer in weights.layers for name in LayerWeights.__dataclass_fields__]
+    tensors = [weights.embedding, weights.final_norm]
+    for value in (weights.lm_head, *values):
+        tensors += [value.plain, value.bias, value.packed] if isinstance(value, Linear) else [value]
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    assert size_bytes == weight_bytes(read_config(folder), torch.float32, packing)
 
 
 def test_end_of_sequence_ids_come_from_the_generation_config_first(folder: Path) -> None:

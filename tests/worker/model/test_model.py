@@ -16,6 +16,7 @@ import transformers
 from kvasir.worker.model.attention import Attention, GatherAttention, ReferenceAttention
 from kvasir.worker.model.attention_paths import choose_attention
 from kvasir.worker.model.config import ModelConfig, parse_config
+from kvasir.worker.model.linear import Packing
 from kvasir.worker.model.loader import load_model
 from kvasir.worker.model.model import Model
 from tests.model_helpers import (
@@ -57,6 +58,11 @@ CASES = [(variant, "default") for variant in VARIANTS]
 CASES += [(variant, path) for path in ("reference", "gather") for variant in ("mistral-window", "qwen3")]
 
 
+# Whatever is fastest here and now, every variant is computed in each way: plain, packed, packed but for single rows.
+WAYS = (Packing(), Packing(True, True), Packing(True, False))
+PACKINGS = {variant: WAYS[i % 3] for i, variant in enumerate(VARIANTS)}
+
+
 @dataclass(frozen=True)
 class Oracle:
     """A model's folder, `transformers`' greedy continuation of PROMPT and the logits [NUM_TOKENS, vocab] of it."""
@@ -77,7 +83,7 @@ def oracle_of(variant: str, parent: Path) -> Oracle:
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Oracle]:
     variant, path = request.param
     oracle = oracle_of(variant, tmp_path_factory.getbasetemp())
-    return load_model(oracle.folder, "cpu", "float32", make_attention=PATHS[path]), oracle
+    return load_model(oracle.folder, "cpu", "float32", make_attention=PATHS[path], packing=PACKINGS[variant]), oracle
 
 
 @pytest.fixture
