@@ -33,12 +33,12 @@ from kvasir.gateway.tenants.directory import Caller, Tenant
 from kvasir.gateway.text.answer_parser import AnswerParser
 from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText
-from kvasir.gateway.text.word_cache import Words
+from kvasir.gateway.text.piece_cache import Memory, Pieces
 from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
 from kvasir.protocol.messages import MAX_TOKEN_ID, Constraint, Grammar, Sampling, SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
-from kvasir.protocol.tokens import pack_tokens, unpack_tokens
+from kvasir.protocol.tokens import unpack_tokens
 
 MAX_THREADS = 4
 TAIL_BYTES = 64
@@ -46,6 +46,7 @@ _SAMPLING = [name for name in Sampling.__struct_fields__ if name != "constraint"
 _SYSTEM_ROLES = ("system", "developer")
 _ENCODER = msgspec.msgpack.Encoder()
 MAX_MEMORIES = 256  # of words, one per model and sharing scope; some megabytes each when full
+MAX_PIECES_BYTES = 128 << 20  # of token ids of long texts, all sharing scopes together: 32 million tokens
 
 
 class Preparer:
@@ -75,7 +76,8 @@ class Preparer:
         self._salted = partial(derive_namespace, secret)  # salts are callers' own: too many to remember
         self._namespace = cache(self._salted)
         self._root = cache(partial(derive_root, secret))
-        self._memories: dict[tuple[str, tuple[str, str]], Words] = {}
+        self._memories: dict[tuple[str, tuple[str, str]], Memory] = {}
+        self._pieces = Pieces(MAX_PIECES_BYTES)
         self._threads = trio.CapacityLimiter(MAX_THREADS)
 
     def prepare_nowait(self, request: CompletionRequest, caller: Caller, sink: Sink) -> Submit | None:
@@ -210,17 +212,17 @@ class Preparer:
         memory = None if request.cache_salt or request.no_store else self._memory(info.name, tenant)
         try:
             if request.messages is not None:
-                return pack_tokens(text.encode_chat(request.messages, memory, request.chat))
-            return pack_tokens(text.encode(request.text or "", memory))
+                return text.pack_chat(request.messages, memory, request.chat)
+            return text.pack(request.text or "", memory)
         except (UnicodeEncodeError, TypeError):  # the tokenizer calls a lone surrogate no string
             raise BadRequest("the prompt is no valid Unicode text (a lone surrogate); send valid UTF-8") from None
 
-    def _memory(self, model: str, tenant: Tenant) -> Words:
-        """Return the words that the tenant's sharing scope has used with a model; nobody else's, see `word_cache`."""
+    def _memory(self, model: str, tenant: Tenant) -> Memory:
+        """Return what is known of the texts that the tenant's sharing scope has sent to a model; nobody else's."""
         key = (model, tenant.scope)
         memory = self._memories.pop(key, None)
         if memory is None:
-            memory = Words()
+            memory = Memory(os.urandom(16), self._pieces)
             if len(self._memories) >= MAX_MEMORIES:
                 del self._memories[next(iter(self._memories))]
         self._memories[key] = memory  # the last used one last

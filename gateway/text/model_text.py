@@ -25,13 +25,15 @@ from kvasir.gateway.text.model_files import (
     sampling_defaults,
     special_tokens,
 )
+from kvasir.gateway.text.piece_cache import Memory
 from kvasir.gateway.text.token_bytes import token_bytes_by_id
 from kvasir.gateway.text.tool_calls import ToolParser
 from kvasir.gateway.text.tool_schemas import read_tools, schemas_of
-from kvasir.gateway.text.word_cache import Words, make_word_cache
+from kvasir.gateway.text.word_cache import make_word_cache
 from kvasir.protocol.client_messages import ChatMessage, ChatOptions
 from kvasir.protocol.errors import BadRequest, ModelError
 from kvasir.protocol.messages import MAX_TOKENS, Grammar, ReasoningBudget
+from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 
 QUICK_CHARS = 8_192  # longer texts belong into a thread: the library takes about 3 ms for so many
 
@@ -72,21 +74,33 @@ class ModelText:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str, memory: Words | None = None) -> list[int]:
-        """Return the token ids of `text`, with whatever the tokenizer puts around a text (a BOS token, say).
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, with whatever the tokenizer puts around a text (a BOS token, say)."""
+        return unpack_tokens(self.pack(text))
 
-        `memory`: of the words that its owner has sent, which makes short texts quicker; None: without one.
+    def encode_chat(self, messages: Sequence[ChatMessage], options: ChatOptions | None = None) -> list[int]:
+        """Return the token ids of a conversation up to where the assistant's next answer begins.
+
+        Raises:
+            BadRequest: as `render_chat`.
         """
-        ids = self._encode_quickly(text, memory)
-        if ids is not None and self._around is not None:
-            return [*self._around[0], *ids, *self._around[1]]
-        whole: list[int] = self._tokenizer.encode(text).ids
-        return whole
+        return unpack_tokens(self.pack_chat(messages, None, options))
 
-    def encode_chat(
-        self, messages: Sequence[ChatMessage], memory: Words | None = None, options: ChatOptions | None = None
-    ) -> list[int]:
-        """Return the token ids of a conversation up to where the assistant's next answer begins; `memory` as `encode`.
+    def pack(self, text: str, memory: Memory | None = None) -> bytes:
+        """Return what `encode` does, packed. `memory`: of what its owner has sent, which makes it quicker.
+
+        Raises:
+            UnicodeEncodeError, TypeError: `text` is no valid Unicode.
+        """
+        packed = self._pack_known(text, memory)
+        if packed is not None and self._around is not None:
+            return self._around[0] + packed + self._around[1]
+        return pack_tokens(self._tokenizer.encode(text).ids)
+
+    def pack_chat(
+        self, messages: Sequence[ChatMessage], memory: Memory | None = None, options: ChatOptions | None = None
+    ) -> bytes:
+        """Return what `encode_chat` does, packed; `memory` and errors as `pack`.
 
         Raises:
             BadRequest: as `render_chat`.
@@ -94,10 +108,10 @@ class ModelText:
         text = self.render_chat(messages, options)
         if options is not None:
             text += self._forced(text, options)
-        ids = self._encode_quickly(text, memory)
-        if ids is None:
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        packed = self._pack_known(text, memory)
+        if packed is None:
+            packed = pack_tokens(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return packed
 
     def word_forms(self, word: str) -> list[list[int]]:
         """Return the token ids of `word` as it begins a text and after a space, without what goes around a text."""
@@ -105,11 +119,15 @@ class ModelText:
         found = [self._tokenizer.encode(form, add_special_tokens=False).ids for form in forms]
         return [ids for index, ids in enumerate(found) if ids and ids not in found[:index]]
 
-    def _encode_quickly(self, text: str, memory: Words | None) -> list[int] | None:
-        """Return the ids of a short text; long ones go to the library, which works without Python's lock."""
-        if self._words is None or memory is None or len(text) > QUICK_CHARS:
+    def _pack_known(self, text: str, memory: Memory | None) -> bytes | None:
+        """Return the packed ids of `text` alone, word by word if it is short, else piece by piece; None: it is all the
+        library's."""
+        if self._words is None or memory is None:
             return None
-        return self._words.encode(text, memory)
+        if len(text) > QUICK_CHARS:
+            return self._words.encode_pieces(text, memory)
+        ids = self._words.encode(text, memory.words)
+        return None if ids is None else pack_tokens(ids)
 
     def render_chat(self, messages: Sequence[ChatMessage], options: ChatOptions | None = None) -> str:
         """Return the text of a conversation, by default with the cue for the assistant's answer.
@@ -312,7 +330,7 @@ def load_text(path: Path, tool_parser: str = "auto") -> ModelText:
         raise ModelError(f"{file}: {error}") from None
 
 
-def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
+def _around(tokenizer: Tokenizer) -> tuple[bytes, bytes] | None:
     """Return the ids that the tokenizer puts before and after a text; None if it does not simply do that."""
     found = None
     for text in ("a", "b c"):
@@ -323,4 +341,4 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
         if len(around) != 1 or found not in (None, around[0]):
             return None
         found = around[0]
-    return found
+    return None if found is None else (pack_tokens(found[0]), pack_tokens(found[1]))

@@ -19,6 +19,9 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from kvasir.gateway.text.piece_cache import Memory
+from kvasir.protocol.tokens import pack_tokens
+
 MAX_WORDS = 1 << 14  # in one memory
 MAX_WORD_CHARS = 64
 MAX_NEW_WORDS = 32  # in one text; learning a word costs as much as the library takes for ten of them
@@ -41,6 +44,7 @@ class WordCache:
         self._specials = specials
         longest_first = sorted(specials, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if specials else None
+        self._packed_specials = {name: pack_tokens((token_id,)) for name, token_id in specials.items()}
 
     def encode(self, text: str, memory: Words) -> list[int] | None:
         """Return what the tokenizer gives for `text` without adding special tokens, None if that is its own affair.
@@ -70,6 +74,27 @@ class WordCache:
                         return None
                 ids += found
         return ids
+
+    def encode_pieces(self, text: str, memory: Memory) -> bytes:
+        """Return what the tokenizer gives for `text` without adding special tokens, packed.
+
+        Only pieces that `memory` does not know are tokenised, and added to it.
+
+        Raises:
+            UnicodeEncodeError: `text` is no valid Unicode.
+        """
+        packed = []
+        for index, piece in enumerate([text] if self._special is None else self._special.split(text)):
+            if index % 2:
+                packed.append(self._packed_specials[piece])
+            elif piece:
+                digest = memory.digest(piece)
+                found = memory.pieces.get(digest)
+                if found is None:
+                    found = pack_tokens(self._tokenizer.encode(piece, add_special_tokens=False).ids)
+                    memory.pieces.put(digest, found)
+                packed.append(found)
+        return b"".join(packed)
 
     def _learn(self, word: str, memory: Words) -> list[int] | None:
         """Ask the tokenizer for a word, and remember what it says if to it, too, this is one word."""

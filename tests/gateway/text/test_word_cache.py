@@ -14,7 +14,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 import kvasir.gateway.text.word_cache as word_cache
 from kvasir.gateway.text.chat_template import ChatTemplate
 from kvasir.gateway.text.model_text import ModelText
+from kvasir.gateway.text.piece_cache import Memory, Pieces
 from kvasir.gateway.text.word_cache import MAX_NEW_WORDS, make_word_cache
+from kvasir.protocol.tokens import unpack_tokens
 
 DEMO = Path(__file__).resolve().parents[3] / "kvasir" / "demo_model"
 SOURCE = Path(textwrap.__file__).read_text() + Path(statistics.__file__).read_text()
@@ -183,4 +185,5 @@ def test_texts_keep_what_the_tokenizer_puts_around_them() -> None:
     text = ModelText(tokenizer, ChatTemplate("{{ messages[0].content }}", {}), 600)
     for content in ("import os", "", "é", "x" * 10_000):
         plain = tokenizer.encode(content, add_special_tokens=False).ids
-        assert text.encode(content) == text.encode(content, {}) == tokenizer.encode(content).ids == [bos, *plain, end]
+        known = unpack_tokens(text.pack(content, Memory(b"owner", Pieces(1 << 20))))
+        assert text.encode(content) == known == tokenizer.encode(content).ids == [bos, *plain, end]
