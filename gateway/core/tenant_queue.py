@@ -165,10 +165,9 @@ class TenantQueue:
         self._fair_charge += num_tokens / (self._sum_of_weights or tenant.weight)
 
     def lead(self, tenant_id: str) -> float:
-        """Return how many tokens more than fair the tenant was charged, as a tenant of mean weight counts them."""
+        """Return how many tokens more than fair the tenant was charged, as a tenant of mean weight counts them. Below
+        0: it has waited and got less."""
         lead = self._tenants[tenant_id].charged - self._fair_charge
-        if lead <= 0.0:
-            return 0.0
         return lead * self._sum_of_weights / self.num_active if self.num_active else lead
 
     def _active(self, tenant_id: str) -> _Tenant:

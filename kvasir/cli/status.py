@@ -193,7 +193,7 @@ def _story(receipt: dict[str, Any]) -> list[str]:
     waited = f"it waited {receipt['waited_s']:.3f} s in the queue"
     if receipt["held_s"]:
         waited += f", {receipt['held_s']:.3f} s of that for the best worker to have room"
-    if receipt["lead"]:
+    if receipt["lead"] > 0:
         waited += f"; its tenant was {count(round(receipt['lead']))} tokens ahead of its fair share"
     lines = [waited]
     others = [terms["cost_s"] for terms in decision["terms"] if terms["worker_id"] != decision["worker_id"]]

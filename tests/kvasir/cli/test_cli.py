@@ -663,12 +663,15 @@ def test_demo_chat_status_and_down_against_a_real_gateway() -> None:
             rows = box.json("demo")["rows"]
             assert [row["cached_tokens"] > 0 for row in rows] == [False, True, True, False, False, True]
             assert all(row["worker"].startswith("demo-") and row["ttft_ms"] > 0 for row in rows)
-        said = box.kvasir("chat", "--max-tokens", "8", input="Hello!\nIn two lines!\n")
+        assert box.json("tenant", "list")["tenants"] == [] == box.json("prefix", "list")["prefixes"]
+        box.kvasir("tenant", "create", "acme")
+        key = box.json("key", "create", "acme")["key"]
+        said = box.kvasir("chat", "--api-key", key, "--max-tokens", "8", input="Hello!\nIn two lines!\n")
         assert said.stderr.count("prompt tokens cached") == 1 and "cached" not in said.stdout
         assert box.kvasir("explain", said.stderr.split()[-1]).stdout.count("attempt") == 1
         assert {worker["id"] for worker in box.workers()} == {"demo-0", "demo-1"}
-        [tenant, _] = box.json("tenant", "list")["tenants"]
-        assert tenant["name"] == "demo" and tenant["usage"]["cached_tokens"] > 0
+        [tenant] = box.json("tenant", "list")["tenants"]
+        assert tenant["name"] == "acme" and tenant["usage"]["num_requests"] == 1
         assert "demo-0" in box.kvasir("status").stdout
         box.kvasir("down")
         assert box.process.wait(30) == 0
