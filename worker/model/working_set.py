@@ -4,10 +4,11 @@ Facts: on a CPU, decode attention is bound by reading keys and values once; gath
 writes them and reads them again. Between two steps a decoding sequence gains one token. From this follows: copy a
 sequence once when it begins to decode, append one token per step, and let the fused attention run over the copy.
 
-What we chose: sequences stand in rows of *shelves*, one shelf per power of two of length, so that a short sequence is
-not padded to a long one and rows are at most twice as long as what they hold. A sequence that outgrows its shelf is
-copied anew. The set holds exactly the sequences that decode in this step: one that is absent, or has another length
-now, has lost its row, so nothing stale can be read. Beyond `limit_bytes` sequences are gathered every step instead.
+What we chose: sequences stand in rows of *shelves*, four to every power of two of length, so that a short sequence is
+not padded to a long one and rows are at most a quarter longer than what they hold, beyond 512 tokens. A sequence that
+outgrows its shelf is copied anew. The set holds exactly the sequences that decode in this step: one that is absent, or
+has another length now, has lost its row, so nothing stale can be read. Beyond `limit_bytes` sequences are
+gathered every step instead.
 """
 
 from __future__ import annotations
@@ -113,57 +114,62 @@ class _Shelf:
     device: torch.device
     seq_keys: list[int] = field(default_factory=list)
     lengths: dict[int, int] = field(default_factory=dict)  # seq_key -> tokens in its row
-    data: Tensor | None = None  # [num_layers, 2, num_rows, num_kv_heads, capacity, head_dim]
+    data: list[Tensor] = field(default_factory=list)  # per layer: [2, num_rows, num_kv_heads, capacity, head_dim]
     appends: Tensor | None = None  # [rows * num_kv_heads] where this step's keys go in a layer's [.., head_dim]
     spans: dict[int | None, tuple[int, int, Tensor | None]] = field(default_factory=dict)  # by window
 
     @property
     def size_bytes(self) -> int:
-        return 0 if self.data is None else self.data.nbytes
+        return sum(layer.nbytes for layer in self.data)
 
     def continues(self, seq_key: int, piece: SequenceSlice | None) -> bool:
         """Return whether the row of `seq_key` can take the one token of `piece`."""
         return piece is not None and self.lengths[seq_key] == piece.start < self.capacity
 
     def reserve(self, count: int, limit_bytes: int) -> bool:
-        """Make room for `count` more rows; False when that takes more than `limit_bytes` beside what is held now."""
+        """Make room for `count` more rows; False when that takes more than `limit_bytes` beyond what is held now.
+
+        Moves layer by layer, so that no more than one layer's rows are there twice meanwhile.
+        """
         used = len(self.seq_keys)
-        if self.data is not None and used + count <= self.data.shape[2]:
+        if self.data and used + count <= self.data[0].shape[1]:
             return True
-        num_rows = max(used + count, used + used // 2)
         config = self.config
-        heads = (config.num_kv_heads, config.head_dim)
-        if num_rows * bytes_per_block(config.num_layers, self.capacity, *heads, self.dtype) > limit_bytes:
+        row_bytes = bytes_per_block(config.num_layers, self.capacity, config.num_kv_heads, config.head_dim, self.dtype)
+        most = (limit_bytes + self.size_bytes) // row_bytes
+        if used + count > most:
             return False
-        shape = (config.num_layers, 2, num_rows, config.num_kv_heads, self.capacity, config.head_dim)
-        grown = torch.empty(shape, dtype=self.dtype, device=self.device)
-        if self.data is not None:
-            grown[:, :, :used] = self.data[:, :, :used]
-        self.data = grown
+        num_rows = min(most, max(used + count, used + used // 2))
+        shape = (2, num_rows, config.num_kv_heads, self.capacity, config.head_dim)
+        for layer in range(config.num_layers):
+            grown = torch.empty(shape, dtype=self.dtype, device=self.device)
+            if layer < len(self.data):
+                grown[:, :used] = self.data[layer][:, :used]
+                self.data[layer] = grown
+            else:
+                self.data.append(grown)
         return True
 
     def add(self, piece: SequenceSlice, kv: KvStore) -> None:
         """Copy what the store holds of a sequence into the next free row, zeros behind it."""
-        assert self.data is not None
-        row = self.data[:, :, len(self.seq_keys)]  # [num_layers, 2, num_kv_heads, capacity, head_dim]
         num_blocks = -(-piece.start // kv.block_size)
         table = torch.tensor(piece.block_table[:num_blocks], dtype=torch.int64, device=self.device)
-        blocks = kv.data.index_select(0, table).permute(
-            1, 2, 4, 0, 3, 5
-        )  # [layers, 2, kv_heads, blocks, block_size, D]
-        row.view(*row.shape[:3], -1, kv.block_size, row.shape[-1])[:, :, :, :num_blocks] = blocks
-        row[:, :, :, piece.start :] = 0
+        blocks = kv.data.index_select(0, table).permute(1, 2, 4, 0, 3, 5)  # [layers, 2, kv_heads, blocks, size, D]
+        for layer, its_blocks in zip(self.data, blocks, strict=True):
+            row = layer[:, len(self.seq_keys)]  # [2, num_kv_heads, capacity, head_dim]
+            row.view(*row.shape[:2], -1, kv.block_size, row.shape[-1])[:, :, :num_blocks] = its_blocks
+            row[:, :, piece.start :] = 0
         self.seq_keys.append(piece.seq_key)
         self.lengths[piece.seq_key] = piece.start
 
     def remove(self, seq_key: int) -> None:
         """Free a row; the last one moves into its place."""
-        assert self.data is not None
         row, last = self.seq_keys.index(seq_key), len(self.seq_keys) - 1
         if row != last:
             self.seq_keys[row] = self.seq_keys[last]
             length = self.lengths[self.seq_keys[row]]
-            self.data[:, :, row, :, :length] = self.data[:, :, last, :, :length]
+            for layer in self.data:
+                layer[:, row, :, :length] = layer[:, last, :, :length]
         del self.seq_keys[last], self.lengths[seq_key]
 
     def begin_step(self, windows: set[int | None]) -> None:
@@ -192,7 +198,7 @@ class _Shelf:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Append one token to every row and return [rows, num_heads * head_dim]."""
-        assert self.data is not None and self.appends is not None
+        assert self.appends is not None
         count, num_heads, head_dim = q.shape
         keys, values = self.data[layer]  # [num_rows, num_kv_heads, capacity, head_dim]
         keys.view(-1, head_dim).index_copy_(0, self.appends, k.reshape(-1, head_dim))
@@ -204,6 +210,7 @@ class _Shelf:
 
 
 def _capacity(num_tokens: int, block_size: int) -> int:
-    """Return the next power of two, rounded up to whole blocks."""
-    capacity = max(_MIN_CAPACITY, 1 << (num_tokens - 1).bit_length())
+    """Return the next multiple of a quarter of the power of two below, rounded up to whole blocks."""
+    step = max(_MIN_CAPACITY, 1 << max(0, (num_tokens - 1).bit_length() - 3))
+    capacity = -(-num_tokens // step) * step
     return -(-capacity // block_size) * block_size

@@ -18,7 +18,7 @@ from kvasir.worker.model.attention import Attention, GatherAttention, ReferenceA
 from kvasir.worker.model.attention_paths import choose_attention
 from kvasir.worker.model.batch import pack
 from kvasir.worker.model.config import ModelConfig, RopeConfig
-from kvasir.worker.model.working_set import WorkingSetAttention
+from kvasir.worker.model.working_set import WorkingSetAttention, _capacity
 
 BLOCK_SIZE = 5  # divides no power of two
 MAX_TOKENS = 300  # beyond two shelf capacities
@@ -210,6 +210,24 @@ def test_sequence_crossing_its_shelf_keeps_all_it_had() -> None:
     for _ in range(6):
         harness.step({0: 1, 1: 1})
     assert attention.num_sequences == 2
+
+
+def test_a_shelf_grows_to_its_limit_and_not_only_to_half_of_it() -> None:
+    """Sequences that come one after the other all get a row, as those that come together."""
+    config = make_config()
+    row_bytes = bytes_per_block(config.num_layers, 130, config.num_kv_heads, config.head_dim, torch.float32)
+    attention = WorkingSetAttention(config, limit_bytes=8 * row_bytes)
+    harness = Harness(config, attention, num_sequences=9)
+    harness.step(dict.fromkeys(range(9), 30))
+    for count in range(1, 10):
+        harness.step(dict.fromkeys(range(count), 1))
+        assert attention.num_sequences == min(count, 8)
+        assert attention.allocated_bytes <= attention.limit_bytes
+
+
+@pytest.mark.parametrize(("num_tokens", "capacity"), [(1, 128), (129, 256), (520, 640), (2049, 2560), (2560, 2560)])
+def test_a_row_is_little_longer_than_what_it_holds(num_tokens: int, capacity: int) -> None:
+    assert _capacity(num_tokens, 16) == capacity
 
 
 def test_steady_decode_copies_no_sequence_again(monkeypatch: pytest.MonkeyPatch) -> None:
