@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -23,7 +24,6 @@ from kvasir.gateway.edges.published import Published
 from kvasir.gateway.edges.zmq_edge import EdgeLimits, ZmqEdge
 from kvasir.gateway.tenants.directory import Tenant, TenantDirectory, issue_key
 from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText, load_text
-from kvasir.gateway.text.word_cache import Words
 from kvasir.protocol.client_messages import (
     GATEWAY_MESSAGES,
     CancelRequest,
@@ -772,13 +772,13 @@ def test_only_so_many_long_texts_are_tokenised_at_once_cancelled_ones_among_them
     run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    encode_text = ModelText.encode
+    pack_text = ModelText.pack
 
-    def encode_at_the_gate(text: ModelText, prompt: str, *rest: Words) -> list[int]:
+    def pack_at_the_gate(text: ModelText, prompt: str, *rest: Any) -> bytes:
         assert len(prompt) <= QUICK_CHARS or gate.wait(20)
-        return encode_text(text, prompt, *rest)
+        return pack_text(text, prompt, *rest)
 
-    monkeypatch.setattr(ModelText, "encode", encode_at_the_gate)
+    monkeypatch.setattr(ModelText, "pack", pack_at_the_gate)
     long = "import os\n" * 1_000
 
     async def main(house: House) -> None:
