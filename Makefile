@@ -2,7 +2,7 @@
 # make test  the whole suite, offline         make check  format, lint, types, tests (what CI runs)
 # make bench the tables of the README          make clean  throw the environment away
 # Settings: WORKERS=3, UP_FLAGS="--http 127.0.0.1:9000" (options of kvasir up), PYTHON=python3.12, VENV=FOLDER;
-#            TRACES="FILE ..." names traces of requests for the lab: eviction policies (scripts/replay_trace.py); those in
+#            TRACES="FILE ..." names traces of requests for the labs: eviction, routing (scripts/replay_trace.py); those in
 #            a folder traces/ here or beside the checkout are found without
 
 PYTHON ?= python3
@@ -36,8 +36,9 @@ bench: install-dev
 	$(BIN)/python scripts/bench_cache.py $(if $(PEERS),--peer-dir $(PEERS))
 ifneq ($(TRACES),)
 	$(BIN)/python scripts/replay_trace.py cache --trace $(TRACES) --policy lru,two_heaps,two_heaps+hints,optimum
+	$(BIN)/python scripts/replay_trace.py route --trace $(TRACES) --load 0.2,0.5
 else
-	@echo 'For eviction policies on traces of requests: make bench TRACES="FILE ..."'
+	@echo 'For eviction policies and routing rules on traces of requests: make bench TRACES="FILE ..."'
 endif
 
 clean:
