@@ -15,7 +15,6 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import inf
 
 import msgspec
 
@@ -315,12 +314,13 @@ class Core(CoreApi):
 
     def _has_room(self, worker: Worker, request: Request) -> bool:
         """Return whether `worker`, which `request` has chosen, is to have it now."""
-        config, tenant_id = self._config.queue, request.submit.tenant_id
-        window_s = config.window_s
-        if worker.is_fifo:  # short prompts cannot pass long ones there, and would wait for them here
-            queue = self._requests.models[request.submit.model].queue
-            window_s = config.fifo_window_s if queue.num_active > 1 else inf
-        return worker.has_room(tenant_id, request.held_key, window_s)
+        config, tenant_id, key = self._config.queue, request.submit.tenant_id, request.held_key
+        if not worker.is_fifo:
+            return worker.has_room(tenant_id, key, config.window_s)
+        queue = self._requests.models[request.submit.model].queue
+        if queue.num_active > 1 and queue.lead(tenant_id) > config.window_s * worker.rates.prefill_tokens_per_s:
+            return worker.has_little(config.window_s)  # nobody could pass it there
+        return worker.has_room(tenant_id, key, config.fifo_window_s)
 
     def _try_to_route(self, request: Request, model: Model, workers: list[Worker], now: float) -> None:
         """Route `request`, unless its deadline is over."""

@@ -27,15 +27,16 @@ UNKNOWN_S = 5.0  # between those that are refused, when nothing is known of how 
 class QueueConfig:
     """How many requests may wait: in all, and of one tenant. Those of lost workers come on top.
 
-    A worker gets no request that would wait there for `window_s` of prefill of the same tenant; one without an order of
-    its own none that would for `fifo_window_s`, as long as other tenants have work, too. A request that waits for a
-    worker chooses again after `reroute_s`.
+    A worker gets no request that would wait there for `window_s` of prefill of the same tenant. One without an order of
+    its own gets none that would for `fifo_window_s`, since short prompts do not pass long ones there; but of a tenant
+    with a lead of `window_s` it gets one only when all it has takes less than that, as long as others have work, too.
+    A request that waits for a worker chooses again after `reroute_s`.
     """
 
     max_queued: int = 10_000
     max_queued_per_tenant: int = 1_000
     window_s: float = 0.8
-    fifo_window_s: float = 3.2
+    fifo_window_s: float = 6.4
     reroute_s: float = 0.4
 
 

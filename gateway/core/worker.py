@@ -148,6 +148,10 @@ class Worker:
             return False
         return self.backlog.ahead_of_own(key, tenant_id) < window_s * self.rates.prefill_tokens_per_s
 
+    def has_little(self, window_s: float) -> bool:
+        """Return whether there is a credit, and all that is to be computed takes less than `window_s`."""
+        return self.num_credits > 0 and self.backlog.num_tokens < window_s * self.rates.prefill_tokens_per_s
+
     def candidate(self, request: Request, now: float, config: RouterConfig, num_before: float = 0.0) -> Candidate:
         """Return this worker as the router sees it for `request`; `num_before` others wait for a credit here."""
         hello = self.hello

@@ -498,15 +498,24 @@ def test_a_tenant_has_little_more_waiting_on_a_worker_than_its_window_but_short_
     assert [command.req_id for _, command in bench.take()] == [b"a6"]
 
 
-def test_a_worker_without_an_order_of_its_own_gets_everything_of_a_tenant_that_is_alone() -> None:
+def test_a_worker_without_an_order_of_its_own_gets_a_longer_window_of_a_tenant_that_is_alone() -> None:
     bench = Bench()
-    bench.join(max_requests=64, max_context=100_000, num_blocks=100_000, lacks=["order"])  # a window of 16,000 tokens
-    for i in range(4):
+    bench.join(max_requests=64, max_context=100_000, num_blocks=100_000, lacks=["order"])  # a window of 32,000 tokens
+    for i in range(7):
         bench.submit(b"a%d" % i, range(6_000 * i, 6_000 * i + 6_000), tenant="alpha")
-    assert len(bench.take()) == 4
+    assert [command.req_id for _, command in bench.take()] == [b"a%d" % i for i in range(6)]
+
+
+def test_a_worker_without_an_order_of_its_own_gets_little_of_a_tenant_with_a_lead_while_others_have_work() -> None:
+    bench = Bench()
+    peer = bench.join(max_requests=64, max_context=100_000, num_blocks=100_000, lacks=["order"])
     bench.submit(b"b0", range(90_000, 90_100), tenant="beta")
-    bench.submit(b"a4", range(70_000, 70_010), tenant="alpha")
-    assert [command.req_id for _, command in bench.take()] == [b"b0"]
+    bench.submit(b"a0", range(24_000), tenant="alpha")
+    bench.submit(b"a1", range(70_000, 70_010), tenant="alpha")
+    bench.submit(b"b1", range(80_000, 80_100), tenant="beta")
+    assert [command.req_id for _, command in bench.take()] == [b"b0", b"a0", b"b1"]
+    bench.report(peer, output(b"a0", 0, [1], "stop", num_cached_tokens=0))  # what is left is less than its window
+    assert [command.req_id for _, command in bench.take()] == [b"a1"]
 
 
 def test_a_flooding_tenants_requests_carry_its_lead() -> None:
