@@ -11,7 +11,7 @@ from typing import Any
 import trio
 from tokenizers import Tokenizer
 
-from kvasir.gateway.core.api import Cancel, Delta, Finished, ModelInfo, Standing, Submit
+from kvasir.gateway.core.api import Cancel, Change, Delta, Finished, ModelInfo, Standing, Submit
 from kvasir.gateway.edges.grammar_check import GrammarCheck, GrammarModel
 from kvasir.gateway.edges.http_api import HttpApi
 from kvasir.gateway.edges.prepare import Preparer
@@ -58,6 +58,7 @@ class FakeCore:
         self.sent_tokens: dict[bytes, int] = {}
         self.closed_ids: set[bytes] = set()
         self.standings: dict[str, Standing] = {}
+        self.changes: dict[bytes, tuple[Change, int] | None] = {}
         self.cancelled = trio.Event()
         self.nursery: trio.Nursery | None = None
         info = ModelInfo("demo", "f" * 32, "float32", 16, max_context, 2)
@@ -91,6 +92,9 @@ class FakeCore:
 
     def standing(self, tenant_id: str, key_id: str) -> Standing | None:
         return self.standings.get(tenant_id)
+
+    def change(self, submit: Submit, previous_id: bytes) -> tuple[Change, int] | None:
+        return self.changes.get(previous_id, ("previous_not_found", 0))
 
     async def _answer(self, submit: Submit) -> None:
         count = 0

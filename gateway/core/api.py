@@ -6,7 +6,7 @@ nothing but these values, so that an edge can become a process of its own. All t
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -139,6 +139,13 @@ class Standing(msgspec.Struct, frozen=True):
     tokens: Allowance | None
 
 
+Changed = Literal[
+    "model_changed", "namespace_changed", "system_changed", "tools_changed", "messages_changed", "tokens_changed"
+]
+Change = Literal["previous_not_found", Changed]
+"""The first thing that is not as it was in a tenant's earlier prompt; see `misses.Cause`."""
+
+
 class CoreApi(Protocol):
     """The core as edges see it. All calls are synchronous and cheap, from any task of the gateway's Trio thread."""
 
@@ -164,3 +171,7 @@ class CoreApi(Protocol):
 
     def standing(self, tenant_id: str, key_id: str) -> Standing | None:
         """Return what is left of a caller's limits; None: it has none."""
+
+    def change(self, submit: Submit, previous_id: bytes) -> tuple[Change, int] | None:
+        """Return why `submit` cannot reuse the prompt of an earlier request of the same tenant, and how many tokens of
+        that; None: it begins with all of it. Long forgotten and very short prompts are not found."""

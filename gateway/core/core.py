@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 import msgspec
 
 from kvasir.gateway.core.admission import Bill
-from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Finished, ModelInfo, Standing, Submit
+from kvasir.gateway.core.api import Cancel, Change, CoreApi, Delta, Finished, ModelInfo, Standing, Submit
 from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.counters import Totals
 from kvasir.gateway.core.endings import deadline_exceeded, end_of_penalties, end_without_worker, last_word, misfit
 from kvasir.gateway.core.fleet import Fleet
 from kvasir.gateway.core.kv_orders import KvOrders
-from kvasir.gateway.core.misses import Prompts, explain, is_worth_a_reason
+from kvasir.gateway.core.misses import Prompts, change, explain, is_worth_a_reason
 from kvasir.gateway.core.notices import Broken, Cause, Joined, Lost, Notice, Rejected
 from kvasir.gateway.core.receipts import Receipt, Receipts
 from kvasir.gateway.core.request import NORMAL, Request
@@ -161,6 +161,10 @@ class Core(CoreApi):
     def standing(self, tenant_id: str, key_id: str) -> Standing | None:
         """Return what is left of a caller's limits; None: it has none."""
         return self._billing.standing(tenant_id, key_id, self._clock())
+
+    def change(self, submit: Submit, previous_id: bytes) -> tuple[Change, int] | None:
+        """As `CoreApi.change`."""
+        return change(submit, self._prompts.of(submit.tenant_id, previous_id), self._config.block_size)
 
     # ---- workers -------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 from xxhash import xxh3_128_digest
 
-from kvasir.gateway.core.api import PromptParts, Submit
+from kvasir.gateway.core.api import Change, Changed, PromptParts, Submit
 from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.gateway.routing.router import Decision
 from kvasir.protocol.prefix import HASH_BYTES
@@ -110,6 +110,11 @@ class Prompts:
         if len(self._prompts) > self._max_prompts:
             self._forget(next(iter(self._prompts)))
 
+    def of(self, tenant_id: str, req_id: bytes) -> Prompt | None:
+        """Return the prompt of a request, None if it is not remembered or another tenant's."""
+        prompt = self._prompts.get(req_id)
+        return prompt if prompt is not None and _key(tenant_id, prompt.end) in prompt.keys else None
+
     def previous(self, submit: Submit) -> tuple[Prompt, bool] | None:
         """Return the prompt that `submit` follows, and whether it goes on where that one's messages end."""
         message_keys = _message_keys(submit)
@@ -180,7 +185,19 @@ def explain(
     return Miss("worker_left" if has_left else "evicted", num_missed, previous_id, previous.worker_id)
 
 
-def _change(submit: Submit, previous: Prompt, goes_on: bool) -> Cause | None:
+def change(submit: Submit, previous: Prompt | None, block_size: int) -> tuple[Change, int] | None:
+    """Return what `CoreApi.change` does."""
+    if previous is None:
+        return "previous_not_found", 0
+    goes_on = True
+    if submit.parts is not None and previous.parts is not None:
+        theirs = previous.parts.messages
+        goes_on = submit.parts.messages[: len(theirs)] == theirs
+    cause = _change(submit, previous, goes_on)
+    return None if cause is None else (cause, previous.num_blocks * block_size)
+
+
+def _change(submit: Submit, previous: Prompt, goes_on: bool) -> Changed | None:
     """Return what is not as it was in the previous prompt, None if this one begins with all of it."""
     if (submit.model, submit.root) != (previous.model, previous.root):
         return "model_changed"

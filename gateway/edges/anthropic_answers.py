@@ -90,7 +90,20 @@ class AnthropicWriter(Writer):
 
     def _message(self) -> dict[str, Any]:
         submit = self.submits[0]
-        return {"id": f"msg_{submit.req_id.hex()}", "type": "message", "role": "assistant", "model": submit.model}
+        message = {"id": f"msg_{submit.req_id.hex()}", "type": "message", "role": "assistant", "model": submit.model}
+        return message if self.asked.previous is None else {**message, "diagnostics": self._diagnostics()}
+
+    def _diagnostics(self) -> dict[str, Any] | None:
+        """Return why the prompt of the request that it was to be compared with could not be reused whole."""
+        match self.change:
+            case None:
+                return None
+            case "previous_not_found", _:
+                return {"cache_miss_reason": {"type": "previous_message_not_found"}}
+            case (("namespace_changed" | "tokens_changed"), _):
+                return {"cache_miss_reason": {"type": "unavailable"}}
+            case cause, num_tokens:
+                return {"cache_miss_reason": {"type": cause, "cache_missed_input_tokens": num_tokens}}
 
     def _stopped(self, end: Finished) -> dict[str, Any]:
         if self._stop_string is not None:

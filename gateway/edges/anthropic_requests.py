@@ -77,6 +77,10 @@ class OutputConfig(Struct, forbid_unknown_fields=True):
     format: OutputFormat | None = None
 
 
+class Diagnostics(Struct, forbid_unknown_fields=True):
+    previous_message_id: str | None = None
+
+
 class MessagesBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
     messages: Annotated[list[Message], Meta(max_length=MAX_TURNS)]
     max_tokens: int | None = None
@@ -87,6 +91,7 @@ class MessagesBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
+    diagnostics: Diagnostics | None = None
 
 
 def read_messages(raw: bytes) -> Asked:
@@ -124,6 +129,8 @@ def _asked(body: MessagesBody) -> Asked:
         **common,
     )
     asked = asked_of_chat(chat, hint_of(None, None, has_breakpoint=_has_breakpoint(body)), is_lenient=True)
+    if body.diagnostics is not None:
+        asked = msgspec.structs.replace(asked, previous=body.diagnostics.previous_message_id or "")
     if output.format is None:
         return asked
     grammar = from_json_schema(output.format.schema, "output_config.format.schema")

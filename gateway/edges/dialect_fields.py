@@ -59,5 +59,6 @@ DIALECT_FIELDS: tuple[Row, ...] = (
     Row(
         "context_management", _BOTH, "refused", "the context is what is sent", (*_EMPTY, {"edits": []}, _KEEP_THINKING)
     ),
-    Row("container mcp_servers diagnostics", _ANTHROPIC, "refused", "there is no such service here"),
+    Row("diagnostics", _ANTHROPIC, "honoured", "`previous_message_id`: what changed since that request"),
+    Row("container mcp_servers", _ANTHROPIC, "refused", "there is no such service here"),
 )

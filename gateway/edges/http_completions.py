@@ -19,7 +19,7 @@ from kvasir.gateway.edges.http_exchange import HttpExchange, error_response, id_
 from kvasir.gateway.edges.limit_headers import standing_headers
 from kvasir.gateway.edges.openai_requests import Asked
 from kvasir.gateway.edges.prepare import Preparer
-from kvasir.gateway.edges.writer import Writer
+from kvasir.gateway.edges.writer import Writer, message_id
 from kvasir.gateway.http.connection import HttpResponse
 from kvasir.gateway.tenants.directory import Caller
 from kvasir.protocol.client_messages import CompletionRequest
@@ -69,6 +69,8 @@ class Completions:
             call.headers.extend(standing_headers(self._core.standing(caller.tenant.id, caller.key_id)))
             text, block_size = self._preparer.text(submits[0].model), self._preparer.block_size
             writer = writer_of(asked, submits, text, block_size)
+            if asked.previous:
+                writer.change = self._core.change(submits[0], message_id(asked.previous))
             if asked.stream:
                 response = await self._stream(answers, waiter, writer, call)
             else:

@@ -32,7 +32,8 @@ class Asked(Struct, frozen=True):
     """What one HTTP request asks for: a request per prompt and choice, prompt by prompt.
 
     `shown`: what the answer repeats of it. `may_close`: a header may say that its conversation ends. `names`: of the
-    request's fields, by what they are called in `CompletionRequest`, where that differs.
+    request's fields, by what they are called in `CompletionRequest`, where that differs. `previous`: the id of the
+    answer that it is to be compared with, empty: of none yet; None: it is not to be compared.
     """
 
     requests: list[CompletionRequest]
@@ -44,6 +45,7 @@ class Asked(Struct, frozen=True):
     shown: dict[str, Any] = {}
     may_close: bool = False
     names: dict[str, str] = {}
+    previous: str | None = None
 
     def held_to(self, structured: AskedGrammar | None) -> Asked:
         """Return this, with answers that match what another field asks for."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from kvasir.gateway.core.api import Finished, Submit
+from kvasir.gateway.core.api import Change, Finished, Submit
 from kvasir.gateway.edges.answer import Piece
 from kvasir.gateway.edges.openai_requests import Asked
 from kvasir.gateway.text.answer_parts import Content, Part
@@ -34,6 +34,7 @@ class Writer(ABC):
         self.text = text
         self.block_size = block_size
         self.num_reasoning_tokens = 0
+        self.change: tuple[Change, int] | None = None  # from the request that this one was to be compared with
 
     @abstractmethod
     def whole(self, pieces: Sequence[Piece], ends: Sequence[Finished]) -> dict[str, Any]:
@@ -75,6 +76,14 @@ class Writer(ABC):
             return 0
         num_full = len(self.submits[index].prefix_hashes) // HASH_BYTES * self.block_size
         return max(0, num_full - end.num_cached_tokens)
+
+
+def message_id(text: str) -> bytes:
+    """Return the request id in the id of an answer; empty if there is none."""
+    try:
+        return bytes.fromhex(text.rpartition("_")[2])
+    except ValueError:
+        return b""
 
 
 def parts_of(piece: Piece) -> Sequence[Part]:

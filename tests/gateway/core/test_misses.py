@@ -199,6 +199,22 @@ def test_every_injected_cause_is_named_rightly(cause: str, inject: Callable[[Tal
             assert miss.cost_s is not None and miss.chosen_cost_s is not None and miss.cost_s > miss.chosen_cost_s
 
 
+def test_a_prompt_is_compared_with_the_one_that_its_client_names() -> None:
+    talk = Talk(random.Random(1))
+    core = talk.bench.core
+
+    def changed(**other: Any) -> object:
+        submit, _ = make_submit(b"second", other.pop("tokens", talk.second), **{"parts": talk.parts, **other})
+        return core.change(submit, other.pop("previous", b"first"))
+
+    assert changed() is None
+    assert changed(parts=msgspec.structs.replace(talk.parts, tools=b"[b]")) == ("tools_changed", talk.num_first)
+    assert changed(parts=make_parts("be kind", "[a]", "hi")) == ("messages_changed", talk.num_first)
+    assert changed(model="larger") == ("model_changed", talk.num_first)
+    assert core.change(make_submit(b"second", talk.second)[0], b"unknown") == ("previous_not_found", 0)
+    assert changed(tenant="beta") == ("previous_not_found", 0), "another tenant's prompt is not found"
+
+
 def test_what_was_found_needs_no_reason() -> None:
     for seed in range(12):
         talk = Talk(random.Random(seed))

@@ -126,6 +126,7 @@ CASES: dict[str, Case] = {
     "instructions": Case("Be brief.", 3),
     "max_output_tokens": Case(3, 0),
     "system": Case("Be brief.", 3),
+    "diagnostics": Case({"previous_message_id": "msg_00"}, {"previous": "x"}, "diagnostics"),
     "stop_sequences": Case(["me"], [""], "stop_sequences[0]"),
     "thinking": Case({"type": "disabled"}, {"type": "x"}, "thinking.type"),
     "output_config": Case({"effort": "low"}, {"effect": "low"}, "output_config"),

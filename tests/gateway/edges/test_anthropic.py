@@ -74,6 +74,29 @@ def test_a_message_is_answered_whole_and_streamed_alike() -> None:
     with_anthropic(work)
 
 
+def test_a_message_is_compared_with_the_one_before_where_that_is_asked_for() -> None:
+    def work(api: Any, core: FakeCore) -> None:
+        first = api.messages.create(**ASKED, extra_body={"diagnostics": {"previous_message_id": None}})
+        assert first.diagnostics is None and "diagnostics" in first.model_fields_set
+        again: dict[str, Any] = {"extra_body": {"diagnostics": {"previous_message_id": first.id}}}
+        reason = api.messages.create(**ASKED, **again).diagnostics.cache_miss_reason
+        assert reason.type == "previous_message_not_found"
+        req_id = core.submits[0].req_id
+        core.changes[req_id] = ("tools_changed", 512)
+        reason = api.messages.create(**ASKED, **again).diagnostics.cache_miss_reason
+        assert (reason.type, reason.cache_missed_input_tokens) == ("tools_changed", 512)
+        core.changes[req_id] = ("tokens_changed", 512)
+        with api.messages.stream(**ASKED, **again) as stream:
+            assert stream.get_final_message().diagnostics.cache_miss_reason.type == "unavailable"
+        core.changes[req_id] = None
+        assert api.messages.create(**ASKED, **again).diagnostics is None
+        assert "diagnostics" not in api.messages.create(**ASKED).model_fields_set
+        strange = api.messages.create(**ASKED, extra_body={"diagnostics": {"previous_message_id": "msg_it is"}})
+        assert strange.diagnostics.cache_miss_reason.type == "previous_message_not_found"
+
+    with_anthropic(work)
+
+
 def test_thinking_and_uses_of_tools_are_blocks_and_go_back_as_they_came() -> None:
     def work(api: Any, core: FakeCore) -> None:
         asked = {**ASKED, "tools": [FUNCTION], "thinking": {"type": "enabled", "budget_tokens": 1024}}
