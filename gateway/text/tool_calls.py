@@ -298,7 +298,7 @@ class MistralParser(ObjectParser):
 
     def _name(self) -> bool:
         found = [(at, mark) for mark in self._ends_of_name if (at := self._buffer.find(mark)) >= 0]
-        at = min(found)[0] if found else len(self._buffer)
+        at = min(found)[0] if found else len(self._buffer) - self._len_of_begun_end()
         name = self._buffer[:at].strip()
         if len(name) > 256 or len(name.split()) > 1 or ((found or self._ended) and not name):
             return self._give_back()
@@ -309,6 +309,13 @@ class MistralParser(ObjectParser):
         self._value = JsonValue()
         self._state = self._before_value
         return True
+
+    def _len_of_begun_end(self) -> int:
+        """Return how many of the last characters may be the beginning of what ends a name."""
+        if self._ended:
+            return 0
+        beginnings = (mark[:length] for mark in self._ends_of_name for length in range(1, len(mark)))
+        return max((len(beginning) for beginning in beginnings if self._buffer.endswith(beginning)), default=0)
 
     def _before_value(self) -> bool:
         """Skip `[CALL_ID]…` and `[ARGS]`."""

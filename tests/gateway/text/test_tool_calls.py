@@ -192,6 +192,15 @@ def cut_texts(draw: st.DrawFn) -> tuple[str, list[str]]:
     return text, [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
+def test_a_name_may_be_followed_by_a_line_break_before_what_ends_it() -> None:
+    text = '[TOOL_CALLS]add\n[ARGS]{"a": 1}'
+    assert (
+        parse("mistral", [text]) == parse("mistral", list(text)) == [CallBegin(0, "add"), CallArguments(0, '{"a": 1}')]
+    )
+    cut_short = "[TOOL_CALLS]add\n[AR"
+    assert parse("mistral", [cut_short]) == parse("mistral", list(cut_short)) == [Content(cut_short)]
+
+
 @pytest.mark.parametrize("one_call", [False, True])
 @pytest.mark.parametrize("name", TOOL_PARSERS)
 def test_what_is_found_does_not_depend_on_how_the_text_is_cut(name: str, one_call: bool) -> None:
