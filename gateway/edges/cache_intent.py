@@ -16,10 +16,12 @@ from kvasir.protocol.messages import CacheHint
 
 
 class PromptCacheOptions(Struct):
-    """OpenAI's: with mode `explicit` only what ends at a breakpoint is cached."""
+    """OpenAI's: with mode `explicit` only what ends at a breakpoint is cached. `comparison_response_id`, of responses
+    only: say what changed since that one."""
 
     mode: Literal["implicit", "explicit"] = "implicit"
     ttl: str | None = None
+    comparison_response_id: str | None = None
 
 
 class CacheControl(Struct):

@@ -141,7 +141,22 @@ class ResponsesWriter(Writer):
             "store": False,
             "truncation": "disabled",
             "usage": None if end is None else self._usage(end),
+            **({} if self.asked.previous is None else {"prompt_cache_diagnostics": self._diagnostics()}),
         }
+
+    def _diagnostics(self) -> dict[str, Any]:
+        """Return why the prompt of the response that it was to be compared with could not be reused whole."""
+        match self.change:
+            case None:
+                return {"type": "cache_hit"}
+            case "previous_not_found", _:
+                return {"type": "comparison_response_not_found"}
+            case ("model_changed" | "tools_changed") as reason, num_tokens:
+                return {"type": "cache_miss", "reason": reason, "cache_missed_tokens": num_tokens}
+            case (("system_changed" | "messages_changed"), num_tokens):
+                return {"type": "cache_miss", "reason": "input_changed", "cache_missed_tokens": num_tokens}
+            case _:
+                return {"type": "unavailable"}
 
     def _usage(self, end: Finished) -> dict[str, Any]:
         cache = {"cached_tokens": end.num_cached_tokens, "cache_write_tokens": self.num_written(0, end)}

@@ -106,7 +106,9 @@ def read_responses(raw: bytes) -> Asked:
     structured = read_text_options(body.text)
     if structured is not None:
         shown["text"] = msgspec.json.decode(body.text)
-    return msgspec.structs.replace(asked.held_to(structured), shown=shown)
+    options = body.prompt_cache_options
+    previous = None if options is None else options.comparison_response_id or None
+    return msgspec.structs.replace(asked.held_to(structured), shown=shown, previous=previous)
 
 
 def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:

@@ -60,6 +60,31 @@ def test_a_text_is_answered_whole_and_streamed_with_the_same_response() -> None:
     with_openai(work)
 
 
+def test_a_response_is_compared_with_an_earlier_one_where_that_is_asked_for() -> None:
+    def work(api: openai.OpenAI, core: Core) -> None:
+        first = api.responses.create(model="demo", input="Add.")
+        assert "prompt_cache_diagnostics" not in first.model_fields_set
+        asked: dict[str, Any] = {"model": "demo", "input": "Add.", "prompt_cache_options": {}}
+        asked["prompt_cache_options"] = {"comparison_response_id": first.id}
+        assert api.responses.create(**asked).prompt_cache_diagnostics.type == "comparison_response_not_found"
+        req_id = core.submits[0].req_id
+        told = {
+            ("tools_changed", 512): ("cache_miss", "tools_changed"),
+            ("system_changed", 512): ("cache_miss", "input_changed"),
+            ("namespace_changed", 512): ("unavailable", None),
+            None: ("cache_hit", None),
+        }
+        for change, (kind, reason) in told.items():
+            core.changes[req_id] = change
+            found = api.responses.create(**asked).prompt_cache_diagnostics
+            assert (found.type, getattr(found, "reason", None)) == (kind, reason)
+            assert getattr(found, "cache_missed_tokens", 512) == 512
+        with api.responses.stream(**asked) as stream:
+            assert stream.get_final_response().prompt_cache_diagnostics.type == "cache_hit"
+
+    with_openai(work)
+
+
 def test_sequence_numbers_count_the_events_and_an_answer_that_is_cut_is_incomplete() -> None:
     def work(api: openai.OpenAI, core: Core) -> None:
         events = list(api.responses.create(model="demo", input="x", max_output_tokens=3, stream=True))
