@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 import uuid
@@ -11,6 +12,8 @@ import openai
 import pytest
 
 from kvasir import Client
+from kvasir.cli.admin_client import ask
+from kvasir.protocol.admin_messages import ExplainQuery, ExplainReply
 from kvasir.protocol.errors import AuthenticationFailed, BadRequest, PromptTooLong, UnknownModel
 from tests.box import Box, open_box
 
@@ -183,3 +186,23 @@ def test_health_and_metrics_answer(box: Box) -> None:
     with urllib.request.urlopen(scrape, timeout=10) as answer:
         text = answer.read().decode()
     assert "# TYPE kvasir_" in text
+
+
+def test_what_the_router_expects_to_be_cached_is_cached_while_blocks_are_evicted() -> None:
+    """The index against the workers' own count, of every request, on pools that hold a few of the conversations."""
+    chance, talks, receipts = random.Random(1), [list[int]() for _ in range(8)], []
+    with open_box(worker_args="--kv-memory 12M") as box:
+        admin = box.home / "run" / "admin" / "admin.sock"
+        with client(box, "acme") as sdk:
+            for _ in range(150):
+                talk = chance.choice(talks)
+                if len(talk) > 800:
+                    talk.clear()
+                talk += [chance.randrange(3, 4_000) for _ in range(40 if talk else 250)]
+                answer = sdk.generate(list(talk), max_tokens=2)
+                receipts += ask(ExplainQuery(request=answer.request_id), ExplainReply, path=admin).receipts
+    assert [r["decision"]["chosen"]["num_cached_tokens"] for r in receipts] == [
+        r["num_cached_tokens"] for r in receipts
+    ]
+    assert sum(r["num_cached_tokens"] > 0 for r in receipts) > 60
+    assert any(r["miss"] is not None and r["miss"]["cause"] == "evicted" for r in receipts)
