@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -54,8 +55,9 @@ class OpenAiWriter(Writer):
         usage = {"usage": self._usage(ends)}
         return b"data: %b\n\n%b" % (encode_json({**self._envelope, "choices": [], **usage}), done)
 
+    @abstractmethod
     def _choice(self, index: int, piece: Piece, reason: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return one choice of an answer that is not streamed."""
 
     def _usage(self, ends: Sequence[Finished]) -> dict[str, Any]:
         """Tokens of all choices; a prompt with several choices is counted once, its cached tokens as the first had

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
-from kvasir.gateway.text.piece_cache import Memory
+from kvasir.gateway.text.piece_cache import Memory, Pieces
 from kvasir.protocol.tokens import pack_tokens
 
 MAX_WORDS = 1 << 14  # in one memory
@@ -32,7 +32,7 @@ _ASCII_CLASSES = {"L": "A-Za-z", "N": "0-9", "Lu": "A-Z", "Ll": "a-z", "Lt": "",
 
 
 Words = dict[str, list[int]]
-"""A memory: the token ids of words met so far. Filled by `WordCache.encode`; start with an empty one."""
+"""The token ids of words met so far. Filled by `WordCache.encode`; start with an empty one."""
 
 
 class WordCache:
@@ -41,21 +41,21 @@ class WordCache:
     def __init__(self, tokenizer: Tokenizer, cuts: list[re.Pattern[str]], specials: dict[str, int]) -> None:
         self._tokenizer = tokenizer
         self._cuts = cuts
-        self._specials = specials
+        self.specials = specials
         longest_first = sorted(specials, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if specials else None
         self._packed_specials = {name: pack_tokens((token_id,)) for name, token_id in specials.items()}
 
-    def encode(self, text: str, memory: Words) -> list[int] | None:
+    def encode(self, text: str, known: Words) -> list[int] | None:
         """Return what the tokenizer gives for `text` without adding special tokens, None if that is its own affair.
 
-        New words are added to `memory`, at most `MAX_NEW_WORDS` of them.
+        New words are added to `known`, at most `MAX_NEW_WORDS` of them.
         """
         if not text.isascii():
             return None
         ids: list[int] = []
         num_new = 0
-        specials = self._specials
+        specials = self.specials
         for index, part in enumerate([text] if self._special is None else self._special.split(text)):
             if index % 2:
                 ids.append(specials[part])
@@ -66,10 +66,10 @@ class WordCache:
             if len("".join(words)) != len(part):
                 return None
             for word in words:
-                found = memory.get(word)
+                found = known.get(word)
                 if found is None:
                     num_new += 1
-                    found = self._learn(word, memory) if num_new <= MAX_NEW_WORDS else None
+                    found = self._learn(word, known) if num_new <= MAX_NEW_WORDS else None
                     if found is None:
                         return None
                 ids += found
@@ -96,14 +96,14 @@ class WordCache:
                 packed.append(found)
         return b"".join(packed)
 
-    def _learn(self, word: str, memory: Words) -> list[int] | None:
+    def _learn(self, word: str, known: Words) -> list[int] | None:
         """Ask the tokenizer for a word, and remember what it says if to it, too, this is one word."""
         if len(word) > MAX_WORD_CHARS or len(self._tokenizer.pre_tokenizer.pre_tokenize_str(word)) != 1:
             return None
-        if len(memory) >= MAX_WORDS:
-            memory.clear()
+        if len(known) >= MAX_WORDS:
+            known.clear()
         ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
-        memory[word] = ids
+        known[word] = ids
         return ids
 
 
@@ -168,11 +168,16 @@ def _ascii_pattern(pattern: str) -> re.Pattern[str] | None:
 
 def _agrees(encoder: WordCache, tokenizer: Tokenizer) -> bool:
     """Try it on text of all kinds: a pattern that is read wrongly shows at once."""
-    rng, memory = random.Random(1), Words()
+    rng, known, memory = random.Random(1), Words(), Memory(b"", Pieces(1 << 20))
     kinds = ["abcXYZ", "0123456789", " ", "  \t", "\n\r\n", "'sS'LL't", '!?.,;(){}[]<>=+-*/_#"\\', "\0\x1c\x1f\x7f\v\f"]
+    between = [*encoder.specials, "", "é", "e\u0301", "😀 "]
     for _ in range(300):
         text = "".join(rng.choice(rng.choice(kinds)) * rng.choice((1, 1, 2, 5)) for _ in range(24))
-        if encoder.encode(text, memory) not in (None, tokenizer.encode(text, add_special_tokens=False).ids):
+        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        if encoder.encode(text, known) not in (None, expected):
+            return False
+        text += rng.choice(between) + text[:8] + rng.choice(between)
+        if encoder.encode_pieces(text, memory) != pack_tokens(tokenizer.encode(text, add_special_tokens=False).ids):
             return False
     return True
 

@@ -9,6 +9,7 @@ been written to the store. Grouped queries never repeat keys: the queries of one
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ _MASK_ELEMENTS = 1 << 24  # of one prefill mask; longer chunks are attended in p
 _GATHER_BYTES = 1 << 28  # gathered at a time
 
 
-class Attention:
+class Attention(ABC):
     """The contract; a path that keeps nothing between steps and takes any order has only `begin` and `attend`."""
 
     name = ""
@@ -38,17 +39,17 @@ class Attention:
         """Return `singles` in the order in which they shall lie in the pack; let go what is kept of others."""
         return singles
 
+    @abstractmethod
     def begin(self, batch: Batch, kv: KvStore) -> None:
         """Prepare a step; `kv` does not hold its tokens yet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: KvStore) -> Tensor:
         """Return the attention's output [num_tokens, num_heads * head_dim] of one layer.
 
         `q` [num_tokens, num_heads, head_dim], `k` and `v` [num_tokens, num_kv_heads, head_dim] hold the packed new
         tokens, rotated; `kv` holds them as well by now.
         """
-        raise NotImplementedError
 
 
 def reference_attend(q: Tensor, keys: Tensor, values: Tensor, start: int, scale: float, window: int | None) -> Tensor:
