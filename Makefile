@@ -1,5 +1,6 @@
 # make run   one machine, end to end: environment, gateway, two workers, a short demonstration, then it serves
 # make test  the whole suite, offline         make check  format, lint, types, tests (what CI runs)
+# make retest  the tests that failed last
 # make bench the tables of the README          make clean  throw the environment away
 # Settings: WORKERS=3, UP_FLAGS="--http 127.0.0.1:9000" (options of kvasir up), PYTHON=python3.12, VENV=FOLDER;
 #            TRACES="FILE ..." names traces of requests for the labs: eviction, routing (scripts/replay_trace.py); those in
@@ -13,13 +14,16 @@ WORKERS ?=
 UP_FLAGS ?=
 TRACES ?= $(wildcard traces/*.jsonl.gz ../*/traces/*.jsonl.gz)
 
-.PHONY: run test check lint types bench clean install install-dev
+.PHONY: run test retest check lint types bench clean install install-dev
 
 run: install
 	$(BIN)/kvasir up --demo $(if $(WORKERS),--workers $(WORKERS)) $(UP_FLAGS)
 
 test: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+retest:
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none
 
 check: lint types test
 
