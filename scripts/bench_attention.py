@@ -85,7 +85,7 @@ def paged_decode(config: ModelConfig, attention: Attention, lengths: list[int], 
 
     def step() -> None:
         slices = [SequenceSlice(i, [0], end, table, 1) for i, (end, table) in enumerate(zip(ends, tables, strict=True))]
-        batch = pack(slices, attention.arrange(slices, kv), [], BLOCK_SIZE, kv.data.device)
+        batch = pack(slices, *attention.arrange(slices, kv), BLOCK_SIZE, kv.data.device)
         attention.begin(batch, kv)
         rows = kv.rows(batch.slots)
         for layer in range(config.num_layers):

@@ -14,16 +14,21 @@ class SequenceSlice:
     """One sequence's share of a step. Tokens 0..start-1 of the sequence are in the KV store already."""
 
     seq_key: int  # stable while the sequence runs
-    token_ids: list[int]  # the tokens to compute now: one for decode, a chunk for prefill
+    token_ids: list[int]  # the tokens to compute now: a chunk of the prompt, or the last token and drafts after it
     start: int  # position of token_ids[0]
     block_table: list[int]  # covers start + len(token_ids) tokens; may be longer
-    num_logits: int  # logits for the last n of token_ids; 0 for a chunk that is not the last
+    num_logits: int  # logits for the last n of token_ids: all when decoding; 0 for a chunk that is not the last
     num_draws: int = 1  # how often those are returned: once for each sequence that draws from them
 
     @property
     def end(self) -> int:
         """Number of tokens in the KV store after the step."""
         return self.start + len(self.token_ids)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether it goes on from what is in the store by one token, or by one and drafts."""
+        return len(self.token_ids) <= max(1, self.num_logits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Attention over the paged KV store: the contract, the readable reference, and the gather path for any device.
 
-An `Attention` sees a step three times: `arrange` says in which order the singles shall be packed, `begin` prepares
+An `Attention` sees a step three times: `arrange` says in which order its slices shall be packed, `begin` prepares
 what all layers share (indices, masks), `attend` is called once per layer, after that layer's new keys and values have
 been written to the store. Grouped queries never repeat keys: the queries of one KV head are taken as several of it.
 
@@ -35,9 +35,11 @@ class Attention(ABC):
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
 
-    def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
-        """Return `singles` in the order in which they shall lie in the pack; let go what is kept of others."""
-        return singles
+    def arrange(self, slices: Sequence[SequenceSlice], kv: KvStore) -> tuple[list[SequenceSlice], list[SequenceSlice]]:
+        """Return the singles and the chunks among `slices` in the order in which they shall lie in the pack; let go
+        what is kept of other sequences."""
+        singles = [piece for piece in slices if len(piece.token_ids) == 1]
+        return singles, [piece for piece in slices if len(piece.token_ids) > 1]
 
     @abstractmethod
     def begin(self, batch: Batch, kv: KvStore) -> None:

@@ -75,8 +75,7 @@ def largest_error(
         rows = kv.rows(torch.tensor(history, dtype=torch.int64, device=device))
         for layer in layers:
             kv.write(layer, rows, *(random(piece.start, config.num_kv_heads, config.head_dim) for _ in range(2)))
-    singles = attention.arrange([piece for piece in slices if len(piece.token_ids) == 1], kv)
-    chunks = [piece for piece in slices if len(piece.token_ids) > 1]
+    singles, chunks = attention.arrange(slices, kv)
     batch, reference = pack(slices, singles, chunks, block_size, device), ReferenceAttention(config)
     attention.begin(batch, kv)
     reference.begin(batch, kv)

@@ -2,7 +2,7 @@
 
 All linear layers run over the packed tokens of all sequences at once; only attention tells the sequences apart. The
 pack puts *singles* (sequences that compute one token: decoding, or the last token of a cached prompt) first and
-*chunks* (prefill) after them.
+*chunks* (prefill) after them. A path may count sequences that decode with drafts, several tokens each, among either.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvasir.worker.engine.step import SequenceSlice
 
 @dataclass(slots=True)
 class Batch:
-    """The packed step: tokens of `singles`, one each, then those of `chunks` one after the other."""
+    """The packed step: tokens of `singles`, then those of `chunks`, one after the other."""
 
     singles: list[SequenceSlice]
     chunks: list[SequenceSlice]

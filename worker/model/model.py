@@ -68,10 +68,9 @@ class Model:
         Raises: OutOfMemory.
         """
         config, weights, attention = self.config, self.weights, self.attention
-        singles = attention.arrange([piece for piece in slices if len(piece.token_ids) == 1], kv)
+        singles, chunks = attention.arrange(slices, kv)
         if not slices:
             return self.weights.embedding.new_empty((0, config.vocab_size))
-        chunks = [piece for piece in slices if len(piece.token_ids) > 1]
         batch = pack(slices, singles, chunks, kv.block_size, self.device)
         attention.begin(batch, kv)
         rotation = self._rotary(batch.positions, batch.max_position)

@@ -1,19 +1,21 @@
 """The decode working set: a contiguous mirror of the keys and values of the sequences that decode now.
 
 Facts: on a CPU, decode attention is bound by reading keys and values once; gathering scattered blocks first reads them,
-writes them and reads them again. Between two steps a decoding sequence gains one token. From this follows: copy a
-sequence once when it begins to decode, append one token per step, and let the fused attention run over the copy.
+writes them and reads them again. Between two steps a decoding sequence gains one token, or a few where it had drafts.
+From this follows: copy a sequence once when it begins to decode, append its tokens in every step, over those of drafts
+that did not hold, and let the fused attention run over the copy.
 
 What we chose: sequences stand in rows of *shelves*, four to every power of two of length, so that a short sequence is
 not padded to a long one and rows are at most a quarter longer than what they hold, beyond 512 tokens. A sequence that
 outgrows its shelf is copied anew. The set holds exactly the sequences that decode in this step: one that is absent, or
-has another length now, has lost its row, so nothing stale can be read. Beyond `limit_bytes` sequences are
+has become longer elsewhere, has lost its row, so nothing stale can be read. Beyond `limit_bytes` sequences are
 gathered every step instead.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +32,7 @@ _MIN_CAPACITY = 128  # tokens
 
 
 class WorkingSetAttention(GatherAttention):
-    """Singles from the working set, chunks (and singles that do not fit) gathered."""
+    """Sequences that decode from the working set, chunks (and what does not fit) gathered."""
 
     name = "working set"
 
@@ -48,21 +50,25 @@ class WorkingSetAttention(GatherAttention):
     def num_sequences(self) -> int:
         return len(self._rows)
 
-    def arrange(self, singles: list[SequenceSlice], kv: KvStore) -> list[SequenceSlice]:
-        """Let absent sequences go, take new ones in, and return `singles` shelf by shelf, row by row."""
-        by_key = {piece.seq_key: piece for piece in singles}
+    def arrange(self, slices: Sequence[SequenceSlice], kv: KvStore) -> tuple[list[SequenceSlice], list[SequenceSlice]]:
+        """Let absent sequences go, take new ones in; the singles lie shelf by shelf, row by row."""
+        by_key = {piece.seq_key: piece for piece in slices if piece.is_decoding}
         for shelf in list(self._shelves.values()):
             for seq_key in reversed(shelf.seq_keys):  # from the last row on, so that no row moves that leaves as well
                 if not shelf.continues(seq_key, by_key.get(seq_key)):
                     self._drop(seq_key)
-        new = [piece for piece in singles if piece.seq_key not in self._rows]
+        new = [piece for piece in by_key.values() if piece.seq_key not in self._rows]
         coming = Counter(_capacity(piece.end, kv.block_size) for piece in new)
-        self._overflow = [piece for piece in new if not self._admit(piece, kv, coming)]
+        left = {piece.seq_key for piece in new if not self._admit(piece, kv, coming)}
         self._active = [self._shelves[capacity] for capacity in sorted(self._shelves)]
-        return [by_key[key] for shelf in self._active for key in shelf.seq_keys] + self._overflow
+        for shelf in self._active:
+            shelf.pieces = [by_key[key] for key in shelf.seq_keys]
+        singles, chunks = super().arrange([p for p in slices if p.seq_key in left or not p.is_decoding], kv)
+        self._overflow = singles
+        return [piece for shelf in self._active for piece in shelf.pieces] + singles, chunks
 
     def begin(self, batch: Batch, kv: KvStore) -> None:
-        self._num_singles = len(batch.singles)
+        self._num_single_rows = sum(len(piece.token_ids) for piece in batch.singles)
         for shelf in self._active:
             shelf.begin_step(set(self._config.sliding_windows))
         self.begin_singles(self._overflow, kv)
@@ -71,13 +77,13 @@ class WorkingSetAttention(GatherAttention):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: KvStore) -> Tensor:
         window, row, out = self._config.sliding_windows[layer], 0, []
         for shelf in self._active:
-            rows = slice(row, row + len(shelf.seq_keys))
+            rows = slice(row, row + shelf.num_queries)
             out.append(shelf.attend(layer, q[rows], k[rows], v[rows], window))
             row = rows.stop
         if self._overflow:
-            out.append(self.attend_singles(layer, q[row : self._num_singles], kv))
+            out.append(self.attend_singles(layer, q[row : self._num_single_rows], kv))
         if self._chunks:
-            rest = slice(self._num_singles, None)
+            rest = slice(self._num_single_rows, None)
             out.append(self.attend_chunks(layer, q[rest], k[rest], v[rest], kv))
         return torch.cat(out) if len(out) > 1 else out[0]
 
@@ -115,7 +121,11 @@ class _Shelf:
     seq_keys: list[int] = field(default_factory=list)
     lengths: dict[int, int] = field(default_factory=dict)  # seq_key -> tokens in its row
     data: list[Tensor] = field(default_factory=list)  # per layer: [2, num_rows, num_kv_heads, capacity, head_dim]
-    appends: Tensor | None = None  # [rows * num_kv_heads] where this step's keys go in a layer's [.., head_dim]
+    pieces: list[SequenceSlice] = field(default_factory=list)  # of this step, row by row
+    num_queries: int = 0  # of this step
+    width: int = 1  # the most queries of a row
+    places: Tensor | None = None  # [num_queries] in [rows * width], where rows have fewer queries than that
+    appends: Tensor | None = None  # [num_queries * num_kv_heads] where keys go in a layer's [.., head_dim]
     spans: dict[int | None, tuple[int, int, Tensor | None]] = field(default_factory=dict)  # by window
 
     @property
@@ -123,8 +133,8 @@ class _Shelf:
         return sum(layer.nbytes for layer in self.data)
 
     def continues(self, seq_key: int, piece: SequenceSlice | None) -> bool:
-        """Return whether the row of `seq_key` can take the one token of `piece`."""
-        return piece is not None and self.lengths[seq_key] == piece.start < self.capacity
+        """Return whether the row of `seq_key` holds what is before `piece`, and has room for it."""
+        return piece is not None and piece.start <= self.lengths[seq_key] and piece.end <= self.capacity
 
     def reserve(self, count: int, limit_bytes: int) -> bool:
         """Make room for `count` more rows; False when that takes more than `limit_bytes` beyond what is held now.
@@ -173,40 +183,61 @@ class _Shelf:
         del self.seq_keys[last], self.lengths[seq_key]
 
     def begin_step(self, windows: set[int | None]) -> None:
-        """Count this step's token of every row and prepare what the layers share."""
-        num_kv_heads, count = self.config.num_kv_heads, len(self.seq_keys)
-        at = torch.tensor([self.lengths[seq_key] for seq_key in self.seq_keys], device=self.device)
-        first = torch.arange(count * num_kv_heads, device=self.device).view(count, num_kv_heads) * self.capacity
-        self.appends = (first + at[:, None]).view(-1)
-        for seq_key in self.seq_keys:
-            self.lengths[seq_key] += 1
-        shortest, longest = min(self.lengths.values()), max(self.lengths.values())
+        """Count this step's tokens of every row and prepare what the layers share."""
+        num_kv_heads, count = self.config.num_kv_heads, len(self.pieces)
+        counts = [len(piece.token_ids) for piece in self.pieces]
+        self.num_queries, self.width = sum(counts), max(counts)
+        self.places = None
+        if self.num_queries < count * self.width:
+            places = [row * self.width + i for row, n in enumerate(counts) for i in range(n)]
+            self.places = torch.tensor(places, device=self.device)
+        slots = [
+            row * num_kv_heads * self.capacity + p for row, e in enumerate(self.pieces) for p in range(e.start, e.end)
+        ]
+        heads = torch.arange(num_kv_heads, device=self.device) * self.capacity
+        self.appends = (torch.tensor(slots, device=self.device)[:, None] + heads).view(-1)
+        for piece in self.pieces:
+            self.lengths[piece.seq_key] = piece.end
+        # A row with fewer queries than `width` repeats its last one.
+        at = torch.tensor(
+            [min(piece.start + i, piece.end - 1) for piece in self.pieces for i in range(self.width)],
+            device=self.device,
+        ).view(count, self.width, 1)
+        first, longest = min(piece.start for piece in self.pieces), max(piece.end for piece in self.pieces)
         self.spans = {}
         for window in windows:
-            begin = 0 if window is None else max(0, shortest - window)
-            self.spans[window] = (begin, longest, self._mask(at[:, None], begin, longest, window, shortest))
+            begin = 0 if window is None else max(0, first + 1 - window)
+            is_same_for_all = first + 1 == longest
+            self.spans[window] = begin, longest, None if is_same_for_all else self._mask(at, begin, longest, window)
 
-    def _mask(self, at: Tensor, begin: int, end: int, window: int | None, shortest: int) -> Tensor | None:
-        """Return [rows, 1, 1, end - begin]: 0 where the query at `at` sees, else -inf; None when all see all."""
-        if shortest == end:  # all as long, hence all with the same view
-            return None
+    def _mask(self, at: Tensor, begin: int, end: int, window: int | None) -> Tensor:
+        """Return [rows, 1, width * group, end - begin]: 0 where the query at `at` [rows, width, 1] sees, else -inf."""
         key = torch.arange(begin, end, device=self.device)
         hidden = key > at if window is None else (key > at) | (key <= at - window)
-        return torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))[
-            :, None, None
-        ]
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
+        if self.width > 1:
+            mask = mask.repeat_interleave(self.config.num_heads // self.config.num_kv_heads, dim=1)
+        return mask[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Append one token to every row and return [rows, num_heads * head_dim]."""
+        """Append this step's tokens to their rows and return [num_queries, num_heads * head_dim]."""
         assert self.appends is not None
-        count, num_heads, head_dim = q.shape
+        count, num_heads, head_dim = len(self.pieces), q.shape[1], q.shape[2]
         keys, values = self.data[layer]  # [num_rows, num_kv_heads, capacity, head_dim]
         keys.view(-1, head_dim).index_copy_(0, self.appends, k.reshape(-1, head_dim))
         values.view(-1, head_dim).index_copy_(0, self.appends, v.reshape(-1, head_dim))
         begin, end, mask = self.spans[window]
-        queries = q.reshape(count, self.config.num_kv_heads, -1, head_dim)
         keys, values = keys[:count, :, begin:end], values[:count, :, begin:end]
-        return scaled_dot_product_attention(queries, keys, values, attn_mask=mask).view(count, num_heads * head_dim)
+        if self.width == 1:
+            queries = q.reshape(count, self.config.num_kv_heads, -1, head_dim)
+            return scaled_dot_product_attention(queries, keys, values, attn_mask=mask).view(count, num_heads * head_dim)
+        if self.places is not None:
+            q = q.new_zeros(count * self.width, num_heads, head_dim).index_copy_(0, self.places, q)
+        queries = q.reshape(count, self.width, self.config.num_kv_heads, -1, head_dim).transpose(1, 2).flatten(2, 3)
+        attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        by_query = attended.view(count, self.config.num_kv_heads, self.width, -1, head_dim).transpose(1, 2)
+        out: Tensor = by_query.reshape(-1, num_heads * head_dim)
+        return out if self.places is None else out.index_select(0, self.places)
 
 
 def _capacity(num_tokens: int, block_size: int) -> int:

@@ -43,11 +43,17 @@ class Harness:
         self.lengths = [0] * num_sequences
         self.generator = torch.Generator().manual_seed(0)
 
-    def step(self, shares: dict[int, int]) -> None:
-        """Compute `shares[i]` new tokens of sequence i, all in one step, and compare the two paths layer by layer."""
-        slices = [SequenceSlice(i, [0] * count, self.lengths[i], self.tables[i], 0) for i, count in shares.items()]
-        singles = self.attention.arrange([piece for piece in slices if len(piece.token_ids) == 1], self.kv)
-        chunks = [piece for piece in slices if len(piece.token_ids) > 1]
+    def step(self, shares: dict[int, int], kept: dict[int, int] | None = None) -> None:
+        """Compute `shares[i]` new tokens of sequence i, all in one step, and compare the two paths layer by layer.
+
+        Sequences in `kept` decode with drafts, of whose tokens they keep so many.
+        """
+        kept = kept or {}
+        slices = [
+            SequenceSlice(i, [0] * count, self.lengths[i], self.tables[i], count if i in kept else 0)
+            for i, count in shares.items()
+        ]
+        singles, chunks = self.attention.arrange(slices, self.kv)
         batch = pack(slices, singles, chunks, BLOCK_SIZE, self.kv.data.device)
         self.attention.begin(batch, self.kv)
         self.reference.begin(batch, self.kv)
@@ -59,8 +65,8 @@ class Harness:
             actual = self.attention.attend(layer, q, k, v, self.kv)
             assert actual.shape == expected.shape
             assert (actual - expected).abs().max().item() < 1e-5
-        for piece in slices:
-            self.lengths[piece.seq_key] = piece.end
+        for i, count in shares.items():
+            self.lengths[i] += kept.get(i, count)
 
     def heads(self, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         num_heads, num_kv_heads = self.config.num_heads, self.config.num_kv_heads
@@ -112,10 +118,15 @@ def test_random_schedules_equal_the_reference(limit_bytes: int, seed: int) -> No
                 room = MAX_TOKENS
             count = 1 if harness.lengths[i] and rng.random() < 0.8 else rng.randint(1, 90)
             shares[i] = min(count, room)
-        harness.step(shares)
-        singles = sum(count == 1 for count in shares.values())
-        gathered += singles - attention.num_sequences
-        assert attention.num_sequences <= singles
+        kept = {}
+        for i in shares:
+            if harness.lengths[i] and rng.random() < 0.4:
+                shares[i] = min(rng.choice([1, 2, 2, 5, 9]), MAX_TOKENS - harness.lengths[i])
+                kept[i] = rng.randint(1, shares[i])
+        harness.step(shares, kept)
+        decoding = sum(count == 1 or i in kept for i, count in shares.items())
+        gathered += decoding - attention.num_sequences
+        assert attention.num_sequences <= decoding
         assert attention.allocated_bytes <= limit_bytes
     assert (gathered > 0) == (limit_bytes < 1 << 30)
 
@@ -210,6 +221,19 @@ def test_sequence_crossing_its_shelf_keeps_all_it_had() -> None:
     for _ in range(6):
         harness.step({0: 1, 1: 1})
     assert attention.num_sequences == 2
+
+
+def test_drafts_stay_in_the_set_and_those_that_did_not_hold_are_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = WorkingSetAttention(make_config())
+    harness = Harness(make_config(), attention, num_sequences=3)
+    harness.step({0: 30, 1: 40, 2: 50})
+    harness.step(dict.fromkeys(range(3), 1))
+    admitted: list[int] = []
+    monkeypatch.setattr(attention, "_admit", lambda piece, kv, coming: admitted.append(piece.seq_key))
+    harness.step({0: 6, 1: 1, 2: 3}, {0: 1, 2: 3})
+    harness.step({0: 6, 1: 6, 2: 6}, {0: 2, 1: 1, 2: 6})
+    harness.step({0: 1, 1: 2, 2: 1}, {1: 2})
+    assert admitted == [] and harness.lengths == [35, 45, 61]
 
 
 def test_a_shelf_grows_to_its_limit_and_not_only_to_half_of_it() -> None:
