@@ -19,11 +19,12 @@ MAY_IMPORT = {
     "protocol": set(),
     "cache": {"protocol"},
     "worker": {"protocol", "cache"},
-    "worker/engine": {"protocol", "cache"},
+    "worker/engine": {"protocol", "cache", "worker/speculation"},
     "worker/model": {"protocol", "cache", "worker/engine/step"},
     "worker/events": {"protocol", "cache", "worker/log"},
     "worker/upstream": {"protocol", "worker/log", "worker/dial"},
     "worker/grammars": {"protocol"},
+    "worker/speculation": set(),
     "gateway": {"protocol", "kvasir"},  # kvasir: only the package itself, to find where it lies
     "gateway/http": {"protocol", "gateway/log"},
     "gateway/text": {"protocol"},
@@ -47,6 +48,7 @@ TORCH_FREE = (
     "worker/events",
     "worker/upstream",
     "worker/grammars",
+    "worker/speculation",
 )
 TORCH_FREE_BUT = {"cache/kv_store"}
 FORBIDDEN_EVERYWHERE = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}

@@ -1,0 +1,157 @@
+"""How many tokens are drafted: by what drafts have been worth, and what a token costs."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvasir.worker.speculation.costs import StepCosts
+from kvasir.worker.speculation.proposer import Draft, Text
+from kvasir.worker.speculation.speculator import MAX_DRAFT, Chances, Speculator, Track, _num_above
+
+
+class Scripted:
+    """Proposes the true continuation, each token wrong with probability 1 - `chance`; `match` as told."""
+
+    name = "scripted"
+
+    def __init__(self, chance: float, match: int = 4) -> None:
+        self.chance, self.match = chance, match
+        self.rng = random.Random(5)
+
+    def open(self, text: Text) -> Scripted:
+        return self
+
+    def close(self, text: Text) -> None: ...
+
+    def forget(self, tenant: str) -> None: ...
+
+    def propose(self, limit: int) -> Draft:
+        return Draft([7 if self.rng.random() < self.chance else 0 for _ in range(limit)], self.match)
+
+
+def play(chance: float, cost: float, batch: int = 1, num_steps: int = 600) -> tuple[float, float, Speculator]:
+    """Return (tokens per second with drafts over those without, drafts per sequence and step), of the last half."""
+    speculator = Speculator(Scripted(chance))
+    tracks = [speculator.open(Text("a", b"", [], [])) for _ in range(batch)]
+    num_tokens = num_drafts = seconds = 0.0
+    for step in range(num_steps):
+        speculator.draft(tracks, [100] * batch, batch)
+        step_s = 0.01 * (1 + cost * sum(len(track.draft_ids) for track in tracks) / batch)
+        is_late = step >= num_steps // 2
+        for track in tracks:
+            held = next((i for i, token in enumerate(track.draft_ids) if token != 7), len(track.draft_ids))
+            speculator.drawn(track, [7] * (held + 1), len(track.draft_ids))
+            num_tokens += is_late * (held + 1)
+            num_drafts += is_late * len(track.draft_ids)
+        speculator.costs.learn(batch, sum(len(track.draft_ids) for track in tracks), step_s)
+        seconds += is_late * step_s
+    num_late = num_steps - num_steps // 2
+    return num_tokens / seconds * 0.01 / batch, num_drafts / num_late / batch, speculator
+
+
+def best_gain(chance: float, cost: float) -> float:
+    """Return the best that any fixed number of drafts gains."""
+    return max(
+        (1 + sum(chance ** (i + 1) for i in range(count))) / (1 + cost * count) for count in range(MAX_DRAFT + 1)
+    )
+
+
+@pytest.mark.parametrize(("chance", "cost", "batch"), [*product([0.0, 0.3, 0.8, 0.97], [0.02, 0.2, 0.6, 1.0], [1, 8])])
+def test_the_gain_is_near_the_best_and_never_a_loss(chance: float, cost: float, batch: int) -> None:
+    gain, _, _ = play(chance, cost, batch)
+    assert gain > 0.98
+    assert gain > 0.85 * best_gain(chance, cost)
+
+
+def test_likely_drafts_are_long_and_hopeless_or_dear_ones_are_none() -> None:
+    assert play(0.99, 0.02)[1] > 12
+    assert play(0.0, 0.02)[1] < 0.1
+    assert play(0.6, 1.0)[1] < 0.1
+
+
+def test_a_sequence_that_begins_to_repeat_itself_is_noticed() -> None:
+    _, _, speculator = play(0.0, 0.1)
+    track = speculator.open(Text("a", b"", [], []))
+    scripted = speculator.proposer
+    assert isinstance(scripted, Scripted)
+    for _ in range(60):
+        speculator.draft([track], [100], 1)
+        speculator.drawn(track, [7], len(track.draft_ids))
+    scripted.chance, scripted.match = 1.0, 16
+    lengths = []
+    for _ in range(20):
+        speculator.draft([track], [100], 1)
+        lengths.append(len(track.draft_ids))
+        speculator.drawn(track, [7] * (lengths[-1] + 1), lengths[-1])
+    assert max(lengths) > 4 and lengths[-1] > 0
+
+
+def test_no_more_is_drafted_than_a_sequence_may_take() -> None:
+    speculator = Speculator(Scripted(1.0, match=16))
+    for _ in range(3):
+        speculator.costs.learn(4, 0, 0.01)
+    tracks = [speculator.open(Text("a", b"", [], [])) for _ in range(4)]
+    speculator.draft(tracks, [0, 1, 3, -1], 4)
+    assert [len(track.draft_ids) for track in tracks] == [0, 1, 3, 0]
+
+
+def test_counts_tell_runs_drafted_and_accepted_tokens() -> None:
+    speculator = Speculator(Scripted(1.0))
+    track = Track(Text("a", b"", [], []), Scripted(1.0), proposed=Draft([1, 2, 3], 4))
+    speculator.drawn(track, [1, 2, 9], 2)
+    speculator.drawn(track, [5], 2)
+    speculator.drawn(track, [1], 0)
+    counts = speculator.counts
+    assert (counts.num_runs, counts.num_drafted, counts.num_accepted) == (2, 4, 2)
+
+
+@given(st.lists(st.floats(0, 1), max_size=16), st.floats(0, 1))
+def test_a_falling_run_is_cut_where_it_falls_to_the_bar(chances: list[float], bar: float) -> None:
+    run = sorted(chances, reverse=True)
+    assert _num_above(run, bar) == sum(chance > bar for chance in run)
+
+
+def test_chances_follow_what_happens_lately() -> None:
+    chances = Chances()
+    for _ in range(200):
+        chances.learn(4, False)
+    assert chances.of_run(Draft([1], 4)) == []
+    for _ in range(100):
+        chances.learn(4, True)
+    (chance,) = chances.of_run(Draft([1], 4))
+    assert chance > 0.8
+
+
+def test_costs_are_measured_per_size_of_batch_and_forget_what_was_too_high() -> None:
+    costs, rng = StepCosts(), random.Random(3)
+    assert costs.relative(4) is None
+    for step in range(500):
+        drafts = rng.choice([0, 0, 4, 8]) if step > 5 else 0
+        costs.learn(4, drafts, 0.01 * (1 + 0.4 * drafts / 4) * rng.choice([1, 1, 1, 1.02]))
+    assert costs.relative(4) == pytest.approx(0.4, abs=0.08)
+    assert costs.relative(5) is None and costs.relative(64) is None
+    for _ in range(40):
+        costs.learn(4, 8, 0.2)
+    assert (costs.relative(4) or 0) > 1
+    for _ in range(5_000):
+        costs.learn(4, 0, 0.01)
+    assert (costs.relative(4) or 9) < 0.4
+
+
+def test_a_step_without_drafts_is_asked_for_now_and_then() -> None:
+    costs = StepCosts()
+    for _ in range(3):
+        assert costs.relative(2) is None
+        costs.learn(2, 0, 0.01)
+    num_drafted = 0
+    while costs.relative(2) is not None:
+        costs.learn(2, 4, 0.01)
+        num_drafted += 1
+    assert 20 < num_drafted < 100
+    costs.learn(2, 0, 0.01)
+    assert costs.relative(2) is not None
