@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvasir.cache.block_pool import PUBLIC
 from kvasir.cache.run import Run
@@ -48,6 +48,10 @@ class BlockTable:
     def private_ids(self) -> list[int]:
         """Return the ids of the blocks that are this table's alone."""
         return [*self.block_ids[self.num_published :], *(self.block_ids[i] for i in self.duplicates)]
+
+    def renewed(self) -> BlockTable:
+        """Return an empty table for the same request."""
+        return replace(self, block_ids=[], num_published=0, last=None, duplicates=[], has_collided=False)
 
 
 class Chain:

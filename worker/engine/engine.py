@@ -1,14 +1,25 @@
-"""The engine: runs sequences step by step over a paged KV cache. Synchronous, and it never waits.
+"""The engine: runs sequences step by step over a paged KV cache. It waits for nothing but its steps.
 
 Knows neither sockets nor torch: executor and clock are handed in. Every `Generate` submitted gets exactly
 one `Output` with a finish reason, whatever happens to it, unless `drop_all` forgets it.
+
+With `is_ahead`, the next step is planned and launched while one is computed, so that a fast device need not wait for
+Python; the same code without it is its plain twin. Facts: of a step that is under way all is known but the tokens it
+draws, how many those are is known. From this follows: a sequence counts as computed when its step is launched, and a
+token that is being drawn has its place (`Sequence.num_drawing`) until `collect` tells it. What we chose: whatever
+cannot be planned without those tokens waits for them (`Flight.must_be_known`, `Plan.takes`), and costs what the plain
+loop costs, the time of a plan. A sequence that ends at a token that only `collect` told was computed once too often;
+that result is dropped. Blocks are free when no step under way names them. Only what is collected is published.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
+from math import inf
 
 from kvasir.cache.block_pool import IntegrityError
 from kvasir.cache.block_table import BlockTable
@@ -28,6 +39,7 @@ from kvasir.protocol.messages import (
     TokenLogprobs,
 )
 from kvasir.protocol.tokens import num_tokens, pack_tokens
+from kvasir.worker.engine.flight import Flight, Share
 from kvasir.worker.engine.pins import Pins, is_prewarming
 from kvasir.worker.engine.scheduler import MIN_CHUNK, EngineLimits, Plan, no_room, schedule
 from kvasir.worker.engine.sequence import Sequence, make_sequence
@@ -45,8 +57,6 @@ from kvasir.worker.engine.step import (
 _FIRST_RATE = 100.0  # prompt tokens per second, until measured: low, so that the first chunk is a small one
 _COMPILE_WAIT_S = 10.0  # for a grammar that the gateway has compiled in less than one
 _RATE_SHARE = 0.2  # weight of the newest step in the measured rate
-
-_Batch = list[tuple[Sequence, SequenceSlice, list[Sequence]]]  # with the forks that draw from the same logits
 
 
 class Engine:
@@ -74,6 +84,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         check: bool = False,
         grammars: Grammars | None = None,
+        is_ahead: bool = False,
     ) -> None:
         self._grammars = grammars
         self._executor, self._cache = executor, cache
@@ -83,6 +94,9 @@ class Engine:
         self._vocab_size, self._eos_token_ids = vocab_size, eos_token_ids
         self._clock = clock
         self._check = check
+        self._is_ahead = is_ahead
+        self._flights: deque[Flight] = deque()  # one at most between steps
+        self._collected_at = -inf
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
         self._by_id: dict[tuple[bytes, int], Sequence] = {}
@@ -93,6 +107,7 @@ class Engine:
         self._copies: list[tuple[int, int]] = []  # of blocks, due before the next step computes
         self._to_zero: list[int] = []  # then these
         self._is_at_rest = True  # nothing computed in the last step
+        self._collected: list[tuple[Flight, float]] = []  # since the last report, with their seconds
         self._pins = Pins(cache)
 
     @property
@@ -103,7 +118,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything but say that the engine is alive."""
-        return bool(self._running or self._outputs) or any(sequence.is_ready for sequence in self._waiting)
+        return bool(self._running or self._outputs or self._flights) or any(s.is_ready for s in self._waiting)
 
     @property
     def is_preparing(self) -> bool:
@@ -166,6 +181,7 @@ class Engine:
 
     def drop_all(self) -> None:
         """Forget unfinished requests, unsent outputs, pins and quotas: the gateway that asked for them is gone."""
+        self._abandon_flights()
         for sequence in [*self._running, *self._waiting]:
             self._release(sequence)
         self._by_id.clear()
@@ -176,15 +192,12 @@ class Engine:
         self._cache.set_quotas({})
 
     def step(self) -> StepReport:
-        """Compute one step and return its report; without work, return an empty report."""
+        """Launch one step, collect one or all, and return what has come of it; without work, an empty report."""
         plan = self._schedule()
-        batch = self._prepare(plan)
-        try:
-            drawn = self._compute(batch)
-        except OutOfMemory as error:
-            self._hand_back(plan, batch, error)
-        else:
-            self._take(batch, drawn)
+        flight = self._launch(plan)
+        num_ahead = int(self._is_ahead and flight is not None and not flight.must_be_known)
+        while len(self._flights) > num_ahead:
+            self._collect()
         return self._report(plan)
 
     def set_quotas(self, command: Quotas) -> None:
@@ -238,11 +251,21 @@ class Engine:
                 raise IntegrityError(f"sequence {s.key} has {s.num_computed} tokens in {len(s.table.block_ids)} blocks")
         if any(s.table.block_ids for s in self._waiting) or any(s.hold.block_ids for s in self._running):
             raise IntegrityError("a waiting sequence has blocks to compute in, or a running one still holds some")
-        self._cache.check_integrity(table for s in sequences for table in (s.table, s.hold))
+        leaving = [table for flight in self._flights for table in flight.leaving]
+        self._cache.check_integrity([*(table for s in sequences for table in (s.table, s.hold)), *leaving])
 
     # ---- the four parts of a step
 
     def _schedule(self) -> Plan:
+        """Plan the next step; if it takes anything from a sequence, then with all that is under way collected."""
+        plan = self._plan()
+        if plan.takes and self._flights:
+            while self._flights:
+                self._collect()
+            plan = self._plan()
+        return plan
+
+    def _plan(self) -> Plan:
         now = self._clock()
         self._cache.advance(now)
         for sequence in [s for s in self._by_id.values() if s.deadline is not None and now >= s.deadline]:
@@ -250,7 +273,8 @@ class Engine:
         for sequence in [s for s in self._waiting if s.matcher is not None]:
             self._check_matcher(sequence, now)
         ready = [s for s in self._waiting if s.is_ready]
-        return schedule(self._running, ready, self._cache, self._limits, now, self._rate)
+        running = [s for s in self._running if not s.is_ending]
+        return schedule(running, ready, self._cache, self._limits, now, self._rate)
 
     def _check_matcher(self, sequence: Sequence, now: float) -> None:
         """End a waiting `sequence` whose grammar could not be compiled."""
@@ -260,7 +284,7 @@ class Engine:
         elif not sequence.is_ready and now - sequence.arrived > _COMPILE_WAIT_S:
             self._end(sequence, "error", f"the grammar was not compiled within {_COMPILE_WAIT_S:.0f} s")
 
-    def _prepare(self, plan: Plan) -> _Batch:
+    def _prepare(self, plan: Plan) -> list[Share]:
         """Carry out `plan` as far as blocks go; return what is to be computed."""
         for sequence, text in plan.failed:
             self._end(sequence, "error", text)
@@ -274,7 +298,8 @@ class Engine:
             self._admit(sequence, (sequence.num_tokens - 1) // self._cache.block_size)
         for sequence in plan.held:
             self._hold(sequence)
-        batch: _Batch = []
+        draw_of = {s: i for i, (s, _) in enumerate(self._flights[-1].drawing)} if self._flights else {}
+        shares: list[Share] = []
         for sequence, count in plan.work:
             start = sequence.num_computed
             if sequence is plan.last_resort and not self._allocate(sequence, sequence.num_tokens, self._to_zero):
@@ -284,25 +309,59 @@ class Engine:
                 self._preempt(sequence)  # only after a hash collision is less there than the plan could see
                 continue
             num_logits = int(count == sequence.num_remaining)
-            token_ids = [sequence.last_token] if count == num_logits else sequence.tokens(start, start + count)
+            piece = SequenceSlice(sequence.key, [], start, sequence.table.block_ids, num_logits)
+            if sequence.num_drawing:
+                piece.token_ids, piece.drawn = [0], draw_of[sequence]
+            else:
+                piece.token_ids = (
+                    [sequence.last_token] if count == num_logits else sequence.tokens(start, start + count)
+                )
             forks = plan.forks.get(sequence.key, []) if num_logits else []
-            piece = SequenceSlice(
-                sequence.key, token_ids, start, sequence.table.block_ids, num_logits, num_draws=1 + len(forks)
-            )
-            batch.append((sequence, piece, forks))
-        return batch
+            piece.num_draws += len(forks)
+            shares.append(Share(sequence, piece, forks, sequence.table))
+        return shares
 
-    def _compute(self, batch: _Batch) -> list[Sampled | None]:
-        """Compute `batch`; return one draw for every sequence that is computed to its end, after those of its forks."""
-        if not batch and self._is_at_rest:
-            return []
-        drawing = [(s, piece.end) for sequence, piece, forks in batch if piece.num_logits for s in (*forks, sequence)]
-        rows = [SampleRow(s.sampling, position, s.output_ids, s.counts, s.stop_token_ids) for s, position in drawing]
-        step = StepBatch(self._copies, self._to_zero, [piece for _, piece, _ in batch], rows)
-        self._copies, self._to_zero, self._is_at_rest = [], [], not batch
-        handle = self._executor.launch(step)
-        masks = self._masks([s for s, _ in drawing])  # while a GPU still computes the logits
-        return self._executor.collect(handle, masks).sampled
+    def _launch(self, plan: Plan) -> Flight | None:
+        """Launch what `plan` computes; None if that is nothing."""
+        shares = self._prepare(plan)
+        if not shares and (self._is_at_rest or self._flights):
+            return None
+        num_prefill = sum(count for _, count in plan.work[plan.num_decodes :])
+        flight = Flight(shares, plan.now, plan.num_decodes, num_prefill)
+        step = StepBatch(
+            self._copies,
+            self._to_zero,
+            [share.piece for share in shares],
+            [SampleRow(s.sampling, end, s.output_ids, s.counts, s.stop_token_ids) for s, end in flight.drawing],
+            has_masks=any(s.matcher is not None for s, _ in flight.drawing),
+        )
+        self._copies, self._to_zero, self._is_at_rest = [], [], not shares
+        flight.handle = self._executor.launch(step)
+        for share in shares:
+            share.sequence.num_computed = share.piece.end
+            share.sequence.num_drawing += share.piece.num_logits
+        self._flights.append(flight)
+        return flight
+
+    def _collect(self) -> None:
+        """Take the result of the oldest step under way."""
+        flight = self._flights[0]
+        masks = self._masks([s for s, _ in flight.drawing])  # while a GPU still computes the logits
+        try:
+            sampled = self._executor.collect(flight.handle, masks).sampled
+        except OutOfMemory as error:
+            self._hand_back(error)
+            return
+        self._flights.popleft()
+        self._take(flight, sampled)
+        self._free_leaving(flight)
+        now = self._clock()
+        step_s = now - max(flight.began, self._collected_at)
+        self._collected_at = now
+        self._collected.append((flight, step_s))
+        if flight.num_prefill >= MIN_CHUNK and step_s > 0:  # less says more about a step's fixed costs than the rate
+            rate = flight.num_prefill / step_s
+            self._rate = rate if self._rate == _FIRST_RATE else self._rate + _RATE_SHARE * (rate - self._rate)
 
     def _masks(self, sequences: list[Sequence]) -> list[Mask]:
         """Return which tokens each of `sequences` may draw, where grammars say that; empty where none does.
@@ -317,31 +376,53 @@ class Engine:
             masks[i] = mask
         return masks
 
-    def _hand_back(self, plan: Plan, batch: _Batch, error: OutOfMemory) -> None:
-        """Let the sequences of a step that ran out of memory wait, to be computed again in smaller steps."""
-        plan.work.clear()
-        plan.num_decodes = 0
-        limits = self._limits
-        if len(batch) == 1 and not batch[0][2] and limits.max_step_tokens <= MIN_CHUNK:
-            self._end(batch[0][0], "error", f"the worker has too little memory to compute this request: {error}")
-            return
-        max_step_tokens = max(1, limits.max_step_tokens // 2)
-        max_requests = min(limits.max_requests, max_step_tokens)
-        self._limits = replace(limits, max_step_tokens=max_step_tokens, max_requests=max_requests)
-        self.num_out_of_memory += 1
-        for sequence, _, _ in batch:
-            self._preempt(sequence)
+    def _hand_back(self, error: OutOfMemory) -> None:
+        """Let the sequences of a step that ran out of memory wait, to be computed again in smaller steps.
 
-    def _take(self, batch: _Batch, drawn: Iterable[Sampled | None]) -> None:
-        """Count `batch` as computed, publish the blocks that it filled, and give every sequence its token."""
+        So do those of a step launched after it: what they were given may be of no use.
+        """
+        shares, is_alone = self._flights[0].shares, len(self._flights[0].shares) == 1
+        later = [share for flight in list(self._flights)[1:] for share in flight.shares]
+        self._abandon_flights()
+        limits = self._limits
+        if is_alone and not shares[0].forks and limits.max_step_tokens <= MIN_CHUNK:
+            if shares[0].is_current:
+                text = f"the worker has too little memory to compute this request: {error}"
+                self._end(shares[0].sequence, "error", text)
+        else:
+            max_step_tokens = max(1, limits.max_step_tokens // 2)
+            max_requests = min(limits.max_requests, max_step_tokens)
+            self._limits = replace(limits, max_step_tokens=max_step_tokens, max_requests=max_requests)
+            self.num_out_of_memory += 1
+        for share in [*shares, *later]:
+            if share.is_current:
+                self._preempt(share.sequence)
+
+    def _abandon_flights(self) -> None:
+        """Wait for all that is under way, whose results are of no use."""
+        while self._flights:
+            flight = self._flights.popleft()
+            with suppress(OutOfMemory):
+                self._executor.collect(flight.handle)
+            self._free_leaving(flight)
+
+    def _free_leaving(self, flight: Flight) -> None:
+        for table in flight.leaving:
+            self._cache.free(table)
+
+    def _take(self, flight: Flight, drawn: Iterable[Sampled | None]) -> None:
+        """Publish the blocks that `flight` filled, and give every sequence its token."""
         draws = iter(drawn)
-        for sequence, piece, forks in batch:
-            sequence.num_computed = piece.end
+        for share in flight.shares:
+            sequence, piece, forks = share.sequence, share.piece, share.forks
             tokens = [next(draws) for _ in (*forks, sequence)] if piece.num_logits else []
+            if not share.is_current:
+                continue
+            sequence.num_drawing -= piece.num_logits
             if None in tokens:  # then its keys and values are no good either
                 self._end_not_finite([*forks, sequence])
                 continue
-            self._publish(sequence)
+            self._publish(sequence, piece.end)
             for s, sampled in zip((*forks, sequence) if tokens else (), tokens, strict=True):
                 assert sampled is not None
                 self.num_not_finite = 0
@@ -360,11 +441,7 @@ class Engine:
         if stored or removed:
             self._event_seq += 1
         outputs, self._outputs = self._outputs, []
-        num_prefill = sum(count for _, count in plan.work[plan.num_decodes :])
-        step_s = self._clock() - plan.now if plan.work else 0.0
-        if num_prefill >= MIN_CHUNK and step_s > 0:  # less says more about a step's fixed costs than about the rate
-            rate = num_prefill / step_s
-            self._rate = rate if self._rate == _FIRST_RATE else self._rate + _RATE_SHARE * (rate - self._rate)
+        collected, self._collected = self._collected, []
         self._num_steps += 1
         if not self.num_unfinished:
             self._limits = self.limits
@@ -375,9 +452,9 @@ class Engine:
             num_waiting=len(self._waiting),
             num_free_blocks=self._cache.num_unused,
             pending_tokens=plan.num_pending,
-            num_prefill_tokens=num_prefill,
-            num_decode_tokens=plan.num_decodes,
-            step_s=step_s,
+            num_prefill_tokens=sum(flight.num_prefill for flight, _ in collected),
+            num_decode_tokens=sum(flight.num_decodes for flight, _ in collected),
+            step_s=sum(step_s for flight, step_s in collected if flight.shares),
         )
         return StepReport(self._num_steps, self._event_seq, load, outputs, stored, removed)
 
@@ -449,9 +526,9 @@ class Engine:
         to_zero += foreign
         return True
 
-    def _publish(self, sequence: Sequence) -> None:
-        """Publish the full blocks of `sequence`; the step that filled them is over."""
-        num_blocks = sequence.num_computed // self._cache.block_size
+    def _publish(self, sequence: Sequence, num_computed: int) -> None:
+        """Publish the full blocks of the first `num_computed` tokens; the step that filled them is over."""
+        num_blocks = num_computed // self._cache.block_size
         if num_blocks > sequence.table.num_published:
             sequence.extend_chain(num_blocks)
             self._cache.insert(sequence.chain, sequence.table, num_blocks)
@@ -492,6 +569,12 @@ class Engine:
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        """Take its blocks from `sequence`; they are free when the last step that names them is collected."""
         self._let_go(sequence)
-        self._cache.free(sequence.table)
-        sequence.num_computed = 0
+        flight = next((flight for flight in reversed(self._flights) if flight.names(sequence)), None)
+        if flight is None:
+            self._cache.free(sequence.table)
+        else:
+            flight.leaving.append(sequence.table)
+        sequence.table = sequence.table.renewed()
+        sequence.num_computed = sequence.num_drawing = 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kvasir.worker.engine.step import Mask, Sampled, SampleRow, SequenceSlice, StepBatch, StepResult
+from kvasir.worker.engine.step import Mask, OutOfMemory, Sampled, SampleRow, SequenceSlice, StepBatch, StepResult
 
 
 class StepModel(Protocol):
@@ -35,20 +37,79 @@ Sampler = Callable[[Any, Sequence[SampleRow], Sequence[Mask]], Sequence[Sampled 
 
 
 @dataclass(slots=True)
+class _Step:
+    """One step on its way: `result` or `error` once it is drawn."""
+
+    rows: list[SampleRow]
+    logits: Any = None
+    result: StepResult | None = None
+    error: OutOfMemory | None = None
+
+
 class LocalExecutor:
-    """`worker.engine.step.Executor` over a model of this process."""
+    """`worker.engine.step.Executor` over a model of this process: `launch` computes, `collect` draws."""
 
-    model: StepModel
-    kv: StepStore
-    sampler: Sampler
+    def __init__(self, model: StepModel, kv: StepStore, sampler: Sampler) -> None:
+        self.model, self.kv, self.sampler = model, kv, sampler
+        self._last = _Step([])
 
-    def launch(self, batch: StepBatch) -> tuple[Any, list[SampleRow]]:
+    def launch(self, batch: StepBatch) -> _Step:
+        before, self._last = self._last, _Step(batch.rows)
         for src, dst in batch.copies:
             self.kv.copy_block(src, dst)
         if batch.zeroed:
             self.kv.zero(batch.zeroed)
-        return self.model.forward(batch.slices, self.kv), batch.rows
+        try:
+            self._feed(batch.slices, before)
+            self._last.logits = self.model.forward(batch.slices, self.kv)
+        except OutOfMemory as error:
+            self._last.error = error
+        return self._last
 
-    def collect(self, handle: tuple[Any, list[SampleRow]], masks: Sequence[Mask] = ()) -> StepResult:
-        logits, rows = handle
-        return StepResult(list(self.sampler(logits, rows, masks)) if rows else [])
+    def collect(self, handle: _Step, masks: Sequence[Mask] = ()) -> StepResult:
+        if handle.error is None and handle.result is None:
+            try:
+                drawn = self.sampler(handle.logits, handle.rows, masks) if handle.rows else []
+                handle.result = StepResult(list(drawn))
+            except OutOfMemory as error:
+                handle.error = error
+            handle.logits = None
+        if handle.error is not None:
+            raise handle.error
+        assert handle.result is not None
+        return handle.result
+
+    def _feed(self, slices: Sequence[SequenceSlice], before: _Step) -> None:
+        """Fill in the tokens that are draws of the step `before`."""
+        fed = [piece for piece in slices if piece.drawn is not None]
+        if fed:
+            sampled = self.collect(before).sampled
+            for piece in fed:
+                assert piece.drawn is not None
+                draw = sampled[piece.drawn]
+                piece.token_ids = [draw.token_id if draw is not None else 0]
+
+
+class ThreadExecutor:
+    """An executor whose steps another thread computes, one after the other, while this one goes on.
+
+    What the device computes needs no Python, and torch lets the interpreter go while it waits or calculates; so the
+    thread that schedules loses no time to it, but the two share what is Python. (SGLang's overlap scheduler is alike.)
+    """
+
+    def __init__(self, executor: LocalExecutor) -> None:
+        self._executor = executor
+        self._thread = ThreadPoolExecutor(1, "executor")
+
+    def launch(self, batch: StepBatch) -> Future[_Step]:
+        return self._thread.submit(self._compute, batch)
+
+    def collect(self, handle: Future[_Step], masks: Sequence[Mask] = ()) -> StepResult:
+        return self._executor.collect(handle.result(), masks)
+
+    def _compute(self, batch: StepBatch) -> _Step:
+        step = self._executor.launch(batch)
+        if not batch.has_masks:
+            with suppress(OutOfMemory):  # which `collect` raises again
+                self._executor.collect(step)
+        return step

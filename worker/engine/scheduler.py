@@ -82,6 +82,11 @@ class Plan:
     last_resort: Sequence | None = None  # to be failed, if it does not get all blocks for its tokens
     num_pending: int = 0  # uncached prompt tokens that are left after this step
 
+    @property
+    def takes(self) -> bool:
+        """Whether a sequence loses what it has."""
+        return bool(self.let_go or self.preempted or self.last_resort)
+
 
 def schedule(
     running: Seq[Sequence], waiting: Seq[Sequence], cache: PrefixCache, limits: EngineLimits, now: float, rate: float
@@ -149,14 +154,15 @@ class _Prefills:
         self._order = [s for s in queue.order if s not in plan.preempted]
         self._size = blocks.cache.block_size
         self._budget = min(limits.max_step_tokens - plan.num_decodes, max(MIN_CHUNK, int(rate * limits.max_step_s)))
-        self._leaders = [s for s in blocks.running if s.num_remaining > 1]
+        self._leaders = [s for s in blocks.running if s.num_tokens // self._size > s.table.num_published]
         self._originals = {s.given: s for s in blocks.running if s.num_computed < s.num_given and s.is_fresh}
         self._finishing = {s.key for s, _ in plan.work}  # they compute the last of their tokens in this step
         self._num_running_of = Counter(s.chain.owner for s in blocks.running)
         self._num_reserved = 0  # what running prefills still need: of all blocks, and of their owners' own
         self._num_own_reserved: Counter[str] = Counter()
-        for s in self._leaders:
-            self._reserve(s, 1)
+        for s in blocks.running:
+            if s.num_remaining > 1:
+                self._reserve(s, 1)
         self._is_open = not plan.preempted  # what a preemption freed is not for newcomers
         self._closed: set[str] = set()  # owners whose first in the order does not fit under their cap
 
@@ -294,7 +300,8 @@ class _Prefills:
         return any(
             len(leader.chain) > num_matched
             and leader.chain.hashes[num_matched] == digest
-            and leader.num_computed < end <= leader.num_tokens
+            and leader.table.num_published <= num_matched
+            and end <= leader.num_tokens
             and leader.table.publishable
             for leader in self._leaders
         )

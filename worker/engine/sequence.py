@@ -15,7 +15,8 @@ from kvasir.worker.engine.step import Matcher, asks_for_counts
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`prompt_ids` and `output_ids` together are the sequence; the first `num_computed` of them are in the KV store.
+    """`prompt_ids` and `output_ids` together are the sequence; the first `num_computed` of them are in the KV store, or
+    will be when the steps launched are collected. Those steps draw `num_drawing` tokens more, unknown yet.
 
     `output_ids` begins with what earlier attempts delivered (`num_given` tokens in all were given with the request).
     `given` is whose it is, its zones and those tokens: where it is equal, keys and values are, too. `max_length`: at
@@ -43,6 +44,7 @@ class Sequence:
     hold: BlockTable = field(default_factory=BlockTable)
     may_hold: bool = True
     num_computed: int = 0
+    num_drawing: int = 0
     counts: dict[int, int] = field(default_factory=dict)  # as `SampleRow.counts`; only where a penalty asks
     num_cached: int | None = None  # prompt tokens found at its first admission; None until then
     cached_reported: bool = False
@@ -55,12 +57,23 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+        """How many there are, with those that are being drawn."""
+        return len(self.prompt_ids) + len(self.output_ids) + self.num_drawing
 
     @property
     def num_remaining(self) -> int:
-        """Tokens that are known but not computed: 1 while decoding."""
-        return len(self.prompt_ids) + len(self.output_ids) - self.num_computed
+        """Tokens that are not computed: 1 while decoding."""
+        return len(self.prompt_ids) + len(self.output_ids) + self.num_drawing - self.num_computed
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the token that is being drawn is its last, whichever it is."""
+        return self.num_drawing > 0 and self.num_tokens >= self.max_length
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether what may be drawn next depends on the tokens drawn before."""
+        return self.matcher is not None or bool(self.counts) or self.sampling.constraint is not None
 
     @property
     def is_fresh(self) -> bool:

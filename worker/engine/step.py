@@ -19,6 +19,7 @@ class SequenceSlice:
     block_table: list[int]  # covers start + len(token_ids) tokens; may be longer
     num_logits: int  # logits for the last n of token_ids: all when decoding; 0 for a chunk that is not the last
     num_draws: int = 1  # how often those are returned: once for each sequence that draws from them
+    drawn: int | None = None  # the one token to compute is this draw of the step before; `token_ids` does not have it
 
     @property
     def end(self) -> int:
@@ -72,13 +73,14 @@ class StepBatch:
     """One step for an executor, plain data: copy blocks, zero others, then compute `slices`, then draw for `rows`.
 
     `rows` are in the order of the slices' logits. Without slices nothing is computed, and the executor lets go what it
-    keeps of sequences.
+    keeps of sequences. `has_masks`: what the rows may draw comes only with `collect`.
     """
 
     copies: list[tuple[int, int]]  # (source, target), one after the other
     zeroed: list[int]
     slices: list[SequenceSlice]
     rows: list[SampleRow]
+    has_masks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +94,17 @@ class Executor(Protocol):
     """Carries out one step after another, see `worker.engine.executor`. All that the engine knows of a model."""
 
     def launch(self, batch: StepBatch) -> Any:
-        """Begin a step and return a handle for `collect`. A device may still compute when this returns.
+        """Begin a step and return a handle for `collect`. It may still be computed when this returns.
 
-        Raises: OutOfMemory, with the copies made and the blocks zeroed.
+        One more may be launched before it is collected, and have its draws as tokens. A draw that has come to nothing
+        counts as token 0.
         """
 
     def collect(self, handle: Any, masks: Sequence[Mask] = ()) -> StepResult:
-        """Draw, and wait for the result. `masks`, if any row has one: what each row may draw.
+        """Return the result, in the order of launches. `masks`, if the batch has any: what each row may draw.
 
-        Raises: OutOfMemory.
+        Raises: OutOfMemory, with the copies made and the blocks zeroed. A step that has draws of that one as tokens
+            raises it, too.
         """
 
 
