@@ -104,6 +104,7 @@ class Rig:
         max_context: int | None = None,
         eos: int = -1,
         size: int = SIZE,
+        is_ahead: bool = False,
     ) -> None:
         self.size = size
         self.clock = Clock()
@@ -120,6 +121,7 @@ class Rig:
             eos_token_ids=self.model.config.eos_token_ids,
             clock=self.clock,
             check=True,
+            is_ahead=is_ahead,
         )
         self.engine.public_namespace = PUBLIC_SPACE
         self.streams: dict[bytes, Stream] = {}

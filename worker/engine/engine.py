@@ -251,7 +251,11 @@ class Engine:
                 raise IntegrityError(f"sequence {s.key} has {s.num_computed} tokens in {len(s.table.block_ids)} blocks")
         if any(s.table.block_ids for s in self._waiting) or any(s.hold.block_ids for s in self._running):
             raise IntegrityError("a waiting sequence has blocks to compute in, or a running one still holds some")
-        leaving = [table for flight in self._flights for table in flight.leaving]
+        flights = list(self._flights)
+        for i, share in ((i, share) for i, flight in enumerate(flights) for share in flight.shares):
+            if not share.is_current and not any(share.table is t for later in flights[i:] for t in later.leaving):
+                raise IntegrityError(f"a step under way computes in blocks that sequence {share.piece.seq_key} lost")
+        leaving = [table for flight in flights for table in flight.leaving]
         self._cache.check_integrity([*(table for s in sequences for table in (s.table, s.hold)), *leaving])
 
     # ---- the four parts of a step
@@ -273,8 +277,7 @@ class Engine:
         for sequence in [s for s in self._waiting if s.matcher is not None]:
             self._check_matcher(sequence, now)
         ready = [s for s in self._waiting if s.is_ready]
-        running = [s for s in self._running if not s.is_ending]
-        return schedule(running, ready, self._cache, self._limits, now, self._rate)
+        return schedule(self._running, ready, self._cache, self._limits, now, self._rate)
 
     def _check_matcher(self, sequence: Sequence, now: float) -> None:
         """End a waiting `sequence` whose grammar could not be compiled."""
@@ -432,7 +435,7 @@ class Engine:
     def _end_not_finite(self, sequences: list[Sequence]) -> None:
         self.num_not_finite += 1
         for s in sequences:
-            text = f"the model's logits for token {s.num_tokens} are not finite (step {self._num_steps + 1})"
+            text = f"the model's logits for token {s.num_known} are not finite (step {self._num_steps + 1})"
             self._end(s, "error", text)
 
     def _report(self, plan: Plan) -> StepReport:

@@ -47,7 +47,10 @@ class _Step:
 
 
 class LocalExecutor:
-    """`worker.engine.step.Executor` over a model of this process: `launch` computes, `collect` draws."""
+    """`worker.engine.step.Executor` over a model of this process.
+
+    `launch` computes, and draws for the step before if that is due; `collect` draws.
+    """
 
     def __init__(self, model: StepModel, kv: StepStore, sampler: Sampler) -> None:
         self.model, self.kv, self.sampler = model, kv, sampler
@@ -55,6 +58,8 @@ class LocalExecutor:
 
     def launch(self, batch: StepBatch) -> _Step:
         before, self._last = self._last, _Step(batch.rows)
+        with suppress(OutOfMemory):  # which belongs to the step before
+            self.collect(before)
         for src, dst in batch.copies:
             self.kv.copy_block(src, dst)
         if batch.zeroed:

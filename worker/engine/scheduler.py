@@ -96,6 +96,8 @@ def schedule(
     Reads the sequences and the cache and changes neither.
     """
     plan = Plan(now)
+    ending = [s for s in running if s.is_ending]  # nothing is left to plan of them
+    running = [s for s in running if not s.is_ending]
     queue = _Queue(running, waiting, cache, limits, now, rate)
     blocks = BlockBudget(cache, list(running), [s for s in queue.order if s.hold.block_ids])
     while True:
@@ -106,7 +108,7 @@ def schedule(
         if shortage is None:
             blocks.take_for_decoding(needy)
             if queue.order:
-                _Prefills(plan, blocks, queue, limits, rate).add_all()
+                _Prefills(plan, blocks, queue, limits, rate, ending).add_all()
             if plan.work or not blocks.running:
                 return plan
             plan.preempted.append(blocks.preempt(None))
@@ -149,12 +151,21 @@ class _Queue:
 class _Prefills:
     """Gives prefills what decoding leaves of the token budget; extends `plan`."""
 
-    def __init__(self, plan: Plan, blocks: BlockBudget, queue: _Queue, limits: EngineLimits, rate: float) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        blocks: BlockBudget,
+        queue: _Queue,
+        limits: EngineLimits,
+        rate: float,
+        ending: Seq[Sequence],
+    ) -> None:
         self._plan, self._blocks, self._queue, self._limits = plan, blocks, queue, limits
         self._order = [s for s in queue.order if s not in plan.preempted]
         self._size = blocks.cache.block_size
         self._budget = min(limits.max_step_tokens - plan.num_decodes, max(MIN_CHUNK, int(rate * limits.max_step_s)))
-        self._leaders = [s for s in blocks.running if s.num_tokens // self._size > s.table.num_published]
+        running = [*blocks.running, *ending]
+        self._leaders = [s for s in running if s.num_tokens // self._size > s.table.num_published]
         self._originals = {s.given: s for s in blocks.running if s.num_computed < s.num_given and s.is_fresh}
         self._finishing = {s.key for s, _ in plan.work}  # they compute the last of their tokens in this step
         self._num_running_of = Counter(s.chain.owner for s in blocks.running)

@@ -56,6 +56,10 @@ class Sequence:
         return self.matcher is None or self.matcher.is_ready
 
     @property
+    def num_known(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
     def num_tokens(self) -> int:
         """How many there are, with those that are being drawn."""
         return len(self.prompt_ids) + len(self.output_ids) + self.num_drawing
@@ -117,7 +121,7 @@ class Sequence:
         """Say whether the token drawn last ends it."""
         if self.output_ids[-1] in self.stop_token_ids or (self.matcher is not None and self.matcher.is_complete):
             return "stop"
-        return "length" if self.num_tokens >= self.max_length else None
+        return "length" if self.num_known >= self.max_length else None
 
 
 def make_sequence(
