@@ -251,13 +251,17 @@ def test_a_step_that_is_fed_by_one_that_failed_fails_as_well() -> None:
             rig.executor.collect(handle)
 
 
-def test_no_more_sequences_are_preempted_ahead_than_one_by_one() -> None:
-    num_preempted = []
-    for rig in (AheadRig(None, num_blocks=13), AheadRig("late", num_blocks=13)):
-        streams = [rig.submit(make_generate(make_prompt(9, salt=i), 20, req_id=b"%d" % i)) for i in range(4)]
+@pytest.mark.parametrize("length", range(5, 13))
+def test_no_sequence_is_preempted_for_blocks_that_are_free_when_the_step_under_way_is_collected(length: int) -> None:
+    stopped, other = make_prompt(9), make_prompt(length, salt=1)
+    stop = expected_tokens(stopped, 4)[-1]
+
+    def num_preempted(kind: str | None, num_blocks: int) -> int:
+        rig = AheadRig(kind, num_blocks=num_blocks)
+        rig.submit(make_generate(stopped, 12, req_id=b"stopped", stop_token_ids=[stop]))
+        rig.submit(make_generate(other, 12, req_id=b"other"))
         rig.run()
-        assert [stream.token_ids for stream in streams] == [
-            expected_tokens(make_prompt(9, salt=i), 20) for i in range(4)
-        ]
-        num_preempted.append(rig.engine.num_preempted)
-    assert num_preempted[0] == num_preempted[1] > 0
+        return rig.engine.num_preempted
+
+    smallest = next(num_blocks for num_blocks in range(7, 20) if not num_preempted(None, num_blocks))
+    assert num_preempted("late", smallest) == 0
