@@ -2,12 +2,15 @@
 
 Same weights, same random prompts, greedy, one torch thread, everything in one run and taken in turns:
 
-    python scripts/bench_engine.py [--model FOLDER] [--batch 1,8,32] [--plain] [--json FILE]
+    python scripts/bench_engine.py [--model FOLDER] [--batch 1,8,32] [--plain] [--ahead] [--json FILE]
 
 Prefill is the time until the last sequence has its first token, decode the time from there to the end; for
 `transformers` generate the two are told apart by a second run that stops after one token, for its continuous batching
 by its own time stamps of the tokens. "call" counts generated tokens over the whole call: prefill, decode and, for
 continuous batching, what `generate_batch` needs to start and to stop.
+
+`--ahead` adds our engine with every step launched while another thread computes the one before, and prints for both
+loops the host's time per step: that in which nothing is computed.
 
 Last come `--choices` choices of one prompt (`n` of the HTTP edge): forked, and as requests of as many tenants that
 share a namespace, who can share full blocks but not fork.
@@ -37,7 +40,7 @@ from kvasir.protocol.messages import Generate, Sampling
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.engine.engine import Engine
-from kvasir.worker.engine.executor import LocalExecutor
+from kvasir.worker.engine.executor import LocalExecutor, ThreadExecutor
 from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.model.linear import Packing
 from kvasir.worker.model.loader import load_model, read_config
@@ -57,26 +60,54 @@ class Times:
     call_s: float
     answers: list[list[int]]
     num_prefilled: int = 0  # prompt tokens computed
+    host_s: float = 0.0  # of the call, a step: not in the model or the sampler
+
+
+class TimedEngine(Engine):
+    """Counts the seconds in which its executor computes."""
+
+    def __init__(self, executor: LocalExecutor, *given: Any, is_ahead: bool, **options: Any) -> None:
+        self.busy_s = 0.0
+        executor.model.forward = self._timed(executor.model.forward)  # type: ignore[method-assign]
+        executor.sampler = self._timed(executor.sampler)
+        runs = ThreadExecutor(executor) if is_ahead else executor
+        super().__init__(runs, *given, is_ahead=is_ahead, **options)
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*given: Any) -> Any:
+            begin = time.perf_counter()
+            result = function(*given)
+            self.busy_s += time.perf_counter() - begin
+            return result
+
+        return timed
 
 
 def make_engine(
-    folder: Path, num_tokens: int, max_requests: int, dtype: str = "float32", packing: Packing | None = None
-) -> Engine:
+    folder: Path,
+    num_tokens: int,
+    max_requests: int,
+    dtype: str = "float32",
+    packing: Packing | None = None,
+    *,
+    is_ahead: bool = False,
+) -> TimedEngine:
     model = load_model(folder, "cpu", dtype, packing=packing)
     config = model.config
     num_blocks = 2 * max_requests * (num_tokens // BLOCK_SIZE + 2)
     shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-    return Engine(
+    return TimedEngine(
         LocalExecutor(model, KvStore(*shape, dtype=model.dtype, device="cpu"), sample),
         PrefixCache(num_blocks, BLOCK_SIZE),
         EngineLimits(max_requests=max_requests, max_step_tokens=2048, max_context=config.max_position),
         vocab_size=config.vocab_size,
         eos_token_ids=config.eos_token_ids,
+        is_ahead=is_ahead,
     )
 
 
 def run_engine(
-    engine: Engine,
+    engine: TimedEngine,
     prompts: list[list[int]],
     num_tokens: int,
     tenants: list[str] | None = None,
@@ -85,7 +116,7 @@ def run_engine(
     """Submit everything at once and step until it is done, greedily without `samplings`. `tenants`: whose each is."""
     root = derive_root(b"benchmark", "model", "float32")
     answers: dict[bytes, int] = {}
-    begin = time.perf_counter()
+    begin, busy_s, num_steps = time.perf_counter(), engine.busy_s, 0
     for i, prompt in enumerate(prompts):
         packed = pack_tokens(prompt)
         hashes = hash_prompt(root, SPACE, SPACE, packed, 0, BLOCK_SIZE)
@@ -109,16 +140,18 @@ def run_engine(
     num_prefilled = 0
     while engine.has_work:
         report = engine.step()
+        num_steps += 1
         num_prefilled += report.load.num_prefill_tokens
         for output in report.outputs:
             if not answers[output.req_id]:
                 prefilled = time.perf_counter()
             answers[output.req_id] += memoryview(output.token_ids).cast("I").tolist()
     end = time.perf_counter()
-    return Times(prefilled - begin, end - prefilled, end - begin, list(answers.values()), num_prefilled)
+    host_s = (end - begin - (engine.busy_s - busy_s)) / num_steps
+    return Times(prefilled - begin, end - prefilled, end - begin, list(answers.values()), num_prefilled, host_s)
 
 
-def compare_choices(engine: Engine, prompts: list[list[int]], count: int, num_tokens: int) -> dict[str, Times]:
+def compare_choices(engine: TimedEngine, prompts: list[list[int]], count: int, num_tokens: int) -> dict[str, Times]:
     """Ask for `count` answers to each of `prompts`, forked and not, in turns; return the median of each."""
     tenants = {"forked": ["benchmark"] * count, "separate": [f"tenant-{i}" for i in range(count)]}
     seen: dict[str, list[Times]] = {name: [] for name in tenants}
@@ -190,6 +223,7 @@ def best_of(runs: dict[str, Callable[[list[list[int]]], Times]], prompts: list[l
             min(t.decode_s for t in times),
             min(t.call_s for t in times),
             times[0].answers,
+            host_s=min(t.host_s for t in times),
         )
         for name, times in seen.items()
     }
@@ -208,6 +242,7 @@ def main() -> None:
         "--no-continuous", action="store_true", help="leave out the continuous batching of transformers"
     )
     parser.add_argument("--plain", action="store_true", help="also our engine with matrices that are not packed")
+    parser.add_argument("--ahead", action="store_true", help="also our engine with steps launched ahead")
     parser.add_argument("--no-transformers", action="store_true", help="our engine alone")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
@@ -222,6 +257,9 @@ def main() -> None:
     if options.plain:
         plain = make_engine(options.model, longest, max(batches), packing=Packing())
         runs["plain"] = lambda prompts: run_engine(plain, prompts, options.tokens)
+    if options.ahead:
+        ahead = make_engine(options.model, longest, max(batches), is_ahead=True)
+        runs["ahead"] = lambda prompts: run_engine(ahead, prompts, options.tokens)
     if not options.no_transformers:
         reference = make_reference(options.model)
         runs["generate"] = lambda prompts: run_generate(reference, prompts, options.tokens)
@@ -243,6 +281,10 @@ def main() -> None:
             cells = (f"{rates[name]:13.0f} ({ratios[name]:5.2f}x)" for name in runs)
             print(f"{size:5} {phase:8}" + "".join(f"{cell:>22}" for cell in cells))
             rows.append({"batch": size, "phase": phase, "tokens_per_s": rates, "kvasir_ratio": ratios})
+        if options.ahead:
+            host_us = {name: 1e6 * times[name].host_s for name in ("kvasir", "ahead")}
+            print(f"{size:5} host's µs a step: " + ", ".join(f"{name} {us:.0f}" for name, us in host_us.items()))
+            rows.append({"batch": size, "phase": "host", "us_per_step": host_us})
     prompts = torch.randint(10, vocab_size, (6 * options.repeats, options.choices_prompt), generator=generator).tolist()
     choices = {}
     print(f"{options.choices} choices of one prompt of {options.choices_prompt} tokens:")

@@ -18,7 +18,7 @@ from kvasir.protocol import PROTOCOL_VERSION
 from kvasir.protocol.errors import ConfigurationError, ModelError
 from kvasir.protocol.messages import Hello, Limits
 from kvasir.worker.engine.engine import Engine
-from kvasir.worker.engine.executor import LocalExecutor
+from kvasir.worker.engine.executor import LocalExecutor, ThreadExecutor
 from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.engine.step import Executor, Grammars, OutOfMemory
 from kvasir.worker.log import log
@@ -48,6 +48,7 @@ class Loaded:
     device: str
     attention: str = ""
     grammars: Grammars | None = None
+    is_ahead: bool = False
 
 
 def build(options: Options) -> tuple[Engine, Hello]:
@@ -68,6 +69,7 @@ def build(options: Options) -> tuple[Engine, Hello]:
         eos_token_ids=loaded.eos_token_ids,
         check=options.check,
         grammars=loaded.grammars,
+        is_ahead=loaded.is_ahead,
     )
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
@@ -243,8 +245,11 @@ def _load_torch(options: Options) -> Loaded:
         kv.zero([0])
     except (MemoryError, torch.OutOfMemoryError, OutOfMemory) as error:
         raise ModelError(f"{options.model} does not fit into memory ({error}); give less --kv-memory.") from None
+    executor = LocalExecutor(model, kv, sample)
     return Loaded(
-        executor=LocalExecutor(model, kv, sample),
+        # A GPU computes beside the thread that plans; a CPU's cores all compute already.
+        executor=ThreadExecutor(executor) if on_gpu else executor,
+        is_ahead=on_gpu,
         num_blocks=num_blocks,
         bytes_per_block=block_bytes,
         vocab_size=config.vocab_size,
