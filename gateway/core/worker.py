@@ -12,6 +12,7 @@ from kvasir.gateway.core.counters import WorkerCounters
 from kvasir.gateway.core.request import Request
 from kvasir.gateway.routing.audit import Audit
 from kvasir.gateway.routing.backlog import Backlog, Pending
+from kvasir.gateway.routing.foresight import Foresight
 from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.gateway.routing.router import Candidate, Decision, RouterConfig
 from kvasir.protocol.messages import Hello, KvAccounts, Load
@@ -110,6 +111,7 @@ class Worker:
     is_member: bool = True  # False once it is lost: nothing may be booked on it any more
     challenger: bytes = b""  # a peer that wants this worker's id; a probe was sent to see which of them is alive
     is_fifo: bool = field(init=False)  # it computes prompts in the order in which they come
+    foresight: Foresight | None = field(init=False)  # where `is_fifo`; others hold what waits for them
     audit: Audit = field(init=False)
     _mean_stay_s: float = 1.0  # of a request
     _heat_s: float = 0.0
@@ -119,6 +121,7 @@ class Worker:
         hello = self.hello
         self.max_context = min(hello.limits.max_context, hello.num_blocks * hello.block_size)
         self.is_fifo = "order" in hello.lacks
+        self.foresight = Foresight(hello.num_blocks) if self.is_fifo else None
         self.audit = Audit(hello.block_size, hello.hit_blocks, self.joined_at)
 
     @property
@@ -158,6 +161,9 @@ class Worker:
         prefix_hashes = request.prefix_hashes
         # At least one prompt token is always computed: its logits are what the first token is drawn from.
         resident, cached = self.index.match(prefix_hashes, (request.num_tokens - 1) // hello.block_size)
+        if self.foresight is not None:
+            cached = self.foresight.limit(prefix_hashes, cached)
+            resident = min(resident, cached)
         if hello.hit_blocks > 1:
             resident, cached = resident - resident % hello.hit_blocks, cached - cached % hello.hit_blocks
         in_flight, backlog, max_requests = len(self.in_flight), self.backlog, hello.limits.max_requests
@@ -192,6 +198,8 @@ class Worker:
         attempt.is_reserved = not request.submit.no_store
         if attempt.is_reserved:
             self.index.reserve(request.prefix_hashes, decision.num_resident_blocks)
+            if self.foresight is not None:
+                self.foresight.use(prefix_hashes)
         self.in_flight[request.submit.req_id] = attempt
         self._heat_s = self.heat_s(now, heat_decay_s) + chosen.miss_s
         self._heat_at = now
@@ -257,6 +265,8 @@ class Worker:
         attempt = self.in_flight.pop(req_id)
         assert attempt.pending is None, "a prompt is still expected to be computed"
         attempt.request.is_held = self.runs_suspect = False
+        if self.foresight is not None:
+            self.foresight.add(req_id, attempt.request.num_delivered // self.hello.block_size)
         self._mean_stay_s += _NEWEST * (now - attempt.dispatched_at - self._mean_stay_s)
         return attempt.request
 

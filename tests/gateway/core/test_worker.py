@@ -95,3 +95,21 @@ def test_counters_of_a_worker() -> None:
     [worker] = bench.core.statistics().workers
     assert (worker.num_requests, worker.prompt_tokens, worker.cached_tokens, worker.output_tokens) == (1, 40, 8, 2)
     assert (worker.predicted_cached_tokens, worker.mispredicted_tokens, worker.num_stale_outputs) == (0, 8, 1)
+
+
+@pytest.mark.parametrize(("lacks", "num_predicted"), [(["order"], 16), ([], 80)])
+def test_what_waits_on_a_worker_without_an_order_of_its_own_will_have_evicted_what_is_cached_now(
+    lacks: list[str], num_predicted: int
+) -> None:
+    bench = Bench()
+    peer = bench.join(num_blocks=45, max_context=200, lacks=lacks)
+    bench.submit(b"r1", range(81))
+    hashes = make_hashes(range(81))
+    stored = output(b"r1", 0, [1], "stop", num_cached_tokens=0)
+    bench.report(peer, stored, event_seq=1, stored=hashes)
+    bench.submit(b"r2", range(1_000, 1_160))
+    bench.submit(b"r3", range(81))
+    [worker] = bench.core._fleet.by_id.values()
+    assert worker.in_flight[b"r2"].num_predicted_tokens == 0
+    assert worker.in_flight[b"r3"].num_predicted_tokens == num_predicted
+    worker.check_integrity()
