@@ -11,7 +11,7 @@ with prefill for a share `load` of the time if they had one infinite cache; `nat
 
 With tenants: how much later a tenant's slowest requests get their first token than if it were alone (the ratio of the
 99th percentiles), and Jain's index of what the tenants got in the middle half of the time over their max-min fair
-shares. With a flood the flooding tenant is no victim.
+shares. With a flood the flooding tenant is no victim. Where some tenants are of the high class, those are the victims.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Cell:
     step_s: float = 0.0
     delay_s: float = 0.0
     weights: tuple[int, ...] = (1,)
+    num_high: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def measure(trace: Trace, cell: Cell) -> Row:
         computed[one.worker] += one.num_computed
     victims = jain = None
     if cell.num_tenants > 1:
-        victims = _victims(served, normal, flooder, run)
+        victims = _victims(served, normal, flooder, cell.num_high or cell.num_tenants, run)
         jain = _jain(served, cell, trace.block_tokens)
     return Row(
         trace=trace.name,
@@ -121,7 +122,9 @@ def _runner(trace: Trace, cell: Cell, total: int) -> Callable[[Sequence[Arrival]
     if cell.policy in BOUNDS:
         return lambda coming: BOUNDS[cell.policy](trace, coming, num_workers, max(1, total))
     if cell.policy in PRODUCT:
-        options = ProductOptions(PRODUCT[cell.policy], cell.step_tokens, cell.step_s, cell.delay_s, cell.weights)
+        options = ProductOptions(
+            PRODUCT[cell.policy], cell.step_tokens, cell.step_s, cell.delay_s, cell.weights, cell.num_high
+        )
         return lambda coming: run_product(trace, coming, num_workers, num_blocks, options)
 
     def run(coming: Sequence[Arrival]) -> list[Served]:
@@ -136,10 +139,11 @@ def _victims(
     served: Sequence[Served],
     normal: Sequence[Arrival],
     flooder: int | None,
+    num_victims: int,
     run: Callable[[Sequence[Arrival]], list[Served]],
 ) -> float:
     """Return the 99th percentile of the victims' times over that of the same requests, each tenant by itself."""
-    tenants = sorted({arrival.tenant for arrival in normal} - {flooder})
+    tenants = sorted({arrival.tenant for arrival in normal if arrival.tenant < num_victims} - {flooder})
     alone = [one.ttft_s for t in tenants for one in run([a for a in normal if a.tenant == t]) if one.worker is not None]
     together = [one.ttft_s for one in served if one.arrival.tenant in tenants and one.worker is not None]
     return percentile(sorted(together), 0.99) / max(1e-9, percentile(sorted(alone), 0.99))

@@ -4,7 +4,7 @@
                                          [--jobs N] [--json OUT] [--plot OUT.png]
     python scripts/replay_trace.py route --trace FILE... [--policy kvasir,sglang,dynamo] [--workers 4,8,16]
                                          [--capacity 25%] [--load 0.5] [--spread 5] [--tenants 16] [--flood]
-                                         [--weights 1:2:4] [--jobs N] [--json OUT] [--plot OUT.png]
+                                         [--weights 1:2:4] [--high 2] [--jobs N] [--json OUT] [--plot OUT.png]
 
 `route` is described in `scripts/replay_route.py`; the rest of this page is about `cache`.
 
@@ -221,6 +221,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--weights", type=_weights, default=(1,), metavar="W:W:...", help="of the tenants, in turn (default: all alike)"
     )
+    add("--high", type=_count, default=0, metavar="N", help="so many tenants are of the high class, the others low")
     add("--flood", action="store_true", help="one of the tenants floods")
     add("--slo", type=float, default=5.0, metavar="SECONDS", help="a first token within it counts as good")
     add("--step-tokens", type=_count, default=2048, metavar="N", help="prompt tokens in one step of Kvasir's workers")
@@ -253,6 +254,7 @@ def _route_cells(args: argparse.Namespace) -> list[replay_route.Cell]:
             step_s=args.step_ms / 1000,
             delay_s=args.delay_ms / 1000,
             weights=args.weights,
+            num_high=args.high,
         )
         for num_workers in args.workers
         for capacity in args.capacity

@@ -59,13 +59,15 @@ _GREEDY = Sampling(temperature=0.0)
 @dataclass(frozen=True, slots=True)
 class ProductOptions:
     """`is_fifo`: workers compute first come, first served. `step_tokens` of prompts fit in one step of a worker, which
-    takes `step_s` beside the prefill. `delay_s`: one way between gateway and workers. `weights` of tenants, in turn."""
+    takes `step_s` beside the prefill. `delay_s`: one way between gateway and workers. `weights` of tenants, in turn.
+    `num_high` of the tenants are of the high class, the others of the low one; 0: all are alike."""
 
     is_fifo: bool = False
     step_tokens: int = 8192
     step_s: float = 0.0
     delay_s: float = 0.0
     weights: tuple[int, ...] = (1,)
+    num_high: int = 0
     router: RouterConfig = field(default_factory=RouterConfig)
 
 
@@ -100,7 +102,13 @@ class _Lab:
             router=options.router,
         )
         weights = options.weights
-        terms = {tenant_name(i): Terms(weight=weights[i % len(weights)]) for i in range(MAX_TENANTS)}
+        num_high = options.num_high
+        terms = {
+            tenant_name(i): Terms(
+                weight=weights[i % len(weights)], priority=("high" if i < num_high else "low") if num_high else None
+            )
+            for i in range(MAX_TENANTS)
+        }
         billing = Billing(lambda payer_id: terms.get(payer_id, NO_TERMS))
         self.core = Core(config, self._send, lambda: self.now, epoch=b"lab", billing=billing)
         num_whole_blocks = max(1, num_blocks * trace.num_whole // trace.num_distinct)
@@ -229,7 +237,8 @@ class _LabWorker:
         self._model.now = self._lab.now
         for command in self._inbox:
             if isinstance(command, Generate):
-                self._engine.submit(msgspec.structs.replace(command, max_tokens=1))
+                lead = 0.0 if "order" in self.hello.lacks else command.lead
+                self._engine.submit(msgspec.structs.replace(command, max_tokens=1, lead=lead))
             elif isinstance(command, Resync):
                 self._report(self._engine.snapshot())
         self._inbox.clear()

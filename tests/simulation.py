@@ -93,6 +93,7 @@ class SimulatedWorker:
     step: int = 0
     event_seq: int = 0
     sequences: dict[bytes, Sequence] = field(default_factory=dict)
+    is_fifo: bool = False
     resident: dict[bytes, None] = field(default_factory=dict)  # least recently used first; parents before children
     stored: dict[bytes, None] = field(default_factory=dict)
     removed: dict[bytes, None] = field(default_factory=dict)
@@ -103,7 +104,12 @@ class SimulatedWorker:
 
     def say_hello(self) -> None:
         hello = make_hello(
-            self.worker_id, self.incarnation, max_requests=self.max_requests, num_blocks=10_000, pid=len(self.peer)
+            self.worker_id,
+            self.incarnation,
+            max_requests=self.max_requests,
+            num_blocks=10_000,
+            pid=len(self.peer),
+            lacks=["order"] if self.is_fifo else [],
         )
         self.simulation.deliver_report(self, hello)
 
@@ -152,7 +158,7 @@ class SimulatedWorker:
         budget, num_decode, outputs = 64, 0, []
         num_prefill = 0
         for req_id, sequence in sorted(
-            self.sequences.items(), key=lambda item: len(item[1].tokens) - item[1].num_computed
+            self.sequences.items(), key=lambda item: 0 if self.is_fifo else len(item[1].tokens) - item[1].num_computed
         ):
             generate = sequence.generate
             if sequence.is_aborted:
@@ -326,6 +332,7 @@ class Simulation:
         worker = SimulatedWorker(
             self, worker_id, incarnation, rng.randrange(1, 6), rng.randrange(10, 200), rng.choice([0.002, 0.005, 0.02])
         )
+        worker.is_fifo = rng.random() < 0.3
         self.workers[worker.peer] = worker
         worker.say_hello()
         self._loop(worker, 0.0)
@@ -403,6 +410,7 @@ class Simulation:
             stop_token_ids=stop,
             ignore_eos=ignore_eos,
             deadline=deadline,
+            priority=rng.choice((None, None, "low")),
         )
         expected, reason = oracle(prompt, max_tokens, stop, ignore_eos)
         is_cancelled = rng.random() < 0.1

@@ -321,7 +321,10 @@ class Core(CoreApi):
         config, tenant_id, key = self._config.queue, request.submit.tenant_id, request.held_key
         if not worker.is_fifo:
             return worker.has_room(tenant_id, key, config.window_s)
-        queue = self._requests.models[request.submit.model].queue
+        model = self._requests.models[request.submit.model]
+        queue, rank = model.queue, request.rank
+        if rank and max(model.came_at[:rank]) > self._clock() - config.class_s:
+            return worker.has_little(config.window_s / 2)
         if queue.num_active > 1 and queue.lead(tenant_id) > config.window_s * worker.rates.prefill_tokens_per_s:
             return worker.has_little(config.window_s)  # nobody could pass it there
         return worker.has_room(tenant_id, key, config.fifo_window_s)

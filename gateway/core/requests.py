@@ -19,6 +19,7 @@ from kvasir.gateway.core.tenant_queue import TenantQueue
 from kvasir.gateway.core.worker import Worker
 from kvasir.protocol.admin_messages import UsageInfo
 from kvasir.protocol.errors import Conflict, KvasirError, Overloaded, UnknownModel
+from kvasir.protocol.terms import RANKS
 
 UNKNOWN_S = 5.0  # between those that are refused, when nothing is known of how fast the queue gets shorter
 
@@ -30,6 +31,8 @@ class QueueConfig:
     A worker gets no request that would wait there for `window_s` of prefill of the same tenant. One without an order of
     its own gets none that would for `fifo_window_s`, since short prompts do not pass long ones there; but of a tenant
     with a lead of `window_s` it gets one only when all it has takes less than that, as long as others have work, too.
+    While requests of a higher class come, at least one in `class_s`, it gets one of a lower class only when all it has
+    takes less than half of `window_s`, so that none of a higher class waits there for longer.
     A request that waits for a worker chooses again after `reroute_s`.
     """
 
@@ -37,6 +40,7 @@ class QueueConfig:
     max_queued_per_tenant: int = 1_000
     window_s: float = 0.8
     fifo_window_s: float = 6.4
+    class_s: float = 10.0
     reroute_s: float = 0.4
 
 
@@ -45,7 +49,7 @@ class Model:
     """One model: its queue and its workers.
 
     Suspects wait apart, since they need a worker of their own. `lost_at`: when it last lost a worker, or was made.
-    `max_context`: the largest that it ever had.
+    `max_context`: the largest that it ever had. `came_at`: when the last request of each class came.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Model:
     counters: ModelCounters = field(default_factory=ModelCounters)
     leaving: LeavingRate = field(default_factory=LeavingRate)
     max_context: int = 1
+    came_at: list[float] = field(default_factory=lambda: [-inf] * len(RANKS))
 
     @property
     def num_waiting(self) -> int:
@@ -121,7 +126,9 @@ class Requests:
         self._requests[submit.req_id] = request
         if submit.deadline is not None and submit.deadline < self._next_deadline:
             self._next_deadline = submit.deadline
-        self.models[submit.model].queue.push(request)
+        model = self.models[submit.model]
+        model.queue.push(request)
+        model.came_at[request.rank] = now
         tenant.num_waiting += 1
         self.num_queued += 1
         return request

@@ -211,6 +211,13 @@ def test_a_flood_is_measured_by_its_victims(trace: Trace) -> None:
     assert replay_route.measure(trace, cells[1]) == rows[1]  # the same again
 
 
+def test_tenants_of_the_high_class_come_first_whatever_order_workers_compute_in(trace: Trace) -> None:
+    for policy in ("kvasir", "kvasir-fifo"):
+        cells = [Cell(policy, 2, 0.5, 1.1, num_tenants=4, num_high=num_high) for num_high in (2, 4)]
+        first, all_alike = [replay_route.measure(trace, cell).victim_p99_over_solo or 0.0 for cell in cells]
+        assert 1.0 <= first < all_alike
+
+
 def test_the_command_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [write_trace(tmp_path / f"{i}.jsonl", make_conversations(i, 6, 60)) for i in range(2)]
     out = tmp_path / "rows.json"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from kvasir.gateway.core.billing import Billing
+from kvasir.gateway.core.requests import QueueConfig
 from kvasir.gateway.core.tenant_queue import CLASS_S
+from kvasir.gateway.core.worker import DEFAULT_PREFILL_TOKENS_PER_S
 from kvasir.protocol.messages import Generate, Priority
 from kvasir.protocol.terms import NO_TERMS, RANKS, Terms, TermsChange
 from tests.core_helpers import Bench, make_submit, output
@@ -47,6 +51,28 @@ def test_of_what_waits_the_highest_class_is_sent_first_and_says_so_to_the_worker
         bench.report(b"w1", output(req_id, 0, [1], "stop", num_cached_tokens=0))
     assert leads[b"high"] < leads[b"normal"] - CLASS_S < leads[b"low"] - 2 * CLASS_S
     bench.core.check_integrity()
+
+
+def test_while_a_higher_class_comes_engines_that_compute_as_requests_come_get_little_of_lower_ones() -> None:
+    terms = {"gold": Terms(priority="high"), "bulk": Terms(priority="low")}
+    bench = Bench(billing=Billing(lambda payer: terms.get(payer, NO_TERMS)))
+    bench.join(lacks=["order"], max_requests=9, max_context=9_000, num_blocks=9_000)
+    num_tokens = int(DEFAULT_PREFILL_TOKENS_PER_S) // 4
+    fresh = itertools.count(step=num_tokens)
+
+    def num_sent(num: int, tenant: str) -> int:
+        for i in range(num):
+            start = next(fresh)
+            bench.submit(b"%s-%d" % (tenant.encode(), i), range(start, start + num_tokens), tenant=tenant)
+        return len(bench.take(Generate))
+
+    assert num_sent(1, "gold") == 1
+    assert num_sent(3, "bulk") == 1, "a quarter of a second was there already"
+    for req_id in (b"gold-0", b"bulk-0"):
+        bench.report(b"w1", output(req_id, 0, [1], "stop", num_cached_tokens=0))
+    assert [command.req_id for _, command in bench.take(Generate)] == [b"bulk-1", b"bulk-2"]
+    bench.pass_time(QueueConfig().class_s)
+    assert num_sent(3, "bulk2") == 3, "no request of a higher class has come for long"
 
 
 def test_terms_are_changed_one_by_one_and_lifted() -> None:
