@@ -47,18 +47,53 @@ class Account:
     days: dict[int, Day] = field(default_factory=dict)
     tokens_before: int = 0  # spent before the first of `days`
     money_before: int = 0
+    _newest: Day | None = None  # of `days`
+    _elsewhere: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Used on all days but the newest of its windows, by unit and window: does not change while nothing is late."""
 
     def day(self, number: int) -> Day:
         """Return that day, made if it is new."""
         day = self.days.get(number)
         if day is None:
-            day = self.days[number] = Day(number)
+            day = self.days[number] = self._newest = Day(number)
+            self._elsewhere.clear()
             if len(self.days) > MAX_DAYS:
                 self._forget_a_day()
         return day
 
-    def used(self, budget: Budget, day: Day, *, with_reserved: bool = True) -> int:
-        """Return what of `budget`'s unit is used in its window around `day`."""
+    def reserve(self, day: Day, num_tokens: int, money: int) -> None:
+        """Book what a request that begins or goes on may come to."""
+        day.reserved_tokens += num_tokens
+        day.reserved_money += money
+        if day is not self._newest:
+            self._elsewhere.clear()
+
+    def settle(self, day: Day, num_reserved: int, reserved_money: int, num_spent: int, spent_money: int) -> None:
+        """Book what a request has come to in the place of what it had reserved."""
+        day.reserved_tokens -= num_reserved
+        day.reserved_money -= reserved_money
+        day.spent_tokens += num_spent
+        day.spent_money += spent_money
+        if day is not self._newest:
+            self._elsewhere.clear()
+
+    def used(self, budget: Budget, day: Day) -> int:
+        """Return what of `budget`'s unit is spent or reserved in its window around `day`."""
+        own = day.spent_tokens + day.reserved_tokens
+        if budget.unit != "tokens":
+            own = day.spent_money + day.reserved_money
+        if budget.window == "day":
+            return own
+        if day is not self._newest:
+            return self.recount(budget, day)
+        key = budget.unit, budget.window
+        elsewhere = self._elsewhere.get(key)
+        if elsewhere is None:
+            elsewhere = self._elsewhere[key] = self.recount(budget, day) - own
+        return own + elsewhere
+
+    def recount(self, budget: Budget, day: Day, *, with_reserved: bool = True) -> int:
+        """Return the same, counted anew, with what is reserved or without."""
         is_tokens, window, month = budget.unit == "tokens", budget.window, day.month
         used = 0 if window != "total" else self.tokens_before if is_tokens else self.money_before
         for each in (day,) if window == "day" else self.days.values():

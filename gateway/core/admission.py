@@ -14,7 +14,7 @@ import msgspec
 
 from kvasir.gateway.core.accounts import Account, Day, day_number, window_end
 from kvasir.gateway.core.api import Allowance, Finished, Standing, Submit
-from kvasir.gateway.core.gcra import Meter
+from kvasir.gateway.core.gcra import MINUTE_NS, Meter
 from kvasir.gateway.core.promises import MARGIN, MAX_WAIT_S
 from kvasir.protocol.errors import BadRequest, BudgetExceeded, KvasirError, RateLimited
 from kvasir.protocol.terms import MONEY_UNITS, NO_TERMS, Budget, Price, Terms
@@ -26,14 +26,8 @@ _FREE = Price()
 _UNBOUNDED = 1 << 60
 
 
-class Gauge(msgspec.Struct, frozen=True, gc=False):
-    """One limit per minute that is in force. `kind`: the place of its number in an `Amounts`."""
-
-    kind: int
-    meter: Meter
-    per_min: int
-
-
+Gauge = tuple[int, Meter, int]
+"""One limit per minute that is in force: the place of its number in an `Amounts`, its meter, and how much it is."""
 Amounts = tuple[int, int, int]
 """Of API requests, prompt tokens and output tokens."""
 _KINDS = (("requests", None), ("prompt tokens", "prompt"), ("output tokens", "max_tokens"))
@@ -50,19 +44,18 @@ class Payer(msgspec.Struct, eq=False, gc=False):
 
 
 class Ask(msgspec.Struct, frozen=True, gc=False):
-    """What an API request asks for. `num_output`: of answers with a `max_tokens`; the others are `num_open_ended`."""
+    """What an API request asks for. `num_output`: of answers with a `max_tokens`; the others are `num_open_ended`.
+
+    `num_least`: output tokens without which it cannot begin; an answer without an end of its own gets at least one.
+    """
 
     num_prompt: int
     num_output: int
     num_open_ended: int
-
-    @property
-    def num_least(self) -> int:
-        """Output tokens without which it cannot begin: an answer without an end of its own gets at least one."""
-        return self.num_output + self.num_open_ended
+    num_least: int
 
 
-_NOTHING = Ask(0, 0, 0)
+_NOTHING = Ask(0, 0, 0, 0)
 
 
 class Bill(msgspec.Struct, eq=False, gc=False):
@@ -130,23 +123,25 @@ class Admission:
         first, ask, now_ns = submits[0], _ask(submits), int(now * 1e9)
         price, grant = self._price(first.model), GRANT_TOKENS
         payers = self._payers_of(first.tenant_id, first.key_id, day_number(wall_s))
+        least_money = _dearest(price, ask.num_prompt, ask.num_least)
         for payer in payers:
             if payer.terms is not NO_TERMS:
-                refusal = _limit_refusal(payer, ask, now_ns) or _budget_refusal(payer, ask, price, wall_s)
+                refusal = _limit_refusal(payer, ask, now_ns) or _budget_refusal(payer, ask, least_money, wall_s)
                 if refusal is not None:
                     return refusal
                 if ask.num_open_ended:
                     grant = min(grant, _output_left(payer, ask, price, now_ns) // ask.num_open_ended)
         granted = [min(submit.max_tokens, grant) if submit.is_open_ended else submit.max_tokens for submit in submits]
         num_output = sum(granted)
-        money = _dearest(price, ask.num_prompt, num_output)
+        money = _dearest(price, ask.num_prompt, num_output) if ask.num_open_ended else least_money
         for payer in payers:
-            day, account = payer.day, payer.account
-            account.num_running += 1
-            day.reserved_tokens += ask.num_prompt + num_output
-            day.reserved_money += money
-            if payer.gauges:
+            payer.account.num_running += 1
+            payer.account.reserve(payer.day, ask.num_prompt + num_output, money)
+            if ask.num_open_ended:
                 _take(payer, (1, ask.num_prompt, num_output), now_ns)
+            else:
+                for _, meter, _ in payer.gauges:
+                    meter.full_at = meter.next_at
         req_ids = tuple([submit.req_id for submit in submits])
         num = len(req_ids)
         bill = Bill(req_ids[0], first.tenant_id, first.key_id, first.model, wall_s, price, payers, req_ids, num, num)
@@ -166,8 +161,7 @@ class Admission:
             return 0
         for payer in bill.payers:
             _take(payer, (0, 0, wanted), now_ns)
-            payer.day.reserved_tokens += wanted
-            payer.day.reserved_money += _dearest(bill.price, 0, wanted)
+            payer.account.reserve(payer.day, wanted, _dearest(bill.price, 0, wanted))
         share.num_granted += wanted
         return wanted
 
@@ -186,11 +180,9 @@ class Admission:
         reserved = _dearest(price, share.num_prompt, share.num_granted)
         spent = price.cost(num_prompt, num_cached, num_output)
         for payer in bill.payers:
-            day = payer.day
-            day.reserved_tokens -= share.num_prompt + share.num_granted
-            day.reserved_money -= reserved
-            day.spent_tokens += num_prompt + num_output
-            day.spent_money += spent
+            payer.account.settle(
+                payer.day, share.num_prompt + share.num_granted, reserved, num_prompt + num_output, spent
+            )
             if payer.gauges:
                 _put_back(payer, (0, share.num_prompt, share.num_granted), (0, num_prompt, num_output))
             if not bill.num_unfinished:
@@ -261,7 +253,7 @@ def _ask(submits: Sequence[Submit]) -> Ask:
             num_open_ended += 1
         else:
             num_output += submit.max_tokens
-    return Ask(num_prompt, num_output, num_open_ended)
+    return Ask(num_prompt, num_output, num_open_ended, num_output + num_open_ended)
 
 
 def _gauges(account: Account, terms: Terms) -> tuple[Gauge, ...]:
@@ -269,10 +261,11 @@ def _gauges(account: Account, terms: Terms) -> tuple[Gauge, ...]:
     per_min = limits.requests_per_min, limits.prompt_tokens_per_min, limits.output_tokens_per_min
     meters = account.requests, account.prompt_tokens, account.output_tokens
     limited = enumerate(zip(meters, per_min, strict=True))
-    return tuple(Gauge(kind, meter, num) for kind, (meter, num) in limited if num is not None)
+    return tuple((kind, meter, num) for kind, (meter, num) in limited if num is not None)
 
 
 def _limit_refusal(payer: Payer, ask: Ask, now: int) -> KvasirError | None:
+    """Return why a limit refuses what is asked for. If none does, each meter's `next_at` is set."""
     account, max_concurrent = payer.account, payer.terms.limits.max_concurrent
     if max_concurrent is not None and account.num_running >= max_concurrent:
         text = f"{account.num_running} requests are running, as many as may at once; wait for one to end"
@@ -280,30 +273,29 @@ def _limit_refusal(payer: Payer, ask: Ask, now: int) -> KvasirError | None:
         wait_s = account.promised.wait_s(now / 1e9, stay_s, stay_s / account.num_running)
         return RateLimited(text, retry_after_s=wait_s)
     amounts = 1, ask.num_prompt, ask.num_least
-    for gauge in payer.gauges:
-        num, per_min = amounts[gauge.kind], gauge.per_min
-        if num <= per_min and not gauge.meter.wait_ns(num, per_min, now):
+    for kind, meter, per_min in payer.gauges:
+        num = amounts[kind]
+        meter.next_at = meter.after(num, per_min, now)
+        if meter.next_at <= now + MINUTE_NS:
             continue
-        what, param = _KINDS[gauge.kind]
+        what, param = _KINDS[kind]
         if num > per_min:
             text = f"this request asks for {num} {what}, and {per_min} are allowed per minute; it can never be served"
             return BadRequest(f"{text}: make it smaller", param=param)
-        wait_s = gauge.meter.promise_s(num, per_min, now)
+        wait_s = meter.promise_s(num, per_min, now)
         text = f"the limit of {per_min} {what} per minute is reached; try again in {wait_s:.1f} s"
         return RateLimited(text, param=param, retry_after_s=wait_s)
     return None
 
 
-def _budget_refusal(payer: Payer, ask: Ask, price: Price, wall_s: float) -> KvasirError | None:
+def _budget_refusal(payer: Payer, ask: Ask, money: int, wall_s: float) -> KvasirError | None:
+    """Return why a budget does not allow what is asked for, which comes to `money` at most."""
     account, day = payer.account, payer.day
     for budget in payer.terms.budgets:
-        if budget.unit == "tokens":
-            least = ask.num_prompt + ask.num_least
-        else:
-            least = _dearest(price, ask.num_prompt, ask.num_least)
+        least = ask.num_prompt + ask.num_least if budget.unit == "tokens" else money
         if account.used(budget, day) + least <= budget.amount:
             continue
-        spent = account.used(budget, day, with_reserved=False)
+        spent = account.recount(budget, day, with_reserved=False)
         what = f"the budget of {_amount(budget, budget.amount)} {_PER[budget.window]}"
         if spent + least <= budget.amount:
             text = f"{what} is reserved by running requests, which may give some of it back; try again in a moment"
@@ -338,18 +330,17 @@ def _dearest(price: Price, num_prompt: int, num_output: int) -> int:
 
 
 def _take(payer: Payer, amounts: Amounts, now: int) -> None:
-    for gauge in payer.gauges:
-        num = amounts[gauge.kind]
-        if num:
-            gauge.meter.take(num, gauge.per_min, now)
+    for kind, meter, per_min in payer.gauges:
+        if amounts[kind]:
+            meter.take(amounts[kind], per_min, now)
 
 
 def _put_back(payer: Payer, taken: Amounts, used: Amounts) -> None:
     """Give what was not used back to the meters."""
-    for gauge in payer.gauges:
-        unused = taken[gauge.kind] - used[gauge.kind]
+    for kind, meter, per_min in payer.gauges:
+        unused = taken[kind] - used[kind]
         if unused > 0:
-            gauge.meter.put_back(unused, taken[gauge.kind], gauge.per_min)
+            meter.put_back(unused, taken[kind], per_min)
 
 
 def _amount(budget: Budget, amount: int) -> str:

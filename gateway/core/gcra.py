@@ -16,16 +16,21 @@ MINUTE_NS = 60_000_000_000
 
 @dataclass(slots=True)
 class Meter:
-    """One bucket. `full_at`: when all of it may be taken again."""
+    """One bucket. `full_at`: when all of it may be taken again. `next_at`: the same, if what is asked for is taken."""
 
     full_at: int = 0
+    next_at: int = 0
     promised: Promises = field(default_factory=Promises)
+
+    def after(self, num: int, per_min: int, now: int) -> int:
+        """Return when all of it could be taken again if `num` were taken now: more than a minute from now, they are not
+        there."""
+        full_at = self.full_at
+        return (full_at if full_at > now else now) - (-num * MINUTE_NS // per_min)
 
     def wait_ns(self, num: int, per_min: int, now: int) -> int:
         """Return for how long `num` cannot be taken yet, 0 if it can. `num` is at most `per_min`."""
-        begin = self.full_at if self.full_at > now else now
-        wait_ns = begin - now - MINUTE_NS - (-num * MINUTE_NS // per_min)
-        return wait_ns if wait_ns > 0 else 0
+        return max(0, self.after(num, per_min, now) - now - MINUTE_NS)
 
     def promise_s(self, num: int, per_min: int, now: int) -> float:
         """Return in how many seconds who was refused `num` is to come back, after those refused before."""
@@ -33,7 +38,7 @@ class Meter:
 
     def take(self, num: int, per_min: int, now: int) -> None:
         """Take `num`, which is there to be taken."""
-        self.full_at = (self.full_at if self.full_at > now else now) - (-num * MINUTE_NS // per_min)
+        self.full_at = self.after(num, per_min, now)
 
     def put_back(self, num: int, of: int, per_min: int) -> None:
         """Put back `num` of the `of` that were taken at once and not used."""

@@ -5,15 +5,14 @@ Synchronous, one caller at a time.
 A row is keyed by when its request was admitted and by the request's id, so that rows are appended and not scattered.
 `settled_at` is null while the request runs: what the gateway finds so when it starts ended with the gateway before it,
 and is settled at its last count. Sums per day are written in the same transaction as the rows they sum up, so that
-old rows can go without being read. `mark` says when the oldest request that may still run was admitted: an index of
-those would cost as much as the rows.
+old rows can go without being read. `mark` says since when requests that may still run were admitted: an index of those
+would cost as much as the rows. It is moved on now and then, and back whenever it must be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from heapq import heappop, heappush
 from pathlib import Path
 
 import msgspec
@@ -23,7 +22,7 @@ from kvasir.gateway.sql.sql import Sql
 
 LEDGER_NAME = "ledger.db"
 DAY_S = 86_400
-_NEVER = 1e15  # as a time: nothing runs
+MARK_EVERY_S = 10.0
 SPARE_BYTES = 1 << 20  # given up when the disk is full, so that what runs can still be settled
 
 # Schema version n is what the first n entries make. Released entries are never edited, only followed by new ones.
@@ -93,7 +92,7 @@ class Database:
     def __init__(self, sql: Sql) -> None:
         self._sql = sql
         self._running: dict[bytes, float] = {}  # admitted at, by id
-        self._oldest: list[tuple[float, bytes]] = []  # a heap of those, and of some that do not run any more
+        self._mark: float | None = None  # as it is on disk for sure
         self._is_in_doubt = (
             False  # the last transaction failed; if its connection broke, it may be on disk all the same
         )
@@ -108,26 +107,25 @@ class Database:
         """
         new = [(row.admitted_at, row.id, row.tenant_id, row.key_id, row.model) for row in batch.new]
         updated = [*self._given_up, *batch.updated]
+        mark = self._next_mark([row.admitted_at for row in (*self._given_up, *batch.new)])
         try:
             with self._sql.transaction():
-                self._sql.run(
-                    "UPDATE mark SET running_since = ?", (self._running_since((*self._given_up, *batch.new)),)
-                )
+                if mark != self._mark:
+                    self._sql.run("UPDATE mark SET running_since = ?", (mark,))
                 self._sql.run_many(_INSERT, new)
                 if self._is_in_doubt:
                     updated = [row for row in updated if self._sql.run(_RUNS, (row.admitted_at, row.id)).fetchone()]
                 self._update(updated, batch.refused)
         except BaseException:
-            self._is_in_doubt = True
+            self._is_in_doubt, self._mark = True, None
             self._given_up += [
                 msgspec.structs.replace(row, settled_at=row.admitted_at, reason="lost") for row in batch.new
             ]
             raise
-        self._is_in_doubt = False
+        self._is_in_doubt, self._mark = False, mark
         self._given_up.clear()
         for row in batch.new:
             self._running[row.id] = row.admitted_at
-            heappush(self._oldest, (row.admitted_at, row.id))
         for row in batch.updated:
             if row.settled_at is not None:
                 self._running.pop(row.id, None)
@@ -156,15 +154,13 @@ class Database:
         )
         self._sql.run_many(_ADD, [[getattr(day, name) for name in _DAY] for day in (*_sums(rows), *refused)])
 
-    def _running_since(self, new: Iterable[Row]) -> float:
-        """Return when the oldest request that runs, or begins now, was admitted. The clock may have gone back."""
-        oldest = self._oldest
-        while oldest and oldest[0][1] not in self._running:
-            heappop(oldest)
-        times = [row.admitted_at for row in new]
-        if oldest:
-            times.append(oldest[0][0])
-        return min(times, default=_NEVER)
+    def _next_mark(self, new: Sequence[float]) -> float | None:
+        """Return what the mark is to be when requests that were admitted then begin: no later than any that runs."""
+        if not new:
+            return self._mark
+        if self._mark is not None and self._mark <= min(new) < self._mark + MARK_EVERY_S:
+            return self._mark
+        return min([*new, *self._running.values()])
 
     def days(self, first: int = 0) -> list[DaySum]:
         """Return the sums of all days from `first` on, oldest first.

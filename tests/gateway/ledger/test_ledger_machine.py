@@ -207,6 +207,7 @@ class Machine:
             for budget in TERMS.get(payer_id, NO_TERMS).budgets:
                 for day in account.days.values():
                     assert account.used(budget, day) <= budget.amount, f"{payer_id} has overdrawn {budget}"
+                    assert account.used(budget, day) == account.recount(budget, day)
 
     def check_at_rest(self) -> None:
         """End everything, commit, and compare the ledger with the plain count."""
