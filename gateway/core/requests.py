@@ -13,7 +13,7 @@ from kvasir.gateway.core.admission import Share
 from kvasir.gateway.core.api import Finished, Submit
 from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.counters import ModelCounters
-from kvasir.gateway.core.promises import MARGIN, LeavingRate, Promises
+from kvasir.gateway.core.promises import MARGIN, LeavingRate, Promises, Tickets
 from kvasir.gateway.core.request import Request
 from kvasir.gateway.core.tenant_queue import TenantQueue
 from kvasir.gateway.core.worker import Worker
@@ -21,12 +21,14 @@ from kvasir.protocol.admin_messages import UsageInfo
 from kvasir.protocol.errors import Conflict, KvasirError, Overloaded, UnknownModel
 from kvasir.protocol.terms import RANKS
 
+EXTRA = 1.5  # times what may wait, with those that come back
 UNKNOWN_S = 5.0  # between those that are refused, when nothing is known of how fast the queue gets shorter
 
 
 @dataclass(frozen=True, slots=True)
 class QueueConfig:
-    """How many requests may wait: in all, and of one tenant. Those of lost workers come on top.
+    """How many requests may wait: in all, and of one tenant. Those of lost workers come on top, and of those that were
+    refused and come back when they were told to up to half as many (`EXTRA`): newcomers do not take their places.
 
     A worker gets no request that would wait there for `window_s` of prefill of the same tenant. One without an order of
     its own gets none that would for `fifo_window_s`, since short prompts do not pass long ones there; but of a tenant
@@ -94,6 +96,7 @@ class Requests:
         self._requests: dict[bytes, Request] = {}
         self._next_deadline = inf
         self._promises: dict[str, Promises] = {}  # by tenant
+        self._tickets = Tickets()
 
     def model(self, name: str, now: float) -> Model:
         """Return the model of that name, made if it is new."""
@@ -242,11 +245,16 @@ class Requests:
             return UnknownModel(f"model {submit.model!r} is not served here; served: {names}", param="model")
         if submit.req_id in self._requests:
             return Conflict(f"request id {submit.req_id.hex()} is in use by a running request; choose another")
-        if self.num_queued >= self._config.max_queued:
+        num_in_all, num_of_tenant = self._config.max_queued, self._config.max_queued_per_tenant
+        is_full = self.num_queued >= num_in_all
+        if not is_full and tenant.num_waiting < num_of_tenant:
+            return None
+        has_ticket = self._tickets.take(submit, now)
+        if has_ticket and self.num_queued < EXTRA * num_in_all and tenant.num_waiting < EXTRA * num_of_tenant:
+            return None
+        if is_full:
             return self._overloaded("the queue is full", self.num_queued, submit, now)
-        if tenant.num_waiting >= self._config.max_queued_per_tenant:
-            return self._overloaded("this tenant has too many requests waiting", tenant.num_waiting, submit, now)
-        return None
+        return self._overloaded("this tenant has too many requests waiting", tenant.num_waiting, submit, now)
 
     def _overloaded(self, what: str, num_waiting: int, submit: Submit, now: float) -> Overloaded:
         """Return a refusal that says when its tenant's next place in the queue is free that nobody was told of."""
@@ -254,4 +262,5 @@ class Requests:
         per_s = model.leaving_per_s * model.queue.share(tenant_id)
         each_s = MARGIN / per_s if per_s else UNKNOWN_S
         retry_after_s = self._promises.setdefault(tenant_id, Promises()).wait_s(now, each_s, each_s)
+        self._tickets.give(submit, now + retry_after_s)
         return Overloaded(f"{what} ({num_waiting}); try again in {retry_after_s:.1f} s", retry_after_s=retry_after_s)

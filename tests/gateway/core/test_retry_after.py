@@ -41,7 +41,8 @@ class Crowd:
     def come(self, times: Sequence[float], tenant: str = "alpha") -> None:
         """Have a client come at each of `times`, from now."""
         for time_s in times:
-            self._at(self.bench.now + time_s, lambda: self._ask(tenant, is_second=False))
+            tokens = [next(self._serial), *range(9)]
+            self._at(self.bench.now + time_s, lambda tokens=tokens: self._ask(tenant, tokens, is_second=False))
 
     def run(self, for_s: float) -> None:
         """Let time pass."""
@@ -61,13 +62,13 @@ class Crowd:
     @property
     def share_admitted(self) -> float:
         """The share of those that were refused and came back when they were told to that was admitted then."""
-        return self.outcomes["admitted"] / (self.outcomes["admitted"] + self.outcomes["refused twice"])
+        return self.outcomes["admitted"] / max(1, self.outcomes["admitted"] + self.outcomes["refused twice"])
 
     def _at(self, time_s: float, call: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time_s, next(self._serial), call))
 
-    def _ask(self, tenant: str, *, is_second: bool) -> None:
-        sink = self.bench.submit(b"%d" % next(self._serial), tenant=tenant)
+    def _ask(self, tenant: str, tokens: list[int], *, is_second: bool) -> None:
+        sink = self.bench.submit(b"%d" % next(self._serial), tokens, tenant=tenant)
         if sink.finished is None:
             self.outcomes["admitted" if is_second else "at once"] += 1
         elif is_second:
@@ -76,7 +77,7 @@ class Crowd:
             assert sink.finished.error is not None and sink.finished.error.retry_after_s is not None
             wait_s = sink.finished.error.retry_after_s
             self.longest_wait_s = max(self.longest_wait_s, wait_s)
-            self._at(self.bench.now + wait_s, lambda: self._ask(tenant, is_second=True))
+            self._at(self.bench.now + wait_s, lambda: self._ask(tenant, tokens, is_second=True))
 
     def _serve(self, req_id: bytes) -> None:
         self.bench.report(b"w1", output(req_id, 0, [1, 2], "stop", num_cached_tokens=0))
@@ -108,6 +109,35 @@ def test_each_of_two_tenants_is_told_by_its_own_part() -> None:
     crowd.come([0.5] * 60, "beta")
     crowd.run(70)
     assert crowd.share_admitted >= 0.9, crowd.outcomes
+
+
+@pytest.mark.parametrize(("load", "for_s"), [(1.1, 120), (1.5, 60)])
+def test_under_steady_overload_newcomers_do_not_take_the_places_of_those_that_come_back(
+    load: float, for_s: int
+) -> None:
+    crowd = Crowd(max_queued=20)
+    per_s = load * crowd.num_slots / crowd.stay_s
+    crowd.come([i / per_s for i in range(int(for_s * per_s))])
+    crowd.run(for_s + 70)
+    assert crowd.outcomes["admitted"] > 0.1 * crowd.outcomes.total()
+    assert crowd.share_admitted >= 0.9, crowd.outcomes
+
+
+def test_a_full_queue_takes_who_was_told_to_come_back_then_and_nobody_else() -> None:
+    bench = Bench(models=frozenset({"demo"}), queue=QueueConfig(max_queued=4))
+    for number in range(4):
+        bench.submit(b"%d" % number)
+    told = [bench.submit(b"told %d" % number, [number]).finished for number in range(3)]
+    waits_s = [end.error.retry_after_s for end in told if end is not None and end.error is not None]
+    assert [type(wait_s) for wait_s in waits_s] == [float] * 3
+    assert bench.submit(b"early", [0]).finished is not None
+    bench.now += max(wait_s or 0.0 for wait_s in waits_s)
+    assert bench.submit(b"stranger", [0], tenant="beta").finished is not None
+    assert bench.submit(b"newcomer", [9]).finished is not None
+    assert [bench.submit(b"back %d" % number, [number]).finished for number in range(2)] == [None, None]
+    assert bench.submit(b"again", [1]).finished is not None, "a ticket is good for once"
+    assert bench.submit(b"beyond", [2]).finished is not None, "half as many may come on top"
+    bench.core.check_integrity()
 
 
 @pytest.mark.parametrize(
