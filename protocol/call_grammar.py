@@ -1,7 +1,7 @@
 """Answers that may call tools, as a grammar: how a model writes a call, around arguments that a schema holds.
 
 The gateway makes a `CallGrammar` of a request's tools and of the way its model writes calls, and sends it as a grammar
-of kind "calls"; what compiles it asks `lark_of`. Knows neither models nor tokenizers.
+of kind "calls"; what compiles it asks `protocol.lark`. Knows neither models nor tokenizers.
 """
 
 from __future__ import annotations
@@ -46,16 +46,28 @@ class CallGrammar(Struct, frozen=True, omit_defaults=True):
     has_tags: bool = False
 
 
-def lark_of(grammar: CallGrammar, json_options: dict[str, Any]) -> str:
-    """Return `grammar` in the notation of llguidance.
+# Every option is set, so that none can be set by the schema itself. Space between tokens is optional, one blank or a
+# line and its indentation: a model that likes spaces would go on for ever.
+JSON_OPTIONS = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"(\x20|\n[\x20\t]{0,32})?",
+    "item_separator": ",",
+    "key_separator": ":",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+
+
+def calls_in_lark(grammar: CallGrammar, rule: str) -> str:
+    """Return rules in the notation of llguidance, of which `rule` is `grammar`.
 
     Raises:
         BadRequest: a schema that cannot be written in this way; names its tool and says why.
     """
-    lines: list[str] = ["%llguidance {}"]
+    lines: list[str] = []
     content = "" if grammar.content is None else "content"
     if grammar.content is not None:
-        lines.append(f"content: {_json(grammar.content, json_options)}")
+        lines.append(f"content: {json_in_lark(grammar.content)}")
     elif grammar.text:
         content = "text"
         lines += ["text: TEXT", f"TEXT: /{grammar.text}/"]
@@ -66,24 +78,24 @@ def lark_of(grammar: CallGrammar, json_options: dict[str, Any]) -> str:
         head = "head "
     firsts, laters = [], []
     for number, tool in enumerate(grammar.tools):
-        lines += _arguments(f"arguments{number}", tool, json_options, has_tags=grammar.has_tags)
+        lines += _arguments(f"arguments{number}", tool, has_tags=grammar.has_tags)
         rest = f"arguments{number} {_literals(grammar.ending)}"
         firsts.append(f"{_literals(tool.first)} {rest}")
         laters.append(f"{_literals(tool.later)} {rest}")
     more = "" if grammar.is_one else f" ({' | '.join(laters)})*"
     calls = f"{head}({' | '.join(firsts)}){more} {_literals(grammar.closing)}"
-    lines.append(f"start: {content} | {calls}" if content else f"start: {calls}")
+    lines.append(f"{rule}: {content} | {calls}" if content else f"{rule}: {calls}")
     return "\n".join(lines)
 
 
-def _arguments(rule: str, tool: CallableTool, json_options: dict[str, Any], *, has_tags: bool) -> Iterator[str]:
+def _arguments(rule: str, tool: CallableTool, *, has_tags: bool) -> Iterator[str]:
     if has_tags:
-        yield from _tags(rule, tool, json_options)
+        yield from _tags(rule, tool)
     else:
-        yield f"{rule}: {_json({'type': 'object', **tool.schema}, json_options)}"
+        yield f"{rule}: {json_in_lark({'type': 'object', **tool.schema})}"
 
 
-def _tags(rule: str, tool: CallableTool, json_options: dict[str, Any]) -> Iterator[str]:
+def _tags(rule: str, tool: CallableTool) -> Iterator[str]:
     """Yield the rules of arguments in tags, in the order of the schema: strings as they are, all else as JSON."""
     schema = tool.schema
     odd = schema.keys() - {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
@@ -93,7 +105,7 @@ def _tags(rule: str, tool: CallableTool, json_options: dict[str, Any]) -> Iterat
     for number, (name, given) in enumerate(schema.get("properties", {}).items()):
         value, begin, end = f"{rule}_{number}", _literal(f"<parameter={name}>\n"), _literal("\n</parameter>\n")
         if parameter_kind(schema, name) != "string":
-            yield f"{value}: {begin} {_json({**_definitions(schema), **given}, json_options)} {end}"
+            yield f"{value}: {begin} {json_in_lark({**_definitions(schema), **given})} {end}"
         elif texts := [each for each in given.get("enum", ()) if isinstance(each, str)]:
             yield f"{value}: {begin} ({' | '.join(map(_literal, texts))}) {end}"
         elif held := {"const", "pattern", "format", "minLength", "maxLength"} & given.keys():
@@ -132,10 +144,11 @@ def _definitions(schema: dict[str, Any], *, flat: bool = False) -> dict[str, Any
     return {name: each for defined in found.values() for name, each in defined.items()} if flat else found
 
 
-def _json(schema: Any, options: dict[str, Any]) -> str:
+def json_in_lark(schema: Any) -> str:
+    """Return what stands for JSON that `schema` holds, in the notation of llguidance."""
     if schema is True:
         schema = {}
-    return f"%json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}"
+    return f"%json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS}, ensure_ascii=False)}"
 
 
 def _literals(pieces: list[Piece]) -> str:

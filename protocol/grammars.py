@@ -8,19 +8,17 @@ tries every grammar in a process that may die (`gateway.text.grammar_helper`), w
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
-from kvasir.protocol.call_grammar import CallGrammar, lark_of
+from kvasir.protocol.call_grammar import JSON_OPTIONS
 from kvasir.protocol.errors import BadRequest, ModelError
+from kvasir.protocol.lark import lark_of, read_calls, read_schema
 from kvasir.protocol.messages import Grammar
 
-MAX_CHOICES = 4096
 LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=50_000,  # about 4 ms
@@ -28,16 +26,6 @@ LIMITS = LLParserLimits(
     max_lexer_states=20_000,  # of 1 to 2 kB each
     verbose_errors=False,
 )
-# Every option is set, so that none can be set by the schema itself. Space between tokens is optional, one blank or a
-# line and its indentation: a model that likes spaces would go on for ever.
-_JSON_OPTIONS = {
-    "whitespace_flexible": True,
-    "whitespace_pattern": r"(\x20|\n[\x20\t]{0,32})?",
-    "item_separator": ",",
-    "key_separator": ":",
-    "coerce_one_of": False,
-    "lenient": False,
-}
 _WORDS = (  # of llguidance's errors
     (r"Unimplemented keys: \[(.*?)\]", "uses {}, which answers cannot be held to here; leave it out"),
     (r"Unknown format: (\S+)", "uses format {}, which answers cannot be held to here; leave it out"),
@@ -83,18 +71,22 @@ def translate(grammar: Grammar) -> str:
     """
     match grammar.kind:
         case "json_schema":
-            return _from_schema(grammar.text)
-        case "regex":
-            return LLMatcher.grammar_from_regex(grammar.text)
-        case "choice":
-            return _from_choices(grammar.text)
-        case "calls":
-            return _from_calls(grammar.text)
+            _check_keywords(read_schema(grammar.text))
+            text = "{}" if grammar.text.strip() == "true" else grammar.text
+            try:
+                return LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise BadRequest(f"the JSON schema cannot be read: {error}"[:500], param="grammar") from None
         case "lark":
             try:
                 return LLMatcher.grammar_from_lark(any_to_lark(grammar.text))
             except Exception as error:  # of a converter that names none
                 raise BadRequest(f"the grammar cannot be read: {error}", param="grammar") from None
+        case "calls":
+            calls = read_calls(grammar.text)
+            for schema in [calls.content or {}, *(tool.schema for tool in calls.tools)]:
+                _check_keywords(schema)
+    return LLMatcher.grammar_from_lark(lark_of(grammar))
 
 
 def plain(error: str) -> str:
@@ -105,36 +97,10 @@ def plain(error: str) -> str:
     return " ".join(error.replace("<non-verbose/>", "").split())[:500]
 
 
-def _from_schema(text: str) -> str:
-    try:
-        schema = json.loads(text)
-    except ValueError as error:
-        raise BadRequest(f"the JSON schema is no valid JSON: {error}", param="grammar") from None
-    except RecursionError:
-        raise BadRequest("the JSON schema is nested too deeply", param="grammar") from None
-    if schema is True:
-        text = "{}"
-    elif not isinstance(schema, dict):
-        raise BadRequest("the JSON schema is no object", param="grammar")
+def _check_keywords(schema: object) -> None:
     unheard = _unheard(schema)
     if unheard is not None:
         raise BadRequest(plain(f'Unimplemented keys: ["{unheard}"]'), param="grammar")
-    try:
-        return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise BadRequest(f"the JSON schema cannot be read: {error}"[:500], param="grammar") from None
-
-
-def _from_calls(text: str) -> str:
-    try:
-        calls = msgspec.json.decode(text, type=CallGrammar)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise BadRequest(f"the tools cannot be read: {error}", param="grammar") from None
-    for schema in [calls.content or {}, *(tool.schema for tool in calls.tools)]:
-        unheard = _unheard(schema)
-        if unheard is not None:
-            raise BadRequest(plain(f'Unimplemented keys: ["{unheard}"]'), param="grammar")
-    return LLMatcher.grammar_from_lark(lark_of(calls, _JSON_OPTIONS))
 
 
 def _unheard(schema: object) -> str | None:
@@ -159,15 +125,3 @@ def _unheard(schema: object) -> str | None:
                 elif name not in _DATA:
                     pending.append(value)
     return None
-
-
-def _from_choices(text: str) -> str:
-    try:
-        choices = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the choices are no valid JSON: {error}", param="grammar") from None
-    if not isinstance(choices, list) or not choices or not all(isinstance(each, str) and each for each in choices):
-        raise BadRequest("choices are a list of texts, at least one, and none empty", param="grammar")
-    if len(choices) > MAX_CHOICES:
-        raise BadRequest(f"{len(choices)} choices are more than the {MAX_CHOICES} that are allowed", param="grammar")
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)

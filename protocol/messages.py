@@ -135,6 +135,7 @@ Lack = Literal[
     "retention",
     "resumed_penalties",
     "resumed_draws",
+    "resumed_grammars",
     "logprobs",
     "bad_words",
     "max_reasoning_tokens",
@@ -148,6 +149,7 @@ public_zone: share published prefixes between tenants; prompts are hashed in the
 owners: floors, caps, and clearing what one tenant has cached. pins, retention: keep chosen blocks.
 resumed_penalties: go on from prompt + delivered tokens where penalties look at what was generated.
 resumed_draws: go on with a sampled request and draw the tokens that the worker before would have drawn.
+resumed_grammars: go on from prompt + delivered tokens where a grammar holds the answer.
 logprobs, bad_words, max_reasoning_tokens: the request fields of that name.
 order: compute the shortest waiting prompt first; they are computed as they come.
 grammars: hold answers to a `Grammar`. no_store: leave nothing of a request in the cache.

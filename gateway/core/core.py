@@ -22,7 +22,7 @@ from kvasir.gateway.core.admission import Bill
 from kvasir.gateway.core.api import Cancel, Change, CoreApi, Delta, Finished, ModelInfo, Standing, Submit
 from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.counters import Totals
-from kvasir.gateway.core.endings import deadline_exceeded, end_of_penalties, end_without_worker, last_word, misfit
+from kvasir.gateway.core.endings import deadline_exceeded, end_of_answer, end_without_worker, last_word, misfit
 from kvasir.gateway.core.fleet import Fleet
 from kvasir.gateway.core.kv_orders import KvOrders
 from kvasir.gateway.core.misses import Prompts, change, explain, is_worth_a_reason
@@ -628,8 +628,8 @@ class Core(CoreApi):
         good."""
         config = self._config
         end = end_without_worker(request, now, config.max_redispatches, config.max_deaths, is_death=is_death)
-        if end is None and "resumed_penalties" in worker.hello.lacks:  # all workers of a model have one engine
-            end = end_of_penalties(request, worker.hello.engine)
+        if end is None:
+            end = end_of_answer(request, worker.hello)  # all workers of a model have one engine
         if end is None:
             request.go_on_elsewhere(config.block_size)
             self._requests.requeue(request, now)

@@ -12,7 +12,7 @@ import msgspec
 
 from kvasir.gateway.core.request import Request
 from kvasir.protocol.errors import DeadlineExceeded, KvasirError, RequestFailed
-from kvasir.protocol.messages import Output
+from kvasir.protocol.messages import Hello, Output
 from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens, view_tokens
 
 
@@ -78,17 +78,25 @@ def end_without_worker(
     return None
 
 
-def end_of_penalties(request: Request, engine: str) -> End | None:
-    """Return the end of a request that cannot go on from prompt + delivered tokens on `engine`, None if it can.
+def end_of_answer(request: Request, hello: Hello) -> End | None:
+    """Return the end of a request that a worker like that of `hello` cannot go on with from prompt + delivered tokens;
+    None if it can.
 
-    There delivered tokens count as prompt, at which presence and frequency penalties do not look.
+    To an engine that lacks something delivered tokens are a part of the prompt, at which neither presence and frequency
+    penalties nor grammars look.
     """
-    sampling = request.submit.sampling
-    if not request.delivered or not (sampling.presence_penalty or sampling.frequency_penalty):
+    sampling, lacks = request.submit.sampling, hello.lacks
+    if not request.delivered:
+        return None
+    if (sampling.presence_penalty or sampling.frequency_penalty) and "resumed_penalties" in lacks:
+        what = "presence or frequency penalties"
+    elif sampling.constraint is not None and sampling.constraint.grammar and "resumed_grammars" in lacks:
+        what = "a grammar"
+    else:
         return None
     text = (
-        f"its worker was lost after {request.num_delivered} tokens, and {engine} cannot go on with presence or "
-        "frequency penalties as if nothing had happened; send the request again"
+        f"its worker was lost after {request.num_delivered} tokens, and {hello.engine} cannot go on with {what} as if "
+        "nothing had happened; send the request again"
     )
     return End("error", RequestFailed(text))
 

@@ -162,7 +162,8 @@ class Worker:
         # At least one prompt token is always computed: its logits are what the first token is drawn from.
         resident, cached = self.index.match(prefix_hashes, (request.num_tokens - 1) // hello.block_size)
         if self.foresight is not None:
-            cached = self.foresight.limit(prefix_hashes, cached)
+            num_coming = self.backlog.num_tokens // hello.block_size
+            cached = self.foresight.num_left(prefix_hashes, cached, self.index, num_coming)
             resident = min(resident, cached)
         if hello.hit_blocks > 1:
             resident, cached = resident - resident % hello.hit_blocks, cached - cached % hello.hit_blocks
@@ -265,8 +266,6 @@ class Worker:
         attempt = self.in_flight.pop(req_id)
         assert attempt.pending is None, "a prompt is still expected to be computed"
         attempt.request.is_held = self.runs_suspect = False
-        if self.foresight is not None:
-            self.foresight.add(req_id, attempt.request.num_delivered // self.hello.block_size)
         self._mean_stay_s += _NEWEST * (now - attempt.dispatched_at - self._mean_stay_s)
         return attempt.request
 

@@ -1,12 +1,12 @@
-"""What a worker that computes prompts as they come will still have cached when it gets to the next one.
+"""What of a worker's cache will be evicted by the prompts that wait there.
 
-Such a worker, an engine that another one fronts, evicts what was used least recently, the end of a prompt before its
-beginning. What waits there will evict some of what is resident now; a prompt that is sent for its sake would find it
-gone.
+For workers that compute prompts as they come: engines that another one fronts. They evict what was used least recently,
+the end of a prompt before its beginning. A prompt that is sent for the sake of what is cached now would find it gone.
 """
 
 from __future__ import annotations
 
+from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.protocol.prefix import HASH_BYTES
 
 STRIDE = 4
@@ -14,56 +14,53 @@ _STRIDE_BYTES = STRIDE * HASH_BYTES
 
 
 class Foresight:
-    """The last `num_blocks` blocks of prompts and answers that were sent there or came from there.
-
-    Kept by strides of `STRIDE` blocks, each known by the hash of its last block; what is left at the end of a prompt,
-    by that of the prompt's last block.
-    """
+    """The order in which prompts were sent to one worker: whole strides of `STRIDE` blocks, each known by the hash of
+    its last block."""
 
     def __init__(self, num_blocks: int) -> None:
+        """`num_blocks`: of the worker."""
         self._num_blocks = num_blocks
-        self._num_used = 0
-        self._sizes: dict[bytes, int] = {}  # by hash, in blocks; the least recently used first
+        self._strides: dict[bytes, None] = {}  # the least recently used first
+        self._doomed: tuple[int, set[bytes]] = (0, set())  # so many blocks, if they have to go, are these
 
     def use(self, prefix_hashes: bytes) -> None:
         """Count a prompt (packed hashes, from its root on) as used after all before it. O(blocks / STRIDE)."""
-        num_bytes = len(prefix_hashes)
-        whole = num_bytes - num_bytes % _STRIDE_BYTES
-        if whole < num_bytes:
-            self._touch(prefix_hashes[-HASH_BYTES:], (num_bytes - whole) // HASH_BYTES)
-        for end in range(whole, 0, -_STRIDE_BYTES):
-            self._touch(prefix_hashes[end - HASH_BYTES : end], STRIDE)
-        self._trim()
+        strides = self._strides
+        for end in range(len(prefix_hashes) // _STRIDE_BYTES * _STRIDE_BYTES, 0, -_STRIDE_BYTES):
+            digest = prefix_hashes[end - HASH_BYTES : end]
+            strides.pop(digest, None)
+            strides[digest] = None
+        while len(strides) * STRIDE > 2 * self._num_blocks:  # most of the older half is gone
+            del strides[next(iter(strides))]
+        self._doomed = (0, set())
 
-    def add(self, name: bytes, num_blocks: int) -> None:
-        """Count `num_blocks` of an answer, which nothing looks for under `name`, as just used."""
-        if num_blocks:
-            self._touch(name, num_blocks)
-            self._trim()
-
-    def limit(self, prefix_hashes: bytes, num_blocks: int) -> int:
-        """Return how many of the first `num_blocks` blocks of a prompt will still be there: all, or a whole number of
-        strides. O(log n)."""
+    def num_left(self, prefix_hashes: bytes, num_blocks: int, index: PrefixIndex, num_coming: int) -> int:
+        """Return how many of the first `num_blocks` blocks of a prompt, all of them cached or to be computed, will be
+        left when `num_coming` blocks have been computed: all, or a whole number of strides."""
+        num_evicted = index.num_resident + num_coming - self._num_blocks
+        if num_evicted <= 0 or not num_coming:
+            return num_blocks
+        doomed = self._first(num_evicted, index)
         low, high = 0, num_blocks // STRIDE
-        while low < high:
-            middle = (low + high + 1) // 2
-            end = middle * _STRIDE_BYTES
-            if prefix_hashes[end - HASH_BYTES : end] in self._sizes:
-                low = middle
+        while low < high:  # the ends of prompts were used before their beginnings
+            middle = (low + high) // 2
+            end = (middle + 1) * _STRIDE_BYTES
+            if prefix_hashes[end - HASH_BYTES : end] in doomed:
+                high = middle
             else:
-                high = middle - 1
+                low = middle + 1
         return num_blocks if low == num_blocks // STRIDE else low * STRIDE
 
-    def _touch(self, name: bytes, size: int) -> None:
-        self._num_used += size - self._sizes.pop(name, 0)
-        self._sizes[name] = size
-
-    def _trim(self) -> None:
-        num_over, gone = self._num_used - self._num_blocks, []
-        for name, size in self._sizes.items():
-            if num_over <= 0:
-                break
-            gone.append(name)
-            num_over -= size
-        for name in gone:
-            self._num_used -= self._sizes.pop(name)
+    def _first(self, num_evicted: int, index: PrefixIndex) -> set[bytes]:
+        """Return the strides, among those resident, that `num_evicted` blocks are which have to go."""
+        num, doomed = self._doomed
+        if num != num_evicted:
+            num, doomed = num_evicted, set()
+            for digest in self._strides:
+                if num <= 0:
+                    break
+                if index.is_resident(digest):
+                    doomed.add(digest)
+                    num -= STRIDE
+            self._doomed = num_evicted, doomed
+        return doomed

@@ -52,6 +52,10 @@ class PrefixIndex:
         """False from a gap in the events until the next snapshot."""
         return self._in_sync
 
+    @property
+    def num_resident(self) -> int:
+        return len(self._resident)
+
     def apply(self, event_seq: int, stored: bytes, removed: bytes, now: float = 0.0) -> bool:
         """Follow one report's block events; return False if a snapshot must be asked for now.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
@@ -130,6 +131,7 @@ def _read_call(body: dict[str, Any], parameters: dict[str, Any], token_ids: list
         presence_penalty=parameters.get("presence_penalty") or 0.0,
         frequency_penalty=parameters.get("frequency_penalty") or 0.0,
         logprobs=parameters.get("logprobs"),
+        forced=_read_grammar(parameters.get("structured_outputs"), options),
     )
     stream_options = body.get("stream_options") or {}
     wants_usage = bool(stream_options.get("include_usage"))
@@ -143,6 +145,15 @@ def _read_call(body: dict[str, Any], parameters: dict[str, Any], token_ids: list
         salt=salt,
         request_id=body.get("request_id"),
     )
+
+
+def _read_grammar(asked: dict[str, Any] | None, options: EngineOptions) -> tuple[int, ...]:
+    """Return the tokens that a grammar names by their ids; the stand-in draws these first, and knows no more of it."""
+    if asked is None:
+        return ()
+    if not options.holds_grammars:
+        raise WireError(400, "Invalid grammar specification.")
+    return tuple(int(token_id) for token_id in re.findall(r"<\[(\d+)\]>", asked["grammar"]))
 
 
 def check_for_engine(call: Call, options: EngineOptions) -> None:

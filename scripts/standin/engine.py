@@ -41,6 +41,7 @@ class EngineOptions:
     step_ms: float = 1.0
     prefill_tokens_per_s: float = math.inf
     hash_form: HashForm = "int"
+    holds_grammars: bool = True
 
     def __post_init__(self) -> None:
         if (self.num_blocks - 1) * self.block_size < self.max_model_len:
@@ -63,6 +64,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logprobs: int | None = None
+    forced: tuple[int, ...] = ()  # the first tokens of the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,8 @@ class TokenModel:
         if sampling.temperature > 0:
             value = (value * 31 + sampling.seed * 7919 + self._num_drawn) % _MODULUS
         value = value * 0x9E3779B97F4A7C15 % (1 << 64) >> 13
+        if self._num_drawn < len(sampling.forced):
+            return self._drawn(sampling.forced[self._num_drawn])
         may_end = self._num_drawn >= sampling.min_tokens
         if may_end and value // options.vocab_size % 1000 < options.eos_per_mille:
             token_id = options.eos_token_ids[value % len(options.eos_token_ids)]
@@ -108,6 +112,9 @@ class TokenModel:
                 barred |= self._said
             while token_id in barred or (not may_end and token_id in sampling.stop_token_ids):
                 token_id = (token_id + 1) % options.vocab_size
+        return self._drawn(token_id)
+
+    def _drawn(self, token_id: int) -> int:
         self._said.add(token_id)
         self._num_drawn += 1
         self._take(token_id)

@@ -42,10 +42,11 @@ _CACHE_LACKS: list[Lack] = ["public_zone", "owners", "pins", "retention", "no_st
 _DRAWING_LACKS: list[Lack] = [
     "resumed_penalties",
     "resumed_draws",
+    "resumed_grammars",
     "bad_words",
     "max_reasoning_tokens",
-    "grammars",
 ]
+_GRAMMAR_LACKS: list[Lack] = ["grammars"]
 _QUEUE_LACKS: list[Lack] = ["order"]
 _COMPLETIONS_LACKS: list[Lack] = ["logprobs"]
 DEFAULT_MAX_REQUESTS = 128
@@ -337,5 +338,11 @@ def make_hello(options: Options, worker_id: str, facts: Facts) -> Hello:
         pid=os.getpid(),
         engine=f"vllm {facts.version}"[:256],
         hit_blocks=ratio,
-        lacks=[*_CACHE_LACKS, *_DRAWING_LACKS, *_QUEUE_LACKS, *([] if facts.has_generate else _COMPLETIONS_LACKS)],
+        lacks=[
+            *_CACHE_LACKS,
+            *_DRAWING_LACKS,
+            *_QUEUE_LACKS,
+            *([] if facts.has_generate else _COMPLETIONS_LACKS),
+            *([] if facts.has_grammars else _GRAMMAR_LACKS),
+        ],
     )

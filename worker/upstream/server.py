@@ -29,7 +29,8 @@ T = TypeVar("T")
 class Facts:
     """What a server said of itself when it was found. `events`: of our rank; None where it publishes none.
 
-    `has_generate`: it takes and gives token ids by vLLM's own route; else by completions.
+    `has_generate`: it takes and gives token ids by vLLM's own route; else by completions. `has_grammars`: it holds
+    answers to grammars in our notation.
     """
 
     version: str
@@ -38,6 +39,7 @@ class Facts:
     limits: SchedulerLimits
     events: EventSource | None
     has_generate: bool
+    has_grammars: bool
 
 
 class Server:
@@ -72,7 +74,8 @@ class Server:
             raise ConfigurationError(f"{self.name} answers what no vLLM server does: {error}.") from None
         has_generate = await self._probe(model.id)
         events = sources.get(self.rank or 0)
-        return Facts(version.get("version", "unknown"), model, metrics, limits, events, has_generate)
+        has_grammars = await self._holds_to_grammars(model.id, has_generate=has_generate)
+        return Facts(version.get("version", "unknown"), model, metrics, limits, events, has_generate, has_grammars)
 
     async def ranks(self) -> list[int | None]:
         """Return the data-parallel ranks of the server; [None] if it has one. Raises as `find`."""
@@ -124,6 +127,16 @@ class Server:
             if stream.status >= 500:
                 raise UpstreamUnreachable(f"{self.name} answers a request for one token with {stream.status}")
         raise ConfigurationError(f"{self.name} takes token ids at neither {vllm.GENERATE} nor {vllm.COMPLETIONS}.")
+
+    async def _holds_to_grammars(self, model: str, *, has_generate: bool) -> bool:
+        """Ask for an answer that only a grammar explains; return whether that came."""
+        body = vllm.grammar_probe(model, has_generate=has_generate)
+        path = vllm.GENERATE if has_generate else vllm.COMPLETIONS
+        status, answer = await self._client.ask("POST", path, body, timeout_s=PROBE_TIMEOUT_S)
+        if status != 200:
+            return False
+        choices = vllm.CHUNKS.decode(answer).choices
+        return bool(choices) and tuple(choices[0].token_ids or ()) == vllm.PROBED
 
     async def _get(self, path: str, default: bytes | None = None) -> bytes:
         status, body = await self._client.ask("GET", path, timeout_s=ASK_TIMEOUT_S)

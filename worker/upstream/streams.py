@@ -83,7 +83,8 @@ class Streams:
         key = (command.req_id, command.attempt)
         if key in self._active:
             return
-        unsupported = vllm.unsupported(command.sampling, has_generate=self._facts.has_generate)
+        has_generate, has_grammars = self._facts.has_generate, self._facts.has_grammars
+        unsupported = vllm.unsupported(command.sampling, has_generate=has_generate, has_grammars=has_grammars)
         if unsupported is not None:
             self.refuse(command, "error", unsupported)
             return

@@ -4,6 +4,9 @@ Seen on 0.32. Tokens go in and out by `/inference/v1/generate`, which a server o
 `--enable-scale-out`; elsewhere by `/v1/completions` with `return_token_ids`, which tells no ids of alternatives: there
 requests with logprobs are refused. What was cached is told only in the last chunk. Many errors come as events of
 an answer of status 200.
+
+Grammars go there in the notation of llguidance. Of vLLM's backends only `guidance` knows it, which `auto`, the default,
+falls back to: xgrammar refuses the first line of such a text.
 """
 
 from __future__ import annotations
@@ -14,14 +17,16 @@ from typing import Any
 
 import msgspec
 
-from kvasir.protocol.errors import ConfigurationError
-from kvasir.protocol.messages import Generate, Sampling, TokenLogprobs
+from kvasir.protocol.errors import BadRequest, ConfigurationError
+from kvasir.protocol.lark import HEADER, lark_of
+from kvasir.protocol.messages import MAX_TOKENS, Generate, Sampling, TokenLogprobs
 from kvasir.protocol.tokens import num_tokens, unpack_tokens
 
 GENERATE = "/inference/v1/generate"
 COMPLETIONS = "/v1/completions"
 ABORT = "/inference/v1/abort_requests"
 QUEUE_FULL = 503
+PROBED = (7, 3, 7)
 DONE = b"[DONE]"
 _DEFAULTS = Sampling()
 _PASSED_ON = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
@@ -217,15 +222,22 @@ def read_metrics(text: str, rank: int) -> Metrics:
         ) from None
 
 
-def unsupported(sampling: Sampling, *, has_generate: bool) -> str | None:
+def unsupported(sampling: Sampling, *, has_generate: bool, has_grammars: bool) -> str | None:
     """Return what is asked of the drawing that the server cannot do, None if it can do all of it."""
     if sampling.logprobs is not None and not has_generate:
         return f"logprobs need {GENERATE}; start the upstream with --enable-scale-out"
     constraint = sampling.constraint
-    if constraint is not None and constraint.grammar is not None:
-        return "answers cannot be held to a grammar by the engine of this model"
-    if constraint is not None and (constraint.bad_words or constraint.reasoning):
-        return "bad_words and max_reasoning_tokens are not supported by the engine of this model"
+    if constraint is not None:
+        is_bounded = constraint.reasoning is not None and constraint.reasoning.max_tokens < MAX_TOKENS
+        if constraint.bad_words or is_bounded or (constraint.reasoning is not None and constraint.grammar is None):
+            return "bad_words and max_reasoning_tokens are not supported by the engine of this model"
+        if constraint.grammar is not None and not has_grammars:
+            return "answers cannot be held to a grammar by the engine of this model"
+        if constraint.grammar is not None:
+            try:
+                lark_of(constraint.grammar, constraint.reasoning)
+            except BadRequest as error:
+                return error.message
     for name in sampling.__struct_fields__:
         is_known = name in _PASSED_ON or name in _TRANSLATED
         if not is_known and getattr(sampling, name) != getattr(_DEFAULTS, name):
@@ -250,6 +262,9 @@ def generate_body(command: Generate, model: str, request_id: str, *, has_generat
         drawing["min_tokens"] = max(0, sampling.constraint.min_tokens - num_delivered)
         if sampling.constraint.allowed_token_ids:
             drawing["allowed_token_ids"] = sampling.constraint.allowed_token_ids
+        if sampling.constraint.grammar is not None:
+            text = lark_of(sampling.constraint.grammar, sampling.constraint.reasoning)
+            drawing["structured_outputs"] = {"grammar": text}
     if command.stop_token_ids:
         drawing["stop_token_ids"] = command.stop_token_ids
     if sampling.logprobs is not None:
@@ -282,6 +297,22 @@ def probe_body(model: str, *, has_generate: bool) -> bytes:
         body |= {"token_ids": [0], "sampling_params": {"max_tokens": 1, "temperature": 0.0}}
     else:
         body |= {"prompt": [0], "max_tokens": 1, "temperature": 0.0}
+    return msgspec.json.encode(body)
+
+
+def grammar_probe(model: str, *, has_generate: bool) -> bytes:
+    """Return the body of a request whose answer, where grammars are held to, are the tokens `PROBED`."""
+    grammar = HEADER + f"start: {' '.join(f'<[{token_id}]>' for token_id in PROBED)}"
+    drawing: dict[str, Any] = {
+        "max_tokens": len(PROBED),
+        "temperature": 0.0,
+        "structured_outputs": {"grammar": grammar},
+    }
+    body: dict[str, Any] = {"model": model, "stream": False}
+    if has_generate:
+        body |= {"token_ids": [0], "sampling_params": {**drawing, "detokenize": False}, "output_mode": "tokens"}
+    else:
+        body |= {"prompt": [0], "return_token_ids": True, **drawing}
     return msgspec.json.encode(body)
 
 

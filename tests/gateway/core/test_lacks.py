@@ -7,11 +7,20 @@ from typing import Any
 import msgspec
 
 from kvasir.gateway.core.request import Request
-from kvasir.protocol.messages import Bye, ClearTenant, Load, Pin, Quota, Quotas, Sampling, Welcome
+from kvasir.protocol.messages import Bye, ClearTenant, Constraint, Grammar, Load, Pin, Quota, Quotas, Sampling, Welcome
 from kvasir.protocol.prefix import split_hashes
 from tests.core_helpers import BLOCK_SIZE, ROOT, Bench, make_hashes, make_submit, output
 
-EVERYTHING = ["public_zone", "owners", "pins", "retention", "resumed_penalties", "resumed_draws", "order"]
+EVERYTHING = [
+    "public_zone",
+    "owners",
+    "pins",
+    "retention",
+    "resumed_penalties",
+    "resumed_draws",
+    "resumed_grammars",
+    "order",
+]
 UPSTREAM: dict[str, Any] = {"engine": "vllm", "lacks": EVERYTHING}
 
 
@@ -80,11 +89,13 @@ def test_an_engine_that_died_counts_as_a_death_and_one_that_left_does_not() -> N
         assert request is not None and request.num_deaths == is_death
 
 
-def test_a_request_with_penalties_ends_with_a_named_error_where_it_cannot_go_on() -> None:
-    for sampling, ends in (
-        (Sampling(presence_penalty=0.5), True),
-        (Sampling(frequency_penalty=-0.5), True),
-        (Sampling(repetition_penalty=1.2, temperature=0.0), False),
+def test_a_request_that_looks_at_what_was_generated_ends_with_a_named_error_where_it_cannot_go_on() -> None:
+    for sampling, what in (
+        (Sampling(presence_penalty=0.5), "penalties"),
+        (Sampling(frequency_penalty=-0.5), "penalties"),
+        (Sampling(constraint=Constraint(grammar=Grammar("regex", "a+"))), "a grammar"),
+        (Sampling(constraint=Constraint(min_tokens=3)), ""),
+        (Sampling(repetition_penalty=1.2, temperature=0.0), ""),
     ):
         bench = Bench()
         bench.join("w1", **UPSTREAM)
@@ -96,9 +107,9 @@ def test_a_request_with_penalties_ends_with_a_named_error_where_it_cannot_go_on(
 
         bench.core.worker_report(first, Bye("gone", True))
 
-        assert (sink.finished is not None) == ends
+        assert (sink.finished is not None) == bool(what)
         if sink.finished is not None:
-            assert sink.finished.error is not None and "penalties" in sink.finished.error.message
+            assert sink.finished.error is not None and what in sink.finished.error.message
             assert sink.finished.num_output_tokens == 1
 
 

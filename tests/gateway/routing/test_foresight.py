@@ -1,19 +1,19 @@
-"""What will still be cached, against a plain list of blocks in the order of their last use."""
+"""What waiting prompts will evict, against a plain list of blocks in the order of their last use."""
 
-import os
 from collections import OrderedDict
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvasir.gateway.routing.foresight import STRIDE, Foresight
+from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.protocol.prefix import HASH_BYTES, split_hashes
 
-SPLIT = 64  # blocks in the longest prompt
+MOST = 64  # blocks in a prompt
 
 
-class PlainLru:
-    """Blocks, the least recently used first; of a prompt, the last one."""
+class PlainCache:
+    """A worker's cache: the least recently used block first, of a prompt the last one."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -23,10 +23,13 @@ class PlainLru:
         for digest in reversed(split_hashes(prefix_hashes)):
             self.blocks[digest] = None
             self.blocks.move_to_end(digest)
-        while len(self.blocks) > self.num_blocks:
+        self.make_room(0)
+
+    def make_room(self, num_coming: int) -> None:
+        while len(self.blocks) > max(0, self.num_blocks - num_coming):
             self.blocks.popitem(last=False)
 
-    def limit(self, prefix_hashes: bytes) -> int:
+    def num_leading(self, prefix_hashes: bytes) -> int:
         hashes = split_hashes(prefix_hashes)
         return next((i for i, digest in enumerate(hashes) if digest not in self.blocks), len(hashes))
 
@@ -37,39 +40,36 @@ def prompt(conversation: int, num_blocks: int) -> bytes:
     return b"".join(name.ljust(HASH_BYTES - 2) + i.to_bytes(2, "big") for i, name in enumerate(names))
 
 
-prompts = st.builds(prompt, st.integers(0, 5), st.integers(1, SPLIT // STRIDE).map(lambda n: n * STRIDE))
+prompts = st.builds(prompt, st.integers(0, 5), st.integers(1, MOST // STRIDE).map(lambda n: n * STRIDE))
 
 
-@given(st.integers(SPLIT, 4 * SPLIT), st.lists(prompts, max_size=40), prompts)
-def test_whole_strides_are_as_in_a_plain_lru_of_blocks(num_blocks: int, sent: list[bytes], asked: bytes) -> None:
-    foresight, plain = Foresight(num_blocks), PlainLru(num_blocks)
+@given(st.integers(MOST, 4 * MOST), st.lists(prompts, max_size=40), st.integers(0, 3 * MOST), prompts)
+def test_whole_strides_are_as_in_a_plain_cache(num_blocks: int, sent: list[bytes], coming: int, asked: bytes) -> None:
+    foresight, cache, index = Foresight(num_blocks), PlainCache(num_blocks), PrefixIndex()
     for each in sent:
         foresight.use(each)
-        plain.use(each)
-    expected = plain.limit(asked)
-    found = foresight.limit(asked, len(asked) // HASH_BYTES)
-    assert expected - STRIDE < found <= expected
+        cache.use(each)
+    index.replace(1, b"".join(cache.blocks))
+    cached, _ = index.match(asked, len(asked) // HASH_BYTES)
+    assert cached == cache.num_leading(asked)
+    left = foresight.num_left(asked, cached, index, coming)
+    if not coming:
+        assert left == cached, "what is known is not guessed"
+    cache.make_room(coming)
+    expected = cache.num_leading(asked)
+    assert expected - STRIDE < left <= expected + STRIDE
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, SPLIT)), max_size=40))
-def test_it_never_expects_more_than_the_cache_holds(sent: list[tuple[int, int]]) -> None:
-    foresight = Foresight(SPLIT)
-    for each in sent:
-        foresight.use(prompt(*each))
-        foresight.add(os.urandom(HASH_BYTES), each[1] // 8)
-    expected = {
-        split_hashes(prompt(c, SPLIT))[i] for c in range(6) for i in range(foresight.limit(prompt(c, SPLIT), SPLIT))
-    }
-    assert len(expected) <= SPLIT
-
-
-def test_answers_take_room_and_a_short_rest_goes_with_the_strides_before_it() -> None:
-    foresight = Foresight(4 * STRIDE)
-    first = prompt(0, 3 * STRIDE + 1)
-    foresight.use(first)
-    assert foresight.limit(first, 3 * STRIDE + 1) == 3 * STRIDE + 1
-    foresight.add(b"answer", STRIDE)
-    assert foresight.limit(first, 3 * STRIDE + 1) == 3 * STRIDE + 1, "only the rest of one block had to go"
-    foresight.add(b"another", STRIDE)
-    assert foresight.limit(first, 3 * STRIDE + 1) == 2 * STRIDE
-    assert foresight.limit(first, STRIDE) == STRIDE
+def test_what_the_worker_has_of_others_does_not_count_as_going_first() -> None:
+    """Blocks that were never sent, such as answers, take room; the strides sent go for them, the oldest first."""
+    foresight, index = Foresight(10 * STRIDE), PrefixIndex()
+    old, new = prompt(0, 4 * STRIDE), prompt(1, 4 * STRIDE)
+    foresight.use(old)
+    foresight.use(new)
+    answers = b"".join(bytes([i]).rjust(HASH_BYTES) for i in range(4 * STRIDE))
+    index.replace(1, b"".join({*split_hashes(old + new)}) + answers)
+    assert index.num_resident == 10 * STRIDE
+    assert foresight.num_left(old, 4 * STRIDE, index, STRIDE) == 3 * STRIDE
+    assert foresight.num_left(new, 4 * STRIDE, index, 2 * STRIDE) == 4 * STRIDE
+    assert foresight.num_left(new, 4 * STRIDE, index, 3 * STRIDE) == 3 * STRIDE
+    assert foresight.num_left(old, 4 * STRIDE, index, 100 * STRIDE) == 0

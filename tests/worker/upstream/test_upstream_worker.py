@@ -11,7 +11,7 @@ import trio
 
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.protocol.errors import ConfigurationError
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.messages import Constraint, Grammar, Sampling
 from kvasir.worker.upstream import incarnation, server, streams
 from scripts.standin.engine import EngineOptions
 from scripts.standin.events import EventOptions
@@ -82,6 +82,26 @@ def test_log_probabilities_pass_and_are_refused_by_name_where_their_ids_would_be
                     assert [entry.top[0][0] for entry in logprobs] == answer.tokens
                 else:
                     assert finished.error is not None and "--enable-scale-out" in finished.error.message
+
+    run(body)
+
+
+@pytest.mark.parametrize("has_scale_out", [True, False])
+def test_an_answer_is_held_to_a_grammar_where_the_engine_was_seen_to_do_so(tmp_path: Path, has_scale_out: bool) -> None:
+    async def body() -> None:
+        sampling = Sampling(
+            constraint=Constraint(grammar=Grammar("lark", "start: <[9]> <[11]> <[9]>")), temperature=0.0
+        )
+        for holds in (True, False):
+            options = StandinOptions(engine=EngineOptions(holds_grammars=holds), has_scale_out=has_scale_out)
+            async with running_standin(options) as standin, running_fleet(tmp_path, standin) as fleet:
+                assert ("grammars" in fleet.core.models()["demo"].lacks) != holds
+                _, answer = fleet.submit(prompt(1), max_tokens=3, sampling=sampling)
+                finished = await answer.end()
+                if holds:
+                    assert (answer.tokens, finished.reason) == ([9, 11, 9], "length")
+                else:
+                    assert finished.error is not None and "grammar" in finished.error.message
 
     run(body)
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from kvasir.protocol.errors import ConfigurationError
-from kvasir.protocol.messages import Constraint, Generate, Grammar, Sampling
+from kvasir.protocol.messages import Constraint, Generate, Grammar, ReasoningBudget, Sampling
 from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.upstream import vllm
 
@@ -135,10 +135,40 @@ def test_a_minimum_counts_what_earlier_attempts_have_delivered() -> None:
     command = make_generate(sampling, token_ids=pack_tokens([1, 2, 3, 7, 8]))
     drawn = msgspec.json.decode(vllm.generate_body(command, "qwen", "id", has_generate=True))["sampling_params"]
     assert (drawn["min_tokens"], drawn["allowed_token_ids"]) == (3, [7, 8])
-    assert vllm.unsupported(sampling, has_generate=True) is None
-    assert "bad_words" in str(vllm.unsupported(Sampling(constraint=Constraint(bad_words=[[1]])), has_generate=True))
+    assert vllm.unsupported(sampling, has_generate=True, has_grammars=False) is None
+    assert "bad_words" in str(
+        vllm.unsupported(Sampling(constraint=Constraint(bad_words=[[1]])), has_generate=True, has_grammars=False)
+    )
     held = Sampling(constraint=Constraint(grammar=Grammar("regex", "a")))
-    assert "grammar" in str(vllm.unsupported(held, has_generate=True)), "it must not be passed over"
+    assert "grammar" in str(vllm.unsupported(held, has_generate=True, has_grammars=False)), "it must not be passed over"
+
+
+def test_a_grammar_goes_there_in_the_notation_that_only_a_backend_that_honours_all_of_it_reads() -> None:
+    bounded = ReasoningBudget(5, 100, 6)
+    for constraint, expected in (
+        (Constraint(grammar=Grammar("regex", "a/b")), "%llguidance {}\nstart: /a\\/b/"),
+        (Constraint(grammar=Grammar("choice", '["x", "y"]')), '%llguidance {}\nstart: "x" | "y"'),
+        (Constraint(grammar=Grammar("lark", 'start: "a"')), '%llguidance {}\nstart: "a"'),
+        (Constraint(grammar=Grammar("lark", 'root ::= "a"')), 'root ::= "a"'),
+        (
+            Constraint(grammar=Grammar("regex", "a"), reasoning=ReasoningBudget(5, start=6)),
+            "%llguidance {}\nstart: (<[6]> /(.|\\n)*/ <[5]>)? answer\nanswer: /a/",
+        ),
+    ):
+        sampling = Sampling(constraint=constraint)
+        assert vllm.unsupported(sampling, has_generate=True, has_grammars=True) is None
+        command = make_generate(sampling)
+        body = msgspec.json.decode(vllm.generate_body(command, "qwen", "id", has_generate=True))
+        assert body["sampling_params"]["structured_outputs"] == {"grammar": expected}
+        body = msgspec.json.decode(vllm.generate_body(command, "qwen", "id", has_generate=False))
+        assert body["structured_outputs"] == {"grammar": expected}
+    for constraint, named in (
+        (Constraint(grammar=Grammar("regex", "a"), reasoning=bounded), "max_reasoning_tokens"),
+        (Constraint(grammar=Grammar("lark", 'start: "a"'), reasoning=ReasoningBudget(5)), "of your own"),
+        (Constraint(grammar=Grammar("json_schema", "{")), "no valid JSON"),
+    ):
+        sampling = Sampling(constraint=constraint)
+        assert named in str(vllm.unsupported(sampling, has_generate=True, has_grammars=True))
 
 
 def test_every_field_of_sampling_is_passed_translated_or_refused_by_name() -> None:
@@ -147,8 +177,8 @@ def test_every_field_of_sampling_is_passed_translated_or_refused_by_name() -> No
     for name in Sampling.__struct_fields__:
         if name in vllm._PASSED_ON or name in vllm._TRANSLATED:
             sampling = Sampling(**{name: changed.get(name, 0.5)})
-            assert vllm.unsupported(sampling, has_generate=True) is None
-    assert "--enable-scale-out" in str(vllm.unsupported(Sampling(logprobs=1), has_generate=False))
+            assert vllm.unsupported(sampling, has_generate=True, has_grammars=False) is None
+    assert "--enable-scale-out" in str(vllm.unsupported(Sampling(logprobs=1), has_generate=False, has_grammars=False))
 
 
 def test_a_model_is_found_by_name_or_as_the_only_one_and_a_lora_by_its_own() -> None:
