@@ -9,6 +9,8 @@ Prefill is the time until the last sequence has its first token, decode the time
 by its own time stamps of the tokens. "call" counts generated tokens over the whole call: prefill, decode and, for
 continuous batching, what `generate_batch` needs to start and to stop.
 
+`--peer vllm --env DIR` compares whole servers instead, see `scripts/engine_peer.py`.
+
 `--ahead` adds our engine with every step launched while another thread computes the one before, and prints for both
 loops the host's time per step: that in which nothing is computed.
 
@@ -22,6 +24,7 @@ import argparse
 import json
 import logging
 import platform
+import signal
 import sys
 import time
 import warnings
@@ -45,6 +48,7 @@ from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.model.linear import Packing
 from kvasir.worker.model.loader import load_model, read_config
 from kvasir.worker.model.sampling import sample
+from scripts import engine_peer
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE = 16
@@ -231,7 +235,7 @@ def best_of(runs: dict[str, Callable[[list[list[int]]], Times]], prompts: list[l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "kvasir" / "demo_model")
+    parser.add_argument("--model", type=Path, help="default: the bundled model; with --peer a random one")
     parser.add_argument("--batch", default="1,8,32", help="batch sizes, comma-separated")
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens per sequence")
     parser.add_argument("--tokens", type=int, default=64, help="generated tokens per sequence")
@@ -245,7 +249,32 @@ def main() -> None:
     parser.add_argument("--ahead", action="store_true", help="also our engine with steps launched ahead")
     parser.add_argument("--no-transformers", action="store_true", help="our engine alone")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--peer", choices=("vllm",), help="compare whole servers")
+    parser.add_argument("--env", type=Path, metavar="DIR", help="where the peer's environment is, or is made")
+    parser.add_argument("--peer-cells", default="8x128,32x128,8x2048:1920,32x2048:1920", metavar="CELLS")
+    parser.add_argument("--peer-requests", type=int, default=4, metavar="N", help="per connection (default 4)")
+    parser.add_argument("--port", type=int, default=18600, help="the first of the ports that a peer takes")
+    parser.add_argument("--worker-args", default="", help="of our worker beside a peer")
     options = parser.parse_args()
+    if options.peer is not None:
+        if options.env is None:
+            parser.error("--peer takes --env DIR")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
+        cells = [engine_peer.Cell.parse(text) for text in options.peer_cells.split(",")]
+        found = engine_peer.compare(
+            options.model,
+            options.env,
+            cells,
+            options.tokens,
+            options.repeats,
+            options.peer_requests,
+            options.port,
+            options.worker_args,
+        )
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+        return
+    options.model = options.model or ROOT / "kvasir" / "demo_model"
     torch.set_num_threads(1)
     batches = [int(size) for size in options.batch.split(",")]
     longest = max(options.prompt, options.choices_prompt) + options.tokens
@@ -296,8 +325,8 @@ def main() -> None:
     if options.json:
         machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
         setting = {"model": str(options.model), "prompt": options.prompt, "tokens": options.tokens}
-        found = {"machine": machine, "setting": setting, "rows": rows, "choices": choices}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        result = {"machine": machine, "setting": setting, "rows": rows, "choices": choices}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

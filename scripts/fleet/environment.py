@@ -81,6 +81,7 @@ class ServerSettings:
     block_size: int | None
     num_blocks: int
     max_model_len: int = 2048
+    model: Path = MODEL
 
     @property
     def events(self) -> str:
@@ -118,6 +119,11 @@ class Server:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.settings.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def start(self) -> None:
         """Start the process and return at once; `wait_up` is next."""
@@ -184,7 +190,7 @@ def vllm_server(program: Path, settings: ServerSettings, log: Path, *options: st
     events: dict[str, Any] = {"enable_kv_cache_events": True, "publisher": "zmq", "topic": "", "buffer_steps": 10_000}
     events["endpoint"] = f"tcp://*:{settings.port + 1}"
     events["replay_endpoint"] = f"tcp://*:{settings.port + 2}"
-    command = [str(program), "serve", str(MODEL), "--served-model-name", MODEL_NAME, "--host", "127.0.0.1"]
+    command = [str(program), "serve", str(settings.model), "--served-model-name", MODEL_NAME, "--host", "127.0.0.1"]
     command += ["--port", str(settings.port), "--dtype", "float32", "--max-model-len", str(settings.max_model_len)]
     command += ["--max-num-seqs", "32", "--enforce-eager", "--enable-scale-out", "--enable-prompt-tokens-details"]
     command += ["--num-gpu-blocks-override", str(settings.num_blocks), "--kv-events-config", json.dumps(events)]

@@ -34,6 +34,10 @@ STOP_TIMEOUT_S = 40
 class Gateway:
     """Answers on `url`; `log` holds what it and its workers print."""
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def __init__(self, home: Path, port: int, process: subprocess.Popen[bytes]) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.log = home / "gateway.log"
@@ -70,8 +74,10 @@ class Gateway:
 
 
 @contextlib.contextmanager
-def running_gateway(servers: Sequence[Server], port: int) -> Iterator[Gateway]:
-    """A gateway with a worker before each server; ready inside the block, stopped after it."""
+def running_gateway(
+    servers: Sequence[Server], port: int, model: Path = MODEL, worker_args: str = ""
+) -> Iterator[Gateway]:
+    """A gateway with a worker before each server, or with one of our own; ready inside the block, stopped after it."""
     home = Path(tempfile.mkdtemp(prefix="fleet"))  # short: the paths of sockets are bounded
     command = [
         sys.executable,
@@ -82,14 +88,15 @@ def running_gateway(servers: Sequence[Server], port: int) -> Iterator[Gateway]:
         "--run-dir",
         str(home / "run"),
     ]
-    command += ["--http", f"127.0.0.1:{port}", "--model", f"{MODEL_NAME}={MODEL}"]
+    command += ["--http", f"127.0.0.1:{port}", "--model", f"{MODEL_NAME}={model}"]
+    command += [f"--worker-args={worker_args}"] if worker_args else []
     for server in servers:
         command += ["--upstream", f"{MODEL_NAME}={server.url}"]
     with (home / "gateway.log").open("wb") as sink:
         process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), stdout=sink, stderr=sink)
     gateway = Gateway(home, port, process)
     try:
-        gateway.wait_ready(len(servers))
+        gateway.wait_ready(len(servers) or 1)
         yield gateway
     finally:
         process.send_signal(signal.SIGTERM)

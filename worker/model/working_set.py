@@ -9,7 +9,8 @@ What we chose: sequences stand in rows of *shelves*, four to every power of two 
 not padded to a long one and rows are at most a quarter longer than what they hold, beyond 512 tokens. A sequence that
 outgrows its shelf is copied anew. The set holds exactly the sequences that decode in this step: one that is absent, or
 has become longer elsewhere, has lost its row, so nothing stale can be read. Beyond `limit_bytes` sequences are
-gathered every step instead.
+gathered every step instead. What several sequences begin with is not in their rows but in a stem
+(`worker.model.cascade`), if that saves more than it costs; not where a layer has a sliding window.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from kvasir.cache.kv_store import KvStore, bytes_per_block
 from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.attention import GatherAttention
 from kvasir.worker.model.batch import Batch
+from kvasir.worker.model.cascade import Stem, attend_with_lse, copy_blocks, find_group, make_stem
 from kvasir.worker.model.config import ModelConfig
 
 _MIN_CAPACITY = 128  # tokens
@@ -36,15 +37,21 @@ class WorkingSetAttention(GatherAttention):
 
     name = "working set"
 
-    def __init__(self, config: ModelConfig, limit_bytes: int = 1 << 30) -> None:
+    def __init__(self, config: ModelConfig, limit_bytes: int = 1 << 30, *, has_stems: bool = True) -> None:
         super().__init__(config)
         self.limit_bytes = limit_bytes
+        self._has_stems = has_stems and set(config.sliding_windows) == {None}
+        self.stem_of: dict[int, Stem] = {}  # by seq_key
         self._shelves: dict[int, _Shelf] = {}  # by capacity
         self._rows: dict[int, _Shelf] = {}  # seq_key -> its shelf
 
     @property
     def allocated_bytes(self) -> int:
-        return sum(shelf.size_bytes for shelf in self._shelves.values())
+        return sum(shelf.size_bytes for shelf in self._shelves.values()) + sum(stem.size_bytes for stem in self._stems)
+
+    @property
+    def _stems(self) -> set[Stem]:
+        return set(self.stem_of.values())
 
     @property
     def num_sequences(self) -> int:
@@ -55,10 +62,12 @@ class WorkingSetAttention(GatherAttention):
         by_key = {piece.seq_key: piece for piece in slices if piece.is_decoding}
         for shelf in list(self._shelves.values()):
             for seq_key in reversed(shelf.seq_keys):  # from the last row on, so that no row moves that leaves as well
-                if not shelf.continues(seq_key, by_key.get(seq_key)):
+                if not self._continues(shelf, seq_key, by_key.get(seq_key)):
                     self._drop(seq_key)
         new = [piece for piece in by_key.values() if piece.seq_key not in self._rows]
-        coming = Counter(_capacity(piece.end, kv.block_size) for piece in new)
+        if self._has_stems and new:
+            new = self._give_stems(new, by_key, kv)
+        coming = Counter(_capacity(piece.end - self._base(piece), kv.block_size) for piece in new)
         left = {piece.seq_key for piece in new if not self._admit(piece, kv, coming)}
         self._active = [self._shelves[capacity] for capacity in sorted(self._shelves)]
         for shelf in self._active:
@@ -69,6 +78,15 @@ class WorkingSetAttention(GatherAttention):
 
     def begin(self, batch: Batch, kv: KvStore) -> None:
         self._num_single_rows = sum(len(piece.token_ids) for piece in batch.singles)
+        queries: dict[Stem, list[int]] = {stem: [] for stem in self._stems}
+        row = 0
+        for piece in batch.singles:
+            if piece.seq_key in self.stem_of:
+                queries[self.stem_of[piece.seq_key]] += range(row, row + len(piece.token_ids))
+            row += len(piece.token_ids)
+        for stem, rows in queries.items():
+            stem.queries = torch.tensor(rows, device=kv.data.device)
+        self._step_stems = list(queries)
         for shelf in self._active:
             shelf.begin_step(set(self._config.sliding_windows))
         self.begin_singles(self._overflow, kv)
@@ -76,10 +94,18 @@ class WorkingSetAttention(GatherAttention):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: KvStore) -> Tensor:
         window, row, out = self._config.sliding_windows[layer], 0, []
+        lses = []
         for shelf in self._active:
             rows = slice(row, row + shelf.num_queries)
-            out.append(shelf.attend(layer, q[rows], k[rows], v[rows], window))
+            attended, lse = shelf.attend(layer, q[rows], k[rows], v[rows], window)
+            out.append(attended)
+            lses.append(lse)
             row = rows.stop
+        if self._step_stems:
+            out = [torch.cat(out)]
+            lse = torch.cat(lses)
+            for stem in self._step_stems:
+                stem.add_to(layer, q, out[0], lse)
         if self._overflow:
             out.append(self.attend_singles(layer, q[row : self._num_single_rows], kv))
         if self._chunks:
@@ -87,7 +113,49 @@ class WorkingSetAttention(GatherAttention):
             out.append(self.attend_chunks(layer, q[rest], k[rest], v[rest], kv))
         return torch.cat(out) if len(out) > 1 else out[0]
 
+    def _continues(self, shelf: _Shelf, seq_key: int, piece: SequenceSlice | None) -> bool:
+        """Return whether the set holds what is before `piece`, and has room for it."""
+        stem = self.stem_of.get(seq_key)
+        return piece is not None and (stem is None or stem.begins(piece)) and shelf.continues(piece)
+
+    def _give_stems(
+        self, new: list[SequenceSlice], present: dict[int, SequenceSlice], kv: KvStore
+    ) -> list[SequenceSlice]:
+        """Let `new` sequences share stems with each other and with `present` ones; return which need rows.
+
+        Those that had a row with all that they hold, and share now, are among them.
+        """
+        config, block_size = self._config, kv.block_size
+        block_bytes = bytes_per_block(1, block_size, config.num_kv_heads, config.head_dim, kv.data.dtype)
+        alone = {key: piece for key, piece in present.items() if key not in self.stem_of}
+        coming = {piece.seq_key: piece for piece in new}
+        for piece in new:
+            if piece.seq_key in self.stem_of:
+                continue
+            fitting = [stem for stem in self._stems if stem.begins(piece)]
+            stem, group = max(fitting, key=lambda stem: stem.length, default=None), [piece]
+            if stem is None:
+                others = [other for key, other in alone.items() if key != piece.seq_key]
+                num_shared, sharing = find_group(piece, others, block_size, block_bytes)
+                size_bytes = num_shared * block_bytes * config.num_layers
+                if not num_shared or size_bytes > self.limit_bytes - self.allocated_bytes:
+                    continue
+                stem, group = make_stem(kv, piece.block_table[:num_shared]), [piece, *sharing]
+            for member in group:
+                if member.seq_key in self._rows:
+                    self._drop(member.seq_key)
+                self.stem_of[member.seq_key] = stem
+                coming[member.seq_key] = member
+                del alone[member.seq_key]
+        return list(coming.values())
+
+    def _base(self, piece: SequenceSlice) -> int:
+        """Return how many of its first tokens are not in its row."""
+        stem = self.stem_of.get(piece.seq_key)
+        return 0 if stem is None else stem.length
+
     def _drop(self, seq_key: int) -> None:
+        self.stem_of.pop(seq_key, None)
         shelf = self._rows.pop(seq_key)
         shelf.remove(seq_key)
         if not shelf.seq_keys:
@@ -98,13 +166,15 @@ class WorkingSetAttention(GatherAttention):
 
         `coming` counts the sequences still to be admitted, by capacity, so that a shelf grows once for all of them.
         """
-        capacity = _capacity(piece.end, kv.block_size)
+        base = self._base(piece)
+        capacity = _capacity(piece.end - base, kv.block_size)
         shelf = self._shelves.get(capacity) or _Shelf(capacity, self._config, kv.data.dtype, kv.data.device)
         free_bytes = self.limit_bytes - self.allocated_bytes
         if not shelf.reserve(coming[capacity], free_bytes) and not shelf.reserve(1, free_bytes):
+            self.stem_of.pop(piece.seq_key, None)
             return False
         coming[capacity] -= 1
-        shelf.add(piece, kv)
+        shelf.add(piece, kv, base)
         self._shelves[capacity] = shelf
         self._rows[piece.seq_key] = shelf
         return True
@@ -120,6 +190,7 @@ class _Shelf:
     device: torch.device
     seq_keys: list[int] = field(default_factory=list)
     lengths: dict[int, int] = field(default_factory=dict)  # seq_key -> tokens in its row
+    bases: dict[int, int] = field(default_factory=dict)  # seq_key -> position of the first of them
     data: list[Tensor] = field(default_factory=list)  # per layer: [2, num_rows, num_kv_heads, capacity, head_dim]
     pieces: list[SequenceSlice] = field(default_factory=list)  # of this step, row by row
     num_queries: int = 0  # of this step
@@ -132,9 +203,10 @@ class _Shelf:
     def size_bytes(self) -> int:
         return sum(layer.nbytes for layer in self.data)
 
-    def continues(self, seq_key: int, piece: SequenceSlice | None) -> bool:
-        """Return whether the row of `seq_key` holds what is before `piece`, and has room for it."""
-        return piece is not None and piece.start <= self.lengths[seq_key] and piece.end <= self.capacity
+    def continues(self, piece: SequenceSlice) -> bool:
+        """Return whether the row of `piece` holds what is before it, and has room for it."""
+        base = self.bases[piece.seq_key]
+        return base <= piece.start <= base + self.lengths[piece.seq_key] and piece.end <= base + self.capacity
 
     def reserve(self, count: int, limit_bytes: int) -> bool:
         """Make room for `count` more rows; False when that takes more than `limit_bytes` beyond what is held now.
@@ -160,17 +232,17 @@ class _Shelf:
                 self.data.append(grown)
         return True
 
-    def add(self, piece: SequenceSlice, kv: KvStore) -> None:
-        """Copy what the store holds of a sequence into the next free row, zeros behind it."""
-        num_blocks = -(-piece.start // kv.block_size)
-        table = torch.tensor(piece.block_table[:num_blocks], dtype=torch.int64, device=self.device)
-        blocks = kv.data.index_select(0, table).permute(1, 2, 4, 0, 3, 5)  # [layers, 2, kv_heads, blocks, size, D]
+    def add(self, piece: SequenceSlice, kv: KvStore, base: int) -> None:
+        """Copy what the store holds of a sequence from position `base` on into the next free row, zeros behind it."""
+        block_ids = piece.block_table[base // kv.block_size : -(-piece.start // kv.block_size)]
+        blocks, num_blocks = copy_blocks(kv, block_ids), len(block_ids)
         for layer, its_blocks in zip(self.data, blocks, strict=True):
             row = layer[:, len(self.seq_keys)]  # [2, num_kv_heads, capacity, head_dim]
             row.view(*row.shape[:2], -1, kv.block_size, row.shape[-1])[:, :, :num_blocks] = its_blocks
-            row[:, :, piece.start :] = 0
+            row[:, :, piece.start - base :] = 0
         self.seq_keys.append(piece.seq_key)
-        self.lengths[piece.seq_key] = piece.start
+        self.lengths[piece.seq_key] = piece.start - base
+        self.bases[piece.seq_key] = base
 
     def remove(self, seq_key: int) -> None:
         """Free a row; the last one moves into its place."""
@@ -180,7 +252,7 @@ class _Shelf:
             length = self.lengths[self.seq_keys[row]]
             for layer in self.data:
                 layer[:, row, :, :length] = layer[:, last, :, :length]
-        del self.seq_keys[last], self.lengths[seq_key]
+        del self.seq_keys[last], self.lengths[seq_key], self.bases[seq_key]
 
     def begin_step(self, windows: set[int | None]) -> None:
         """Count this step's tokens of every row and prepare what the layers share."""
@@ -191,19 +263,18 @@ class _Shelf:
         if self.num_queries < count * self.width:
             places = [row * self.width + i for row, n in enumerate(counts) for i in range(n)]
             self.places = torch.tensor(places, device=self.device)
-        slots = [
-            row * num_kv_heads * self.capacity + p for row, e in enumerate(self.pieces) for p in range(e.start, e.end)
-        ]
+        spans = [(p.start - self.bases[p.seq_key], p.end - self.bases[p.seq_key]) for p in self.pieces]  # of their rows
+        slots = [row * num_kv_heads * self.capacity + p for row, span in enumerate(spans) for p in range(*span)]
         heads = torch.arange(num_kv_heads, device=self.device) * self.capacity
         self.appends = (torch.tensor(slots, device=self.device)[:, None] + heads).view(-1)
-        for piece in self.pieces:
-            self.lengths[piece.seq_key] = piece.end
+        for piece, (_, end) in zip(self.pieces, spans, strict=True):
+            self.lengths[piece.seq_key] = end
         # A row with fewer queries than `width` repeats its last one.
         at = torch.tensor(
-            [min(piece.start + i, piece.end - 1) for piece in self.pieces for i in range(self.width)],
+            [min(start + i, end - 1) for start, end in spans for i in range(self.width)],
             device=self.device,
         ).view(count, self.width, 1)
-        first, longest = min(piece.start for piece in self.pieces), max(piece.end for piece in self.pieces)
+        first, longest = min(start for start, _ in spans), max(end for _, end in spans)
         self.spans = {}
         for window in windows:
             begin = 0 if window is None else max(0, first + 1 - window)
@@ -219,25 +290,29 @@ class _Shelf:
             mask = mask.repeat_interleave(self.config.num_heads // self.config.num_kv_heads, dim=1)
         return mask[:, None]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Append this step's tokens to their rows and return [num_queries, num_heads * head_dim]."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """Append this step's tokens to their rows and attend to those.
+
+        Returns [num_queries, num_heads * head_dim] and the log-sum-exps [num_queries, num_heads] of the scores.
+        """
         assert self.appends is not None
         count, num_heads, head_dim = len(self.pieces), q.shape[1], q.shape[2]
+        num_kv_heads, width = self.config.num_kv_heads, self.width
         keys, values = self.data[layer]  # [num_rows, num_kv_heads, capacity, head_dim]
         keys.view(-1, head_dim).index_copy_(0, self.appends, k.reshape(-1, head_dim))
         values.view(-1, head_dim).index_copy_(0, self.appends, v.reshape(-1, head_dim))
         begin, end, mask = self.spans[window]
         keys, values = keys[:count, :, begin:end], values[:count, :, begin:end]
-        if self.width == 1:
-            queries = q.reshape(count, self.config.num_kv_heads, -1, head_dim)
-            return scaled_dot_product_attention(queries, keys, values, attn_mask=mask).view(count, num_heads * head_dim)
         if self.places is not None:
-            q = q.new_zeros(count * self.width, num_heads, head_dim).index_copy_(0, self.places, q)
-        queries = q.reshape(count, self.width, self.config.num_kv_heads, -1, head_dim).transpose(1, 2).flatten(2, 3)
-        attended = scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        by_query = attended.view(count, self.config.num_kv_heads, self.width, -1, head_dim).transpose(1, 2)
-        out: Tensor = by_query.reshape(-1, num_heads * head_dim)
-        return out if self.places is None else out.index_select(0, self.places)
+            q = q.new_zeros(count * width, num_heads, head_dim).index_copy_(0, self.places, q)
+        queries = q.reshape(count, width, num_kv_heads, -1, head_dim).transpose(1, 2).flatten(2, 3)
+        out, lse = (
+            x.view(count, num_kv_heads, width, -1, *x.shape[3:]).transpose(1, 2).reshape(-1, num_heads, *x.shape[3:])
+            for x in attend_with_lse(queries, keys, values, mask)  # [count, num_kv_heads, width * group, ...]
+        )
+        if self.places is not None:
+            out, lse = out.index_select(0, self.places), lse.index_select(0, self.places)
+        return out.flatten(1), lse
 
 
 def _capacity(num_tokens: int, block_size: int) -> int:

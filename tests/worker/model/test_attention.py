@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -31,7 +32,10 @@ def make_config(windows: tuple[int | None, ...] = (None, 20), num_kv_heads: int 
 class Harness:
     """Drives an attention path and the reference over one store with random queries, keys and values."""
 
-    def __init__(self, config: ModelConfig, attention: Attention, num_sequences: int) -> None:
+    def __init__(
+        self, config: ModelConfig, attention: Attention, num_sequences: int, num_shared: Sequence[int] = ()
+    ) -> None:
+        """The sequences share the blocks of sequence 0 to begin with, `num_shared[i]` tokens, which are there."""
         self.config, self.attention, self.reference = config, attention, ReferenceAttention(config)
         blocks_each = -(-MAX_TOKENS // BLOCK_SIZE)
         ids = list(range(num_sequences * blocks_each))
@@ -42,6 +46,12 @@ class Harness:
         self.kv.data.fill_(float("nan"))
         self.lengths = [0] * num_sequences
         self.generator = torch.Generator().manual_seed(0)
+        for i, num_tokens in enumerate(num_shared):
+            num_blocks = num_tokens // BLOCK_SIZE
+            self.tables[i] = self.tables[0][:num_blocks] + self.tables[i][num_blocks:]
+            self.lengths[i] = num_blocks * BLOCK_SIZE
+        shared = torch.tensor(self.tables[0][: max(num_shared, default=0) // BLOCK_SIZE], dtype=torch.int64)
+        self.kv.data[shared] = torch.randn(self.kv.data[shared].shape, generator=self.generator)
 
     def step(self, shares: dict[int, int], kept: dict[int, int] | None = None) -> None:
         """Compute `shares[i]` new tokens of sequence i, all in one step, and compare the two paths layer by layer.
@@ -129,6 +139,58 @@ def test_random_schedules_equal_the_reference(limit_bytes: int, seed: int) -> No
         assert attention.num_sequences <= decoding
         assert attention.allocated_bytes <= limit_bytes
     assert (gathered > 0) == (limit_bytes < 1 << 30)
+
+
+@pytest.mark.parametrize("limit_bytes", [60_000, 1 << 30], ids=["some gathered", "all in the set"])
+@pytest.mark.parametrize("seed", range(4))
+def test_sequences_that_begin_alike_equal_the_reference(
+    limit_bytes: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come and go, with drafts and without, and share 0 to 40 blocks."""
+    monkeypatch.setattr("kvasir.worker.model.cascade._SAVED_BYTES", 2000)
+    rng, config = random.Random(seed), make_config((None, None))
+    num_shared = [200, 200, *(rng.choice([0, 3, 50, 120, 200]) for _ in range(6))]
+    attention = WorkingSetAttention(config, limit_bytes)
+    harness = Harness(config, attention, len(num_shared), num_shared)
+    num_with_stem = num_stems = 0
+    for _ in range(50):
+        shares, kept = {}, {}
+        for i in rng.sample(range(len(num_shared)), rng.randint(1, len(num_shared))):
+            if harness.lengths[i] + 9 > MAX_TOKENS:
+                harness.lengths[i] = num_shared[i] // BLOCK_SIZE * BLOCK_SIZE
+            shares[i] = rng.choice([1, 1, 1, 4]) if harness.lengths[i] else 5
+            if harness.lengths[i] and shares[i] > 1 and rng.random() < 0.7:
+                kept[i] = rng.randint(1, shares[i])
+        harness.step(shares, kept)
+        assert attention.allocated_bytes <= limit_bytes
+        num_with_stem += len(attention.stem_of)
+        num_stems = max(num_stems, len(set(attention.stem_of.values())))
+    assert num_with_stem > 20 and num_stems > 0
+
+
+def test_what_several_begin_with_is_held_once_and_by_who_comes_later_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvasir.worker.model.cascade._SAVED_BYTES", 2000)
+    config = make_config((None, None))
+    attention, plain = WorkingSetAttention(config), WorkingSetAttention(config, has_stems=False)
+    for path in (attention, plain):
+        harness = Harness(config, path, 4, [250] * 4)
+        harness.step({0: 1})
+        harness.step({0: 1, 1: 1})  # the first gives up its row for a shorter one
+        harness.step({0: 1, 1: 1, 2: 1, 3: 1})
+    (stem,) = set(attention.stem_of.values())
+    assert (stem.length, len(attention.stem_of), plain.stem_of) == (250, 4, {})
+    assert attention.allocated_bytes < 0.8 * plain.allocated_bytes
+    harness = Harness(config, attention, 4, [250] * 4)
+    attention.arrange([], harness.kv)
+    assert attention.allocated_bytes == 0 and not attention.stem_of
+
+
+def test_little_in_common_or_a_window_makes_no_stem() -> None:
+    for config in (make_config((None, None)), make_config((None, 20))):
+        attention = WorkingSetAttention(config)
+        harness = Harness(config, attention, 3, [50] * 3)
+        harness.step({0: 1, 1: 1, 2: 1})
+        assert not attention.stem_of
 
 
 def test_gather_path_equals_the_reference() -> None:
