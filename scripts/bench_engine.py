@@ -2,7 +2,7 @@
 
 Same weights, same random prompts, greedy, one torch thread, everything in one run and taken in turns:
 
-    python scripts/bench_engine.py [--model FOLDER] [--batch 1,8,32] [--plain] [--ahead] [--json FILE]
+    python scripts/bench_engine.py [--model FOLDER] [--batch 1,8,32] [--plain] [--bf16] [--ahead] [--json FILE]
 
 Prefill is the time until the last sequence has its first token, decode the time from there to the end; for
 `transformers` generate the two are told apart by a second run that stops after one token, for its continuous batching
@@ -48,7 +48,6 @@ from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.model.linear import Packing
 from kvasir.worker.model.loader import load_model, read_config
 from kvasir.worker.model.sampling import sample
-from scripts import engine_peer
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE = 16
@@ -246,6 +245,7 @@ def main() -> None:
         "--no-continuous", action="store_true", help="leave out the continuous batching of transformers"
     )
     parser.add_argument("--plain", action="store_true", help="also our engine with matrices that are not packed")
+    parser.add_argument("--bf16", action="store_true", help="also our engine in bfloat16, whose answers differ")
     parser.add_argument("--ahead", action="store_true", help="also our engine with steps launched ahead")
     parser.add_argument("--no-transformers", action="store_true", help="our engine alone")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
@@ -259,6 +259,8 @@ def main() -> None:
     if options.peer is not None:
         if options.env is None:
             parser.error("--peer takes --env DIR")
+        from scripts import engine_peer
+
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
         cells = [engine_peer.Cell.parse(text) for text in options.peer_cells.split(",")]
         found = engine_peer.compare(
@@ -286,6 +288,9 @@ def main() -> None:
     if options.plain:
         plain = make_engine(options.model, longest, max(batches), packing=Packing())
         runs["plain"] = lambda prompts: run_engine(plain, prompts, options.tokens)
+    if options.bf16:
+        narrow = make_engine(options.model, longest, max(batches), "bfloat16")
+        runs["bf16"] = lambda prompts: run_engine(narrow, prompts, options.tokens)
     if options.ahead:
         ahead = make_engine(options.model, longest, max(batches), is_ahead=True)
         runs["ahead"] = lambda prompts: run_engine(ahead, prompts, options.tokens)

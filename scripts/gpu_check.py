@@ -3,10 +3,12 @@
 First the attention kernels are compared with the reference over a grid of cases, then every model family, with small
 random weights, is run on the GPU and compared with the readable reference on the CPU. Then a 1 B- and an 8 B-shaped
 random bf16 model are timed beside the copy bandwidth and the bf16 matmul rate measured in the same run: prefill as a
-share of the matmul rate, decode as a share of the time that its bytes and operations would take at those two rates.
+share of the matmul rate, decode as a share of the copy bandwidth, and steps that mix both as a share of the time that
+their bytes and operations would take at those two rates. Last the whole engine decodes, and the host's time per step is
+told, in which nothing is computed. Cells that need over 80 % of the memory are left out.
 Without CUDA it says so and exits 0.
 
-    python scripts/gpu_check.py [--json FILE] [--models 1b,8b] [--batch 1,8,64]
+    python scripts/gpu_check.py [--json FILE] [--models 1b,8b] [--batch 1,8,64] [--contexts 1024,8192,65536]
     TRITON_INTERPRET=1 python scripts/gpu_check.py --kernels-only     # the first part without a GPU, in an interpreter
 """
 
@@ -17,7 +19,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench_engine import TimedEngine, Times, run_engine
+
 from kvasir.cache.kv_store import KvStore, bytes_per_block
+from kvasir.cache.prefix_cache import PrefixCache
+from kvasir.worker.engine.executor import LocalExecutor
+from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.attention import Attention, GatherAttention, ReferenceAttention
 from kvasir.worker.model.attention_paths import TOLERANCE, choose_attention, largest_error
@@ -35,11 +42,14 @@ from kvasir.worker.model.config import ModelConfig, RopeConfig
 from kvasir.worker.model.linear import Linear, Packing
 from kvasir.worker.model.loader import weight_bytes
 from kvasir.worker.model.model import LayerWeights, Model, Weights
+from kvasir.worker.model.sampling import sample
 
 BLOCK_SIZE = 16
-CONTEXT = 512  # prompt tokens per sequence when timing
 DECODE_STEPS = 32
 MAX_STEP_TOKENS = 8192
+PREFILL_TOKENS = 65_536  # at most, when timing, beyond one sequence
+MIXED_CHUNK = 1024  # prompt tokens beside what decodes
+MEMORY_SHARE = 0.8
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.15}  # of the logits, relative to the largest
 CPU = torch.device("cpu")
 
@@ -57,7 +67,7 @@ def make_config(
         num_kv_heads=kv_heads,
         head_dim=hidden // heads,
         rms_norm_eps=1e-5,
-        max_position=8192,
+        max_position=131_072,
         rope=RopeConfig(theta=500_000.0),
         sliding_windows=(None,) * layers,
     )
@@ -247,49 +257,149 @@ def measure_roofline(device: torch.device, copy_bytes: int = 1 << 30, matmul_siz
 
 
 def measure_model(
-    config: ModelConfig, batch: int, model: Model, roofline: Roofline, context: int = CONTEXT, steps: int = DECODE_STEPS
+    config: ModelConfig, batch: int, model: Model, roofline: Roofline, context: int, steps: int = DECODE_STEPS
 ) -> dict[str, Any]:
-    """Time `batch` prompts of `context` tokens and then `steps` tokens each."""
-    device, dtype = model.device, model.dtype
-    kv, tables = make_store(config, [context + steps] * batch, device, dtype)
-    prompt = list(range(2, 2 + context))
-    per_step = max(1, MAX_STEP_TOKENS // context)
+    """Time `steps` tokens each of `batch` sequences that have `context` tokens, their prefill, and mixed steps.
 
-    def prefill() -> None:
-        for first in range(0, batch, per_step):
-            several = range(first, min(batch, first + per_step))
-            model.forward([SequenceSlice(i, prompt, 0, tables[i], 1) for i in several], kv)
+    What they have is random keys and values. As many are prefilled as have `PREFILL_TOKENS` together, at least one.
+    """
+    device, dtype = model.device, model.dtype
+    kv, tables = make_store(config, [context + steps] * batch + [MIXED_CHUNK], device, dtype)
+    for block in kv.data:  # a block at a time: a large store has no room for a second
+        block.normal_()
+    num_prefilled = min(batch, max(1, PREFILL_TOKENS // context))
+
+    def decoding(step: int) -> list[SequenceSlice]:
+        return [SequenceSlice(i, [5], context + step, tables[i], 1) for i in range(batch)]
 
     def decode() -> None:
-        tokens = [5] * batch
         for step in range(steps):
-            pieces = [SequenceSlice(i, [tokens[i]], context + step, tables[i], 1) for i in range(batch)]
-            tokens = model.forward(pieces, kv).argmax(dim=-1).tolist()
+            model.forward(decoding(step), kv).argmax(dim=-1).tolist()
 
-    prefill_s = seconds_of(prefill, device, 2)
+    def mix() -> None:
+        chunk = SequenceSlice(batch, [7] * MIXED_CHUNK, 0, tables[batch], 1)
+        for step in range(steps // 8):
+            model.forward([*decoding(step), chunk], kv).argmax(dim=-1).tolist()
+
+    def prefill() -> None:
+        shares = [
+            SequenceSlice(i, [3] * min(MAX_STEP_TOKENS, context - start), start, tables[i], int(start == last))
+            for i in range(num_prefilled)
+            for last in [(context - 1) // MAX_STEP_TOKENS * MAX_STEP_TOKENS]
+            for start in range(0, context, MAX_STEP_TOKENS)
+        ]
+        per_step = max(1, MAX_STEP_TOKENS // context)
+        for first in range(0, len(shares), per_step):
+            model.forward(shares[first : first + per_step], kv)
+
     step_s = seconds_of(decode, device, 2) / steps
+    mixed_s = seconds_of(mix, device, 2) / max(1, steps // 8)
+    prefill_s = seconds_of(prefill, device, 1)
     head = config.vocab_size * config.hidden_size
     looked_up = 0 if config.tie_word_embeddings else head  # an embedding of its own is not multiplied
     matrices = weight_bytes(config, dtype, Packing(), device) / dtype.itemsize - looked_up
-    attention = (
-        2 * config.num_layers * config.num_heads * config.head_dim
-    )  # multiply-adds per query and key, q·k and p·v
-    prefill_flops = 2 * batch * (context * (matrices - head) + head + attention * context * (context + 1) / 2)
+    # Multiply-adds per query and key, q·k and p·v.
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim
+
+    def prefill_flops(num_tokens: int) -> float:
+        return 2 * (num_tokens * (matrices - head) + head + attention * num_tokens * (num_tokens + 1) / 2)
+
     middle = context + steps / 2
     decode_flops = 2 * batch * (matrices + attention * middle)
     kv_bytes = batch * middle * bytes_per_block(config.num_layers, 1, config.num_kv_heads, config.head_dim, dtype)
-    ideal_s = max(
-        (matrices * dtype.itemsize + kv_bytes) / roofline.copy_bytes_per_s, decode_flops / roofline.matmul_flops
-    )
+    decode_bytes = matrices * dtype.itemsize + kv_bytes
+    mixed_flops = decode_flops + prefill_flops(MIXED_CHUNK)
+    ideal_mixed_s = max(decode_bytes / roofline.copy_bytes_per_s, mixed_flops / roofline.matmul_flops)
     return {
         "batch": batch,
+        "context": context,
         "path": type(model.attention).__name__,
-        "prefill_tokens_per_s": batch * context / prefill_s,
-        "prefill_share_of_matmul": prefill_flops / prefill_s / roofline.matmul_flops,
+        "prefill_tokens_per_s": num_prefilled * context / prefill_s,
+        "prefill_share_of_matmul": num_prefilled * prefill_flops(context) / prefill_s / roofline.matmul_flops,
         "decode_tokens_per_s": batch / step_s,
         "decode_step_ms": step_s * 1e3,
-        "decode_share_of_roofline": ideal_s / step_s,
+        "decode_share_of_bandwidth": decode_bytes / step_s / roofline.copy_bytes_per_s,
+        "mixed_step_ms": mixed_s * 1e3,
+        "mixed_share_of_roofline": ideal_mixed_s / mixed_s,
     }
+
+
+def measure_engine(config: ModelConfig, batch: int, model: Model, context: int, steps: int) -> dict[str, Any]:
+    """Let the engine, a step ahead, answer `batch` prompts with `steps` tokens each."""
+    num_blocks = batch * (-(-(context + steps) // BLOCK_SIZE) + 2)
+    shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+    engine = TimedEngine(
+        LocalExecutor(model, KvStore(*shape, dtype=model.dtype, device=model.device), sample),
+        PrefixCache(num_blocks, BLOCK_SIZE),
+        EngineLimits(batch, max(MAX_STEP_TOKENS, batch), config.max_position, max_step_s=60.0),
+        vocab_size=config.vocab_size,
+        is_ahead=True,
+    )
+    generator = torch.Generator().manual_seed(3)
+    best: Times | None = None
+    for _ in range(3):
+        prompts = torch.randint(config.vocab_size, (batch, context), generator=generator).tolist()
+        times = run_engine(engine, prompts, steps)
+        best = times if best is None or times.decode_s < best.decode_s else best
+    assert best is not None
+    return {
+        "batch": batch,
+        "context": context,
+        "engine_decode_tokens_per_s": batch * (steps - 1) / best.decode_s,
+        "host_ms_per_step": 1e3 * best.host_s,
+    }
+
+
+def measure_shapes(
+    shapes: dict[str, ModelConfig],
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    device: torch.device,
+    roofline: Roofline,
+    memory: Callable[[], tuple[int, int]],
+    steps: int = DECODE_STEPS,
+) -> list[dict[str, Any]]:
+    """Time every cell that fits and print it. `memory` returns the bytes free and in all."""
+    titles = f"{'prefill tok/s':>13} {'of matmul':>9} {'decode tok/s':>12} {'of copying':>10} {'mixed':>7}"
+    print(f"\n{'model':5} {'batch':>5} {'context':>7} {'path':19} {titles}  (mixed: of both)")
+    rows = []
+    for name, config in shapes.items():
+        free, total = memory()
+        needed = weight_bytes(config, torch.bfloat16, Packing(), device)
+        if total - free + needed > MEMORY_SHARE * total:
+            rows.append(_left_out(name, 0, 0, needed))
+            continue
+        weights = random_weights(config, device, torch.bfloat16)
+        model = Model(config, weights, choose_attention(config, device, torch.bfloat16, BLOCK_SIZE, 1 << 30))
+        for context, batch in ((context, batch) for context in contexts for batch in batches):
+            free, total = memory()
+            kv_bytes = bytes_per_block(
+                config.num_layers, batch * (context + steps), config.num_kv_heads, config.head_dim, torch.bfloat16
+            )
+            if total - free + kv_bytes > MEMORY_SHARE * total:
+                rows.append(_left_out(name, batch, context, kv_bytes))
+                continue
+            row = {"model": name, **measure_model(config, batch, model, roofline, context, steps)}
+            rows.append(row)
+            print(
+                f"{name:5} {batch:5} {context:7} {row['path']:19} {row['prefill_tokens_per_s']:13,.0f} "
+                f"{row['prefill_share_of_matmul']:9.1%} {row['decode_tokens_per_s']:12,.0f} "
+                f"{row['decode_share_of_bandwidth']:10.1%} {row['mixed_share_of_roofline']:7.1%}",
+                flush=True,
+            )
+            if context == contexts[0]:
+                row |= measure_engine(config, batch, model, context, steps)
+                rate, host_ms = row["engine_decode_tokens_per_s"], row["host_ms_per_step"]
+                print(f"{'':19} the engine: decode {rate:,.0f} tok/s, the host alone {host_ms:.2f} ms a step")
+        del model, weights
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _left_out(name: str, batch: int, context: int, size_bytes: int) -> dict[str, Any]:
+    print(f"{name:5} {batch:5} {context:7} left out: {size_bytes / 2**30:.0f} GiB are more than {MEMORY_SHARE:.0%}")
+    return {"model": name, "batch": batch, "context": context, "left_out": size_bytes}
 
 
 def main() -> int:
@@ -297,6 +407,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--models", default="1b,8b", help="shapes to time, comma-separated")
     parser.add_argument("--batch", default="1,8,64", help="batch sizes, comma-separated")
+    parser.add_argument("--contexts", default="1024,8192,65536", help="tokens per sequence, comma-separated")
     parser.add_argument("--kernels-only", action="store_true", help="leave out the models")
     options = parser.parse_args()
     result: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.cuda.is_available()}
@@ -327,27 +438,14 @@ def main() -> int:
     result["copy_gb_per_s"] = roofline.copy_bytes_per_s / 1e9
     result["matmul_tflops"] = roofline.matmul_flops / 1e12
     print(f"\ncopy {result['copy_gb_per_s']:,.0f} GB/s, bf16 matmul {result['matmul_tflops']:,.0f} TFLOP/s")
-    titles = f"{'prefill tok/s':>14} {'of matmul':>10} {'decode tok/s':>13} {'of roofline':>12}"
-    print(f"\n{'model':5} {'batch':>5} {'path':16} {titles}")
-    result["rates"] = []
-    for shape in options.models.split(","):
-        config = SHAPES[shape]
-        needed = weight_bytes(config, torch.bfloat16, Packing(), device)
-        if needed * 1.5 > torch.cuda.mem_get_info(device)[0]:
-            print(f"{shape:5} left out: needs about {needed * 1.5 / 2**30:.0f} GiB of free GPU memory")
-            continue
-        weights = random_weights(config, device, torch.bfloat16)
-        model = Model(config, weights, choose_attention(config, device, torch.bfloat16, BLOCK_SIZE, 1 << 30))
-        for batch in map(int, options.batch.split(",")):
-            row = {"model": shape, **measure_model(config, batch, model, roofline)}
-            result["rates"].append(row)
-            print(
-                f"{shape:5} {batch:5} {row['path']:16} {row['prefill_tokens_per_s']:14,.0f} "
-                f"{row['prefill_share_of_matmul']:10.1%} {row['decode_tokens_per_s']:13,.0f} "
-                f"{row['decode_share_of_roofline']:12.1%}"
-            )
-        del model, weights
-        torch.cuda.empty_cache()
+    result["rates"] = measure_shapes(
+        {name: SHAPES[name] for name in options.models.split(",")},
+        [int(text) for text in options.batch.split(",")],
+        [int(text) for text in options.contexts.split(",")],
+        device,
+        roofline,
+        lambda: torch.cuda.mem_get_info(device),
+    )
     _write(options.json, result)
     return 0 if all(row["ok"] for row in (*result["kernels"], *result["checks"])) else 1
 

@@ -93,7 +93,10 @@ def running_gateway(
     for server in servers:
         command += ["--upstream", f"{MODEL_NAME}={server.url}"]
     with (home / "gateway.log").open("wb") as sink:
-        process = subprocess.Popen(command, cwd=ROOT, env=dict(os.environ), stdout=sink, stderr=sink)
+        # In a session of its own, as the servers are: a kernel may share its cores between sessions, not processes.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=dict(os.environ), stdout=sink, stderr=sink, start_new_session=True
+        )
     gateway = Gateway(home, port, process)
     try:
         gateway.wait_ready(len(servers) or 1)

@@ -43,9 +43,26 @@ def test_rates_and_shares_are_sane() -> None:
     weights = gpu_check.random_weights(config, CPU, torch.bfloat16)
     roofline = gpu_check.measure_roofline(CPU, copy_bytes=1 << 20, matmul_size=128)
     model = Model(config, weights, WorkingSetAttention(config))
-    row = gpu_check.measure_model(config, 3, model, roofline, context=32, steps=4)
-    assert row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0
-    assert 0 < row["decode_share_of_roofline"] < 1 and row["prefill_share_of_matmul"] > 0
+    row = gpu_check.measure_model(config, 3, model, roofline, context=32, steps=8)
+    rates = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_share_of_matmul", "decode_share_of_bandwidth")
+    assert all(row[name] > 0 for name in (*rates, "mixed_share_of_roofline"))
+
+
+def test_every_cell_is_timed_or_named_as_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that runs on a device, on the CPU with tiny shapes; prompts are longer than a step."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(gpu_check, "MAX_STEP_TOKENS", 24)
+    monkeypatch.setattr(gpu_check, "PREFILL_TOKENS", 64)
+    monkeypatch.setattr(gpu_check, "MIXED_CHUNK", 16)
+    shapes = {"tiny": gpu_check.make_config(2, 64, 96, 4, 2, 100), "huge": gpu_check.SHAPES["8b"]}
+    roofline = gpu_check.measure_roofline(CPU, copy_bytes=1 << 20, matmul_size=128)
+    total = 1 << 20  # the tiny shape has 190 KiB of weights and 256 bytes of keys and values a token
+    rows = gpu_check.measure_shapes(shapes, [1, 4], [32, 1024], CPU, roofline, lambda: (total, total), steps=8)
+    timed = [(row["batch"], row["context"]) for row in rows if "left_out" not in row]
+    left_out = [(row["model"], row["batch"], row["context"]) for row in rows if "left_out" in row]
+    assert timed == [(1, 32), (4, 32), (1, 1024)]
+    assert left_out == [("tiny", 4, 1024), ("huge", 0, 0)]
+    assert all(row["engine_decode_tokens_per_s"] > 0 and row["host_ms_per_step"] > 0 for row in rows[:2])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
