@@ -193,7 +193,7 @@ def _load_torch(options: Options) -> Loaded:
 
     from kvasir.cache.kv_store import KvStore, bytes_per_block
     from kvasir.worker.engine.step import SequenceSlice
-    from kvasir.worker.model.linear import Packing, choose_packing
+    from kvasir.worker.model.linear import Packing, choose_packing, gain_over_fp32
     from kvasir.worker.model.loader import load_model, model_fingerprint, read_config, resolve_dtype, weight_bytes
     from kvasir.worker.model.sampling import sample
 
@@ -226,6 +226,8 @@ def _load_torch(options: Options) -> Loaded:
     )
     limits = choose_limits(options, window=config.max_position, num_blocks=num_blocks, on_gpu=on_gpu)
     is_packed = {"packed": packing.packs} if not on_gpu else {}
+    if not on_gpu and dtype in (torch.bfloat16, torch.float16) and (gain := gain_over_fp32(dtype)) < 1:
+        log("slow_dtype", dtype=_name(dtype), times_fp32=round(gain, 2), hint="on this CPU --dtype float32 is faster")
     log("loading", model=options.model, device=device.type, dtype=_name(dtype), weight_bytes=needed, **is_packed)
     try:
         model = load_model(

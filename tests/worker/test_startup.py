@@ -56,6 +56,18 @@ def test_lines_of_the_log_begin_with_date_and_time(capsys: pytest.CaptureFixture
     assert re.fullmatch(r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ready worker="w 1" share=0.25\n', capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(("gain", "is_told"), [(0.05, True), (4.0, False)])
+def test_a_narrow_type_that_is_slower_on_this_cpu_is_told(
+    gain: float, is_told: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvasir.worker.model.linear.gain_over_fp32", lambda dtype: gain)
+    args = ["--model", str(MODEL), "--gateway", "ipc://nowhere", "--kv-memory", "8M", "--device=cpu"]
+    assert build(parse_options([*args, "--dtype", "bfloat16"]))[1].dtype == "bfloat16"
+    assert ("slow_dtype dtype=bfloat16 times_fp32=0.05" in capsys.readouterr().err) == is_told
+    build(parse_options(args))
+    assert "slow_dtype" not in capsys.readouterr().err
+
+
 def test_a_worker_says_which_attention_it_runs_and_why_it_is_a_slow_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -93,18 +94,31 @@ def probe_packing(dtype: torch.dtype) -> Packing:
         return Packing()
     if not error < (1e-5 if dtype == torch.float32 else 2e-2):
         return Packing()
-    if _gain(plain, packed, x) < 1.1:
+    if _gain(lambda: plain(x), lambda: packed(x)) < 1.1:
         return Packing()
     return Packing(packs=True, keeps_plain=dtype == torch.float32)
 
 
-def _gain(plain: Linear, packed: Linear, x: Tensor) -> float:
-    """Return how many times as fast `packed` is: medians, taken in turns."""
+@torch.inference_mode()
+def gain_over_fp32(dtype: torch.dtype) -> float:
+    """Return how many times as fast as in fp32 a CPU maps a few rows in `dtype`.
+
+    Much less than 1 where it has no instructions for that type.
+    """
+    x = torch.ones(_PROBE_ROWS, _PROBE_SIZE)
+    weight = torch.ones(_PROBE_SIZE, _PROBE_SIZE)
+    full, narrow = (make_linear(weight.to(kind), None, probe_packing(kind)) for kind in (torch.float32, dtype))
+    narrow_x = x.to(dtype)
+    return _gain(lambda: full(x), lambda: narrow(narrow_x))
+
+
+def _gain(before: Callable[[], object], after: Callable[[], object]) -> float:
+    """Return how many times as fast as `before` `after` is: medians, taken in turns."""
     times: list[list[float]] = [[], []]
     for _ in range(_PROBE_TURNS):
-        for linear, seen in zip((plain, packed), times, strict=True):
+        for compute, seen in zip((before, after), times, strict=True):
             begin = time.perf_counter()
-            linear(x)
+            compute()
             seen.append(time.perf_counter() - begin)
     medians = [sorted(seen)[_PROBE_TURNS // 2] for seen in times]
     return medians[0] / medians[1]

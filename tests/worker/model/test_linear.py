@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -56,6 +56,19 @@ def test_what_the_probe_measures_decides(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(linear, "_gain", lambda *args: 1.8)
     assert choose_packing(torch.float32, CPU, 1 << 20) == Packing(True, True)
     assert choose_packing(torch.float32, CPU, 1 << 40) == Packing(True, False), "a large model is kept once"
+
+
+def test_the_gain_of_a_type_is_that_of_the_same_map_over_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def gain(before: Callable[[], torch.Tensor], after: Callable[[], torch.Tensor]) -> float:
+        seen[:] = before(), after()
+        return 0.5
+
+    monkeypatch.setattr(linear, "_gain", gain)
+    assert linear.gain_over_fp32(torch.bfloat16) == 0.5
+    assert [x.dtype for x in seen] == [torch.float32, torch.bfloat16]
+    assert torch.equal(seen[0], seen[1].float())
 
 
 @pytest.mark.parametrize("fault", ["differs", "gives NaN", "raises"])
