@@ -299,6 +299,7 @@ class Hello(Report, tag="hello"):
     `bytes_per_block`: of KV memory, all layers; 0 for a worker that keeps none. `engine`: what computes, our own or
     another that the worker fronts, which may lack something (`Lack`) and may find prefixes only in whole runs of
     `hit_blocks` blocks. `attention`: the path that computes it, and if that is not the best for `device`, why.
+    `proposer`: where it has drafts from, empty if it has none.
     """
 
     protocol_version: int
@@ -318,6 +319,7 @@ class Hello(Report, tag="hello"):
     engine: Name = "kvasir"
     hit_blocks: Annotated[int, Meta(ge=1, le=1024)] = 1
     lacks: Annotated[list[Lack], Meta(max_length=16)] = []
+    proposer: Annotated[str, Meta(max_length=64)] = ""
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
@@ -332,7 +334,8 @@ class Output(Struct, forbid_unknown_fields=True, omit_defaults=True):
 
     `finish_reason` ends the request; a token that stopped it (end of sequence or stop id) is the last of `token_ids`.
     `num_cached_tokens` comes once, with the first output of an attempt; an engine that tells only at the end sends
-    `guessed_cached_tokens` with the first one and the true number with the last.
+    `guessed_cached_tokens` with the first one and the true number with the last. `num_rejected_tokens` were computed
+    beside these as drafts that did not hold: work for this request that nobody is billed for.
     """
 
     req_id: Id
@@ -344,11 +347,14 @@ class Output(Struct, forbid_unknown_fields=True, omit_defaults=True):
     logprobs: Annotated[list[TokenLogprobs], Meta(max_length=4096)] = []
     error: Reason = ""
     guessed_cached_tokens: Count | None = None
+    num_rejected_tokens: Count = 0
 
 
 class Load(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """A worker after a step. `num_free_blocks` counts blocks that no request uses; `pending_tokens` are uncached prompt
-    tokens still to be computed; the last three describe this step alone and teach the gateway the worker's rates."""
+    tokens still to be computed; what follows describes this step alone. Its tokens and seconds teach the gateway the
+    worker's rates. In `num_draft_runs` runs `num_drafted` tokens were computed before they were drawn, of which
+    `num_accepted` held."""
 
     num_running: Count = 0
     num_waiting: Count = 0
@@ -357,6 +363,9 @@ class Load(Struct, forbid_unknown_fields=True, omit_defaults=True):
     num_prefill_tokens: Count = 0
     num_decode_tokens: Count = 0
     step_s: Seconds = 0.0
+    num_draft_runs: Count = 0
+    num_drafted: Count = 0
+    num_accepted: Count = 0
 
 
 class StepReport(Report, tag="step"):

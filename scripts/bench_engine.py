@@ -2,7 +2,7 @@
 
 Same weights, same random prompts, greedy, one torch thread, everything in one run and taken in turns:
 
-    python scripts/bench_engine.py [--model FOLDER] [--batch 1,8,32] [--plain] [--bf16] [--ahead] [--json FILE]
+    python scripts/bench_engine.py [--model FOLDER] [--batch 1,8,32] [--plain] [--bf16] [--ahead] [--speculate] [--json FILE]
 
 Prefill is the time until the last sequence has its first token, decode the time from there to the end; for
 `transformers` generate the two are told apart by a second run that stops after one token, for its continuous batching
@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--peer-requests", type=int, default=4, metavar="N", help="per connection (default 4)")
     parser.add_argument("--port", type=int, default=18600, help="the first of the ports that a peer takes")
     parser.add_argument("--worker-args", default="", help="of our worker beside a peer")
+    parser.add_argument("--speculate", action="store_true", help="drafts instead (bench_speculation.py), and no peers")
     options = parser.parse_args()
     if options.peer is not None:
         if options.env is None:
@@ -279,6 +280,13 @@ def main() -> None:
     options.model = options.model or ROOT / "kvasir" / "demo_model"
     torch.set_num_threads(1)
     batches = [int(size) for size in options.batch.split(",")]
+    if options.speculate:
+        from scripts import bench_speculation
+
+        rows = bench_speculation.compare(options.model, batches, options.prompt, options.tokens, options.repeats)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        return
     longest = max(options.prompt, options.choices_prompt) + options.tokens
     engine = make_engine(options.model, longest, max(*batches, options.choices))
     vocab_size = read_config(options.model).vocab_size

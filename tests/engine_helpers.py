@@ -17,6 +17,7 @@ from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.engine.step import Mask, OutOfMemory, Sampled, SampleRow, SequenceSlice
 from kvasir.worker.model.oracle_model import _MASK, OracleConfig, OracleModel, OracleStore, _weights, _words
+from kvasir.worker.speculation.costs import StepCosts
 
 SECRET = b"deployment"
 ROOT = derive_root(SECRET, "oracle", "uint64")
@@ -33,6 +34,17 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class FixedCosts(StepCosts):
+    """Drafts cost what they are said to: at 0, whatever has a chance is drafted."""
+
+    def __init__(self, cost: float = 0.0) -> None:
+        super().__init__()
+        self.cost = cost
+
+    def relative(self, num_sequences: int) -> float | None:
+        return self.cost
 
 
 class WatchedStore(OracleStore):

@@ -39,7 +39,8 @@ def run_streams(box: Box, key: str, on_token=lambda: None) -> list[list[int]]:
                 )
                 for chunk in stream:
                     results[index] += chunk.token_ids
-                    on_token()
+                    for _ in chunk.token_ids:
+                        on_token()
                 assert stream.result.usage.completion_tokens == len(results[index]) == NUM_TOKENS
         except BaseException as error:
             failures.append(error)
@@ -54,12 +55,12 @@ def run_streams(box: Box, key: str, on_token=lambda: None) -> list[list[int]]:
 
 
 class Countdown:
-    """Kills a process when so many chunks have reached the clients. `fired`: it has."""
+    """Kills a process when so many tokens have reached the clients. `fired`: it has."""
 
     fired = False
 
-    def __init__(self, num_chunks: int, victim: int) -> None:
-        self._left = num_chunks
+    def __init__(self, num_tokens: int, victim: int) -> None:
+        self._left = num_tokens
         self._victim = victim
         self._lock = threading.Lock()
 
@@ -77,19 +78,35 @@ def test_killing_workers_in_mid_stream_changes_no_token_of_any_stream() -> None:
     rng = random.Random(20)
     with open_box(workers=3, worker_args="--deterministic --kv-memory 256M") as box:
         key = box.key("alpha")
-        chunks: list[None] = []
-        expected = run_streams(box, key, lambda: chunks.append(None))
-        fewest_chunks = len(chunks) // 2  # of one run: several tokens may share a chunk, and another run has fewer
+        expected = run_streams(box, key)
         for kill in range(NUM_KILLS):
             victim = rng.choice([worker["pid"] for worker in box.workers()])
-            num_chunks = rng.randrange(1, fewest_chunks)
-            countdown = Countdown(num_chunks, victim)
-            assert run_streams(box, key, countdown) == expected, f"kill {kill} after {num_chunks} chunks"
+            num_tokens = rng.randrange(1, NUM_STREAMS * NUM_TOKENS // 2)
+            countdown = Countdown(num_tokens, victim)
+            assert run_streams(box, key, countdown) == expected, f"kill {kill} after {num_tokens} tokens"
             assert countdown.fired
             box.wait_for_workers(3, but=victim)
         assert sum(worker["num_restarts"] for worker in box.workers()) == NUM_KILLS
         assert box.log().count("worker_exited") == NUM_KILLS == box.log().count("code=-9")
         assert box.log().count("Traceback") == 0
+
+
+def test_drafts_and_the_death_of_workers_that_compute_them_change_no_token() -> None:
+    rng = random.Random(21)
+    options = "--deterministic --kv-memory 256M --speculate "
+    with open_box(workers=2, worker_args=options + "off") as box:
+        expected = run_streams(box, box.key("alpha"))
+        assert not any(worker["proposer"] or worker["num_drafted"] for worker in box.workers())
+    with open_box(workers=2, worker_args=options + "lookup") as box:
+        key = box.key("alpha")
+        assert run_streams(box, key) == expected
+        assert sum(worker["num_accepted"] for worker in box.workers()) > NUM_TOKENS
+        for _ in range(4):
+            victim = rng.choice([worker["pid"] for worker in box.workers()])
+            countdown = Countdown(rng.randrange(1, NUM_STREAMS * NUM_TOKENS // 2), victim)
+            assert run_streams(box, key, countdown) == expected
+            assert countdown.fired
+            box.wait_for_workers(2, but=victim)
 
 
 def test_a_stopped_worker_is_noticed_by_its_step_counter_and_replaced() -> None:

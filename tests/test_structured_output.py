@@ -54,8 +54,11 @@ def api(box: Box) -> openai.OpenAI:
     return openai.OpenAI(base_url=box.http_url + "/v1", api_key=box.key("alpha"), max_retries=0, timeout=60)
 
 
-def answer(client: openai.OpenAI, seed: int, on_chunk: Callable[[], None] = lambda: None) -> str:
-    """Return one streamed answer that has come to its end: content, or the arguments of a call if `seed` is odd."""
+def answer(client: openai.OpenAI, seed: int, on_text: Callable[[int], None] = lambda num_chars: None) -> str:
+    """Return one streamed answer that has come to its end: content, or the arguments of a call if `seed` is odd.
+
+    `on_text` is told of every piece how long it is: how many pieces there are says nothing, since workers draft.
+    """
     asked: dict[str, Any] = {"response_format": FORMAT}
     if seed % 2:
         asked = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
@@ -69,13 +72,13 @@ def answer(client: openai.OpenAI, seed: int, on_chunk: Callable[[], None] = lamb
     )
     text, names, reason = "", [], None
     for chunk in stream:
-        delta = chunk.choices[0].delta
+        delta, num_before = chunk.choices[0].delta, len(text)
         text += delta.content or ""
         for call in delta.tool_calls or ():
             names += [call.function.name] if call.function.name else []
             text += call.function.arguments or ""
         reason = chunk.choices[0].finish_reason or reason
-        on_chunk()
+        on_text(len(text) - num_before)
     assert (names, reason) == ((["save"], "tool_calls") if seed % 2 else ([], "stop"))
     return text
 
@@ -132,13 +135,13 @@ def test_hostile_grammars_are_answered_and_kill_no_worker(box: Box) -> None:
 
 
 def test_killing_a_worker_in_mid_stream_changes_no_answer(box: Box) -> None:
-    def run(on_chunk: Callable[[], None]) -> list[str]:
+    def run(on_text: Callable[[int], None] = lambda num_chars: None) -> list[str]:
         texts, failures = [""] * 6, []
 
         def one(seed: int) -> None:
             try:
                 with api(box) as client:
-                    texts[seed] = answer(client, seed, on_chunk)
+                    texts[seed] = answer(client, seed, on_text)
             except BaseException as error:
                 failures.append(error)
 
@@ -150,17 +153,19 @@ def test_killing_a_worker_in_mid_stream_changes_no_answer(box: Box) -> None:
         assert not failures, failures
         return texts
 
-    chunks: list[None] = []
-    expected = run(lambda: chunks.append(None))
+    expected = run()
     for share in (0.2, 0.5):
         victim = box.workers()[0]["pid"]
-        left = [int(len(chunks) * share)]
+        left = [int(sum(map(len, expected)) * share)]
         lock = threading.Lock()
 
-        def countdown(left: list[int] = left, lock: threading.Lock = lock, victim: int = victim) -> None:
+        def countdown(
+            num_chars: int, left: list[int] = left, lock: threading.Lock = lock, victim: int = victim
+        ) -> None:
             with lock:
-                left[0] -= 1
-                if left[0] == 0:
+                is_due = 0 < left[0] <= num_chars
+                left[0] -= num_chars
+                if is_due:
                     os.kill(victim, signal.SIGKILL)
 
         assert run(countdown) == expected

@@ -46,6 +46,7 @@ class Options:
     max_step_tokens: int | None
     max_context: int | None
     threads: int
+    speculate: str
     drain_s: float
     exit_with_stdin: bool
     check: bool
@@ -85,6 +86,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     add("--max-requests", type=_positive, metavar="N", help="requests taken at a time")
     add("--max-step-tokens", type=_positive, metavar="N", help="token budget of one engine step")
     add("--max-context", type=_positive, metavar="TOKENS", help="longest prompt + answer (default: the model's window)")
+    speculate_help = "drafts from what was said before; auto: lookup on a CPU, off on CUDA (unproven there)"
+    add("--speculate", choices=("auto", "lookup", "off"), default="auto", help=speculate_help)
     add("--threads", type=_positive, default=1, help="torch threads (default 1)")
     add(
         "--drain",

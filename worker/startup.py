@@ -24,6 +24,8 @@ from kvasir.worker.engine.step import Executor, Grammars, OutOfMemory
 from kvasir.worker.log import log
 from kvasir.worker.model.oracle_model import PREFIX, OracleModel, OracleStore, parse_oracle
 from kvasir.worker.options import MemorySize, Options
+from kvasir.worker.speculation.lookup import Lookup
+from kvasir.worker.speculation.speculator import Speculator
 
 if TYPE_CHECKING:
     from kvasir.worker.model.attention import Attention
@@ -61,6 +63,8 @@ def build(options: Options) -> tuple[Engine, Hello]:
     limits = loaded.limits
     make_policy = POLICIES[options.eviction_policy](loaded.num_blocks)
     cache = PrefixCache(loaded.num_blocks, options.block_size, make_policy)
+    speculates = options.speculate == "lookup" or (options.speculate == "auto" and loaded.device == "cpu")
+    speculator = Speculator(Lookup()) if speculates else None
     engine = Engine(
         loaded.executor,
         cache,
@@ -70,6 +74,7 @@ def build(options: Options) -> tuple[Engine, Hello]:
         check=options.check,
         grammars=loaded.grammars,
         is_ahead=loaded.is_ahead,
+        speculator=speculator,
     )
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
@@ -86,6 +91,7 @@ def build(options: Options) -> tuple[Engine, Hello]:
         pid=os.getpid(),
         bytes_per_block=loaded.bytes_per_block,
         lacks=[] if loaded.grammars is not None else ["grammars"],
+        proposer="" if speculator is None else speculator.proposer.name,
     )
     return engine, hello
 

@@ -460,6 +460,9 @@ class Core(CoreApi):
     def _output(self, worker: Worker, attempt: Attempt, output: Output, now: float) -> str | None:
         """Deliver one output; return what is wrong with it, if anything."""
         request = attempt.request
+        if output.num_rejected_tokens:  # computed for its tenant, if for nothing
+            submit = request.submit
+            self._requests.models[submit.model].queue.charge(submit.tenant_id, output.num_rejected_tokens)
         if request.state == "dispatched":
             violation = misfit(request, output)
             if violation is not None:

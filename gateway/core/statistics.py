@@ -96,6 +96,7 @@ def _worker(worker: Worker) -> WorkerInfo:
         engine=hello.engine,
         hit_blocks=hello.hit_blocks,
         lacks=list(hello.lacks),
+        proposer=hello.proposer,
         **asdict(worker.counters),
     )
 

@@ -221,6 +221,9 @@ class Worker:
         self.rates.learn(load)
         if load.num_prefill_tokens:
             self.backlog.advance(load.num_prefill_tokens)
+        self.counters.num_draft_runs += load.num_draft_runs
+        self.counters.num_drafted += load.num_drafted
+        self.counters.num_accepted += load.num_accepted
 
     def forgive(self, now: float) -> None:
         """Start all timers anew: nobody was listening."""

@@ -129,6 +129,7 @@ def render_status(reply: am.StatusReply) -> RenderableType:
         "",
         _worker_table(reply.workers),
         *_engine_notes(reply.workers),
+        *_draft_notes(reply.workers),
         "",
         _model_table(reply.models),
     ]
@@ -176,6 +177,18 @@ def _engine_notes(workers: list[am.WorkerInfo]) -> list[RenderableType]:
         for (engine, lacks), worker in found.items()
         if lacks
     ]
+
+
+def _draft_notes(workers: list[am.WorkerInfo]) -> list[RenderableType]:
+    """Say of each proposer what its drafts have been worth."""
+    notes: list[RenderableType] = []
+    for proposer in sorted({info.proposer for info in workers if info.num_drafted}):
+        own = [info for info in workers if info.proposer == proposer]
+        num_drafted, num_accepted = (sum(getattr(w, name) for w in own) for name in ("num_drafted", "num_accepted"))
+        per_run = 1 + num_accepted / sum(info.num_draft_runs for info in own)
+        text = f"drafts ({proposer}): {count(num_drafted)} tokens, {percent(num_accepted, num_drafted)} of them held, "
+        notes.append(Text(f"{text}{per_run:.1f} tokens a step where there were any", "dim"))
+    return notes
 
 
 def _model_table(models: list[am.ModelStatus]) -> Rows:

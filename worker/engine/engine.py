@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from contextlib import suppress
 from dataclasses import replace
 from math import inf
@@ -49,10 +50,11 @@ from kvasir.worker.engine.step import (
     Mask,
     OutOfMemory,
     Sampled,
-    SampleRow,
     SequenceSlice,
     StepBatch,
 )
+from kvasir.worker.speculation.proposer import Text
+from kvasir.worker.speculation.speculator import Counts, Speculator
 
 _FIRST_RATE = 100.0  # prompt tokens per second, until measured: low, so that the first chunk is a small one
 _COMPILE_WAIT_S = 10.0  # for a grammar that the gateway has compiled in less than one
@@ -68,6 +70,9 @@ class Engine:
     When a step runs out of memory, its sequences go back to waiting and the limits of a step are halved, until the
     engine has nothing to do; a sequence that fails alone in a small step ends with an error. `num_out_of_memory` counts
     the halvings.
+
+    With a `speculator`, a step computes drafts after a sequence's last token and draws at each of them. The drafts that
+    equal the draws are kept, so that an answer is the same as without, and comes in fewer steps.
 
     `check` verifies the cache's integrity whenever the engine runs empty. `public_namespace` is the gateway's to set
     (`Welcome`) before anything is submitted.
@@ -85,7 +90,10 @@ class Engine:
         check: bool = False,
         grammars: Grammars | None = None,
         is_ahead: bool = False,
+        speculator: Speculator | None = None,
     ) -> None:
+        self.speculator = speculator
+        self._counts = Counts()  # of drafts, as last reported
         self._grammars = grammars
         self._executor, self._cache = executor, cache
         self.limits = self._limits = limits
@@ -101,7 +109,7 @@ class Engine:
         self._waiting: list[Sequence] = []
         self._by_id: dict[tuple[bytes, int], Sequence] = {}
         self._outputs: list[Output] = []  # of the next report: what was refused or aborted between steps
-        self._num_steps = self._event_seq = self._num_sequences = 0
+        self._num_steps = self._num_launched = self._event_seq = self._num_sequences = 0
         self.num_preempted = self.num_forked = self.num_not_finite = self.num_out_of_memory = 0
         self._rate = _FIRST_RATE
         self._copies: list[tuple[int, int]] = []  # of blocks, due before the next step computes
@@ -195,7 +203,7 @@ class Engine:
         """Launch one step, collect one or all, and return what has come of it; without work, an empty report."""
         plan = self._schedule()
         flight = self._launch(plan)
-        num_ahead = int(self._is_ahead and flight is not None and not flight.must_be_known)
+        num_ahead = int(self._is_ahead and flight is not None and not self._must_be_known(flight))
         while len(self._flights) > num_ahead:
             self._collect()
         return self._report(plan)
@@ -210,6 +218,8 @@ class Engine:
 
     def clear_tenant(self, tenant: str) -> int:
         """Drop what is cached of `tenant` and not in use; return how many blocks that were."""
+        if self.speculator is not None:
+            self.speculator.forget(tenant)
         return self._cache.clear(tenant)
 
     def pin(self, command: Pin) -> int:
@@ -276,8 +286,25 @@ class Engine:
             self._end(sequence, "deadline", "the request's deadline passed before it was finished")
         for sequence in [s for s in self._waiting if s.matcher is not None]:
             self._check_matcher(sequence, now)
+        if self.speculator is not None:
+            self._draft(self.speculator)
         ready = [s for s in self._waiting if s.is_ready]
         return schedule(self._running, ready, self._cache, self._limits, now, self._rate)
+
+    def _draft(self, speculator: Speculator) -> None:
+        """Choose the drafts of the sequences that decode. One whose newest token is not known yet has none."""
+        decoding = [s for s in self._running if s.num_remaining == 1 and not s.is_ending]
+        drafting = []
+        for s in decoding:
+            if s.track is not None:
+                s.track.draft_ids = []
+            if not s.num_drawing and not s.is_fresh:
+                if s.track is None:
+                    chain = s.chain
+                    text = Text(chain.owner, chain.namespace, s.prompt_ids, s.output_ids, s.table.leaves_nothing)
+                    s.track = speculator.open(text)
+                drafting.append((s.track, s.max_length - s.num_tokens - 1))
+        speculator.draft(drafting, len(decoding), self._num_launched)
 
     def _check_matcher(self, sequence: Sequence, now: float) -> None:
         """End a waiting `sequence` whose grammar could not be compiled."""
@@ -301,10 +328,15 @@ class Engine:
             self._admit(sequence, (sequence.num_tokens - 1) // self._cache.block_size)
         for sequence in plan.held:
             self._hold(sequence)
-        draw_of = {s: i for i, (s, _) in enumerate(self._flights[-1].drawing)} if self._flights else {}
+        draw_of = {s: i for i, (s, *_) in enumerate(self._flights[-1].drawing)} if self._flights else {}
         shares: list[Share] = []
-        for sequence, count in plan.work:
+        for i, (sequence, count) in enumerate(plan.work):
             start = sequence.num_computed
+            draft_ids: list[int] = []
+            if i < plan.num_decodes and count > 1 and sequence.track is not None:
+                if self._allocate(sequence, start + count, self._to_zero):
+                    draft_ids = sequence.track.draft_ids[: count - 1]
+                count = 1
             if sequence is plan.last_resort and not self._allocate(sequence, sequence.num_tokens, self._to_zero):
                 self._end(sequence, "error", no_room(-(-sequence.num_tokens // self._cache.block_size)))
                 continue
@@ -321,7 +353,9 @@ class Engine:
                 )
             forks = plan.forks.get(sequence.key, []) if num_logits else []
             piece.num_draws += len(forks)
-            shares.append(Share(sequence, piece, forks, sequence.table))
+            piece.num_logits += len(draft_ids)
+            piece.token_ids += draft_ids
+            shares.append(Share(sequence, piece, forks, sequence.table, draft_ids))
         return shares
 
     def _launch(self, plan: Plan) -> Flight | None:
@@ -335,21 +369,22 @@ class Engine:
             self._copies,
             self._to_zero,
             [share.piece for share in shares],
-            [SampleRow(s.sampling, end, s.output_ids, s.counts, s.stop_token_ids) for s, end in flight.drawing],
-            has_masks=any(s.matcher is not None for s, _ in flight.drawing),
+            [s.row(position, draft_ids) for s, position, draft_ids in flight.drawing],
+            has_masks=any(s.matcher is not None for s, *_ in flight.drawing),
         )
         self._copies, self._to_zero, self._is_at_rest = [], [], not shares
         flight.handle = self._executor.launch(step)
         for share in shares:
-            share.sequence.num_computed = share.piece.end
-            share.sequence.num_drawing += share.piece.num_logits
+            share.sequence.num_computed = share.piece.end - len(share.draft_ids)  # those count once they hold
+            share.sequence.num_drawing += bool(share.piece.num_logits)
         self._flights.append(flight)
+        self._num_launched += 1
         return flight
 
     def _collect(self) -> None:
         """Take the result of the oldest step under way."""
         flight = self._flights[0]
-        masks = self._masks([s for s, _ in flight.drawing])  # while a GPU still computes the logits
+        masks = self._masks(flight)  # while a GPU still computes the logits
         try:
             sampled = self._executor.collect(flight.handle, masks).sampled
         except OutOfMemory as error:
@@ -362,21 +397,31 @@ class Engine:
         step_s = now - max(flight.began, self._collected_at)
         self._collected_at = now
         self._collected.append((flight, step_s))
+        if self.speculator is not None and flight.num_decodes and not flight.num_prefill and step_s > 0:
+            self.speculator.costs.learn(flight.num_decodes, flight.num_drafts, step_s)
         if flight.num_prefill >= MIN_CHUNK and step_s > 0:  # less says more about a step's fixed costs than the rate
             rate = flight.num_prefill / step_s
             self._rate = rate if self._rate == _FIRST_RATE else self._rate + _RATE_SHARE * (rate - self._rate)
 
-    def _masks(self, sequences: list[Sequence]) -> list[Mask]:
-        """Return which tokens each of `sequences` may draw, where grammars say that; empty where none does.
+    def _must_be_known(self, flight: Flight) -> bool:
+        """Whether the next step cannot be planned before the draws of `flight` are known."""
+        if flight.must_be_known or self.speculator is None:
+            return flight.must_be_known
+        turn = self._num_launched
+        return any(s.track is None or s.track.looks_at(turn) for s, *_ in flight.drawing)
+
+    def _masks(self, flight: Flight) -> list[Mask]:
+        """Return what each draw may be, where grammars say that; empty where none does.
 
         None for a sequence whose grammar has become too complex: it ends, whatever is drawn.
         """
-        held = [(i, s.matcher) for i, s in enumerate(sequences) if s.matcher is not None]
-        if not held or self._grammars is None:
+        if all(s.matcher is None for s, *_ in flight.drawing):
             return []
-        masks: list[Mask] = [None] * len(sequences)
-        for (i, _), mask in zip(held, self._grammars.masks([matcher for _, matcher in held]), strict=True):
-            masks[i] = mask
+        masks: list[Mask] = []
+        for share in flight.shares:
+            if share.piece.num_logits:
+                for s, draft_ids in (*((fork, []) for fork in share.forks), (share.sequence, share.draft_ids)):
+                    masks += [None] * (1 + len(draft_ids)) if s.matcher is None else s.matcher.masks(draft_ids)
         return masks
 
     def _hand_back(self, error: OutOfMemory) -> None:
@@ -384,11 +429,12 @@ class Engine:
 
         So do those of a step launched after it: what they were given may be of no use.
         """
-        shares, is_alone = self._flights[0].shares, len(self._flights[0].shares) == 1
+        shares, num_drafts = self._flights[0].shares, self._flights[0].num_drafts
+        is_alone = len(shares) == 1 and not shares[0].forks and not num_drafts
         later = [share for flight in list(self._flights)[1:] for share in flight.shares]
         self._abandon_flights()
         limits = self._limits
-        if is_alone and not shares[0].forks and limits.max_step_tokens <= MIN_CHUNK:
+        if is_alone and limits.max_step_tokens <= MIN_CHUNK:
             if shares[0].is_current:
                 text = f"the worker has too little memory to compute this request: {error}"
                 self._end(shares[0].sequence, "error", text)
@@ -418,19 +464,19 @@ class Engine:
         draws = iter(drawn)
         for share in flight.shares:
             sequence, piece, forks = share.sequence, share.piece, share.forks
-            tokens = [next(draws) for _ in (*forks, sequence)] if piece.num_logits else []
+            drawn_here = [next(draws) for _ in range(len(forks) + piece.num_logits)]
             if not share.is_current:
                 continue
-            sequence.num_drawing -= piece.num_logits
-            if None in tokens:  # then its keys and values are no good either
+            sequence.num_drawing -= bool(piece.num_logits)
+            if drawn_here and drawn_here[len(forks)] is None:  # then its keys and values are no good either
                 self._end_not_finite([*forks, sequence])
                 continue
-            self._publish(sequence, piece.end)
-            for s, sampled in zip((*forks, sequence) if tokens else (), tokens, strict=True):
-                assert sampled is not None
-                self.num_not_finite = 0
-                if s is sequence or self._fork(s, sequence):
-                    self._append(s, sampled)
+            self._publish(sequence, piece.end - len(share.draft_ids))
+            for fork, sampled in zip(forks, drawn_here, strict=False):
+                if self._fork(fork, sequence):
+                    self._append(fork, [sampled])
+            if drawn_here:
+                self._append(sequence, drawn_here[len(forks) :], share.draft_ids)
 
     def _end_not_finite(self, sequences: list[Sequence]) -> None:
         self.num_not_finite += 1
@@ -459,6 +505,12 @@ class Engine:
             num_decode_tokens=sum(flight.num_decodes for flight, _ in collected),
             step_s=sum(step_s for flight, step_s in collected if flight.shares),
         )
+        if self.speculator is not None:
+            counts, before = self.speculator.counts, self._counts
+            self._counts = counts
+            load.num_draft_runs = counts.num_runs - before.num_runs
+            load.num_drafted = counts.num_drafted - before.num_drafted
+            load.num_accepted = counts.num_accepted - before.num_accepted
         return StepReport(self._num_steps, self._event_seq, load, outputs, stored, removed)
 
     def _take_events(self) -> tuple[bytes, bytes]:
@@ -536,22 +588,43 @@ class Engine:
             sequence.extend_chain(num_blocks)
             self._cache.insert(sequence.chain, sequence.table, num_blocks)
 
-    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
-        if sequence.matcher is not None:
-            sequence.matcher.accept(sampled.token_id)
-            if sequence.matcher.error:
-                self._end(sequence, "error", sequence.matcher.error)
-                return
-        seq = len(sequence.output_ids)
-        sequence.append(sampled.token_id)
-        output = Output(sequence.req_id, sequence.attempt, seq, pack_tokens((sampled.token_id,)))
-        if sampled.logprob is not None:
-            output.logprobs = [TokenLogprobs(sampled.logprob, list(sampled.top_logprobs))]
-        self._emit(sequence, output)
-        reason = sequence.finish_reason()
-        if reason is not None:
-            output.finish_reason = reason
+    def _append(self, sequence: Sequence, drawn: Seq[Sampled | None], draft_ids: Seq[int] = ()) -> None:
+        """Give `sequence` its next token, and those drawn after `draft_ids` as far as the drafts hold."""
+        output = Output(sequence.req_id, sequence.attempt, len(sequence.output_ids))
+        taken: list[int] = []
+        sampled: Sampled | None = None
+        for i, sampled in enumerate(drawn):
+            if sampled is None:
+                break
+            token_id = sampled.token_id
+            if sequence.matcher is not None:
+                sequence.matcher.accept(token_id)
+                if sequence.matcher.error:
+                    break
+            self.num_not_finite = 0
+            sequence.append(token_id)
+            taken.append(token_id)
+            if sampled.logprob is not None:
+                output.logprobs.append(TokenLogprobs(sampled.logprob, list(sampled.top_logprobs)))
+            output.finish_reason = sequence.finish_reason()
+            if output.finish_reason is not None or i == len(draft_ids) or token_id != draft_ids[i]:
+                break
+        num_held = max(0, len(taken) - 1)
+        if num_held:
+            sequence.num_computed += num_held
+            self._publish(sequence, sequence.num_computed)
+        if self.speculator is not None and sequence.track is not None:
+            self.speculator.drawn(sequence.track, taken, len(draft_ids))
+        output.token_ids = pack_tokens(taken)
+        output.num_rejected_tokens = len(draft_ids) - num_held
+        if taken:
+            self._emit(sequence, output)
+        if output.finish_reason is not None:
             self._forget(sequence)
+        elif sequence.matcher is not None and sequence.matcher.error:
+            self._end(sequence, "error", sequence.matcher.error)
+        elif sampled is None:
+            self._end_not_finite([sequence])
 
     def _end(self, sequence: Sequence, reason: FinishReason, text: str = "") -> None:
         """End `sequence` without a further token."""
@@ -568,6 +641,8 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         del self._by_id[sequence.req_id, sequence.attempt]
+        if self.speculator is not None and sequence.track is not None:
+            self.speculator.close(sequence.track)
         (self._running if sequence in self._running else self._waiting).remove(sequence)
         self._release(sequence)
 

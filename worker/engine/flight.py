@@ -22,6 +22,7 @@ class Share:
     piece: SequenceSlice
     forks: list[Sequence]
     table: BlockTable
+    draft_ids: list[int] = field(default_factory=list)  # the last of the piece's tokens
 
     @property
     def is_current(self) -> bool:
@@ -32,9 +33,9 @@ class Share:
 class Flight:
     """A step that was launched. `handle` is the executor's.
 
-    `drawing` sequences are in the order of their draws, each with the position of its token; forks come before the
-    sequence from whose logits they draw. The blocks of `leaving` tables are free when it is collected: until then it
-    may write to them.
+    `drawing` has the sequence of each draw, the position of its token, and the drafts before it: first the forks, then
+    the sequence from whose logits they draw, once and after each of its drafts. The blocks of `leaving` tables are free
+    when it is collected: until then it may write to them.
     """
 
     shares: list[Share]
@@ -43,11 +44,16 @@ class Flight:
     num_prefill: int  # tokens
     handle: Any = None
     leaving: list[BlockTable] = field(default_factory=list)
-    drawing: list[tuple[Sequence, int]] = field(init=False)
+    drawing: list[tuple[Sequence, int, list[int]]] = field(default_factory=list)
+    num_drafts: int = 0
 
     def __post_init__(self) -> None:
-        drawn_from = [share for share in self.shares if share.piece.num_logits]
-        self.drawing = [(s, share.piece.end) for share in drawn_from for s in (*share.forks, share.sequence)]
+        for share in self.shares:
+            if share.piece.num_logits:
+                drafts, position = share.draft_ids, share.piece.end - len(share.draft_ids)
+                self.drawing += [(fork, position, []) for fork in share.forks]
+                self.drawing += [(share.sequence, position + i, drafts[:i]) for i in range(len(drafts) + 1)]
+                self.num_drafts += len(drafts)
 
     def names(self, sequence: Sequence) -> bool:
         """Return whether it computes anything in the blocks that `sequence` has now."""
@@ -57,7 +63,11 @@ class Flight:
     def must_be_known(self) -> bool:
         """Whether the next step cannot be planned before its draws are known.
 
-        Forks take blocks over once their tokens are drawn. Grammars, penalties and constraints depend on the newest
-        token, and nothing but plain draws is fed from step to step.
+        Forks take blocks over once their tokens are drawn. Grammars, penalties, constraints and drafts depend on the
+        newest token, and nothing but plain draws is fed from step to step.
         """
-        return any(share.forks for share in self.shares) or any(s.reads_output for s, _ in self.drawing)
+        return (
+            self.num_drafts > 0
+            or any(share.forks for share in self.shares)
+            or any(s.reads_output for s, *_ in self.drawing)
+        )

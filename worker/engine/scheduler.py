@@ -1,7 +1,7 @@
 """Who computes what in the next step: a pure decision over the sequences and the cache.
 
-One token budget per step. Sequences with one token to compute (decoding) come first, chunks of prompts fill the rest,
-the smallest key first:
+One token budget per step. Sequences with one token to compute (decoding) come first, with their drafts, which get half
+of what decoding leaves at most; chunks of prompts fill the rest, the smallest key first:
 
     key = uncached seconds of work left - ageing * (seconds waited - its tenant's lead in seconds of work)
 
@@ -66,8 +66,9 @@ class EngineLimits:
 class Plan:
     """What to do, in this order: fail (with the reason), let go, preempt, admit (match), hold, allocate and compute.
 
-    `work` holds each sequence with the number of its tokens to compute: first `num_decodes` times one token, then
-    chunks of prompts, those of the admitted among them. `forks` of a sequence, by its key, run from then on, too.
+    `work` holds each sequence with the number of its tokens to compute: first `num_decodes` times one token and its
+    drafts, then chunks of prompts, those of the admitted among them. `forks` of a sequence, by its key, run from then
+    on, too.
     """
 
     now: float
@@ -79,6 +80,7 @@ class Plan:
     work: list[tuple[Sequence, int]] = field(default_factory=list)
     forks: dict[int, list[Sequence]] = field(default_factory=dict)
     num_decodes: int = 0
+    num_drafts: int = 0  # that may be computed, if there are blocks for them
     last_resort: Sequence | None = None  # to be failed, if it does not get all blocks for its tokens
     num_pending: int = 0  # uncached prompt tokens that are left after this step
 
@@ -107,8 +109,12 @@ def schedule(
         shortage = blocks.shortage(needy)
         if shortage is None:
             blocks.take_for_decoding(needy)
+            num_wanted = sum(s.num_drafts for s, _ in plan.work)
+            plan.num_drafts = min(num_wanted, (limits.max_step_tokens - plan.num_decodes) // 2)
             if queue.order:
                 _Prefills(plan, blocks, queue, limits, rate, ending).add_all()
+            if plan.num_drafts:
+                _add_drafts(plan, blocks, needy)
             if plan.work or not blocks.running:
                 return plan
             plan.preempted.append(blocks.preempt(None))
@@ -120,6 +126,21 @@ def schedule(
         plan.let_go += let_go
         if not let_go:
             plan.preempted.append(blocks.preempt(short))
+
+
+def _add_drafts(plan: Plan, blocks: BlockBudget, needy: Seq[Sequence]) -> None:
+    """Let decoding sequences compute their drafts, in the blocks that nobody else wants in this step."""
+    size, num_left = blocks.cache.block_size, plan.num_drafts
+    has_block = {s.key for s in needy}
+    for i, (s, _) in enumerate(plan.work[: plan.num_decodes]):
+        num_blocks, owner = len(s.table.block_ids) + (s.key in has_block), s.chain.owner
+        num_more = max(0, min(blocks.available(owner), blocks.cap_room(owner)))
+        count = min(s.num_drafts, num_left, (num_blocks + num_more) * size - s.num_computed - 1)
+        if count > 0:
+            num_taken = max(0, -(-(s.num_computed + 1 + count) // size) - num_blocks)
+            blocks.take(owner, num_taken, num_taken, num_reserved=num_taken)
+            num_left -= count
+            plan.work[i] = s, 1 + count
 
 
 class _Queue:
@@ -163,7 +184,8 @@ class _Prefills:
         self._plan, self._blocks, self._queue, self._limits = plan, blocks, queue, limits
         self._order = [s for s in queue.order if s not in plan.preempted]
         self._size = blocks.cache.block_size
-        self._budget = min(limits.max_step_tokens - plan.num_decodes, max(MIN_CHUNK, int(rate * limits.max_step_s)))
+        num_left = limits.max_step_tokens - plan.num_decodes - plan.num_drafts
+        self._budget = min(num_left, max(MIN_CHUNK, int(rate * limits.max_step_s)))
         running = [*blocks.running, *ending]
         self._leaders = [s for s in running if s.num_tokens // self._size > s.table.num_published]
         self._originals = {s.given: s for s in blocks.running if s.num_computed < s.num_given and s.is_fresh}

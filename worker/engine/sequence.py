@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from kvasir.cache.block_table import BlockTable, Chain
@@ -10,7 +11,8 @@ from kvasir.protocol.errors import BadRequest, PromptTooLong
 from kvasir.protocol.messages import FinishReason, Generate, Sampling
 from kvasir.protocol.prefix import HASH_BYTES
 from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens, unpack_tokens
-from kvasir.worker.engine.step import Matcher, asks_for_counts
+from kvasir.worker.engine.step import Matcher, SampleRow, asks_for_counts
+from kvasir.worker.speculation.speculator import Track
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +51,7 @@ class Sequence:
     num_cached: int | None = None  # prompt tokens found at its first admission; None until then
     cached_reported: bool = False
     matcher: Matcher | None = None
+    track: Track | None = None  # of its drafts, once it decodes
 
     @property
     def is_ready(self) -> bool:
@@ -85,6 +88,11 @@ class Sequence:
         return self.num_tokens == self.num_given
 
     @property
+    def num_drafts(self) -> int:
+        """How many drafts are to be computed after its last token."""
+        return 0 if self.track is None else len(self.track.draft_ids)
+
+    @property
     def last_token(self) -> int:
         return self.output_ids[-1] if self.output_ids else self.prompt_ids[-1]
 
@@ -93,6 +101,17 @@ class Sequence:
         self.output_ids.append(token_id)
         if self.counts:
             self.counts[token_id] = self.counts.get(token_id, 0) + 1
+
+    def row(self, position: int, draft_ids: Seq[int] = ()) -> SampleRow:
+        """Return what the draw for `position` needs, as if `draft_ids` had been drawn."""
+        output_ids, counts = self.output_ids, self.counts
+        if draft_ids:
+            output_ids = [*output_ids, *draft_ids]
+            if counts:
+                counts = {**counts}
+                for token_id in draft_ids:
+                    counts[token_id] = counts.get(token_id, 0) + 1
+        return SampleRow(self.sampling, position, output_ids, counts, self.stop_token_ids)
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Return the token ids at positions start..end-1."""

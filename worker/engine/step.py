@@ -124,12 +124,13 @@ class Matcher(Protocol):
     def accept(self, token_id: int) -> None:
         """Take the next token. One that does not match is an `error`."""
 
+    def masks(self, draft_ids: Sequence[int] = ()) -> list[Mask]:
+        """Return which token may come next, and which after each of `draft_ids`, None: any, since the drafts end before
+        it; None for the first: an `error`."""
+
 
 class Grammars(Protocol):
     """`worker.grammars.grammars.Grammars`: what takes long, compiling, happens in its thread."""
 
     def open(self, tenant: str, constraint: Constraint, output_ids: Sequence[int]) -> Any:
         """Return the `Matcher` of an answer that begins with `output_ids`; it may be ready only later."""
-
-    def masks(self, matchers: Sequence[Any]) -> Sequence[Mask]:
-        """Return what each matcher allows next, None: an `error`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from llguidance import LLMatcher
 
@@ -50,17 +50,42 @@ class AnswerMatcher:
         if self.error:
             return
         assert self._matcher is not None
-        is_first, self._is_first = self._is_first, False
-        if self._reasoning is not None:
-            if self._is_reasoning:
-                self._is_reasoning = token_id != self._reasoning.end
-                return
-            if is_first and token_id == self._reasoning.start:
-                self._is_reasoning = True
-                return
-        if not self._matcher.consume_token(token_id):
+        is_free, self._is_first = self._is_free(token_id), False
+        if is_free and self._reasoning is not None:
+            self._is_reasoning = token_id != self._reasoning.end
+        elif not self._matcher.consume_token(token_id):
             text = plain(self._matcher.get_error())
             self.error = f"token {token_id} does not match the grammar, or that has become too complex: {text}"
+
+    def _is_free(self, token_id: int) -> bool:
+        """Return whether the next token is reasoning, or begins it."""
+        reasoning = self._reasoning
+        return self._is_reasoning or (reasoning is not None and self._is_first and token_id == reasoning.start)
+
+    def masks(self, draft_ids: Sequence[int] = ()) -> list[bytes | None]:
+        """Return the masks of the next token and of those after each of `draft_ids`; the state stays what it is.
+
+        Some 20 microseconds each: a thread would cost more than it saves. None: an `error` if it is the first, else any
+        token, since the drafts end before it.
+        """
+        masks = [self.mask()]
+        if not draft_ids or masks[0] is None:
+            return masks + [None] * len(draft_ids)
+        before = self._is_reasoning, self._is_first
+        num_consumed = 0
+        for token_id in draft_ids:
+            mask = masks[-1]
+            if mask is None or self.is_complete or not mask[token_id >> 3] >> (token_id & 7) & 1:
+                break
+            is_free = self._is_free(token_id)
+            self.accept(token_id)
+            num_consumed += not (is_free or self.error)
+            masks.append(None if self.error or self.is_complete else self.mask())
+        assert self._matcher is not None
+        self._matcher.rollback(num_consumed)
+        self._is_reasoning, self._is_first = before
+        self.error = ""
+        return masks + [None] * (1 + len(draft_ids) - len(masks))
 
     def mask(self) -> bytes | None:
         """Return one bit for each token id, the lowest first, set where that token may come next; None: an `error`."""

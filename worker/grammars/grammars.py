@@ -49,10 +49,6 @@ class Grammars:
             matcher.begin(known, ())
         return matcher
 
-    def masks(self, matchers: Sequence[AnswerMatcher]) -> list[bytes | None]:
-        """Return what each matcher allows next. Some 20 microseconds each: a thread would cost more than it saves."""
-        return [matcher.mask() for matcher in matchers]
-
     def _begin(self, matcher: AnswerMatcher, key: _Key, output_ids: list[int]) -> None:
         """In the thread: let `matcher` begin, or fail."""
         try:

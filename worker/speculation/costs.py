@@ -10,7 +10,7 @@ _MAX_SINCE = 48  # steps with drafts, then one without
 _PLAIN_LEARNING = 0.2  # how much of a step's surprise is believed
 _DRAFT_LEARNING = 0.3
 _FORGETTING = 0.002  # per step without drafts, so that drafts once thought too dear are tried again
-_MAX_SURPRISE = 0.5  # of what was expected: the rest is the machine's, not the batch's
+_MAX_SURPRISE = 0.25  # of what was expected: the rest is the machine's, not the batch's
 
 
 @dataclass(slots=True)

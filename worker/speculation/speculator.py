@@ -22,7 +22,7 @@ from kvasir.worker.speculation.costs import StepCosts
 from kvasir.worker.speculation.proposer import Draft, Proposer, Reader, Text
 
 MAX_DRAFT = 16
-MAX_REST = 8  # steps without a look at a sequence whose drafts are not worth it
+MAX_PERIOD = 8  # steps from one look to the next at a sequence whose drafts are not worth it
 
 _FIRST_CHANCES = ((0.9, 3.0), (1.5, 3.0), (2.2, 3.0), (2.7, 3.0))  # (held, tried) by match: 2, 4, 8, 16 and more
 _MAX_TRIED = 32.0  # then the past counts half
@@ -69,13 +69,16 @@ class Track:
     draft_ids: list[int] = field(default_factory=list)
     chances: Chances = field(default_factory=Chances)
     proposed: Draft = _NOTHING
-    rest: int = 0  # steps until the next look
-    last_rest: int = 0
+    period: int = 1  # it is looked at in steps whose numbers are multiples: the same ones for all that seldom are
+
+    def looks_at(self, turn: int) -> bool:
+        """Return whether to look for drafts in step `turn`."""
+        return turn % self.period == 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Counts:
-    """Since the start: runs of drafts, their tokens, and those that held."""
+    """Runs of drafts, their tokens, and those that held."""
 
     num_runs: int = 0
     num_drafted: int = 0
@@ -103,24 +106,17 @@ class Speculator:
         """Drop what is remembered of a tenant."""
         self.proposer.forget(tenant)
 
-    def draft(self, tracks: Sequence[Track], limits: Sequence[int], num_sequences: int) -> None:
-        """Set the `draft_ids` of `tracks`, at most `limits`, for a step in which `num_sequences` decode."""
+    def draft(self, wanted: Sequence[tuple[Track, int]], num_sequences: int, turn: int) -> None:
+        """Set the `draft_ids` of tracks, each with the most that it may have, for step `turn`, in which `num_sequences`
+        decode."""
         runs: list[tuple[Track, list[float]]] = []
-        for track, limit in zip(tracks, limits, strict=True):
-            track.draft_ids = []
-            if track.rest:
-                track.rest -= 1
-                track.proposed = _NOTHING
-                continue
-            track.proposed = track.reader.propose(min(limit, MAX_DRAFT)) if limit > 0 else _NOTHING
-            run = track.chances.of_run(track.proposed)
-            if run:
+        for track, limit in wanted:
+            track.draft_ids, track.proposed = [], _NOTHING
+            if limit > 0 and track.looks_at(turn):
+                track.proposed = track.reader.propose(min(limit, MAX_DRAFT))
+                run = track.chances.of_run(track.proposed)
                 runs.append((track, run))
-            else:
-                _rest(track)
-        if not runs:
-            return
-        cost = self.costs.relative(num_sequences)
+        cost = self.costs.relative(num_sequences) if runs else None
         if cost is None:
             return
         bar = cost
@@ -131,10 +127,7 @@ class Speculator:
         for track, run in runs:
             count = _num_above(run, bar)
             track.draft_ids = [*track.proposed.token_ids[:count]]
-            if count:
-                track.last_rest = 0
-            else:
-                _rest(track)
+            track.period = 1 if count else min(2 * track.period, MAX_PERIOD)
 
     def drawn(self, track: Track, token_ids: Sequence[int], num_drafted: int) -> None:
         """Learn from the tokens that a sequence got in a step that computed `num_drafted` drafts for it."""
@@ -146,14 +139,9 @@ class Speculator:
                 break
             num_held += 1
         if num_drafted:
-            self.counts.num_runs += 1
-            self.counts.num_drafted += num_drafted
-            self.counts.num_accepted += min(num_held, num_drafted)
-
-
-def _rest(track: Track) -> None:
-    """Look at a track less and less often."""
-    track.rest = track.last_rest = min(2 * track.last_rest + 1, MAX_REST)
+            before = self.counts
+            num_accepted = before.num_accepted + min(num_held, num_drafted)
+            self.counts = Counts(before.num_runs + 1, before.num_drafted + num_drafted, num_accepted)
 
 
 def _num_above(run: Sequence[float], bar: float) -> int:

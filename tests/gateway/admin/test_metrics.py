@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from kvasir.gateway.admin.metrics import render_metrics
 from kvasir.gateway.core.counters import Histogram, Totals
@@ -90,6 +91,16 @@ def test_a_worker_tells_what_it_computes_with() -> None:
     samples = parse(render_metrics(make_statistics(), None).decode())["kvasir_worker_info"].samples
     labels = {"worker": "w1", "model": "demo", "device": "cuda", "attention": "gather: it differs"}
     assert samples == {("kvasir_worker_info", frozenset(labels.items())): 1}
+
+
+def test_drafts_are_counted_by_their_proposer() -> None:
+    statistics = make_statistics()
+    [worker] = statistics.workers
+    drafting = structs.replace(worker, id="w2", proposer="lookup", num_draft_runs=10, num_drafted=40, num_accepted=25)
+    families = parse(render_metrics(structs.replace(statistics, workers=[worker, drafting]), None).decode())
+    labels = frozenset({"worker": "w2", "model": "demo", "proposer": "lookup"}.items())
+    for name, value in (("draft_runs", 10), ("drafted_tokens", 40), ("accepted_tokens", 25)):
+        assert families[f"kvasir_worker_{name}_total"].samples == {(f"kvasir_worker_{name}_total", labels): value}
 
 
 def test_large_counters_are_exact() -> None:

@@ -16,7 +16,9 @@ from kvasir.worker.engine.engine import Engine
 from kvasir.worker.grammars import grammars as grammars_module
 from kvasir.worker.grammars.grammars import Grammars
 from kvasir.worker.model.model import Model
-from tests.engine_helpers import Rig, Stream, make_generate
+from kvasir.worker.speculation.lookup import Lookup
+from kvasir.worker.speculation.speculator import Speculator
+from tests.engine_helpers import FixedCosts, Rig, Stream, make_generate
 from tests.grammar_engine import SIZE, load, make_engine, run
 from tests.grammar_helpers import EOS, TOKENIZER, VOCAB, held_to, matches, schema_grammar
 
@@ -81,6 +83,30 @@ def test_forks_have_the_tokens_of_separate_requests(model: Model) -> None:
             streams[output.req_id] += unpack_tokens(output.token_ids)
     assert engine.num_forked == 3
     assert list(streams.values()) == alone
+
+
+def test_drafts_change_no_answer_whatever_holds_it(model: Model) -> None:
+    """Grammars, reasoning, penalties and constraints over a transformer; drafts from what was said before."""
+    bias = {EOS[0]: 50.0}
+    reasoning = Constraint(
+        reasoning=ReasoningBudget(12, 6), grammar=Grammar("choice", '["yes, yes, yes", "no, no, no"]')
+    )
+    commands = [
+        *(make_request(index) for index in range(4)),
+        make_request(4, sampling=Sampling(temperature=0.0, constraint=reasoning, logit_bias=bias, logprobs=2)),
+        make_request(5, sampling=Sampling(temperature=0.8, seed=3, top_p=0.9, presence_penalty=0.5), max_tokens=60),
+        make_request(6, sampling=Sampling(temperature=0.0, frequency_penalty=0.1, logprobs=1), max_tokens=60),
+        make_request(7, sampling=Sampling(temperature=0.0, constraint=Constraint(min_tokens=9, bad_words=[[30]]))),
+    ]
+    alone = [run(make_engine(model), command)[0] for command in commands]
+    engine = make_engine(model)
+    engine.speculator = Speculator(Lookup())
+    engine.speculator.costs = FixedCosts()
+    for _ in range(2):  # the second time with the answers of the first to draw on
+        together = run(engine, *commands)
+        assert [(s.token_ids, s.finish_reason) for s in together] == [(s.token_ids, s.finish_reason) for s in alone]
+    counts = engine.speculator.counts
+    assert 100 < counts.num_accepted < counts.num_drafted
 
 
 @pytest.mark.parametrize("num_delivered", [1, 7, 20])

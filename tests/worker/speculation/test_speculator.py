@@ -40,7 +40,7 @@ def play(chance: float, cost: float, batch: int = 1, num_steps: int = 600) -> tu
     tracks = [speculator.open(Text("a", b"", [], [])) for _ in range(batch)]
     num_tokens = num_drafts = seconds = 0.0
     for step in range(num_steps):
-        speculator.draft(tracks, [100] * batch, batch)
+        speculator.draft([(track, 100) for track in tracks], batch, step)
         step_s = 0.01 * (1 + cost * sum(len(track.draft_ids) for track in tracks) / batch)
         is_late = step >= num_steps // 2
         for track in tracks:
@@ -79,13 +79,13 @@ def test_a_sequence_that_begins_to_repeat_itself_is_noticed() -> None:
     track = speculator.open(Text("a", b"", [], []))
     scripted = speculator.proposer
     assert isinstance(scripted, Scripted)
-    for _ in range(60):
-        speculator.draft([track], [100], 1)
+    for turn in range(60):
+        speculator.draft([(track, 100)], 1, turn)
         speculator.drawn(track, [7], len(track.draft_ids))
     scripted.chance, scripted.match = 1.0, 16
     lengths = []
-    for _ in range(20):
-        speculator.draft([track], [100], 1)
+    for turn in range(60, 80):
+        speculator.draft([(track, 100)], 1, turn)
         lengths.append(len(track.draft_ids))
         speculator.drawn(track, [7] * (lengths[-1] + 1), lengths[-1])
     assert max(lengths) > 4 and lengths[-1] > 0
@@ -96,7 +96,7 @@ def test_no_more_is_drafted_than_a_sequence_may_take() -> None:
     for _ in range(3):
         speculator.costs.learn(4, 0, 0.01)
     tracks = [speculator.open(Text("a", b"", [], [])) for _ in range(4)]
-    speculator.draft(tracks, [0, 1, 3, -1], 4)
+    speculator.draft([*zip(tracks, [0, 1, 3, -1], strict=True)], 4, 0)
     assert [len(track.draft_ids) for track in tracks] == [0, 1, 3, 0]
 
 

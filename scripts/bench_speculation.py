@@ -1,0 +1,322 @@
+"""Decoding with drafts beside decoding without, in one run and in turns (`bench_engine.py --speculate`).
+
+What is computed is the model's own, but what it says is written down: the sampler draws as always, and then a script's
+token takes the place of the draw. So a small model, or one of random weights, can be measured on what large ones are
+used for, and no answer is a loop. Scripts: `edit` (a file of Python's library, names and lines changed), `json` (a list
+of records again, with one field more), `agent` (tool calls that quote what tools said), `chat` (prose after other
+prose), `random`. `own` are the model's own answers, with temperature: there the tokens with and without drafts are
+compared.
+
+Then drafts of a forced acceptance: each token proposed is the right one with that chance. Rates are tokens per second
+of CPU time (others may use the machine), from the moment on at which all sequences have their first token; "gain" is
+that with drafts over that without. "accepted" is a share of the tokens drafted, "per run" the tokens that a step with
+drafts gave a sequence, "per step" those that any step gave.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from kvasir.cache.kv_store import KvStore
+from kvasir.cache.prefix_cache import PrefixCache
+from kvasir.protocol.messages import Generate, Sampling
+from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
+from kvasir.protocol.tokens import pack_tokens, unpack_tokens
+from kvasir.worker.engine.engine import Engine
+from kvasir.worker.engine.executor import LocalExecutor
+from kvasir.worker.engine.scheduler import EngineLimits
+from kvasir.worker.engine.step import Mask, Sampled, SampleRow
+from kvasir.worker.model.loader import load_model
+from kvasir.worker.model.sampling import sample
+from kvasir.worker.speculation.costs import StepCosts
+from kvasir.worker.speculation.lookup import Lookup
+from kvasir.worker.speculation.proposer import Draft, Proposer, Text
+from kvasir.worker.speculation.speculator import Counts, Speculator
+
+BLOCK_SIZE = 16
+SPACE = derive_namespace(b"benchmark", "tenant")
+ROOT_HASH = derive_root(b"benchmark", "model", "float32")
+MODULES = [
+    "heapq",
+    "bisect",
+    "textwrap",
+    "queue",
+    "sched",
+    "fnmatch",
+    "shlex",
+    "graphlib",
+    "copy",
+    "statistics",
+    "string",
+    "cmd",
+    "csv",
+    "dis",
+    "glob",
+    "netrc",
+]
+
+
+@dataclass(frozen=True)
+class Script:
+    prompt_ids: list[int]
+    answer_ids: list[int] | None  # None: the model's own
+
+
+@dataclass(frozen=True)
+class Run:
+    tokens_per_s: float
+    answers: list[list[int]]
+    counts: Counts
+    per_step: float  # tokens per sequence
+
+
+class ScriptedSampler:
+    """Draws, then says what is written in the script that a row's seed names."""
+
+    def __init__(self) -> None:
+        self.scripts: dict[int, Script] = {}
+
+    def __call__(self, logits: Any, rows: Sequence[SampleRow], masks: Sequence[Mask] = ()) -> list[Sampled | None]:
+        return [self._say(row, drawn) for row, drawn in zip(rows, sample(logits, rows, masks), strict=True)]
+
+    def _say(self, row: SampleRow, drawn: Sampled | None) -> Sampled | None:
+        script = self.scripts.get(row.params.seed)
+        if script is None or script.answer_ids is None:
+            return drawn
+        return Sampled(script.answer_ids[(row.position - len(script.prompt_ids)) % len(script.answer_ids)])
+
+
+class Forced:
+    """Proposes what the script says next, each token with probability `chance`."""
+
+    name = "forced"
+
+    def __init__(self, scripts: Sequence[Script], chance: float) -> None:
+        self._answers = {tuple(script.prompt_ids): script.answer_ids for script in scripts}
+        self._chance, self._rng = chance, random.Random(1)
+
+    def open(self, text: Text) -> _ForcedReader:
+        return _ForcedReader(text, self._answers[tuple(text.prompt_ids)] or [], self._chance, self._rng)
+
+    def close(self, text: Text) -> None: ...
+
+    def forget(self, tenant: str) -> None: ...
+
+
+@dataclass
+class _ForcedReader:
+    text: Text
+    answer_ids: list[int]
+    chance: float
+    rng: random.Random
+
+    def propose(self, limit: int) -> Draft:
+        done = len(self.text.output_ids)
+        right = self.answer_ids[done : done + limit]
+        return Draft([token if self.rng.random() < self.chance else token ^ 1 for token in right], 4)
+
+
+def make_engine(folder: Path, num_tokens: int, max_requests: int) -> tuple[Engine, ScriptedSampler]:
+    model = load_model(folder, "cpu", "float32")
+    config, sampler = model.config, ScriptedSampler()
+    num_blocks = 4 * max_requests * (num_tokens // BLOCK_SIZE + 2)
+    shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+    engine = Engine(
+        LocalExecutor(model, KvStore(*shape, dtype=model.dtype, device="cpu"), sampler),
+        PrefixCache(num_blocks, BLOCK_SIZE),
+        EngineLimits(max_requests=max_requests, max_step_tokens=1024, max_context=config.max_position),
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        clock=time.process_time,
+    )
+    return engine, sampler
+
+
+def run(
+    engine: Engine, sampler: ScriptedSampler, scripts: Sequence[Script], num_tokens: int, temperature: float
+) -> Run:
+    """Decode all `scripts` at once with what the engine has for a speculator now."""
+    answers: dict[bytes, list[int]] = {}
+    sampler.scripts = dict(enumerate(scripts))
+    for seed, script in enumerate(scripts):
+        packed = pack_tokens(script.prompt_ids)
+        command = Generate(
+            req_id=seed.to_bytes(16, "big"),
+            attempt=1,
+            tenant="benchmark",
+            token_ids=packed,
+            num_prompt_tokens=len(script.prompt_ids),
+            root=ROOT_HASH,
+            prefix_hashes=hash_prompt(ROOT_HASH, SPACE, SPACE, packed, 0, BLOCK_SIZE),
+            num_public_tokens=0,
+            namespace=SPACE,
+            max_tokens=num_tokens,
+            sampling=Sampling(temperature=temperature, seed=seed),
+            ignore_eos=True,
+        )
+        answers[command.req_id] = []
+        engine.submit(command)
+    begin, num_before, num_turns = 0.0, 0, 0
+    while engine.has_work:
+        outputs = engine.step().outputs
+        num_turns += len(outputs) if begin else 0
+        for output in outputs:
+            answers[output.req_id] += unpack_tokens(output.token_ids)
+        if not begin and all(answers.values()):
+            begin, num_before = time.process_time(), sum(map(len, answers.values()))
+    num_after = sum(map(len, answers.values())) - num_before
+    seconds = time.process_time() - begin
+    speculator = engine.speculator
+    counts = Counts() if speculator is None else speculator.counts
+    return Run(num_after / seconds, list(answers.values()), counts, num_after / num_turns)
+
+
+# ---- what is said -------------------------------------------------------------------------------------------------
+
+
+def make_scripts(kind: str, count: int, tokenizer: Tokenizer, num_prompt: int, num_answer: int) -> list[Script]:
+    rng = random.Random(kind)
+    if kind == "random":
+        vocab = tokenizer.get_vocab_size()
+        return [
+            Script(*([rng.randrange(10, vocab) for _ in range(n)] for n in (num_prompt, num_answer)))
+            for _ in range(count)
+        ]
+    scripts = []
+    for i in range(count):
+        prompt, answer = _TEXTS[kind](i, rng)
+        prompt_ids, answer_ids = tokenizer.encode(prompt).ids, tokenizer.encode(answer).ids
+        scripts.append(Script(prompt_ids, None if kind == "own" else answer_ids[:num_answer]))
+        assert kind == "own" or len(answer_ids) >= num_answer, (kind, len(answer_ids))
+    return scripts
+
+
+def _source(i: int, rng: random.Random, num_lines: int) -> list[str]:
+    lines = inspect.getsource(importlib.import_module(MODULES[i % len(MODULES)])).splitlines()
+    first = rng.randrange(max(1, len(lines) - num_lines))
+    return lines[first : first + num_lines]
+
+
+def _edit(i: int, rng: random.Random) -> tuple[str, str]:
+    lines = _source(i, rng, 36)
+    words = sorted({word for line in lines for word in line.split() if word.isidentifier() and len(word) > 4})
+    old, new = rng.choice(words or ["value"]), f"new_{rng.randrange(1000)}"
+    edited = []
+    for line in lines:
+        if rng.random() < 0.04:
+            edited.append(f"    # checked {rng.randrange(10_000)}")
+        if rng.random() > 0.03:
+            edited.append(line.replace(old, new))
+    return "Rename a thing in this file.\n" + "\n".join(lines) + "\nThe new file:\n", "\n".join(edited)
+
+
+def _json(i: int, rng: random.Random) -> tuple[str, str]:
+    names = [f"{rng.choice('bcdfglmnprst')}{rng.choice('aeiou')}{rng.randrange(1000)}" for _ in range(8)]
+    records = [
+        {"id": rng.randrange(10**6), "name": name, "price": rng.randrange(10**4) / 100, "tags": rng.sample(names, 2)}
+        for name in names
+    ]
+    prompt = "Add a field.\n" + "\n".join(map(json.dumps, records)) + "\nWith the field:\n"
+    return prompt, "\n".join(json.dumps({**record, "stock": rng.randrange(500)}) for record in records)
+
+
+def _agent(i: int, rng: random.Random) -> tuple[str, str]:
+    lines = _source(i, rng, 24)
+    path = f"src/{MODULES[i % len(MODULES)]}_{rng.randrange(100)}.py"
+    numbers = rng.sample(range(len(lines)), 5)
+    seen = "\n".join(f"{path}:{n}: {lines[n].strip()}" for n in sorted(numbers))
+    prose = " ".join(" ".join(_source(i + 7 + n, rng, 2)).strip() for n in range(2))
+    calls = [json.dumps({"tool": "read_file", "arguments": {"path": path, "first": n, "last": n + 5}}) for n in numbers]
+    prompt = f"{calls[0]}\n" + "\n".join(lines) + f"\n{calls[1]}\n{seen}\n"
+    answer = f"{prose}\n{calls[2]}\n" + "\n".join(lines[numbers[0] : numbers[0] + 4]) + f"\n{prose[::-1]}\n{calls[3]}\n"
+    return prompt, answer + seen + "\n" + calls[4]
+
+
+def _prose(i: int) -> str:
+    module = importlib.import_module(MODULES[i % len(MODULES)])
+    texts = [inspect.getdoc(thing) or "" for _, thing in inspect.getmembers(module, callable)]
+    return "\n".join([module.__doc__ or "", *dict.fromkeys(texts)])
+
+
+def _chat(i: int, rng: random.Random) -> tuple[str, str]:
+    answer = _prose(i + 5) + _prose(i + 6)
+    first = rng.randrange(max(1, len(answer) - 1200))
+    return _prose(i)[-1200:] + "\nSo?\n", answer[first:] + _prose(i + 7)
+
+
+_TEXTS: dict[str, Callable[[int, random.Random], tuple[str, str]]] = {
+    "edit": _edit,
+    "json": _json,
+    "agent": _agent,
+    "chat": _chat,
+    "own": _chat,
+}
+
+
+# ---- the benchmark ------------------------------------------------------------------------------------------------
+
+
+def compare(
+    folder: Path, batches: Sequence[int], num_prompt: int, num_tokens: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Print and return a row per kind, temperature and batch."""
+    torch.set_num_threads(1)
+    engine, sampler = make_engine(folder, num_prompt + num_tokens, max(batches))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    costs, rows = StepCosts(), []
+    heads = ("script", "temp", "batch", "off", "on", "gain", "accepted", "per run", "per step")
+    print("".join(f"{head:>9}" for head in heads))
+    cells: list[tuple[str, float, float | None]] = [
+        *((kind, t, None) for kind in ("edit", "json", "agent", "chat", "random") for t in (0.0, 0.7)),
+        ("own", 0.7, None),
+        *(("random", 0.0, chance) for chance in (0.0, 0.5, 0.8)),
+    ]
+    for kind, temperature, chance in cells:
+        for batch in batches:
+            scripts = make_scripts(kind, batch, tokenizer, num_prompt, num_tokens)
+            off, on, gains = [], [], []
+            engine.speculator = None
+            run(engine, sampler, scripts, num_tokens, temperature)  # prompts are cached from here on
+            for _ in range(repeats):
+                engine.speculator = None
+                off.append(run(engine, sampler, scripts, num_tokens, temperature))
+                proposer: Proposer = Lookup() if chance is None else Forced(scripts, chance)
+                engine.speculator = Speculator(proposer)  # remembers no answer of the run before
+                engine.speculator.costs = costs
+                on.append(run(engine, sampler, scripts, num_tokens, temperature))
+                gains.append(on[-1].tokens_per_s / off[-1].tokens_per_s)
+            num_different = sum(a != b for a, b in zip(off[-1].answers, on[-1].answers, strict=True))
+            counts = on[-1].counts
+            row = {
+                "script": kind if chance is None else f"{chance:.1f}",
+                "temperature": temperature,
+                "batch": batch,
+                "off": statistics.median(r.tokens_per_s for r in off),
+                "on": statistics.median(r.tokens_per_s for r in on),
+                "gain": statistics.median(gains),
+                "drafted": counts.num_drafted,
+                "accepted": counts.num_accepted,
+                "runs": counts.num_runs,
+                "per_step": on[-1].per_step,
+                "different_answers": num_different,
+            }
+            rows.append(row)
+            share = f"{counts.num_accepted / counts.num_drafted:.0%}" if counts.num_drafted else "none"
+            per_run = f"{1 + counts.num_accepted / counts.num_runs:.1f}" if counts.num_runs else ""
+            shown = [row["script"], f"{temperature:.1f}", batch, f"{row['off']:.0f}", f"{row['on']:.0f}"]
+            shown += [f"{row['gain']:.2f}x", share, per_run, f"{on[-1].per_step:.2f}"]
+            note = f"  {num_different} answers differ" if num_different else ""
+            print("".join(f"{value:>9}" for value in shown) + note, flush=True)
+    return rows
