@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from kvasir.worker.model.cascade import Stem, attend_with_lse, copy_blocks, find
 from kvasir.worker.model.config import ModelConfig
 
 _MIN_CAPACITY = 128  # tokens
+_MAX_PADDING = 1.5  # times the queries of a shelf's rows, so that all are attended in one call
 
 
 class WorkingSetAttention(GatherAttention):
@@ -181,6 +183,17 @@ class WorkingSetAttention(GatherAttention):
 
 
 @dataclass(slots=True)
+class _Pass:
+    """Rows of a shelf that are attended in one call, with `width` queries each."""
+
+    first: int
+    last: int
+    width: int
+    places: Tensor | None  # [rows * width] of the queries; None: all of the shelf's, in order
+    of_window: dict[int | None, tuple[int, int, Tensor | None]]  # first and last key, mask
+
+
+@dataclass(slots=True)
 class _Shelf:
     """Rows of `capacity` tokens each; rows 0..len(seq_keys)-1 are in use, all their values finite from end to end."""
 
@@ -194,10 +207,8 @@ class _Shelf:
     data: list[Tensor] = field(default_factory=list)  # per layer: [2, num_rows, num_kv_heads, capacity, head_dim]
     pieces: list[SequenceSlice] = field(default_factory=list)  # of this step, row by row
     num_queries: int = 0  # of this step
-    width: int = 1  # the most queries of a row
-    places: Tensor | None = None  # [num_queries] in [rows * width], where rows have fewer queries than that
     appends: Tensor | None = None  # [num_queries * num_kv_heads] where keys go in a layer's [.., head_dim]
-    spans: dict[int | None, tuple[int, int, Tensor | None]] = field(default_factory=dict)  # by window
+    passes: list[_Pass] = field(default_factory=list)  # of this step
 
     @property
     def size_bytes(self) -> int:
@@ -257,36 +268,47 @@ class _Shelf:
     def begin_step(self, windows: set[int | None]) -> None:
         """Count this step's tokens of every row and prepare what the layers share."""
         num_kv_heads, count = self.config.num_kv_heads, len(self.pieces)
-        counts = [len(piece.token_ids) for piece in self.pieces]
-        self.num_queries, self.width = sum(counts), max(counts)
-        self.places = None
-        if self.num_queries < count * self.width:
-            places = [row * self.width + i for row, n in enumerate(counts) for i in range(n)]
-            self.places = torch.tensor(places, device=self.device)
         spans = [(p.start - self.bases[p.seq_key], p.end - self.bases[p.seq_key]) for p in self.pieces]  # of their rows
+        counts = [end - start for start, end in spans]
+        self.num_queries, width = sum(counts), max(counts)
         slots = [row * num_kv_heads * self.capacity + p for row, span in enumerate(spans) for p in range(*span)]
         heads = torch.arange(num_kv_heads, device=self.device) * self.capacity
         self.appends = (torch.tensor(slots, device=self.device)[:, None] + heads).view(-1)
         for piece, (_, end) in zip(self.pieces, spans, strict=True):
             self.lengths[piece.seq_key] = end
-        # A row with fewer queries than `width` repeats its last one.
-        at = torch.tensor(
-            [min(start + i, end - 1) for start, end in spans for i in range(self.width)],
-            device=self.device,
-        ).view(count, self.width, 1)
-        first, longest = min(start for start, _ in spans), max(end for _, end in spans)
-        self.spans = {}
+        if count * width <= _MAX_PADDING * self.num_queries:
+            self.passes = [self._pass(spans, 0, count, 0, width, windows)]
+        else:  # the first query of every row, then by themselves those of rows that have more
+            self.passes = [self._pass(spans, 0, count, 0, 1, windows)]
+            self.passes += [self._pass(spans, row, row + 1, 1, n - 1, windows) for row, n in enumerate(counts) if n > 1]
+
+    def _pass(
+        self, spans: list[tuple[int, int]], first: int, last: int, skip: int, width: int, windows: set[int | None]
+    ) -> _Pass:
+        """Prepare to attend with `width` queries of each of the rows first..last-1, but for their first `skip` ones. A
+        row with fewer repeats its last one."""
+        begins = [0, *accumulate(end - start for start, end in spans)]  # of each row's queries
+        mine = range(first, last)
+        nth = [min(skip + i, spans[row][1] - spans[row][0] - 1) for row in mine for i in range(width)]
+        rows = [row for row in mine for _ in range(width)]
+        places = [begins[row] + n for row, n in zip(rows, nth, strict=True)]
+        positions = [spans[row][0] + n for row, n in zip(rows, nth, strict=True)]
+        nearest, longest = min(positions), max(positions) + 1
+        at = torch.tensor(positions, device=self.device).view(last - first, width, 1)
+        of_window = {}
         for window in windows:
-            begin = 0 if window is None else max(0, first + 1 - window)
-            is_same_for_all = first + 1 == longest
-            self.spans[window] = begin, longest, None if is_same_for_all else self._mask(at, begin, longest, window)
+            begin = 0 if window is None else max(0, nearest + 1 - window)
+            mask = None if nearest + 1 == longest else self._mask(at, begin, longest, window)
+            of_window[window] = begin, longest, mask
+        is_all = places == list(range(self.num_queries))
+        return _Pass(first, last, width, None if is_all else torch.tensor(places, device=self.device), of_window)
 
     def _mask(self, at: Tensor, begin: int, end: int, window: int | None) -> Tensor:
         """Return [rows, 1, width * group, end - begin]: 0 where the query at `at` [rows, width, 1] sees, else -inf."""
         key = torch.arange(begin, end, device=self.device)
         hidden = key > at if window is None else (key > at) | (key <= at - window)
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
-        if self.width > 1:
+        if at.shape[1] > 1:
             mask = mask.repeat_interleave(self.config.num_heads // self.config.num_kv_heads, dim=1)
         return mask[:, None]
 
@@ -296,23 +318,33 @@ class _Shelf:
         Returns [num_queries, num_heads * head_dim] and the log-sum-exps [num_queries, num_heads] of the scores.
         """
         assert self.appends is not None
-        count, num_heads, head_dim = len(self.pieces), q.shape[1], q.shape[2]
-        num_kv_heads, width = self.config.num_kv_heads, self.width
         keys, values = self.data[layer]  # [num_rows, num_kv_heads, capacity, head_dim]
-        keys.view(-1, head_dim).index_copy_(0, self.appends, k.reshape(-1, head_dim))
-        values.view(-1, head_dim).index_copy_(0, self.appends, v.reshape(-1, head_dim))
-        begin, end, mask = self.spans[window]
-        keys, values = keys[:count, :, begin:end], values[:count, :, begin:end]
-        if self.places is not None:
-            q = q.new_zeros(count * width, num_heads, head_dim).index_copy_(0, self.places, q)
-        queries = q.reshape(count, width, num_kv_heads, -1, head_dim).transpose(1, 2).flatten(2, 3)
+        keys.view(-1, q.shape[2]).index_copy_(0, self.appends, k.reshape(-1, q.shape[2]))
+        values.view(-1, q.shape[2]).index_copy_(0, self.appends, v.reshape(-1, q.shape[2]))
+        if self.passes[0].places is None:
+            out, lse = self._attend(self.passes[0], q, keys, values, window)
+            return out.flatten(1), lse
+        all_out, all_lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+        for each in self.passes:
+            assert each.places is not None
+            out, lse = self._attend(each, q.index_select(0, each.places), keys, values, window)
+            all_out.index_copy_(0, each.places, out)
+            all_lse.index_copy_(0, each.places, lse.to(all_lse.dtype))
+        return all_out.flatten(1), all_lse
+
+    def _attend(
+        self, each: _Pass, q: Tensor, keys: Tensor, values: Tensor, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return [rows * width, num_heads, head_dim] and [rows * width, num_heads] for `q`, which is like the first."""
+        count, width, num_heads, num_kv_heads = each.last - each.first, each.width, q.shape[1], keys.shape[1]
+        begin, end, mask = each.of_window[window]
+        keys, values = keys[each.first : each.last, :, begin:end], values[each.first : each.last, :, begin:end]
+        queries = q.reshape(count, width, num_kv_heads, -1, q.shape[2]).transpose(1, 2).flatten(2, 3)
         out, lse = (
             x.view(count, num_kv_heads, width, -1, *x.shape[3:]).transpose(1, 2).reshape(-1, num_heads, *x.shape[3:])
             for x in attend_with_lse(queries, keys, values, mask)  # [count, num_kv_heads, width * group, ...]
         )
-        if self.places is not None:
-            out, lse = out.index_select(0, self.places), lse.index_select(0, self.places)
-        return out.flatten(1), lse
+        return out, lse
 
 
 def _capacity(num_tokens: int, block_size: int) -> int:
