@@ -2,14 +2,15 @@
 
 Same weights, same random prompts, greedy, one torch thread, everything in one run and taken in turns:
 
-    python scripts/bench_engine.py [--model FOLDER] [--batch 1,8,32] [--plain] [--bf16] [--ahead] [--speculate] [--json FILE]
+    python scripts/bench_engine.py [--model FOLDER] [--batch 1,8,32] [--plain] [--bf16] [--ahead] [--json FILE]
 
 Prefill is the time until the last sequence has its first token, decode the time from there to the end; for
 `transformers` generate the two are told apart by a second run that stops after one token, for its continuous batching
 by its own time stamps of the tokens. "call" counts generated tokens over the whole call: prefill, decode and, for
 continuous batching, what `generate_batch` needs to start and to stop.
 
-`--peer vllm --env DIR` compares whole servers instead, see `scripts/engine_peer.py`.
+`--peer vllm --env DIR` compares whole servers instead, see `scripts/engine_peer.py`, and `--speculate` decoding with and
+without drafts (`scripts/bench_speculation.py`).
 
 `--ahead` adds our engine with every step launched while another thread computes the one before, and prints for both
 loops the host's time per step: that in which nothing is computed.
