@@ -9,8 +9,8 @@ Prefill is the time until the last sequence has its first token, decode the time
 by its own time stamps of the tokens. "call" counts generated tokens over the whole call: prefill, decode and, for
 continuous batching, what `generate_batch` needs to start and to stop.
 
-`--peer vllm --env DIR` compares whole servers instead, see `scripts/engine_peer.py`, and `--speculate` decoding with and
-without drafts (`scripts/bench_speculation.py`).
+`--peer vllm --env DIR` compares whole servers instead, see `scripts/engine_peer.py`, and `--speculate` decoding with
+and without drafts (`scripts/bench_speculation.py`).
 
 `--ahead` adds our engine with every step launched while another thread computes the one before, and prints for both
 loops the host's time per step: that in which nothing is computed.
