@@ -19,8 +19,10 @@ from itertools import islice
 
 from kvasir.gateway.core.request import Request
 
-LOOKS = 4
-"""So many of a tenant's requests may be sent next: when one waits for its worker, those behind it may go elsewhere."""
+LOOKS = 64
+FEWEST_LOOKS = 4
+"""So many requests may be sent next, in equal parts of all tenants' classes, and so many of each at least: when one
+waits for its worker, those behind it may go elsewhere."""
 CLASS_S = 10.0
 
 _Lane = tuple[str, int]
@@ -96,10 +98,11 @@ class TenantQueue:
         """
         turns = [self._turn(lane, own, now) for lane, own in self._waiting.items()]
         heapq.heapify(turns)
+        looks = max(FEWEST_LOOKS, LOOKS // (len(turns) or 1))
         while turns:
             lane = heapq.heappop(turns)[-1]
             own = self._waiting.get(lane, {})
-            for request in list(islice(own.values(), LOOKS)):
+            for request in list(islice(own.values(), looks)):
                 req_id = request.submit.req_id
                 if req_id in own:
                     yield request

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvasir.gateway.core.request import Request
-from kvasir.gateway.core.tenant_queue import CLASS_S, LOOKS, TenantQueue
+from kvasir.gateway.core.tenant_queue import CLASS_S, FEWEST_LOOKS, LOOKS, TenantQueue
 from kvasir.protocol.terms import RANKS
 from tests.core_helpers import make_submit
 
@@ -114,12 +114,16 @@ def test_a_tenants_own_low_requests_do_not_starve_behind_its_high_ones() -> None
     assert served.index(b"low") == 2 * CLASS_S
 
 
-def test_what_waits_for_its_worker_lets_a_few_behind_it_pass() -> None:
+@pytest.mark.parametrize("num_others", [0, 1, 3, 40])
+def test_what_waits_for_its_worker_lets_some_behind_it_pass(num_others: int) -> None:
     queue = TenantQueue()
-    for i in range(10):
+    for i in range(100):
         queue.push(make_request(b"a%d" % i, "alpha"))
-    queue.push(make_request(b"b0", "beta"))
-    assert [request.submit.req_id for request in queue.turns(0.0)] == [*(b"a%d" % i for i in range(LOOKS)), b"b0"]
+    others = [b"b%02d" % i for i in range(num_others)]
+    for req_id in others:
+        queue.push(make_request(req_id, req_id.decode()))
+    own = [b"a%d" % i for i in range(max(FEWEST_LOOKS, LOOKS // (1 + num_others)))]
+    assert [request.submit.req_id for request in queue.turns(0.0)] == [*own, *others]
 
 
 def test_a_tenant_that_was_idle_has_saved_nothing() -> None:
