@@ -22,7 +22,8 @@ from kvasir.gateway.core.request import Request
 LOOKS = 64
 FEWEST_LOOKS = 4
 """So many requests may be sent next, in equal parts of all tenants' classes, and so many of each at least: when one
-waits for its worker, those behind it may go elsewhere."""
+waits for its worker, those behind it may go elsewhere. Of a tenant with a lead always the fewest: its prompts would
+take the caches of all workers."""
 CLASS_S = 10.0
 
 _Lane = tuple[str, int]
@@ -102,7 +103,8 @@ class TenantQueue:
         while turns:
             lane = heapq.heappop(turns)[-1]
             own = self._waiting.get(lane, {})
-            for request in list(islice(own.values(), looks)):
+            num_looks = looks if self.lead(lane[0]) < 1 else FEWEST_LOOKS
+            for request in list(islice(own.values(), num_looks)):
                 req_id = request.submit.req_id
                 if req_id in own:
                     yield request
