@@ -50,7 +50,7 @@ class Stem:
         num_kv_heads, head_dim = keys.shape[0], keys.shape[2]
         mine = q.index_select(0, self.queries)  # [n, num_heads, head_dim]
         packed = mine.view(len(mine), num_kv_heads, -1, head_dim).transpose(0, 1).reshape(1, num_kv_heads, -1, head_dim)
-        shared, shared_lse = attend_with_lse(packed, keys[None], values[None], None)
+        shared, shared_lse = attend_with_lse(packed, keys[None], values[None])
         shared = shared.view(num_kv_heads, len(mine), -1, head_dim).transpose(0, 1).reshape(mine.shape)
         shared_lse = shared_lse.view(num_kv_heads, len(mine), -1).transpose(0, 1).reshape(mine.shape[:2])
         share = (shared_lse - lse.index_select(0, self.queries)).sigmoid_().to(out.dtype)[:, :, None]
@@ -58,12 +58,16 @@ class Stem:
         rows.index_copy_(0, self.queries, torch.lerp(rows.index_select(0, self.queries), shared, share))
 
 
-def attend_with_lse(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend_with_lse(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None, *, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return what `scaled_dot_product_attention` does, and the log-sum-exp [batch, heads, queries] of the scores.
 
     It is what that runs on a CPU.
     """
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, attn_mask=mask)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, keys, values, 0.0, is_causal, attn_mask=mask
+    )
     return out, lse
 
 

@@ -102,10 +102,12 @@ def test_reference_is_the_textbook_formula(start: int, window: int | None) -> No
 
 @pytest.mark.parametrize("window", [None, 1, 6, 50])
 @pytest.mark.parametrize(("start", "num_new"), [(0, 40), (0, 2), (17, 33), (64, 16)])
+@pytest.mark.parametrize("long_past", [1, 512], ids=["past by itself", "masked"])
 def test_prefill_chunk_in_pieces_equals_the_reference(
-    start: int, num_new: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+    start: int, num_new: int, window: int | None, long_past: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvasir.worker.model.attention._MASK_ELEMENTS", 1)  # the smallest pieces
+    monkeypatch.setattr("kvasir.worker.model.attention._LONG_PAST", long_past)
     q = torch.randn(num_new, 6, 8)
     keys, values = torch.randn(start + num_new, 2, 8), torch.randn(start + num_new, 2, 8)
     expected = reference_attend(q, keys, values, start, 8**-0.5, window).flatten(1)
