@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class Report:
 class House:
     """A gateway that can be killed and started again, and a worker that outlives it."""
 
-    def __init__(self, home: Path, url: str = "", engine: str = ORACLE) -> None:
+    def __init__(self, home: Path, url: str = "", engine: str = ORACLE, *, worker_args: Sequence[str] = ()) -> None:
         self.home, self.url = home, url
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -76,7 +76,7 @@ class House:
         self.log = (home / "log").open("wb")
         self.gateway = self._gateway()
         worker = ["-m", "kvasir.worker", "--gateway", f"ipc://{home}/run/workers/workers.sock", "--name", "demo"]
-        worker += ["--model", engine, "--kv-memory", "64M"]
+        worker += ["--model", engine, "--kv-memory", "64M", *worker_args]
         self.worker = self._start(*worker)
         self.wait_until_ready()
 
@@ -142,11 +142,11 @@ class House:
 
 
 @contextlib.contextmanager
-def open_house(url: str = "", engine: str = ORACLE) -> Iterator[House]:
+def open_house(url: str = "", engine: str = ORACLE, *, worker_args: Sequence[str] = ()) -> Iterator[House]:
     """Start a house in a folder of its own, whose worker computes with `engine`; all of it goes at the end."""
     home = Path(tempfile.mkdtemp(prefix="kv", dir="/tmp"))
     (home / "state").mkdir()
-    house = House(home, url, engine)
+    house = House(home, url, engine, worker_args=worker_args)
     try:
         yield house
     finally:

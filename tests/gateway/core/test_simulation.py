@@ -9,6 +9,7 @@ from tests.simulation import Simulation
 NUM_SEEDS = 150
 
 
+@pytest.mark.timeout(600)
 def test_streams_equal_the_oracle_whatever_happens_to_workers() -> None:
     reasons: dict[str, int] = {}
     num_losses = num_redispatches = num_gaps = 0
@@ -47,6 +48,7 @@ def test_without_faults_every_request_gets_its_whole_answer() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_four_hundred_more_seeds() -> None:
     for seed in range(10_000, 10_400):
         try:
