@@ -1,16 +1,12 @@
 """What waits for the workers of one model: a queue per tenant and class, and whose turn it is.
 
-A tenant is charged for what is computed for it, by its weight (virtual token counters, Sheng et al., OSDI 2024), and
-whoever has the least *tag*, which is its charge, is next. One that comes back is lifted to the least tag of those that
-wait: what it did not ask for is not saved, and what others had of it meanwhile is not owed.
-
-The *fair charge* is what a tenant would have been charged that always got its part of what is computed among those
-active. One that got more has a *lead*, also if nobody else wanted that, and workers let it wait for those that come
-now. It counts less the more of the others wait here, too: among those the tags decide.
+A tenant is charged for what is computed for it, by its weight (virtual token counters, Sheng et al., OSDI 2024). The
+*fair charge* is what a tenant would have been charged that always got its part of what is computed among those active
+(the virtual time of weighted fair queueing). A tenant with nothing waiting is lifted to it: what it did not ask for is
+not saved. One that got more has a *lead*, and waits for the others: whoever was charged least is next.
 
 Requests of a higher class come first, whatever was charged. `CLASS_S` of waiting make up for a class, so that nothing
-waits for ever; but for none above the highest that waits. Among equals who was charged least is first, however long
-others wait.
+waits for ever.
 """
 
 from __future__ import annotations
@@ -36,11 +32,9 @@ _Lane = tuple[str, int]
 
 @dataclass(slots=True)
 class _Tenant:
-    """`tag`, `charged`: tokens computed for it, over its weight, since it was lifted. `last_turn`: of those with the
-    same tag, the one served longest ago is next. `num_unfinished`: requests that wait, or whose prompts are not
-    computed yet."""
+    """`charged`: tokens computed for it, over its weight. `last_turn`: of those charged the same, the one served
+    longest ago is next. `num_unfinished`: requests that wait, or whose prompts are not computed yet."""
 
-    tag: float
     charged: float
     weight: int = 1
     last_turn: int = 0
@@ -58,9 +52,7 @@ class TenantQueue:
         self._tenants: dict[str, _Tenant] = {}
         self._num_waiting = 0
         self._num_turns = 0
-        self._served_tag = 0.0  # the highest that was served: what counts when nobody waits
         self._fair_charge = 0.0
-        self._num_with_waiting = 0  # tenants
         self._sum_of_weights = 0  # of active tenants
         self.num_active = 0
         """Tenants that have requests that wait, or whose prompts are not computed yet."""
@@ -81,15 +73,14 @@ class TenantQueue:
         """Append `request` to its tenant's queue."""
         tenant_id = request.submit.tenant_id
         lane = tenant_id, request.rank
-        tenant = self._active(tenant_id)
         own = self._waiting.get(lane)
         if own is None:
             own = self._waiting[lane] = {}
         own[request.submit.req_id] = request
         self._num_waiting += 1
-        if not tenant.num_waiting:
-            self._num_with_waiting += 1
-            tenant.charged = max(tenant.charged, self._fair_charge)
+        tenant = self._active(tenant_id)
+        if not tenant.num_waiting and tenant.charged < self._fair_charge:
+            tenant.charged = self._fair_charge
         tenant.num_waiting += 1
 
     def push_front(self, request: Request) -> None:
@@ -106,8 +97,7 @@ class TenantQueue:
 
         The one yielded last may be removed and its tenant charged: then the turns go on with whoever is least charged.
         """
-        highest = min([rank for _, rank in self._waiting], default=0)
-        turns = [self._turn(lane, own, now, highest) for lane, own in self._waiting.items()]
+        turns = [self._turn(lane, own, now) for lane, own in self._waiting.items()]
         heapq.heapify(turns)
         looks = max(FEWEST_LOOKS, LOOKS // (len(turns) or 1))
         while turns:
@@ -120,25 +110,19 @@ class TenantQueue:
                     yield request
                 if req_id not in own:
                     if own:
-                        heapq.heappush(turns, self._turn(lane, own, now, highest))
+                        heapq.heappush(turns, self._turn(lane, own, now))
                     break
 
-    def _turn(
-        self, lane: _Lane, own: dict[bytes, Request], now: float, highest: int
-    ) -> tuple[int, float, int, float, _Lane]:
+    def _turn(self, lane: _Lane, own: dict[bytes, Request], now: float) -> tuple[int, float, int, float, _Lane]:
         """Return what a lane that waits is ordered by. Of one tenant's lanes the one that has waited longest is next,
         where the first of both count as the same class."""
         tenant, since = self._tenants[lane[0]], next(iter(own.values())).queued_at
-        rank = lane[1]
-        if rank > highest:
-            rank = max(highest, rank - int((now - since) / CLASS_S))
-        return rank, tenant.tag, tenant.last_turn, since, lane
+        rank = lane[1] and max(0, lane[1] - int((now - since) / CLASS_S))
+        return rank, tenant.charged, tenant.last_turn, since, lane
 
     def remove(self, request: Request) -> None:
         """Take out `request`, which waits here. O(1)."""
-        served_tag = self._served_tag
         self.take(request)
-        self._served_tag = served_tag
         self.computed(request.submit.tenant_id)
 
     def take(self, request: Request) -> None:
@@ -150,9 +134,6 @@ class TenantQueue:
         self._num_turns += 1
         tenant.num_waiting -= 1
         tenant.last_turn = self._num_turns
-        self._num_with_waiting -= not tenant.num_waiting
-        if tenant.tag > self._served_tag:
-            self._served_tag = tenant.tag
         if not own:
             del self._waiting[lane]
         if request.held_for:
@@ -185,33 +166,23 @@ class TenantQueue:
     def charge(self, tenant_id: str, num_tokens: float) -> None:
         """Charge a tenant, or, less than 0, give back what it was charged too much."""
         tenant = self._tenants[tenant_id]
-        tenant.tag += num_tokens / tenant.weight
         tenant.charged += num_tokens / tenant.weight
         self._fair_charge += num_tokens / (self._sum_of_weights or tenant.weight)
 
     def lead(self, tenant_id: str) -> float:
         """Return how many tokens more than fair the tenant was charged, as a tenant of mean weight counts them. Below
         0: it has waited and got less."""
-        tenant = self._tenants[tenant_id]
-        lead = tenant.charged - self._fair_charge
-        if not self.num_active:
-            return lead
-        lead *= self._sum_of_weights / self.num_active
-        num_others = self.num_active - (tenant.num_unfinished > 0)
-        if lead > 0 and num_others:
-            lead *= 1 - (self._num_with_waiting - (tenant.num_waiting > 0)) / num_others
-        return lead
+        lead = self._tenants[tenant_id].charged - self._fair_charge
+        return lead * self._sum_of_weights / self.num_active if self.num_active else lead
 
     def _active(self, tenant_id: str) -> _Tenant:
         """Return a tenant, made if it is new, with one more request that is not computed, and by its weight of now."""
         tenant, weight = self._tenants.get(tenant_id), self._weight(tenant_id)
         if tenant is None:
-            tenant = self._tenants[tenant_id] = _Tenant(0.0, self._fair_charge)
+            tenant = self._tenants[tenant_id] = _Tenant(self._fair_charge)
         if tenant.num_unfinished:
             self._sum_of_weights += weight - tenant.weight
         else:
-            least_tag = min([self._tenants[waiting].tag for waiting, _ in self._waiting], default=self._served_tag)
-            tenant.tag = max(tenant.tag, least_tag)
             self.num_active += 1
             self._sum_of_weights += weight
         tenant.weight = weight
@@ -243,5 +214,4 @@ class TenantQueue:
         for tenant_id, tenant in self._tenants.items():
             assert tenant.num_waiting == waiting[tenant_id] <= tenant.num_unfinished
         active = [tenant for tenant in self._tenants.values() if tenant.num_unfinished]
-        assert self._num_with_waiting == len(waiting)
         assert self.num_active == len(active) and self._sum_of_weights == sum(tenant.weight for tenant in active)
