@@ -8,6 +8,7 @@ import pytest
 
 from kvasir.gateway.core.api import Submit
 from kvasir.gateway.core.billing import Billing
+from kvasir.gateway.core.requests import QueueConfig
 from kvasir.protocol.terms import NO_TERMS, Budget, Price, Terms
 from tests.core_helpers import Bench, RecordingSink, make_submit, output
 
@@ -21,7 +22,7 @@ def test_a_thousand_clients_spend_one_budget_to_nearly_the_last_token(unit: str,
     price = Price(prompt=1, cached=1, output=1)
     budget = Budget("tokens" if unit == "tokens" else "money", "month", BUDGET_TOKENS)
     billing = Billing(lambda payer: Terms(budgets=(budget,)) if payer == "alpha" else NO_TERMS, lambda model: price)
-    bench = Bench(billing=billing)
+    bench = Bench(billing=billing, queue=QueueConfig(window_s=1_000.0))  # whatever has a credit is sent
     bench.join(max_requests=NUM_CLIENTS, num_blocks=100_000, max_context=50_000)
     rng = random.Random(3)
     waiting = [str(number).encode() for number in range(NUM_CLIENTS)]  # clients, each with one request at a time
