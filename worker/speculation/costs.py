@@ -8,7 +8,7 @@ _FIRST_COST = 0.25
 _FIRST_PLAIN = 3  # steps without drafts, before there are any
 _MAX_SINCE = 48  # steps with drafts, then one without
 _PLAIN_LEARNING = 0.2  # how much of a step's surprise is believed
-_DRAFT_LEARNING = 0.5
+_DRAFT_LEARNING = 0.3
 _FORGETTING = 0.002  # per step without drafts, so that drafts once thought too dear are tried again
 _MAX_SURPRISE = 0.25  # of what was expected: the rest is the machine's, not the batch's
 
@@ -43,9 +43,9 @@ class StepCosts:
         if num_drafts:
             if costs is not None:
                 costs.num_since += 1
-                x = num_drafts / num_sequences  # a few drafts in a large batch say little: of x squared, for small ones
+                x = num_drafts / num_sequences
                 surprise = _surprise(step_s, costs.plain_s + costs.draft_s * x)
-                costs.draft_s = max(0.0, costs.draft_s + _DRAFT_LEARNING * surprise * x**2 / (1 + x**3))
+                costs.draft_s = max(0.0, costs.draft_s + _DRAFT_LEARNING * surprise * x / (1 + x * x))
         elif costs is None:
             self._by_size[size] = _Costs(step_s, _FIRST_COST * step_s)
         elif costs.num_plain < _FIRST_PLAIN:  # the first ones make room for what comes
