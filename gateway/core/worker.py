@@ -110,7 +110,6 @@ class Worker:
     runs_suspect: bool = False  # it has a suspect, which is alone there
     is_member: bool = True  # False once it is lost: nothing may be booked on it any more
     challenger: bytes = b""  # a peer that wants this worker's id; a probe was sent to see which of them is alive
-    is_fifo: bool = field(init=False)  # it computes prompts in the order in which they come
     foresight: Foresight | None = field(init=False)  # where `is_fifo`; others hold what waits for them
     audit: Audit = field(init=False)
     _mean_stay_s: float = 1.0  # of a request
@@ -120,13 +119,17 @@ class Worker:
     def __post_init__(self) -> None:
         hello = self.hello
         self.max_context = min(hello.limits.max_context, hello.num_blocks * hello.block_size)
-        self.is_fifo = "order" in hello.lacks
-        self.foresight = Foresight(hello.num_blocks) if self.is_fifo else None
+        self.foresight = Foresight(hello.num_blocks) if "order" in hello.lacks else None
         self.audit = Audit(hello.block_size, hello.hit_blocks, self.joined_at)
 
     @property
     def worker_id(self) -> str:
         return self.hello.worker_id
+
+    @property
+    def is_fifo(self) -> bool:
+        """Whether it computes prompts in the order in which they come."""
+        return self.foresight is not None
 
     @property
     def num_credits(self) -> int:

@@ -6,6 +6,8 @@ the end of a prompt before its beginning. A prompt that is sent for the sake of 
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.protocol.prefix import HASH_BYTES
 
@@ -41,15 +43,14 @@ class Foresight:
         if num_evicted <= 0 or not num_coming:
             return num_blocks
         doomed = self._first(num_evicted, index)
-        low, high = 0, num_blocks // STRIDE
-        while low < high:  # the ends of prompts were used before their beginnings
-            middle = (low + high) // 2
-            end = (middle + 1) * _STRIDE_BYTES
-            if prefix_hashes[end - HASH_BYTES : end] in doomed:
-                high = middle
-            else:
-                low = middle + 1
-        return num_blocks if low == num_blocks // STRIDE else low * STRIDE
+
+        def is_doomed(stride: int) -> bool:
+            end = (stride + 1) * _STRIDE_BYTES
+            return prefix_hashes[end - HASH_BYTES : end] in doomed
+
+        num_strides = num_blocks // STRIDE
+        num_left = bisect_left(range(num_strides), True, key=is_doomed)  # ends were used before their beginnings
+        return num_blocks if num_left == num_strides else num_left * STRIDE
 
     def _first(self, num_evicted: int, index: PrefixIndex) -> set[bytes]:
         """Return the strides, among those resident, that `num_evicted` blocks are which have to go."""

@@ -135,7 +135,10 @@ class Server:
         status, answer = await self._client.ask("POST", path, body, timeout_s=PROBE_TIMEOUT_S)
         if status != 200:
             return False
-        choices = vllm.CHUNKS.decode(answer).choices
+        try:
+            choices = vllm.CHUNKS.decode(answer).choices
+        except msgspec.MsgspecError:
+            return False
         return bool(choices) and tuple(choices[0].token_ids or ()) == vllm.PROBED
 
     async def _get(self, path: str, default: bytes | None = None) -> bytes:
