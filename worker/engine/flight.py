@@ -7,7 +7,7 @@ from typing import Any
 
 from kvasir.cache.block_table import BlockTable
 from kvasir.worker.engine.sequence import Sequence
-from kvasir.worker.engine.step import SequenceSlice
+from kvasir.worker.engine.step import Mask, SequenceSlice
 
 
 @dataclass(slots=True)
@@ -71,3 +71,17 @@ class Flight:
             or any(share.forks for share in self.shares)
             or any(s.reads_output for s, *_ in self.drawing)
         )
+
+    def masks(self) -> list[Mask]:
+        """Return what each draw may be, where grammars say that; empty where none does.
+
+        None for a sequence whose grammar has become too complex: it ends, whatever is drawn.
+        """
+        if all(s.matcher is None for s, *_ in self.drawing):
+            return []
+        masks: list[Mask] = []
+        for share in self.shares:
+            if share.piece.num_logits:
+                for s, draft_ids in (*((fork, []) for fork in share.forks), (share.sequence, share.draft_ids)):
+                    masks += [None] * (1 + len(draft_ids)) if s.matcher is None else s.matcher.masks(draft_ids)
+        return masks

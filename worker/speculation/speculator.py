@@ -64,6 +64,7 @@ def _class_of(match: int) -> int:
 class Track:
     """One sequence's drafts. `draft_ids` are to be computed in the next step, after its last token."""
 
+    speculator: Speculator
     text: Text
     reader: Reader
     draft_ids: list[int] = field(default_factory=list)
@@ -74,6 +75,24 @@ class Track:
     def looks_at(self, turn: int) -> bool:
         """Return whether to look for drafts in step `turn`."""
         return turn % self.period == 0
+
+    def drawn(self, token_ids: Sequence[int], num_drafted: int) -> None:
+        """Learn from the tokens that the sequence got in a step that computed `num_drafted` drafts for it."""
+        num_held = 0
+        for proposed, token_id in zip(self.proposed.token_ids, token_ids, strict=False):
+            has_held = proposed == token_id
+            self.chances.learn(self.proposed.match + num_held, has_held)
+            if not has_held:
+                break
+            num_held += 1
+        if num_drafted:
+            before = self.speculator.counts
+            num_accepted = before.num_accepted + min(num_held, num_drafted)
+            self.speculator.counts = Counts(before.num_runs + 1, before.num_drafted + num_drafted, num_accepted)
+
+    def close(self) -> None:
+        """The sequence has ended."""
+        self.speculator.proposer.close(self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +115,7 @@ class Speculator:
 
     def open(self, text: Text) -> Track:
         """Begin with a sequence."""
-        return Track(text, self.proposer.open(text))
-
-    def close(self, track: Track) -> None:
-        """End with a sequence."""
-        self.proposer.close(track.text)
+        return Track(self, text, self.proposer.open(text))
 
     def forget(self, tenant: str) -> None:
         """Drop what is remembered of a tenant."""
@@ -128,20 +143,6 @@ class Speculator:
             count = _num_above(run, bar)
             track.draft_ids = [*track.proposed.token_ids[:count]]
             track.period = 1 if count else min(2 * track.period, MAX_PERIOD)
-
-    def drawn(self, track: Track, token_ids: Sequence[int], num_drafted: int) -> None:
-        """Learn from the tokens that a sequence got in a step that computed `num_drafted` drafts for it."""
-        num_held = 0
-        for proposed, token_id in zip(track.proposed.token_ids, token_ids, strict=False):
-            has_held = proposed == token_id
-            track.chances.learn(track.proposed.match + num_held, has_held)
-            if not has_held:
-                break
-            num_held += 1
-        if num_drafted:
-            before = self.counts
-            num_accepted = before.num_accepted + min(num_held, num_drafted)
-            self.counts = Counts(before.num_runs + 1, before.num_drafted + num_drafted, num_accepted)
 
 
 def _num_above(run: Sequence[float], bar: float) -> int:

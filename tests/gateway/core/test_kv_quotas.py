@@ -418,7 +418,7 @@ def test_hints_travel_from_the_body_of_a_request_to_its_sequence() -> None:
     for tenant in ("a", "b"):
         prompt = make_prompt(9, salt=ord(tenant))
         rig.submit(make_generate(prompt, 2, tenant=tenant, req_id=tenant.encode(), **hints))
-        table = rig.engine._by_id[tenant.encode(), 1].table
+        table = rig.engine._sequences.by_id[tenant.encode(), 1].table
         assert (table.hint, table.retention) == ("one_shot", (RetentionHint(5, 9, 90, 60.0),))
         while rig.engine.has_work:
             rig.step()

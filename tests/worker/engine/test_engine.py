@@ -116,7 +116,7 @@ def test_penalties_see_the_prompt_and_all_generated_tokens_apart() -> None:
 def test_tokens_are_counted_only_where_a_penalty_asks() -> None:
     rig = Rig()
     rig.submit(make_generate([1, 2, 3], 2, sampling=Sampling(logit_bias={1: 2.0})))
-    (sequence,) = rig.engine._waiting
+    (sequence,) = rig.engine._sequences.waiting
     rig.run()
     assert sequence.counts == {} and len(sequence.output_ids) == 2
 
@@ -399,7 +399,7 @@ def test_check_integrity_finds_what_is_wrong_in_the_engine() -> None:
     rig.submit(make_generate(make_prompt(9)))
     rig.step()
     rig.engine.check_integrity()
-    rig.engine._running[0].table.block_ids.pop()
+    rig.engine._sequences.running[0].table.block_ids.pop()
     with pytest.raises(IntegrityError):
         rig.engine.check_integrity()
 

@@ -31,10 +31,10 @@ def test_who_waits_for_a_shared_prefix_does_so_for_a_bounded_time() -> None:
     rig.step()
     rig.submit(make_generate([*prompt[:60], 1], 1, req_id=b"led"))
     rig.step()
-    assert len(rig.engine._waiting) == 1
+    assert len(rig.engine._sequences.waiting) == 1
     rig.clock.now += 11.0
     rig.step()
-    assert not rig.engine._waiting, "it was to go ahead on its own"
+    assert not rig.engine._sequences.waiting, "it was to go ahead on its own"
     rig.run()
 
 

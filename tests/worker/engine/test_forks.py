@@ -24,7 +24,7 @@ class ForkRig(Rig):
         forward = self.model.forward
 
         def watch(slices: list[SequenceSlice], kv: OracleStore) -> list[int]:
-            alone = Counter(block_id for s in self.engine._running for block_id in s.table.private_ids())
+            alone = Counter(block_id for s in self.engine._sequences.running for block_id in s.table.private_ids())
             for piece in slices:
                 for block_id in piece.block_table[piece.start // SIZE : math.ceil(piece.end / SIZE)]:
                     assert alone[block_id] == 1, "a block is written that others read"
@@ -198,7 +198,7 @@ def test_no_more_fork_than_may_run_and_the_rest_follow_later() -> None:
     choices = make_choices(prompt)
     streams = [rig.submit(choice) for choice in choices]
     rig.step()
-    assert (len(rig.engine._running), rig.num_forked) == (2, 1)
+    assert (len(rig.engine._sequences.running), rig.num_forked) == (2, 1)
     rig.run()
     assert_as_alone(choices, streams, prompt)
 

@@ -26,24 +26,24 @@ class HoldRig(Rig):
         self.holds = holds
         self.plans: list[Plan] = []
         self.num_broken_promises = 0
-        plan, allocate = self.engine._schedule, self.engine._allocate
+        plan, allocate = self.engine._schedule, self.engine._sequences._allocate
 
         def watch_plan() -> Plan:
             self.plans.append(plan())
             return self.plans[-1]
 
-        def watch_allocate(sequence: Sequence, length: int, to_zero: list[int]) -> bool:
-            is_done = allocate(sequence, length, to_zero)
+        def watch_allocate(sequence: Sequence, length: int, **options: bool) -> bool:
+            is_done = allocate(sequence, length, **options)
             self.num_broken_promises += not is_done and sequence is not self.plans[-1].last_resort
             return is_done
 
         self.engine._schedule = watch_plan  # type: ignore[method-assign]
-        self.engine._allocate = watch_allocate  # type: ignore[method-assign]
+        self.engine._sequences._allocate = watch_allocate  # type: ignore[method-assign]
 
     def submit(self, command: Generate) -> Stream:
         stream = super().submit(command)
         if not self.holds:
-            self.engine._waiting[-1].may_hold = False
+            self.engine._sequences.waiting[-1].may_hold = False
         return stream
 
     def step(self) -> StepReport:
@@ -188,7 +188,7 @@ def test_a_hold_is_taken_once_and_again_only_when_more_becomes_resident() -> Non
     for _ in range(20):
         rig.step()
     assert matches == 1
-    assert len(rig.engine._waiting[0].hold.block_ids) == 2
+    assert len(rig.engine._sequences.waiting[0].hold.block_ids) == 2
     rig.engine.abort(b"busy-0", 1)
     longer = rig.submit(make_generate(make_prompt(33)[:25], 1, req_id=b"longer"))  # less to compute: it goes first
     while longer.finish_reason is None:
@@ -235,7 +235,7 @@ def test_who_ends_while_it_holds_gives_everything_back(end: str) -> None:
     rig.step()
     rig.submit(make_generate(make_prompt(33), 5, req_id=b"waiting", deadline_s=5.0))
     rig.step()
-    assert rig.engine._waiting[0].hold.block_ids
+    assert rig.engine._sequences.waiting[0].hold.block_ids
     match end:
         case "abort":
             rig.engine.abort(b"waiting", 1)

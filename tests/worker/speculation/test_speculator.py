@@ -45,7 +45,7 @@ def play(chance: float, cost: float, batch: int = 1, num_steps: int = 600) -> tu
         is_late = step >= num_steps // 2
         for track in tracks:
             held = next((i for i, token in enumerate(track.draft_ids) if token != 7), len(track.draft_ids))
-            speculator.drawn(track, [7] * (held + 1), len(track.draft_ids))
+            track.drawn([7] * (held + 1), len(track.draft_ids))
             num_tokens += is_late * (held + 1)
             num_drafts += is_late * len(track.draft_ids)
         speculator.costs.learn(batch, sum(len(track.draft_ids) for track in tracks), step_s)
@@ -81,13 +81,13 @@ def test_a_sequence_that_begins_to_repeat_itself_is_noticed() -> None:
     assert isinstance(scripted, Scripted)
     for turn in range(60):
         speculator.draft([(track, 100)], 1, turn)
-        speculator.drawn(track, [7], len(track.draft_ids))
+        track.drawn([7], len(track.draft_ids))
     scripted.chance, scripted.match = 1.0, 16
     lengths = []
     for turn in range(60, 80):
         speculator.draft([(track, 100)], 1, turn)
         lengths.append(len(track.draft_ids))
-        speculator.drawn(track, [7] * (lengths[-1] + 1), lengths[-1])
+        track.drawn([7] * (lengths[-1] + 1), lengths[-1])
     assert max(lengths) > 4 and lengths[-1] > 0
 
 
@@ -102,10 +102,10 @@ def test_no_more_is_drafted_than_a_sequence_may_take() -> None:
 
 def test_counts_tell_runs_drafted_and_accepted_tokens() -> None:
     speculator = Speculator(Scripted(1.0))
-    track = Track(Text("a", b"", [], []), Scripted(1.0), proposed=Draft([1, 2, 3], 4))
-    speculator.drawn(track, [1, 2, 9], 2)
-    speculator.drawn(track, [5], 2)
-    speculator.drawn(track, [1], 0)
+    track = Track(speculator, Text("a", b"", [], []), Scripted(1.0), proposed=Draft([1, 2, 3], 4))
+    track.drawn([1, 2, 9], 2)
+    track.drawn([5], 2)
+    track.drawn([1], 0)
     counts = speculator.counts
     assert (counts.num_runs, counts.num_drafted, counts.num_accepted) == (2, 4, 2)
 
