@@ -28,7 +28,8 @@ from kvasir.gateway.admin.views import GatewayViews
 from kvasir.gateway.config import GatewayConfig, ModelConfig
 from kvasir.gateway.core.admission import Bill
 from kvasir.gateway.core.billing import Billing
-from kvasir.gateway.core.core import Core, CoreConfig
+from kvasir.gateway.core.config import CoreConfig
+from kvasir.gateway.core.core import Core
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.edges.cors import Cors
 from kvasir.gateway.edges.grammar_check import GrammarCheck, GrammarModel

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kvasir.gateway.core.api import Event, Submit
 from kvasir.gateway.core.billing import Billing
-from kvasir.gateway.core.core import Core, CoreConfig
+from kvasir.gateway.core.config import CoreConfig
+from kvasir.gateway.core.core import Core
 from kvasir.gateway.ledger.database import open_ledger
 from kvasir.gateway.ledger.writer import LedgerWriter
 from kvasir.protocol import PROTOCOL_VERSION, terms

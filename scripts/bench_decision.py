@@ -23,7 +23,8 @@ from pathlib import Path
 sys.path.insert(0, os.environ.get("BENCH_TREE", str(Path(__file__).resolve().parent.parent)))
 
 from kvasir.gateway.core.api import Event, Submit
-from kvasir.gateway.core.core import Core, CoreConfig
+from kvasir.gateway.core.config import CoreConfig
+from kvasir.gateway.core.core import Core
 from kvasir.protocol import PROTOCOL_VERSION
 from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, Sampling, Snapshot, StepReport
 from kvasir.protocol.tokens import pack_tokens

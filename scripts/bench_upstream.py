@@ -27,7 +27,8 @@ import zmq
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kvasir.gateway.core.api import Delta, Event, Submit
-from kvasir.gateway.core.core import Core, CoreConfig
+from kvasir.gateway.core.config import CoreConfig
+from kvasir.gateway.core.core import Core
 from kvasir.gateway.workers.port import WorkerPort
 from kvasir.protocol.link import open_router
 from kvasir.protocol.messages import Sampling

@@ -24,7 +24,8 @@ from route_peers import DECODE_S, MAX_RUNNING, Served
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.gateway.core.api import Delta, Event, Finished, Submit
 from kvasir.gateway.core.billing import Billing
-from kvasir.gateway.core.core import Core, CoreConfig
+from kvasir.gateway.core.config import CoreConfig
+from kvasir.gateway.core.core import Core
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.routing.router import RouterConfig
 from kvasir.protocol import PROTOCOL_VERSION

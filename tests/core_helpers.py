@@ -7,7 +7,8 @@ from typing import Any
 
 from kvasir.gateway.core.api import Delta, Event, Finished, Submit
 from kvasir.gateway.core.billing import Billing
-from kvasir.gateway.core.core import Core, CoreConfig
+from kvasir.gateway.core.config import CoreConfig
+from kvasir.gateway.core.core import Core
 from kvasir.gateway.core.notices import Notice
 from kvasir.protocol import PROTOCOL_VERSION
 from kvasir.protocol.codec import encode

@@ -18,7 +18,8 @@ from typing import Any
 from xxhash import xxh3_64_intdigest
 
 from kvasir.gateway.core.api import Cancel
-from kvasir.gateway.core.core import Core, CoreConfig
+from kvasir.gateway.core.config import CoreConfig
+from kvasir.gateway.core.core import Core
 from kvasir.gateway.core.notices import Broken, Lost, Notice
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.protocol.messages import (

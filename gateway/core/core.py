@@ -6,37 +6,34 @@ state. Commands leave through `send`, events through each request's sink, news a
     submit -> queued -> dispatched -> closed          one queue per model, by tenant
                  ^---------'  worker lost: attempt + 1, from prompt + delivered tokens
 
+Here are its doors: edges, workers, time. Behind them `Requests` has what is not finished and its queues, `Dispatcher`
+says what goes to which worker now, `Attempts` has what workers have in hand, `Fleet` who they are.
+
 Compute is at-least-once; an event reaches a sink exactly once and in order, and every request ends in one `Finished`.
 An exception out of the handling of one request is a bug that fails this request, not the process.
 """
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-
-import msgspec
 
 from kvasir.gateway.core.admission import Bill
-from kvasir.gateway.core.api import Cancel, Change, CoreApi, Delta, Finished, ModelInfo, Standing, Submit
+from kvasir.gateway.core.api import Cancel, Change, CoreApi, Finished, ModelInfo, Standing, Submit
+from kvasir.gateway.core.attempts import Attempts
 from kvasir.gateway.core.billing import Billing
+from kvasir.gateway.core.config import CoreConfig
 from kvasir.gateway.core.counters import Totals
-from kvasir.gateway.core.endings import deadline_exceeded, end_of_answer, end_without_worker, last_word, misfit
+from kvasir.gateway.core.dispatcher import Dispatcher
+from kvasir.gateway.core.endings import deadline_exceeded
 from kvasir.gateway.core.fleet import Fleet
 from kvasir.gateway.core.kv_orders import KvOrders
-from kvasir.gateway.core.misses import Prompts, change, explain, is_worth_a_reason
-from kvasir.gateway.core.notices import Broken, Cause, Joined, Lost, Notice, Rejected
-from kvasir.gateway.core.receipts import Receipt, Receipts
-from kvasir.gateway.core.request import NORMAL, Request
+from kvasir.gateway.core.notices import Cause, Joined, Lost, Notice, Rejected
+from kvasir.gateway.core.receipts import Receipts
 from kvasir.gateway.core.requests import Model, QueueConfig, Requests
 from kvasir.gateway.core.savings import Savings
 from kvasir.gateway.core.statistics import CoreStatistics, core_statistics
-from kvasir.gateway.core.tenant_queue import CLASS_S
-from kvasir.gateway.core.worker import Attempt, Worker
-from kvasir.gateway.core.worker_checks import LivenessConfig, failure, refusal
-from kvasir.gateway.routing.prefix_index import PrefixIndex
-from kvasir.gateway.routing.router import RouterConfig, choose
+from kvasir.gateway.core.worker import Worker
+from kvasir.gateway.core.worker_checks import failure, refusal
 from kvasir.protocol.errors import KvasirError, Unavailable
 from kvasir.protocol.messages import (
     Abort,
@@ -52,30 +49,9 @@ from kvasir.protocol.messages import (
     StepReport,
     Welcome,
 )
-from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens
 
 _DRAINING = Unavailable("the gateway is shutting down; send the request to another one, or again in a minute")
 _PROBE = Abort(b"\0", 0)  # nobody's request: workers ignore it, but a dead link cannot take it
-_OTHER_DRAWS = "went on after {} tokens; this engine draws the rest by its own, other than the first worker would have"
-
-
-@dataclass(frozen=True, slots=True)
-class CoreConfig:
-    """Times in seconds. `models` empty: whatever workers bring is served. A request is dispatched at most
-    1 + `max_redispatches` times; after `max_deaths` deaths of workers it is suspected of poison, see `endings`.
-    `root(fingerprint, dtype)`: of a model's chains."""
-
-    public_namespace: bytes
-    block_size: int = 16
-    models: frozenset[str] = frozenset()
-    queue: QueueConfig = field(default_factory=QueueConfig)
-    router: RouterConfig = field(default_factory=RouterConfig)
-    liveness: LivenessConfig = field(default_factory=LivenessConfig)
-    no_worker_timeout_s: float = 30.0
-    max_redispatches: int = 3
-    max_deaths: int = 2
-    max_explained: int = 1_024
-    root: Callable[[str, str], bytes] = lambda fingerprint, dtype: bytes(16)
 
 
 def _ignore(notice: Notice) -> None:
@@ -105,16 +81,26 @@ class Core(CoreApi):
         self._config = config
         self._send = send
         self._clock = clock
-        self.notify = notify
+        self._notify = notify
         self._fleet = Fleet(epoch, config.models)
         self._billing = billing or Billing()
         self._requests = Requests(config.queue, config.models, clock(), self._billing)
         self._totals = Totals()
         self.kv = KvOrders(self._fleet, send)
-        self.receipts = Receipts(config.max_explained)
-        self._prompts = Prompts()
+        self.receipts = Receipts(config.max_explained, config.block_size)
         self.savings = Savings(config.block_size)
-        self._held: dict[bytes, list[tuple[Worker, Output]]] = {}  # by bill, until its row is written
+        self._attempts = Attempts(
+            config,
+            send,
+            notify,
+            fleet=self._fleet,
+            requests=self._requests,
+            billing=self._billing,
+            totals=self._totals,
+            receipts=self.receipts,
+            savings=self.savings,
+        )
+        self._dispatcher = Dispatcher(config, self._fleet, self._attempts, self.receipts)
         self._draining = False
         self._ticked_at = clock()
 
@@ -137,14 +123,14 @@ class Core(CoreApi):
         self._billing.enter(admitted)
         for name in {submit.model for submit in submits}:
             if name in self._requests.models:
-                self._dispatch(self._requests.models[name], now)
+                self._dispatcher.dispatch(self._requests.models[name], now)
 
     def cancel(self, cancel: Cancel) -> None:
         """Finish a request with `cancel.reason`; its worker is told. Unknown and finished ids are ignored."""
         request = self._requests.get(cancel.req_id)
         if request is not None:
             request.num_told = cancel.num_output_tokens
-            self._stop(request, cancel.reason)
+            self._attempts.stop(request, cancel.reason)
 
     def sent(self, req_id: bytes, num_output_tokens: int) -> None:
         """Note how many tokens of an answer its client has been sent for sure. Unknown ids are ignored."""
@@ -164,7 +150,7 @@ class Core(CoreApi):
 
     def change(self, submit: Submit, previous_id: bytes) -> tuple[Change, int] | None:
         """As `CoreApi.change`."""
-        return change(submit, self._prompts.of(submit.tenant_id, previous_id), self._config.block_size)
+        return self.receipts.change(submit, previous_id)
 
     # ---- workers -------------------------------------------------------------------------------------------------
 
@@ -194,7 +180,7 @@ class Core(CoreApi):
         if reason is not None:
             self._totals.num_refused_workers += 1
             self._send(peer, Refused(reason))
-            self.notify(Rejected(hello, reason))
+            self._notify(Rejected(hello, reason))
             return
         for old in (known, holder):
             if old is not None and old.is_member:
@@ -203,9 +189,9 @@ class Core(CoreApi):
         model = self._requests.model(hello.model, now)
         model.workers.append(worker)
         model.max_context = max(model.max_context, worker.max_context)
-        self.notify(Joined(hello))
+        self._notify(Joined(hello))
         self._welcome(worker)
-        self._dispatch(model, now)
+        self._dispatcher.dispatch(model, now)
 
     def worker_report(self, peer: bytes, report: StepReport | Snapshot | KvAccounts | Bye) -> None:
         """Take in a report. A peer that is no worker of ours is asked to say `Hello`, and its report dropped."""
@@ -224,7 +210,7 @@ class Core(CoreApi):
             worker.kv = report
         else:
             self._lose(worker, "exited" if report.is_death else "bye", report.reason or "said goodbye", now)
-        self._dispatch(self._requests.models[worker.hello.model], now)
+        self._dispatcher.dispatch(self._requests.models[worker.hello.model], now)
 
     def worker_violation(self, peer: bytes, reason: str) -> None:
         """Note that `peer` sent something that is no report of ours: if it is a worker, it is lost."""
@@ -259,10 +245,10 @@ class Core(CoreApi):
                 self._check(worker, now)
         for request in self._requests.take_late(now):
             where = "while it waited for a worker" if request.state == "queued" else "while it was running"
-            self._stop(request, "deadline", deadline_exceeded(request, where))
+            self._attempts.stop(request, "deadline", deadline_exceeded(request, where))
         for model in self._requests.models.values():
             self._give_up_waiting(model, now)
-            self._dispatch(model, now)
+            self._dispatcher.dispatch(model, now)
         self._requests.measure_rates(now)
         self._billing.tick()
 
@@ -291,116 +277,12 @@ class Core(CoreApi):
         for worker in workers:
             worker.check_integrity()
 
-    # ---- requests ------------------------------------------------------------------------------------------------
-
-    def _dispatch(self, model: Model, now: float) -> None:
-        """Send what waits, tenant by tenant, to the workers that are best for it, as far as those have room."""
-        if not model.queue and not model.suspects:
-            return
-        while model.suspects and (emptied := _emptied_for_suspect(model)) is not None and not emptied.in_flight:
-            self._try_to_route(model.suspects.pop(0), model, [emptied], now)
-        emptied = _emptied_for_suspect(model) if model.suspects else None
-        workers = [w for w in model.workers if w.state == "ready" and not w.runs_suspect and w is not emptied]
-        if not model.queue or not _have_credits(workers):
-            return
-        for request in model.queue.turns(now):
-            if not request.held_for or not self._is_still_held(request, now):
-                self._try_to_route(request, model, workers, now)
-                if not _have_credits(workers):
-                    return
-
-    def _is_still_held(self, request: Request, now: float) -> bool:
-        """Return whether `request` waits for a worker that it has chosen lately and that has no room yet."""
-        if now - request.held_at >= self._config.queue.reroute_s:
-            return False
-        worker = self._fleet.by_id.get(request.held_for)
-        return worker is not None and worker.state == "ready" and not self._has_room(worker, request)
-
-    def _has_room(self, worker: Worker, request: Request) -> bool:
-        """Return whether `worker`, which `request` has chosen, is to have it now."""
-        config, tenant_id, key = self._config.queue, request.submit.tenant_id, request.held_key
-        if not worker.is_fifo:
-            return worker.has_room(tenant_id, key, config.window_s)
-        model = self._requests.models[request.submit.model]
-        queue, rank = model.queue, request.rank
-        if rank and max(model.came_at[:rank]) > self._clock() - config.class_s:
-            return worker.has_little(config.window_s / 2)
-        if queue.num_active > 1 and queue.lead(tenant_id) > config.window_s * worker.rates.prefill_tokens_per_s:
-            return worker.has_little(config.window_s)  # nobody could pass it there
-        return worker.has_room(tenant_id, key, config.fifo_window_s)
-
-    def _try_to_route(self, request: Request, model: Model, workers: list[Worker], now: float) -> None:
-        """Route `request`, unless its deadline is over."""
-        deadline = request.submit.deadline
-        if deadline is not None and deadline <= now:
-            self._stop(request, "deadline", deadline_exceeded(request, "while it waited for a worker"))
-            return
-        try:
-            self._route(request, model, workers, now)
-        except Exception as bug:
-            self._fail(request, bug)
-
-    def _route(self, request: Request, model: Model, workers: list[Worker], now: float) -> None:
-        """Choose one of `workers` for `request` and send it there, or let it wait for that one."""
-        config, queue, needed = self._config.router, model.queue, request.num_needed
-        num_others = len(queue) / len(workers)
-        candidates = [
-            worker.candidate(request, now, config, queue.num_held(worker.worker_id) + num_others)
-            for worker in workers
-            if needed <= worker.max_context
-        ]
-        if not candidates:
-            return
-        tenant_id = request.submit.tenant_id
-        lead = 0.0 if request.is_suspect else queue.lead(tenant_id)
-        ahead = lead + (request.rank - NORMAL) * CLASS_S * candidates[0].prefill_tokens_per_s
-        decision = choose(request.num_tokens, candidates, now, config, ahead)
-        worker = self._fleet.by_id[decision.worker_id]
-        if not request.is_suspect:
-            request.held_at, request.held_key = now, decision.key
-            if not self._has_room(worker, request):
-                request.held_since = request.held_since or now
-                queue.hold(request, decision.worker_id)
-                return
-            queue.take(request)
-        if request.num_delivered and request.submit.sampling.temperature and "resumed_draws" in worker.hello.lacks:
-            decision = msgspec.structs.replace(decision, note=_OTHER_DRAWS.format(request.num_delivered))
-        request.attempt += 1
-        self._send(worker.peer, request.generate(now, ahead))
-        self._requests.dispatched(request)
-        worker.take(request, decision, now, config.heat_decay_s)
-        if request.is_suspect:
-            queue.computing(tenant_id)
-        queue.charge(tenant_id, worker.in_flight[request.submit.req_id].num_uncached_tokens)
-        self._totals.num_dispatches += 1
-        if request.attempt == 1:
-            model.counters.queue_s.add(now - request.queued_at)
-        held_s = now - request.held_since if request.held_since else 0.0
-        request.held_since = 0.0
-        self.receipts.add(request.submit.req_id, Receipt(decision, now - request.queued_at, held_s, lead))
-
-    def _stop(self, request: Request, reason: str, error: KvasirError | None = None) -> None:
-        """Finish a request before its time. Its worker, if it has one, is told; the credit is free when it answers."""
-        if request.state == "closed":
-            return
-        req_id = request.submit.req_id
-        if request.is_held:
-            worker = self._fleet.by_id[request.worker_id]
-            self._prefilled(worker, worker.in_flight[req_id])  # nobody waits for it any more
-            self._send(worker.peer, Abort(req_id, request.attempt))
-        else:
-            self._requests.models[request.submit.model].discard(request)
-        self._requests.finish(request, reason, error)
-
-    def _fail(self, request: Request, bug: Exception) -> None:
-        """Fail the one request whose handling has raised."""
-        self.notify(Broken(request.submit.req_id, "".join(traceback.format_exception(bug))))
-        self._stop(request, "error", KvasirError("the gateway failed on this request; its log says how"))
+    # ---- administration ------------------------------------------------------------------------------------------
 
     def end_requests(self, payer_id: str, error: KvasirError) -> None:
         """End everything of a tenant or key, by its id, with `error`."""
         for request in self._requests.of_payer(payer_id):
-            self._stop(request, "error", error)
+            self._attempts.stop(request, "error", error)
 
     @property
     def queue_config(self) -> QueueConfig:
@@ -420,10 +302,10 @@ class Core(CoreApi):
             for req_id in bill.req_ids if error is not None else ():
                 request = self._requests.get(req_id)
                 if request is not None:
-                    self._stop(request, "error", error)
-            for worker, output in self._held.pop(bill.bill_id, ()):
+                    self._attempts.stop(request, "error", error)
+            for worker, output in self._attempts.written(bill.bill_id):
                 self._outputs(worker, [output], now)
-                self._dispatch(self._requests.models[worker.hello.model], now)
+                self._dispatcher.dispatch(self._requests.models[worker.hello.model], now)
 
     # ---- workers' reports ----------------------------------------------------------------------------------------
 
@@ -438,140 +320,9 @@ class Core(CoreApi):
         self._outputs(worker, report.outputs, now)
 
     def _outputs(self, worker: Worker, outputs: Sequence[Output], now: float) -> None:
-        """Take in what a worker has computed, until something is wrong with it: the worker is lost then."""
-        for output in outputs:
-            attempt = worker.in_flight.get(output.req_id)
-            if attempt is None or attempt.request.attempt != output.attempt:
-                self._count_stale(worker)
-                continue
-            bill = attempt.request.share.bill
-            if not bill.is_written:
-                self._held.setdefault(bill.bill_id, []).append((worker, output))
-                continue
-            try:
-                violation = self._output(worker, attempt, output, now)
-            except Exception as bug:
-                self._fail(attempt.request, bug)
-                continue
-            if violation is not None:
-                self._lose(worker, "protocol", f"broke the protocol: {violation}", now)
-                return
-
-    def _output(self, worker: Worker, attempt: Attempt, output: Output, now: float) -> str | None:
-        """Deliver one output; return what is wrong with it, if anything."""
-        request = attempt.request
-        if output.num_rejected_tokens:  # computed for its tenant, if for nothing
-            submit = request.submit
-            self._requests.models[submit.model].queue.charge(submit.tenant_id, output.num_rejected_tokens)
-        if request.state == "dispatched":
-            violation = misfit(request, output)
-            if violation is not None:
-                return violation
-            self._deliver(worker, attempt, output, now)
-        elif output.num_cached_tokens is not None:  # cancelled, and only now told
-            self._matched(worker, attempt, output.num_cached_tokens)
-        if output.finish_reason is None:
-            return None
-        self._give_back(worker, output.req_id, now)
-        if request.state == "closed":  # cancelled: its end has been told, perhaps in answer to the last delta
-            self._requests.release(request)
-        else:
-            self._end_attempt(worker, request, output, now)
-        return None
-
-    def _deliver(self, worker: Worker, attempt: Attempt, output: Output, now: float) -> None:
-        """Put the tokens of an output that fits; what has been delivered already is not delivered again."""
-        request = attempt.request
-        if output.seq < request.num_delivered:
-            self._count_stale(worker)
-            return
-        if output.guessed_cached_tokens is not None:
-            request.guess_cached(output.guessed_cached_tokens)
-        if output.num_cached_tokens is not None:
-            request.is_begun = True
-            self._matched(worker, attempt, output.num_cached_tokens)
-            self.savings.add(request.submit, output.num_cached_tokens)
-        if not output.token_ids:
-            return
-        request.is_begun = True
-        self._prefilled(worker, attempt)
-        if request.first_token_at is None:
-            request.first_token_at = now
-            request.share.num_cached = request.num_cached_tokens or 0
-            self._requests.models[request.submit.model].counters.ttft_s.add(now - request.submit.arrived)
-        share, num_before, num_new = request.share, request.num_delivered, num_tokens(output.token_ids)
-        worker.counters.output_tokens += num_new
-        if num_before + num_new <= share.num_granted or self._billing.cover(share, num_before + num_new, now):
-            request.delivered += output.token_ids
-            request.submit.sink.put(Delta(output.req_id, output.token_ids, output.logprobs))
-            return
-        num_covered = share.num_granted - num_before
-        if num_covered:  # the limits and budgets end here, in the midst of an output
-            covered = output.token_ids[: num_covered * TOKEN_BYTES]
-            request.delivered += covered
-            request.submit.sink.put(Delta(output.req_id, covered, output.logprobs[:num_covered]))
-        self._stop(request, "length")
-
-    def _end_attempt(self, worker: Worker, request: Request, output: Output, now: float) -> None:
-        """Finish a request with its worker's last word, or queue it again if the worker hands it back."""
-        if output.finish_reason == "abort":  # not asked for: the worker is about to leave, and wants no more
-            worker.state = "draining"
-            self._go_on(request, worker, now)
-        else:
-            end = last_word(request, output, worker.worker_id)
-            self._requests.finish(request, end.reason, end.error)
-
-    def _prefilled(self, worker: Worker, attempt: Attempt) -> bool:
-        """Note that a prompt is computed or not wanted any more; False: that was known."""
-        is_news = worker.prefilled(attempt)
-        if is_news:
-            submit = attempt.request.submit
-            self._requests.models[submit.model].queue.computed(submit.tenant_id)
-        return is_news
-
-    def _give_back(self, worker: Worker, req_id: bytes, now: float) -> Request:
-        """Take an attempt that is over from its worker. A prompt that was not computed is not charged."""
-        attempt = worker.in_flight[req_id]
-        submit = attempt.request.submit
-        if self._prefilled(worker, attempt):
-            self._requests.models[submit.model].queue.charge(submit.tenant_id, -attempt.num_uncached_tokens)
-        return worker.give_back(req_id, now)
-
-    def _matched(self, worker: Worker, attempt: Attempt, num_cached_tokens: int) -> None:
-        """Take in how many tokens of a prompt were cached, charge what it was charged too little, and say why no more
-        were."""
-        worker.matched(attempt, num_cached_tokens)
-        submit = attempt.request.submit
-        queue = self._requests.models[submit.model].queue
-        queue.charge(submit.tenant_id, attempt.num_predicted_tokens - num_cached_tokens)
-        now = self._clock()
-        self._note_miss(worker, attempt, num_cached_tokens, now)
-        if worker.audit.is_due(now):
-            worker.resync(now)
-            self._totals.num_resyncs += 1
-            self._send(worker.peer, Resync())
-
-    def _note_miss(self, worker: Worker, attempt: Attempt, num_cached_tokens: int, now: float) -> None:
-        """Write into the receipt of an attempt what was found cached, and why no more was."""
-        request, submit = attempt.request, attempt.request.submit
-        receipts = self.receipts.of(submit.req_id)
-        is_worth = is_worth_a_reason(submit)
-        if receipts is not None:
-            receipt = receipts[-1]
-            receipt.num_cached_tokens = num_cached_tokens
-            if request.attempt == 1 and is_worth:
-                size, decision = self._config.block_size, receipt.decision
-                receipt.miss = explain(submit, self._prompts, num_cached_tokens, size, decision, self._index_of, now)
-        if is_worth and not submit.no_store:
-            self._prompts.add(submit, worker.worker_id)
-
-    def _index_of(self, worker_id: str) -> PrefixIndex | None:
-        worker = self._fleet.by_id.get(worker_id)
-        return None if worker is None else worker.index
-
-    def _count_stale(self, worker: Worker) -> None:
-        worker.counters.num_stale_outputs += 1
-        self._totals.num_stale_outputs += 1
+        violation = self._attempts.outputs(worker, outputs, now)
+        if violation is not None:
+            self._lose(worker, "protocol", f"broke the protocol: {violation}", now)
 
     # ---- workers come and go -------------------------------------------------------------------------------------
 
@@ -600,7 +351,7 @@ class Core(CoreApi):
     def _lose_and_dispatch(self, worker: Worker, cause: Cause, reason: str) -> None:
         now = self._clock()
         self._lose(worker, cause, reason, now)
-        self._dispatch(self._requests.models[worker.hello.model], now)
+        self._dispatcher.dispatch(self._requests.models[worker.hello.model], now)
 
     def _lose(self, worker: Worker, cause: Cause, reason: str, now: float) -> None:
         """Forget `worker` and hand back what it had, in the order in which it was sent. Does not dispatch."""
@@ -611,35 +362,8 @@ class Core(CoreApi):
         model.workers.remove(worker)
         model.lost_at = now
         self._totals.num_lost[cause] = self._totals.num_lost.get(cause, 0) + 1
-        died_with = [] if cause == "bye" else worker.computing()
-        unfinished = []
-        for req_id in reversed(list(worker.in_flight)):
-            request = self._give_back(worker, req_id, now)
-            if request.state == "closed":
-                self._requests.release(request)
-            else:
-                unfinished.append(request)
-        for request in unfinished:
-            try:
-                self._go_on(request, worker, now, is_death=request in died_with)
-            except Exception as bug:
-                self._fail(request, bug)
-        self.notify(Lost(worker.worker_id, worker.hello.pid, cause, reason, len(unfinished)))
-
-    def _go_on(self, request: Request, worker: Worker, now: float, *, is_death: bool = False) -> None:
-        """Queue `request`, whose attempt on `worker` is over without an end, first of its tenant; or finish it for
-        good."""
-        config = self._config
-        end = end_without_worker(request, now, config.max_redispatches, config.max_deaths, is_death=is_death)
-        if end is None:
-            end = end_of_answer(request, worker.hello)  # all workers of a model have one engine
-        if end is None:
-            request.go_on_elsewhere(config.block_size)
-            self._requests.requeue(request, now)
-            self._totals.num_redispatches += 1
-        else:
-            self._totals.num_poisoned += end.is_poison
-            self._requests.finish(request, end.reason, end.error)
+        num_unfinished = self._attempts.take_back(worker, now, is_death=cause != "bye")
+        self._notify(Lost(worker.worker_id, worker.hello.pid, cause, reason, num_unfinished))
 
     # ---- time ----------------------------------------------------------------------------------------------------
 
@@ -654,15 +378,4 @@ class Core(CoreApi):
             if request.num_needed > largest and now - request.queued_at >= timeout_s:
                 size = f" for {request.num_needed} tokens" if largest else ""
                 text = f"model {model.name!r} has had no worker{size} for {waited_s:.0f} s; try again later"
-                self._stop(request, "error", Unavailable(text, retry_after_s=timeout_s))
-
-
-def _have_credits(workers: list[Worker]) -> bool:
-    return bool([worker for worker in workers if worker.num_credits > 0])  # half the time of `any`
-
-
-def _emptied_for_suspect(model: Model) -> Worker | None:
-    """Return the worker that gets nothing new until it is empty, because the first suspect is to run alone there."""
-    needed = model.suspects[0].num_needed
-    able = [w for w in model.workers if w.state == "ready" and not w.runs_suspect and w.max_context >= needed]
-    return min(able, key=lambda worker: (len(worker.in_flight), worker.worker_id), default=None)
+                self._attempts.stop(request, "error", Unavailable(text, retry_after_s=timeout_s))

@@ -9,6 +9,7 @@ import msgspec
 from kvasir.gateway.core.api import ModelInfo
 from kvasir.gateway.core.worker import Rates, Worker
 from kvasir.gateway.core.worker_checks import Served
+from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.protocol.messages import Hello
 
 MAX_STRANGERS = 1_024
@@ -48,6 +49,11 @@ class Fleet:
         del self.by_id[worker.worker_id], self.by_peer[worker.peer]
         worker.is_member = False
         self._refresh(worker.hello.model)
+
+    def index_of(self, worker_id: str) -> PrefixIndex | None:
+        """Return what a worker has cached, None if it is not in."""
+        worker = self.by_id.get(worker_id)
+        return None if worker is None else worker.index
 
     def is_to_identify(self, peer: bytes, now: float, every_s: float) -> bool:
         """Return whether to ask an unknown peer who it is: once each `every_s`, for a bounded number of them."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import msgspec
 
-from kvasir.gateway.core.misses import Miss
+from kvasir.gateway.core.api import Change, Submit
+from kvasir.gateway.core.misses import Miss, Prompts, change, explain, is_worth_a_reason
+from kvasir.gateway.core.request import Request
+from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.gateway.routing.router import Decision
 
 
@@ -27,10 +31,12 @@ class Receipt(msgspec.Struct, eq=False):
 
 
 class Receipts:
-    """Keeps those of the last `max_requests` requests."""
+    """Keeps those of the last `max_requests` requests, and what it takes to say why a prompt was not cached."""
 
-    def __init__(self, max_requests: int) -> None:
+    def __init__(self, max_requests: int, block_size: int) -> None:
         self._max_requests = max_requests
+        self._block_size = block_size
+        self._prompts = Prompts()
         self._receipts: OrderedDict[bytes, list[Receipt]] = OrderedDict()  # by request, the oldest first
 
     def add(self, req_id: bytes, receipt: Receipt) -> None:
@@ -42,6 +48,32 @@ class Receipts:
         self._receipts[req_id] = [receipt]
         if len(self._receipts) > self._max_requests:
             self._receipts.popitem(last=False)
+
+    def matched(
+        self,
+        request: Request,
+        worker_id: str,
+        num_cached_tokens: int,
+        index_of: Callable[[str], PrefixIndex | None],
+        now: float,
+    ) -> None:
+        """Write down what a worker has found cached for the current attempt, and why no more. `index_of`: see
+        `misses.explain`."""
+        submit = request.submit
+        is_worth = is_worth_a_reason(submit)
+        receipts = self._receipts.get(submit.req_id)
+        if receipts is not None:
+            receipt = receipts[-1]
+            receipt.num_cached_tokens = num_cached_tokens
+            if request.attempt == 1 and is_worth:
+                size, decision = self._block_size, receipt.decision
+                receipt.miss = explain(submit, self._prompts, num_cached_tokens, size, decision, index_of, now)
+        if is_worth and not submit.no_store:
+            self._prompts.add(submit, worker_id)
+
+    def change(self, submit: Submit, previous_id: bytes) -> tuple[Change, int] | None:
+        """As `CoreApi.change`."""
+        return change(submit, self._prompts.of(submit.tenant_id, previous_id), self._block_size)
 
     def of(self, req_id: bytes) -> list[Receipt] | None:
         """Return the receipts of a recent request, one per attempt; None if it is not known any more."""

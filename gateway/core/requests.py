@@ -105,6 +105,10 @@ class Requests:
             model = self.models[name] = Model(name, now, TenantQueue(self._billing.weight))
         return model
 
+    def queue_of(self, request: Request) -> TenantQueue:
+        """Return the queue where `request` waits or has waited, which knows what its tenant is charged."""
+        return self.models[request.submit.model].queue
+
     def get(self, req_id: bytes) -> Request | None:
         """Return the request that has not got its `Finished`, None if there is none."""
         request = self._requests.get(req_id)

@@ -12,7 +12,8 @@ import trio
 import trio.testing
 import zmq
 
-from kvasir.gateway.core.core import Core, CoreConfig
+from kvasir.gateway.core.config import CoreConfig
+from kvasir.gateway.core.core import Core
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.workers.port import WorkerPort
 from kvasir.protocol.codec import encode
@@ -79,10 +80,10 @@ class Signal(RecordingSink):
             self.ended.set()
 
 
-def make_core(link: Link, block_size: int = 4) -> tuple[Core, WorkerPort]:
+def make_core(link: Link, block_size: int = 4, **options) -> tuple[Core, WorkerPort]:
     port = WorkerPort(link)
     config = CoreConfig(PUBLIC, block_size, liveness=LivenessConfig(heartbeat_s=0.2))
-    return Core(config, port.send, trio.current_time, epoch=b"epoch"), port
+    return Core(config, port.send, trio.current_time, epoch=b"epoch", **options), port
 
 
 def submit_to(core: Core, req_id: bytes, **extra) -> Signal:
@@ -215,9 +216,8 @@ def test_the_port_carries_reports_and_commands(body, context, endpoint) -> None:
 
 
 async def body_echo(net: Net) -> None:
-    core, port = make_core(net.router())
     joined = trio.Event()
-    core.notify = lambda notice: joined.set()
+    core, port = make_core(net.router(), notify=lambda notice: joined.set())
     async with trio.open_nursery() as nursery:
         await nursery.start(port.run, core)
         command = [sys.executable, "scripts/echo_worker.py", "--endpoint", net.endpoint, "--model", "demo"]

@@ -13,7 +13,8 @@ import trio
 import zmq
 
 from kvasir.gateway.core.api import Cancel, Delta, Event, Finished, Submit
-from kvasir.gateway.core.core import Core, CoreConfig
+from kvasir.gateway.core.config import CoreConfig
+from kvasir.gateway.core.core import Core
 from kvasir.gateway.core.notices import Lost, Notice
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.workers.port import WorkerPort
