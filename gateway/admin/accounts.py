@@ -21,6 +21,7 @@ from kvasir.gateway.tenants.directory import (
 )
 from kvasir.gateway.tenants.quotas import check_kv_size
 from kvasir.protocol import admin_messages as am
+from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import Conflict, NotFound
 from kvasir.protocol.messages import CacheHint
 
@@ -92,7 +93,7 @@ def decide_price(directory: TenantDirectory, command: am.PriceSet | am.PriceList
         NotFound: there is no such price to take away.
     """
     if isinstance(command, am.PriceList):
-        prices = [am.PriceInfo(model, price) for model, price in sorted(directory.prices.items())]
+        prices = [records.PriceInfo(model, price) for model, price in sorted(directory.prices.items())]
         return Verdict(am.PricesReply(prices))
     before = directory.prices.get(command.model)
     if before == command.price:
@@ -129,8 +130,8 @@ def _set_tenant(directory: TenantDirectory, command: am.TenantSet, gateway: Gate
     if (before.kv_floor, before.kv_cap) != (after.kv_floor, after.kv_cap):
         others = [tenant for tenant in directory.tenants() if tenant.id != before.id]
         check_room([*others, after], directory.prefixes, gateway)
-    records = _tenant_record(before), _tenant_record(after)
-    return Verdict(am.Done(), (after,), after.name, *records, gateway.kv_changed)
+    pair = _tenant_record(before), _tenant_record(after)
+    return Verdict(am.Done(), (after,), after.name, *pair, gateway.kv_changed)
 
 
 def _set_key(directory: TenantDirectory, command: am.KeySet, now: float) -> Verdict:
@@ -204,8 +205,8 @@ def _rotate_key(directory: TenantDirectory, command: am.KeyRotate, now: float) -
     fresh, text = issue_key(directory.deployment_secret, before.tenant_id, before.label, now, key_id=before.id)
     after = replace(before, digest=fresh.digest, old_digest=before.digest, old_until=now + command.overlap_s)
     tenant = _owner(directory, before)
-    records = _key_record(before), _key_record(after)
-    return Verdict(am.KeyCreated(after.id, text, tenant, after.label), (after,), tenant, *records)
+    pair = _key_record(before), _key_record(after)
+    return Verdict(am.KeyCreated(after.id, text, tenant, after.label), (after,), tenant, *pair)
 
 
 def _hint(given: CacheHint | Literal["none"]) -> CacheHint | None:
@@ -220,15 +221,15 @@ def _owner(directory: TenantDirectory, key: ApiKey) -> str:
 # What is shown.
 
 
-def tenant_infos(directory: TenantDirectory) -> list[am.TenantInfo]:
+def tenant_infos(directory: TenantDirectory) -> list[records.TenantInfo]:
     """Return all tenants as they are shown."""
     return [_tenant_info(directory, tenant) for tenant in directory.tenants()]
 
 
-def _tenant_info(directory: TenantDirectory, tenant: Tenant) -> am.TenantInfo:
+def _tenant_info(directory: TenantDirectory, tenant: Tenant) -> records.TenantInfo:
     allowed = None if tenant.allowed_models is None else sorted(tenant.allowed_models)
     num_keys = sum(key.revoked_at is None for key in directory.keys_of(tenant.id))
-    return am.TenantInfo(
+    return records.TenantInfo(
         tenant.id,
         tenant.name,
         tenant.status,
@@ -243,9 +244,9 @@ def _tenant_info(directory: TenantDirectory, tenant: Tenant) -> am.TenantInfo:
     )
 
 
-def _key_infos(directory: TenantDirectory, tenants: Iterable[Tenant]) -> list[am.KeyInfo]:
+def _key_infos(directory: TenantDirectory, tenants: Iterable[Tenant]) -> list[records.KeyInfo]:
     return [
-        am.KeyInfo(
+        records.KeyInfo(
             key.id, tenant.name, key.label, key.created_at, key.revoked_at, key.expires_at, key.terms, key.old_until
         )
         for tenant in tenants

@@ -26,6 +26,7 @@ from kvasir.gateway.log import log
 from kvasir.gateway.tenants.directory import TenantDirectory
 from kvasir.gateway.tenants.store import AuditEntry, Store
 from kvasir.protocol import admin_messages as am
+from kvasir.protocol import admin_records as records
 from kvasir.protocol.codec import encode
 from kvasir.protocol.errors import BadRequest, KvasirError, NotFound
 from kvasir.protocol.link import Link, LinkBusy, LinkClosed, PeerGone, open_router
@@ -164,11 +165,11 @@ class Admin:
             case _:
                 return reply
 
-    def _with_usage(self, tenants: Iterable[am.TenantInfo]) -> list[am.TenantInfo]:
+    def _with_usage(self, tenants: Iterable[records.TenantInfo]) -> list[records.TenantInfo]:
         usage = self._gateway.usage()
-        return [structs.replace(tenant, usage=usage.get(tenant.id, am.UsageInfo())) for tenant in tenants]
+        return [structs.replace(tenant, usage=usage.get(tenant.id, records.UsageInfo())) for tenant in tenants]
 
-    def _with_tokens(self, info: am.PrefixInfo) -> am.PrefixInfo:
+    def _with_tokens(self, info: records.PrefixInfo) -> records.PrefixInfo:
         prefix = self._directory.prefix(info.name)
         return structs.replace(info, public_tokens=self._gateway.public_tokens(prefix)) if prefix else info
 

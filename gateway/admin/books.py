@@ -16,6 +16,7 @@ from kvasir.gateway.sql.sqlite import copy_sqlite
 from kvasir.gateway.tenants.directory import TenantDirectory
 from kvasir.gateway.tenants.store import DATABASE_NAME, SECRET_NAME, Store
 from kvasir.protocol import admin_messages as am
+from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import BadRequest, NotFound, StoreError
 
 T = TypeVar("T")
@@ -40,14 +41,14 @@ class Books:
         last = int(now // DAY_S) if query.last_day is None else query.last_day
         wanted = None if query.tenant is None else self._tenant_ids(query.tenant)
         days = await self._on_thread(lambda: read_days(self._store.state_dir, self._store.url, first, last))
-        sums: dict[tuple[str, ...], am.UsageRow] = {}
+        sums: dict[tuple[str, ...], records.UsageRow] = {}
         for day in days:
             if (wanted is None or day.tenant_id in wanted) and query.key in (None, day.key_id):
                 key = self._group(day, query.by)
                 row = sums.get(key)
                 if row is None:
-                    row = sums[key] = am.UsageRow(*key)
-                for name in am.UsageRow.__struct_fields__[4:]:
+                    row = sums[key] = records.UsageRow(*key)
+                for name in records.UsageRow.__struct_fields__[4:]:
                     setattr(row, name, getattr(row, name) + getattr(day, name))
         return am.UsageReply([sums[key] for key in sorted(sums)], first, last)
 
@@ -56,7 +57,9 @@ class Books:
         entries = await self._on_thread(lambda: self._store.audit(last))
         return am.AuditReply(
             [
-                am.AuditRow(e.seq, e.time, e.actor, e.command, e.subject, json.loads(e.before), json.loads(e.after))
+                records.AuditRow(
+                    e.seq, e.time, e.actor, e.command, e.subject, json.loads(e.before), json.loads(e.after)
+                )
                 for e in entries
             ]
         )
@@ -116,7 +119,7 @@ class Books:
         """Return tenant, key, model and day, those that are summed over empty."""
         tenant = self._directory.tenant_by_id(day.tenant_id)
         name = self._directory.former_tenants.get(day.tenant_id, day.tenant_id) if tenant is None else tenant.name
-        date = am.date_of_day(day.day) if by == "day" else ""
+        date = records.date_of_day(day.day) if by == "day" else ""
         return name, day.key_id if by == "key" else "", day.model if by == "model" else "", date
 
     async def _on_thread(self, call: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ from kvasir.gateway.admin.verdict import Gateway, Verdict, check_room, sorted_na
 from kvasir.gateway.core.savings import Saving
 from kvasir.gateway.tenants.directory import PublishedPrefix, RemovePrefix, TenantDirectory, check_name
 from kvasir.protocol import admin_messages as am
+from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import BadRequest, Conflict, NotFound
 
 PREVIEW_CHARS = 40
@@ -36,9 +37,9 @@ def decide_prefix(directory: TenantDirectory, command: PrefixCommand, now: float
             return Verdict(am.Done(), (change,), prefix.name, record, None, gateway.prefixes_changed)
 
 
-def cache_prefix(prefix: PublishedPrefix, saving: Saving) -> am.CachePrefix:
+def cache_prefix(prefix: PublishedPrefix, saving: Saving) -> records.CachePrefix:
     """Return a prefix as `kvasir cache show` lists it."""
-    return am.CachePrefix(
+    return records.CachePrefix(
         prefix.name,
         saving.num_tokens,
         prefix.pinned,
@@ -93,7 +94,7 @@ def _pin_prefix(directory: TenantDirectory, command: am.PrefixPin, gateway: Gate
     return Verdict(am.Done(), (after,), after.name, _prefix_record(before), _prefix_record(after), effect)
 
 
-def _check_can_pin(workers: Sequence[am.WorkerInfo], wanted: frozenset[str] | None) -> None:
+def _check_can_pin(workers: Sequence[records.WorkerInfo], wanted: frozenset[str] | None) -> None:
     """Refuse to pin on named workers whose engine cannot, or on all of them where none can."""
     present = [worker for worker in workers if worker.num_blocks and (wanted is None or worker.id in wanted)]
     unable = [worker for worker in present if "pins" in worker.lacks]
@@ -116,10 +117,10 @@ def _check_pins(directory: TenantDirectory, after: PublishedPrefix, gateway: Gat
         check_room(directory.tenants(), [*others, after], gateway)
 
 
-def _prefix_info(directory: TenantDirectory, prefix: PublishedPrefix) -> am.PrefixInfo:
+def _prefix_info(directory: TenantDirectory, prefix: PublishedPrefix) -> records.PrefixInfo:
     ids = prefix.tenant_ids
     names = None if ids is None else [tenant.name for tenant in directory.tenants() if tenant.id in ids]
-    return am.PrefixInfo(
+    return records.PrefixInfo(
         prefix.name,
         names,
         len(prefix.text),

@@ -10,22 +10,23 @@ from kvasir.gateway.core.savings import Saving
 from kvasir.gateway.tenants.directory import Change, PublishedPrefix, Tenant
 from kvasir.gateway.tenants.quotas import check_kv_quotas
 from kvasir.protocol import admin_messages as am
+from kvasir.protocol import admin_records as records
 
 
 class Gateway(Protocol):
     """What the operator may ask of the rest of the gateway. All calls are synchronous and cheap."""
 
-    def workers(self) -> list[am.WorkerInfo]: ...
+    def workers(self) -> list[records.WorkerInfo]: ...
 
-    def models(self) -> list[am.ModelStatus]: ...
+    def models(self) -> list[records.ModelStatus]: ...
 
-    def usage(self) -> dict[str, am.UsageInfo]:
+    def usage(self) -> dict[str, records.UsageInfo]:
         """Return what each tenant has used since the start, by tenant id; tenants without requests may be missing."""
 
     def public_tokens(self, prefix: PublishedPrefix) -> dict[str, int]:
         """Return how many tokens of `prefix` are shared, per served model."""
 
-    def cache(self) -> list[am.CacheWorker]:
+    def cache(self) -> list[records.CacheWorker]:
         """Return who holds every worker's KV blocks."""
 
     def pinned_blocks(self, prefixes: Sequence[PublishedPrefix]) -> dict[str, int]:
@@ -43,7 +44,7 @@ class Gateway(Protocol):
     def saved_by_prefix(self) -> dict[str, Saving]:
         """Return what every published prefix has saved since the start; those that saved nothing may be missing."""
 
-    def private_prefixes(self) -> list[am.PrivatePrefix]:
+    def private_prefixes(self) -> list[records.PrivatePrefix]:
         """Return the private beginnings of prompts that have saved most, most first."""
 
     def end_requests(self, payer_id: str, reason: str) -> None:

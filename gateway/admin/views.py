@@ -17,7 +17,7 @@ from kvasir.gateway.edges.zmq_edge import EdgeLimits
 from kvasir.gateway.tenants.directory import PublishedPrefix, TenantDirectory
 from kvasir.gateway.tenants.quotas import kv_quotas
 from kvasir.gateway.workers.supervisor import Supervisor
-from kvasir.protocol.admin_messages import CacheTenant, CacheWorker, ModelStatus, PrivatePrefix, UsageInfo, WorkerInfo
+from kvasir.protocol.admin_records import CacheTenant, CacheWorker, ModelStatus, PrivatePrefix, UsageInfo, WorkerInfo
 from kvasir.protocol.errors import AuthenticationFailed
 from kvasir.protocol.messages import Quota
 from kvasir.protocol.prefix import HASH_BYTES

@@ -17,7 +17,7 @@ from kvasir.gateway.core.promises import MARGIN, LeavingRate, Promises, Tickets
 from kvasir.gateway.core.request import Request
 from kvasir.gateway.core.tenant_queue import TenantQueue
 from kvasir.gateway.core.worker import Worker
-from kvasir.protocol.admin_messages import UsageInfo
+from kvasir.protocol.admin_records import UsageInfo
 from kvasir.protocol.errors import Conflict, KvasirError, Overloaded, UnknownModel
 from kvasir.protocol.terms import RANKS
 

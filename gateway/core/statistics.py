@@ -11,7 +11,7 @@ import msgspec
 from kvasir.gateway.core.counters import HistogramStatistics, Totals
 from kvasir.gateway.core.requests import Model
 from kvasir.gateway.core.worker import Worker
-from kvasir.protocol.admin_messages import CacheTenant, CacheWorker, UsageInfo, WorkerInfo
+from kvasir.protocol.admin_records import CacheTenant, CacheWorker, UsageInfo, WorkerInfo
 
 
 class ModelStatistics(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ from kvasir.cli.admin_client import ask
 from kvasir.cli.output import Rows, bar, count, example, json_option, make_console, percent, plain, print_json
 from kvasir.cli.tenants import pinned_on
 from kvasir.protocol import admin_messages as am
+from kvasir.protocol import admin_records as records
 
 MAX_PREFIXES = 10
 PREVIEW_CHARS = 32
@@ -56,7 +57,7 @@ def cache_clear(tenant: str, as_json: bool) -> None:
         click.echo(f"the workers drop what is cached of tenant {tenant}")
 
 
-def _worker(worker: am.CacheWorker) -> RenderableType:
+def _worker(worker: records.CacheWorker) -> RenderableType:
     if worker.engine != "kvasir":
         return Text.from_markup(
             f"[bold]{plain(worker.id)}[/bold]  {plain(worker.model)}  {count(worker.num_cached_blocks)} of "
@@ -85,7 +86,7 @@ def _worker(worker: am.CacheWorker) -> RenderableType:
     return Group(title, table if worker.tenants else Text("nothing is cached yet", "dim"), Text())
 
 
-def _savings(tenant: am.CacheTenant) -> tuple[str, str]:
+def _savings(tenant: records.CacheTenant) -> tuple[str, str]:
     if tenant.tenant == "public":  # what published blocks save is saved by the tenants
         return "–", "–"
     return percent(tenant.saved_tokens, tenant.looked_up_tokens), count(tenant.saved_tokens)

@@ -11,6 +11,7 @@ from kvasir.cli.admin_client import ask
 from kvasir.cli.output import Rows, age, duration, example, json_option, make_console, plain, print_done, print_json
 from kvasir.cli.terms import DurationType, terms_lines, terms_options
 from kvasir.protocol import admin_messages as am
+from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.terms import TermsChange
 
@@ -104,7 +105,7 @@ def key_revoke(key_id: str, as_json: bool) -> None:
     print_done(ask(am.KeyRevoke(key_id=_id(key_id)), am.Done), as_json, f"key {_id(key_id)} is revoked")
 
 
-def print_keys(keys: list[am.KeyInfo]) -> None:
+def print_keys(keys: list[records.KeyInfo]) -> None:
     """Print keys as a table."""
     if not keys:
         click.echo("no keys yet; make one with: kvasir key create TENANT")
@@ -123,7 +124,7 @@ def _id(key: str) -> str:
     return (key.split("_")[1] if key.startswith("kv_") else key) or key
 
 
-def _state(info: am.KeyInfo) -> str:
+def _state(info: records.KeyInfo) -> str:
     if info.revoked_at is not None:
         return "[red]revoked[/red]"
     if info.expires_at is None:

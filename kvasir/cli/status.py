@@ -15,6 +15,7 @@ from kvasir.cli.output import Rows, bar, count, duration, example, facts, json_o
 from kvasir.cli.output import print_json as print_as_json
 from kvasir.cli.tenants import tenant_table
 from kvasir.protocol import admin_messages as am
+from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import BadRequest
 
 _TERMS = {  # of the router's decisions: (column, what it is)
@@ -143,7 +144,7 @@ def render_status(reply: am.StatusReply) -> RenderableType:
     return Group(*parts)
 
 
-def _worker_table(workers: list[am.WorkerInfo]) -> RenderableType:
+def _worker_table(workers: list[records.WorkerInfo]) -> RenderableType:
     if not workers:
         return "no workers have joined yet"
     numbers = ("running", "waiting", "cached", "hit rate", "prefill/s", "decode/s", "restarts")
@@ -169,7 +170,7 @@ def _worker_table(workers: list[am.WorkerInfo]) -> RenderableType:
     return table
 
 
-def _engine_notes(workers: list[am.WorkerInfo]) -> list[RenderableType]:
+def _engine_notes(workers: list[records.WorkerInfo]) -> list[RenderableType]:
     """Say of each engine that is not our own what it cannot do."""
     found = {(info.engine, tuple(info.lacks)): info.id for info in reversed(workers) if info.engine != "kvasir"}
     return [
@@ -179,7 +180,7 @@ def _engine_notes(workers: list[am.WorkerInfo]) -> list[RenderableType]:
     ]
 
 
-def _draft_notes(workers: list[am.WorkerInfo]) -> list[RenderableType]:
+def _draft_notes(workers: list[records.WorkerInfo]) -> list[RenderableType]:
     """Say of each proposer what its drafts have been worth."""
     notes: list[RenderableType] = []
     for proposer in sorted({info.proposer for info in workers if info.num_drafted}):
@@ -191,7 +192,7 @@ def _draft_notes(workers: list[am.WorkerInfo]) -> list[RenderableType]:
     return notes
 
 
-def _model_table(models: list[am.ModelStatus]) -> Rows:
+def _model_table(models: list[records.ModelStatus]) -> Rows:
     numbers = ("context", "workers", "waiting")
     table = Rows("model", "dtype", *numbers, "fingerprint", numbers=numbers, minor=("fingerprint", "dtype"))
     for info in models:

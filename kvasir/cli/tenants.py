@@ -28,6 +28,7 @@ from kvasir.cli.output import (
 )
 from kvasir.cli.terms import AliasType, terms_lines, terms_options
 from kvasir.protocol import admin_messages as am
+from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import CacheHint
 from kvasir.protocol.terms import TermsChange
@@ -70,7 +71,7 @@ def tenant_list(as_json: bool) -> None:
         make_console().print(tenant_table(reply.tenants))
 
 
-def tenant_table(tenants: list[am.TenantInfo], *, is_live: bool = False) -> Rows:
+def tenant_table(tenants: list[records.TenantInfo], *, is_live: bool = False) -> Rows:
     """Return tenants and their usage as a table, with their settings or (`is_live`) with what they have under way."""
     special = ("running", "waiting") if is_live else ("sharing", "models", "keys", "floor", "cap", "hint")
     usage_columns = ("requests", "prompt", "hit rate", "output")
@@ -300,14 +301,14 @@ def prefix_remove(name: str, as_json: bool) -> None:
     print_done(ask(am.PrefixRemove(name=name), am.Done), as_json, f"prefix {name} is removed")
 
 
-def pinned_on(info: am.PrefixInfo | am.CachePrefix) -> str:
+def pinned_on(info: records.PrefixInfo | records.CachePrefix) -> str:
     """Return where a published prefix is pinned."""
     if not info.pinned:
         return "–"
     return "all workers" if info.pinned_on is None else plain(", ".join(info.pinned_on))
 
 
-def _tokens(info: am.PrefixInfo) -> str:
+def _tokens(info: records.PrefixInfo) -> str:
     shared = [
         f"{tokens} tokens with {model}" if tokens else f"none with {model}, shorter than a block"
         for model, tokens in sorted(info.public_tokens.items())

@@ -15,6 +15,7 @@ from kvasir.cli.admin_client import ask
 from kvasir.cli.output import Rows, count, example, json_option, make_console, percent, plain, print_done, print_json
 from kvasir.cli.terms import money, parse_price, price_text
 from kvasir.protocol import admin_messages as am
+from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.terms import MONEY_UNITS, Price
 
@@ -80,8 +81,8 @@ def usage(
         _print_usage(reply, by)
 
 
-def _print_csv(rows: list[am.UsageRow], by: str) -> None:
-    names = ["tenant", *([by] if by != "tenant" else []), *am.UsageRow.__struct_fields__[4:-1]]
+def _print_csv(rows: list[records.UsageRow], by: str) -> None:
+    names = ["tenant", *([by] if by != "tenant" else []), *records.UsageRow.__struct_fields__[4:-1]]
     writer = csv.writer(sys.stdout)
     writer.writerow([*names, "money"])
     for row in rows:
@@ -91,7 +92,7 @@ def _print_csv(rows: list[am.UsageRow], by: str) -> None:
 
 
 def _print_usage(reply: am.UsageReply, by: str) -> None:
-    span = f"{am.date_of_day(reply.first_day)} to {am.date_of_day(reply.last_day)}"
+    span = f"{records.date_of_day(reply.first_day)} to {records.date_of_day(reply.last_day)}"
     if not reply.rows:
         click.echo(f"nothing was used from {span}")
         return
@@ -101,9 +102,9 @@ def _print_usage(reply: am.UsageReply, by: str) -> None:
     for row in reply.rows:
         table.add_row(*(plain(getattr(row, name)) for name in first), *_cells(row))
     if len(reply.rows) > 1:
-        total = am.UsageRow("all")
+        total = records.UsageRow("all")
         for row in reply.rows:
-            for name in am.UsageRow.__struct_fields__[4:]:
+            for name in records.UsageRow.__struct_fields__[4:]:
                 setattr(total, name, getattr(total, name) + getattr(row, name))
         table.add_row("all", *[""] * (len(first) - 1), *_cells(total), style="bold")
     console = make_console()
@@ -111,7 +112,7 @@ def _print_usage(reply: am.UsageReply, by: str) -> None:
     console.print(table)
 
 
-def _cells(row: am.UsageRow) -> tuple[str, ...]:
+def _cells(row: records.UsageRow) -> tuple[str, ...]:
     return (
         str(row.num_requests),
         str(row.num_refused),

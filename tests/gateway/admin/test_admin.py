@@ -29,6 +29,7 @@ from kvasir.gateway.routing.router import Decision, Terms
 from kvasir.gateway.tenants.directory import PublishedPrefix, TenantDirectory
 from kvasir.gateway.tenants.store import DATABASE_NAME, open_store
 from kvasir.protocol import admin_messages as am
+from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import (
     AuthenticationFailed,
     BadRequest,
@@ -61,26 +62,28 @@ class FakeHouse:
         self.upstreams: set[str] = set()
         self.num_blocks = 100
 
-    def workers(self) -> list[am.WorkerInfo]:
+    def workers(self) -> list[records.WorkerInfo]:
         size = {"num_blocks": self.num_blocks, "num_free_blocks": 40}
         return [
-            am.WorkerInfo(name, "demo", "ready", 7, **size, engine="vllm", lacks=["owners", "pins"])
+            records.WorkerInfo(name, "demo", "ready", 7, **size, engine="vllm", lacks=["owners", "pins"])
             if name in self.upstreams
-            else am.WorkerInfo(name, "demo", "ready", 7, **size)
+            else records.WorkerInfo(name, "demo", "ready", 7, **size)
             for name in self.names
         ]
 
-    def models(self) -> list[am.ModelStatus]:
-        return [am.ModelStatus("demo", "f00d", "float32", 2048, 1)]
+    def models(self) -> list[records.ModelStatus]:
+        return [records.ModelStatus("demo", "f00d", "float32", 2048, 1)]
 
-    def usage(self) -> dict[str, am.UsageInfo]:
+    def usage(self) -> dict[str, records.UsageInfo]:
         return {}
 
     def public_tokens(self, prefix: PublishedPrefix) -> dict[str, int]:
         return {"demo": len(prefix.text) // 16 * 16}
 
-    def cache(self) -> list[am.CacheWorker]:
-        return [am.CacheWorker("demo-0", "demo", 16, 100, 40, tenants=[am.CacheTenant("acme", num_blocks=60)])]
+    def cache(self) -> list[records.CacheWorker]:
+        return [
+            records.CacheWorker("demo-0", "demo", 16, 100, 40, tenants=[records.CacheTenant("acme", num_blocks=60)])
+        ]
 
     def kv_changed(self) -> None:
         self.kv_changes += 1
@@ -99,8 +102,8 @@ class FakeHouse:
     def saved_by_prefix(self) -> dict[str, Saving]:
         return {"sys": Saving(4, 4096)}
 
-    def private_prefixes(self) -> list[am.PrivatePrefix]:
-        return [am.PrivatePrefix("acme", "demo", 12_345, 17), am.PrivatePrefix("acme", "demo", 100, 1)]
+    def private_prefixes(self) -> list[records.PrivatePrefix]:
+        return [records.PrivatePrefix("acme", "demo", 12_345, 17), records.PrivatePrefix("acme", "demo", 100, 1)]
 
     def end_requests(self, payer_id: str, reason: str) -> None:
         self.ended.append((payer_id, reason))

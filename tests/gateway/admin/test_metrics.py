@@ -14,7 +14,7 @@ from kvasir.gateway.core.counters import Histogram, Totals
 from kvasir.gateway.core.statistics import CoreStatistics, ModelStatistics
 from kvasir.gateway.http.connection import HttpStatistics
 from kvasir.gateway.ledger.writer import LedgerStatistics
-from kvasir.protocol.admin_messages import UsageInfo, WorkerInfo
+from kvasir.protocol.admin_records import UsageInfo, WorkerInfo
 
 _NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 _SAMPLE = re.compile(rf'({_NAME})(?:\{{((?:{_NAME}="(?:[^"\\\n]|\\[\\"n])*",?)*)\}})? (\S+)')

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 
 from kvasir.cli.status import render_status
-from kvasir.protocol.admin_messages import StatusReply, WorkerInfo
+from kvasir.protocol.admin_messages import StatusReply
+from kvasir.protocol.admin_records import WorkerInfo
 
 
 def show(*workers: WorkerInfo) -> str:

@@ -18,7 +18,7 @@ from kvasir.gateway.core.core import Core
 from kvasir.gateway.core.notices import Lost, Notice
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.workers.port import WorkerPort
-from kvasir.protocol.admin_messages import WorkerInfo
+from kvasir.protocol.admin_records import WorkerInfo
 from kvasir.protocol.link import Link, open_router
 from kvasir.protocol.messages import Sampling
 from kvasir.protocol.prefix import hash_prompt, split_hashes
