@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 NUM_STREAMS = 16
 NUM_TOKENS = 96
-NUM_KILLS = 20
+NUM_KILLS = 10
 
 
 def run_streams(box: Box, key: str, on_token=lambda: None) -> list[list[int]]:
@@ -73,7 +73,7 @@ class Countdown:
 
 
 def test_killing_workers_in_mid_stream_changes_no_token_of_any_stream() -> None:
-    """20 SIGKILLs at random points under 16 streams. float64 makes near-ties of logits practically impossible, since
+    """10 SIGKILLs at random points under 16 streams. float64 makes near-ties of logits practically impossible, since
     keys and values recomputed in another batch are equal only up to rounding (docs/architecture.md, "Identity")."""
     rng = random.Random(20)
     with open_box(workers=3, worker_args="--deterministic --kv-memory 256M") as box:

@@ -219,14 +219,18 @@ class OwnershipMachine(RuleBasedStateMachine):
             return
         assert fits
         self.quotas = quotas
-        for other, quota in quotas.items():
-            while quota.cap is not None and self.held()[other] > quota.cap and self.take_own(other):
-                pass
+        self.shrink_to_caps()
 
     @rule(owner=st.sampled_from(list(OWNERS)))
     def lift_quota(self, owner: str) -> None:
         self.quotas.pop(owner, None)
         self.cache.set_quotas(self.quotas)
+        self.shrink_to_caps()  # of the others, what was in use when their caps were set
+
+    def shrink_to_caps(self) -> None:
+        for owner, quota in self.quotas.items():
+            while quota.cap is not None and self.held()[owner] > quota.cap and self.take_own(owner):
+                pass
 
     @rule(name=st.sampled_from(["x", "y"]), tokens=st.lists(st.sampled_from([0, 1]), min_size=1, max_size=3))
     def pin(self, name: str, tokens: list[int]) -> None:
@@ -312,3 +316,13 @@ def paths_of(run: Run) -> list[Path]:
 
 OwnershipMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestOwnershipMachine = OwnershipMachine.TestCase
+
+
+def test_what_was_in_use_when_a_cap_was_set_goes_when_quotas_are_set_again() -> None:
+    machine = OwnershipMachine()
+    live = machine.begin("b", 0, [0, 0])
+    machine.publish_all(live)
+    machine.set_quota("b", 0, 1)
+    machine.end(live)
+    machine.lift_quota("a")
+    machine.nothing_contradicts()
