@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from kvasir.protocol.prefix import HASH_BYTES
 from kvasir.worker.upstream.kv_index import UpstreamIndex
+from kvasir.worker.upstream.resident import ResidentHashes
 from kvasir.worker.upstream.sent_index import SentIndex
 
 MAX_BLOCKS = 1 << 20  # of the upstream's, all media together
@@ -27,23 +28,20 @@ class CachedBlocks:
         self._sent = SentIndex(block_size, block_size * ratio, num_blocks)
         self.is_exact = False
 
-    def take(self) -> tuple[bytes, bytes]:
-        """Return what became resident and what is gone since the last call, packed."""
-        return self.followed.take() if self.is_exact else self._sent.take()
-
-    def snapshot(self) -> bytes:
-        """Return all resident hashes, packed."""
-        return self.followed.snapshot() if self.is_exact else self._sent.snapshot()
+    @property
+    def resident(self) -> ResidentHashes:
+        """The view that is reported."""
+        return self.followed.resident if self.is_exact else self._sent.resident
 
     def num_leading_tokens(self, prefix_hashes: bytes, num_tokens: int, coming: Iterable[bytes] = ()) -> int:
         """Return how many tokens of a prompt are cached now, or will be when its turn comes: `coming` are the chains of
         the prompts before it. Its last token never counts: it is computed always."""
-        index = self.followed if self.is_exact else self._sent
+        resident = self.resident
         num_blocks = min(len(prefix_hashes) // HASH_BYTES, (num_tokens - 1) // self.block_size)
         num_found = 0
         while num_found + self._ratio <= num_blocks:
             end = (num_found + self._ratio) * HASH_BYTES
-            if prefix_hashes[end - HASH_BYTES : end] not in index:
+            if prefix_hashes[end - HASH_BYTES : end] not in resident:
                 break
             num_found += self._ratio
         num_coming = max((_num_common(prefix_hashes, chain) for chain in coming), default=0)

@@ -15,13 +15,12 @@ from typing import Any
 
 import trio
 import zmq
-from msgspec import Struct
 from zmq.utils.monitor import parse_monitor_message
 
 from kvasir.protocol.errors import ConfigurationError, InvalidMessage
 from kvasir.protocol.link import Link
 from kvasir.protocol.profile import LinkProfile, apply_profile
-from kvasir.worker.upstream.kv_index import IndexStatistics, UpstreamIndex
+from kvasir.worker.upstream.kv_index import UpstreamIndex
 from kvasir.worker.upstream.kv_order import BatchOrder
 from kvasir.worker.upstream.kv_wire import END_SEQ, make_replay_request, split_live, split_replayed
 
@@ -33,27 +32,11 @@ _PROFILE = LinkProfile(reconnect_ms=50, reconnect_max_ms=1_000)
 _CONNECTION_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
-class FollowerStatistics(Struct, frozen=True):
-    """Counters since the follower was made. `num_lost`: times that the index was cleared because batches are missing.
-
-    `num_late`: batches that came twice or too late. `num_malformed`: messages and batches that cannot be read.
-    """
-
-    is_following: bool
-    num_batches: int
-    num_gaps: int
-    num_replays: int
-    num_failed_replays: int
-    num_lost: int
-    num_restarts: int
-    num_late: int
-    num_malformed: int
-    num_other_ranks: int
-    index: IndexStatistics
-
-
 class KvFollower:
-    """Follows the KV events of one upstream, of one data-parallel rank."""
+    """Follows the KV events of one upstream, of one data-parallel rank.
+
+    `num_malformed`: messages that are none of KV events; what else happened `order` counts.
+    """
 
     def __init__(
         self,
@@ -74,13 +57,13 @@ class KvFollower:
         self._context = context
         self._endpoint, self._replay_endpoint, self._topic = endpoint, replay_endpoint, topic
         self._index, self._on_change = index, on_change
-        self._order = BatchOrder(index, has_replay=replay_endpoint is not None, rank=rank)
+        self.order = BatchOrder(index, has_replay=replay_endpoint is not None, rank=rank)
         self._is_connected = False
         self._was_following = False
         self._probe_s, self._probe_at = FIRST_PROBE_S, 0.0
         self._wake = trio.Event()
         self._replay_scope = trio.CancelScope()  # of the replay that goes on
-        self._num_malformed = 0
+        self.num_malformed = 0
 
     @property
     def is_following(self) -> bool:
@@ -88,29 +71,7 @@ class KvFollower:
 
         False at first and whenever that is in doubt; the follower goes on trying.
         """
-        return self._is_connected and self._order.in_order and not self._index.is_overflowed
-
-    def reset(self) -> None:
-        """The upstream is known to have restarted: hold nothing and ask for the new stream from its beginning."""
-        self._order.restarted()
-        self._replay_scope.cancel()
-        self._after_news()
-
-    def statistics(self) -> FollowerStatistics:
-        order = self._order
-        return FollowerStatistics(
-            self.is_following,
-            order.num_batches,
-            order.num_gaps,
-            order.num_replays,
-            order.num_failed_replays,
-            order.num_lost,
-            order.num_restarts,
-            order.num_late,
-            order.num_malformed + self._num_malformed,
-            order.num_other_ranks,
-            self._index.statistics(),
-        )
+        return self._is_connected and self.order.in_order and not self._index.is_overflowed
 
     async def run(self) -> None:
         """Follow until cancelled, which closes all sockets. Call it once.
@@ -145,9 +106,9 @@ class KvFollower:
             self._take_connection_news(monitor.receive_nowait())
             for frames in messages:
                 try:
-                    self._order.live(*split_live(frames))
+                    self.order.live(*split_live(frames))
                 except InvalidMessage:
-                    self._num_malformed += 1
+                    self.num_malformed += 1
             self._hear()
             self._after_news()
 
@@ -166,8 +127,8 @@ class KvFollower:
             if trio.current_time() >= self._probe_at:
                 self._probe_s = min(LAST_PROBE_S, 2 * self._probe_s)
                 self._probe_at = trio.current_time() + self._probe_s
-                self._order.want_replay()
-            while self._order.wants_replay and self._is_connected:
+                self.order.want_replay()
+            while self.order.wants_replay and self._is_connected:
                 await self._replay(self._replay_endpoint)
                 self._after_news()
                 await trio.sleep(REPLAY_PAUSE_S)
@@ -183,10 +144,10 @@ class KvFollower:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(link.run)
                 with trio.move_on_after(REPLAY_LIMIT_S) as self._replay_scope:
-                    await link.send(make_replay_request(self._order.begin_replay()))
+                    await link.send(make_replay_request(self.order.begin_replay()))
                     await self._take_replay(link)
                 nursery.cancel_scope.cancel()
-            self._order.fail_replay()  # unless it has ended, or is out of date
+            self.order.fail_replay()  # unless it has ended, or is out of date
         finally:
             link.close()
 
@@ -201,12 +162,12 @@ class KvFollower:
                 try:
                     seq, payload = split_replayed(frames)
                 except InvalidMessage:
-                    self._num_malformed += 1
+                    self.num_malformed += 1
                     continue
                 if seq == END_SEQ:
-                    self._order.end_replay()
+                    self.order.end_replay()
                     return
-                if not self._order.replayed(seq, payload):
+                if not self.order.replayed(seq, payload):
                     return
             self._after_news()
 
@@ -214,7 +175,7 @@ class KvFollower:
         for frames in messages:
             self._is_connected = parse_monitor_message(frames)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
             if self._is_connected:
-                self._order.connected()
+                self.order.connected()
                 self._replay_scope.cancel()  # asked of whoever was there before
                 self._hear()
 
@@ -224,9 +185,9 @@ class KvFollower:
         self._probe_at = trio.current_time() + self._probe_s
 
     def _after_news(self) -> None:
-        if self._order.wants_replay:
+        if self.order.wants_replay:
             self._wake.set()
-        if self._index.has_changes or self._was_following != self.is_following:
+        if self._index.resident.has_changes or self._was_following != self.is_following:
             self._was_following = self.is_following
             self._on_change()
 

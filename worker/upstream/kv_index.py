@@ -32,28 +32,6 @@ MAX_HASHES = MAX_TOKENS - MAX_EXPECTED  # all together as many as a `Snapshot` h
 _SALT_CHARACTERS = 32
 
 
-class IndexStatistics(Struct, frozen=True):
-    """What is held now, the first four, and counters since the index was made, in blocks of the upstream's.
-
-    `num_foreign_stored`: not made by requests of ours. `num_orphans`: under a parent that is not known.
-    `num_unreadable`: of another block size, or without token ids. `num_other_groups`: of groups that are not followed.
-    `num_unknown_removed`: removed, but not held. `num_skipped`: events of types that we do not know.
-    """
-
-    num_blocks: int
-    num_foreign: int
-    num_hashes: int
-    num_expected: int
-    num_foreign_stored: int
-    num_orphans: int
-    num_unreadable: int
-    num_other_groups: int
-    num_unknown_removed: int
-    num_skipped: int
-    num_clears: int
-    is_overflowed: bool
-
-
 class _Block(Struct, frozen=True, gc=False):
     """A block of the upstream's. `hashes`: ours, packed; none, and no namespace, for a foreign block."""
 
@@ -65,7 +43,12 @@ _FOREIGN = _Block(b"", None)
 
 
 class UpstreamIndex:
-    """The hashes of our chain that are resident in one upstream's cache, or about to be.
+    """The hashes of our chain that are resident in one upstream's cache, or about to be: `resident`.
+
+    `is_overflowed`: the upstream has more blocks than `max_blocks`; nothing is held or followed until the next clear.
+    The counters are of blocks of the upstream's, since the index was made. `num_foreign`: not made by requests of ours.
+    `num_orphans`: under a parent that is not known. `num_unreadable`: of another block size, or without token ids.
+    `num_other_groups`: of groups that are not followed. `num_unknown_removed`: removed, but not held.
 
     O(1) per block. Memory per block of the upstream: about 240 bytes at equal block sizes, 1,020 at eight of ours to
     one of its (u64 names; a test measures it).
@@ -97,60 +80,35 @@ class UpstreamIndex:
         self._group: int | None = None  # the one followed
         self._blocks: dict[Hash, _Block] = {}
         self._copies: dict[str, dict[Hash, int]] = {}  # medium -> block -> how many
-        self._resident = ResidentHashes()  # held by blocks of the upstream's, and once more while expected
+        self.resident = ResidentHashes()  # held by blocks of the upstream's, and once more while expected
         self._expected: dict[bytes, float] = {}  # ours -> until when
         self._next_expiry = float("inf")
-        self._is_overflowed = False
-        self._num_foreign = 0
-        self._num_foreign_stored = self._num_orphans = self._num_unreadable = self._num_other_groups = 0
-        self._num_unknown_removed = self._num_skipped = self._num_clears = 0
-
-    @property
-    def is_overflowed(self) -> bool:
-        """The upstream has more blocks than `max_blocks`: nothing is held or followed until the next clear."""
-        return self._is_overflowed
-
-    @property
-    def has_changes(self) -> bool:
-        """Whether `take` has something to say."""
-        return self._resident.has_changes
+        self.is_overflowed = False
+        self.num_foreign = self.num_orphans = self.num_unreadable = self.num_other_groups = 0
+        self.num_unknown_removed = self.num_clears = 0
 
     def apply(self, batch: Batch) -> None:
         """Follow one batch. Batches must come in the order of their numbers; after a loss, `clear` first."""
-        self._num_skipped += batch.num_skipped
         for event in batch.events:
             if isinstance(event, Cleared):
                 self.clear()
-            elif self._is_overflowed:
+            elif self.is_overflowed:
                 continue
             elif isinstance(event, Stored):
                 self._store(event)
             else:
                 self._remove(event)
 
-    def __contains__(self, digest: bytes) -> bool:
-        """Whether a hash of ours is resident, as far as this index knows."""
-        return digest in self._resident
-
-    def take(self) -> tuple[bytes, bytes]:
-        """Return (stored, removed) since the last call: packed hashes, disjoint, netted, ready for a `StepReport`."""
-        return self._resident.take()
-
-    def snapshot(self) -> bytes:
-        """Return all resident hashes, packed. `take` before it, or the next `take` says some of it again."""
-        return self._resident.snapshot()
-
     def clear(self) -> None:
         """Hold and expect nothing from here on: all that was resident becomes removed. Ends an overflow."""
         self._blocks.clear()
         self._copies.clear()
-        self._resident.clear()
+        self.resident.clear()
         self._expected.clear()
         self._next_expiry = float("inf")
-        self._num_foreign = 0
         self._group = None
-        self._is_overflowed = False
-        self._num_clears += 1
+        self.is_overflowed = False
+        self.num_clears += 1
 
     def expect(self, prefix_hashes: bytes, until: float) -> None:
         """Count packed hashes as resident though their event has not come: it trails the answer that made them.
@@ -159,17 +117,17 @@ class UpstreamIndex:
         otherwise. What is resident already is left alone. No more than `MAX_EXPECTED` are expected at a time: what is
         beyond is not.
         """
-        if self._is_overflowed:
+        if self.is_overflowed:
             return
         for digest in split_hashes(prefix_hashes):
             if digest in self._expected:
                 self._expected[digest] = max(until, self._expected[digest])
-            elif digest not in self._resident:
+            elif digest not in self.resident:
                 if len(self._expected) == MAX_EXPECTED:
                     return
                 self._expected[digest] = until
                 self._next_expiry = min(self._next_expiry, until)
-                self._resident.hold(digest)
+                self.resident.hold(digest)
 
     def expire(self, now: float) -> None:
         """Remove what was expected until `now` and has not come. Nothing to do costs nothing: call it often."""
@@ -177,24 +135,8 @@ class UpstreamIndex:
             return
         for digest in [digest for digest, until in self._expected.items() if until <= now]:
             del self._expected[digest]
-            self._resident.release(digest)
+            self.resident.release(digest)
         self._next_expiry = min(self._expected.values(), default=float("inf"))
-
-    def statistics(self) -> IndexStatistics:
-        return IndexStatistics(
-            len(self._blocks),
-            self._num_foreign,
-            len(self._resident),
-            len(self._expected),
-            self._num_foreign_stored,
-            self._num_orphans,
-            self._num_unreadable,
-            self._num_other_groups,
-            self._num_unknown_removed,
-            self._num_skipped,
-            self._num_clears,
-            self._is_overflowed,
-        )
 
     def check_integrity(self) -> None:
         """Assert that all tables agree. O(blocks), for tests."""
@@ -204,25 +146,24 @@ class UpstreamIndex:
             assert len(block.hashes) in (0, self._ratio * HASH_BYTES)
             for digest in split_hashes(block.hashes):
                 holders[digest] = holders.get(digest, 0) + 1
-        self._resident.check_integrity(holders)
+        self.resident.check_integrity(holders)
         assert set().union(*self._copies.values()) == set(self._blocks)
         assert all(count > 0 for copies in self._copies.values() for count in copies.values())
-        assert self._num_foreign == sum(block.namespace is None for block in self._blocks.values())
         assert len(self._blocks) <= self._max_blocks and len(self._copies) <= MAX_MEDIA
         assert self._next_expiry <= min(self._expected.values(), default=float("inf"))
-        assert not self._is_overflowed or not self._blocks
+        assert not self.is_overflowed or not self._blocks
 
     # ---- events
 
     def _store(self, event: Stored) -> None:
         if not event.is_full_attention or (self._group is not None and event.group > self._group):
-            self._num_other_groups += len(event.hashes)
+            self.num_other_groups += len(event.hashes)
             return
         if self._group is not None and event.group < self._group:
             self.clear()  # what was followed up to here was the wrong group
         self._group = event.group
         if event.medium not in self._copies and len(self._copies) == MAX_MEDIA:
-            self._num_unreadable += len(event.hashes)
+            self.num_unreadable += len(event.hashes)
             return
         copies = self._copies.setdefault(event.medium, {})
         parent = self._begin(event) if event.parent is None else self._blocks.get(event.parent)
@@ -233,7 +174,7 @@ class UpstreamIndex:
                 if block is not None:
                     if len(self._blocks) == self._max_blocks:
                         self.clear()
-                        self._is_overflowed = True
+                        self.is_overflowed = True
                         return
                     self._insert(name, block)
             if block is not None:
@@ -256,13 +197,13 @@ class UpstreamIndex:
         """Return block `index` of `event`, or None if it cannot be placed in our chain."""
         size = self._upstream_block_size * TOKEN_BYTES
         if event.block_size != self._upstream_block_size or len(event.token_ids) != size * len(event.hashes):
-            self._num_unreadable += 1
+            self.num_unreadable += 1
             return None
         if parent is None:
-            self._num_orphans += 1
+            self.num_orphans += 1
             return None
         if parent.namespace is None or index >= event.num_plain or event.lora_name != self._lora_name:
-            self._num_foreign_stored += 1
+            self.num_foreign += 1
             return _FOREIGN
         tokens = event.token_ids[index * size : (index + 1) * size]
         return _Block(
@@ -271,7 +212,7 @@ class UpstreamIndex:
 
     def _remove(self, event: Removed) -> None:
         if self._group is not None and event.group != self._group:
-            self._num_other_groups += len(event.hashes)
+            self.num_other_groups += len(event.hashes)
             return
         copies = self._copies.get(event.medium, {})
         for name in event.hashes:
@@ -281,22 +222,14 @@ class UpstreamIndex:
             elif count == 1:
                 del copies[name]
                 if not any(name in others for others in self._copies.values()):
-                    self._discard(name)
+                    self.resident.release(self._blocks.pop(name).hashes)
             else:
-                self._num_unknown_removed += 1
-
-    # ---- tables
+                self.num_unknown_removed += 1
 
     def _insert(self, name: Hash, block: _Block) -> None:
         self._blocks[name] = block
-        self._num_foreign += block.namespace is None
-        self._resident.hold(block.hashes)
+        self.resident.hold(block.hashes)
         if self._expected:
             for digest in split_hashes(block.hashes):
                 if self._expected.pop(digest, None) is not None:
-                    self._resident.release(digest)  # held as every other from now on
-
-    def _discard(self, name: Hash) -> None:
-        block = self._blocks.pop(name)
-        self._num_foreign -= block.namespace is None
-        self._resident.release(block.hashes)
+                    self.resident.release(digest)  # held as every other from now on

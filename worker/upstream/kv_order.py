@@ -35,6 +35,8 @@ class BatchOrder:
     """Applies the batches of one publisher to an index, each once and in order.
 
     Feed it what comes: `connected`, `live`, and per replay `begin_replay`, `replayed`…, `end_replay` or `fail_replay`.
+    `num_lost`: times that the index was cleared because batches are missing; `num_late`: batches that came twice or too
+    late.
     """
 
     def __init__(self, index: UpstreamIndex, *, has_replay: bool, rank: int | None = None) -> None:

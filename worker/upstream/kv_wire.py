@@ -5,7 +5,7 @@
     payload  MessagePack [ts: seconds, [event, …], data_parallel_rank or nil]
 
 An event is a map with a "type" (vLLM since June 2026) or an array that begins with the type (before). Newer publishers
-add fields and types: unknown fields are passed over, unknown types are counted in `Batch.num_skipped`.
+add fields and types: unknown ones are passed over.
 The form was taken from vLLM 0.32, `vllm/distributed/kv_events.py`.
 """
 
@@ -74,7 +74,6 @@ class Batch(Struct, frozen=True, gc=False):
     ts: float
     events: list[Event]
     rank: int | None = None
-    num_skipped: int = 0
 
 
 def decode_batch(payload: bytes) -> Batch:
@@ -92,7 +91,7 @@ def decode_batch(payload: bytes) -> Batch:
         events = [event for raw in wire.events if (event := _decode_event(raw)) is not None]
     except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidMessage(f"no KV event batch as vLLM sends it: {error}") from None
-    return Batch(wire.ts, events, wire.data_parallel_rank, len(wire.events) - len(events))
+    return Batch(wire.ts, events, wire.data_parallel_rank)
 
 
 def split_live(frames: list[bytes]) -> tuple[int, bytes]:

@@ -69,7 +69,7 @@ class Reporter:
     def take(self) -> StepReport:
         """Return what has happened since the last call."""
         now = self._clock()
-        stored, removed = self._cached.take()
+        stored, removed = self._cached.resident.take()
         if stored or removed:
             self._event_seq += 1
         self._step += self._is_progress
@@ -89,5 +89,6 @@ class Reporter:
 
     def snapshot(self) -> Snapshot:
         """Return all resident hashes; the next events count on from it."""
-        self._cached.take()
-        return Snapshot(self._event_seq, self._cached.snapshot())
+        resident = self._cached.resident
+        resident.take()
+        return Snapshot(self._event_seq, resident.snapshot())

@@ -20,9 +20,6 @@ class ResidentHashes:
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._holders
 
-    def __len__(self) -> int:
-        return len(self._holders)
-
     @property
     def has_changes(self) -> bool:
         return bool(self._stored or self._removed)
@@ -59,7 +56,7 @@ class ResidentHashes:
         return stored, removed
 
     def snapshot(self) -> bytes:
-        """Return all that is resident, packed."""
+        """Return all that is resident, packed. `take` before it, or the next `take` says some of it again."""
         return b"".join(self._holders)
 
     def check_integrity(self, holders: dict[bytes, int]) -> None:

@@ -9,21 +9,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from msgspec import Struct
-
 from kvasir.protocol.prefix import HASH_BYTES
 from kvasir.worker.upstream.resident import ResidentHashes, blocks_per_block
 
 
-class SentStatistics(Struct, frozen=True):
-    """In blocks of the upstream's. `num_evicted`: presumed gone, since the index began."""
-
-    num_blocks: int
-    num_evicted: int
-
-
 class SentIndex:
-    """The last `num_blocks` upstream blocks that were sent, as hashes of our own blocks."""
+    """The last `num_blocks` upstream blocks that were sent, as hashes of our own blocks: `resident`."""
 
     def __init__(self, block_size: int, upstream_block_size: int, num_blocks: int) -> None:
         """`num_blocks`: how many blocks of `upstream_block_size` tokens the upstream has.
@@ -37,13 +28,7 @@ class SentIndex:
         self._chunk_bytes = HASH_BYTES * blocks_per_block(block_size, upstream_block_size)
         # A block's last hash of ours -> all of them. Least recently used first.
         self._blocks: OrderedDict[bytes, bytes] = OrderedDict()
-        self._resident = ResidentHashes()
-        self._num_evicted = 0
-
-    @property
-    def has_changes(self) -> bool:
-        """Whether `take` has something to say."""
-        return self._resident.has_changes
+        self.resident = ResidentHashes()
 
     def computed(self, prefix_hashes: bytes) -> None:
         """Count the full upstream blocks of a chain (packed hashes, from its root on) as resident and just used.
@@ -59,27 +44,6 @@ class SentIndex:
                 self._blocks.move_to_end(name)
             else:
                 self._blocks[name] = hashes
-                self._resident.hold(hashes)
+                self.resident.hold(hashes)
         while len(self._blocks) > self._num_blocks:
-            self._resident.release(self._blocks.popitem(last=False)[1])
-            self._num_evicted += 1
-
-    def __contains__(self, digest: bytes) -> bool:
-        """Whether a hash of ours is resident, as far as this index knows."""
-        return digest in self._resident
-
-    def take(self) -> tuple[bytes, bytes]:
-        """Return (stored, removed) since the last call: packed, disjoint, netted."""
-        return self._resident.take()
-
-    def snapshot(self) -> bytes:
-        """Return all resident hashes, packed. `take` before it, or the next `take` says some of it again."""
-        return self._resident.snapshot()
-
-    def clear(self) -> None:
-        """Forget everything: the upstream has restarted, or its cache was reset."""
-        self._blocks.clear()
-        self._resident.clear()
-
-    def statistics(self) -> SentStatistics:
-        return SentStatistics(len(self._blocks), self._num_evicted)
+            self.resident.release(self._blocks.popitem(last=False)[1])

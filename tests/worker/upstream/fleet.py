@@ -145,7 +145,7 @@ class Fleet:
         if set(index._blocks) != {cache._outside(name) for name in cache._copies} or not self.is_exact(worker):
             return False
         told = self.core._fleet.by_id[worker_id].index._resident
-        return told == set(split_hashes(index.snapshot()))
+        return told == set(split_hashes(index.resident.snapshot()))
 
     async def until(self, condition: Any, timeout_s: float = 15.0) -> None:
         with trio.fail_after(timeout_s):

@@ -33,7 +33,7 @@ def make_index(max_blocks: int = 1000, block_size: int = 4, upstream_block_size:
 
 
 def held(index: UpstreamIndex) -> set[bytes]:
-    hashes = split_hashes(index.snapshot())
+    hashes = split_hashes(index.resident.snapshot())
     assert len(hashes) == len(set(hashes))
     return set(hashes)
 
@@ -125,7 +125,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule()
     def take(self) -> None:
-        stored, removed = (set(split_hashes(packed)) for packed in self.index.take())
+        stored, removed = (set(split_hashes(packed)) for packed in self.index.resident.take())
         assert not stored & removed
         assert not stored & self.gateway and removed <= self.gateway, "not netted"
         self.gateway = (self.gateway | stored) - removed
@@ -135,8 +135,8 @@ class IndexMachine(RuleBasedStateMachine):
     def holds_what_the_model_holds(self) -> None:
         self.index.check_integrity()
         assert held(self.index) == self.model.resident() | self.expected.keys()
-        assert self.index.statistics().num_orphans == 0
-        assert self.index.statistics().num_expected == len(self.expected)
+        assert self.index.num_orphans == 0
+        assert len(self.index._expected) == len(self.expected)
 
 
 TestIndexMachine = IndexMachine.TestCase
@@ -226,12 +226,11 @@ def test_foreign_blocks_and_all_that_follow_them_are_ignored_and_counted(foreign
     index.apply(model.take_batch())
     model.run(foreign)
     index.apply(model.take_batch())
-    statistics = index.statistics()
-    assert (held(index), index.take()) == (set(), (b"", b""))
-    assert (statistics.num_foreign, statistics.num_foreign_stored, statistics.num_orphans) == (3, 3, 0)
+    assert (held(index), index.resident.take()) == (set(), (b"", b""))
+    assert (len(index._blocks), index.num_foreign, index.num_orphans) == (3, 3, 0)
     model.evict(3)
     index.apply(model.take_batch())
-    assert (index.statistics().num_foreign, index.statistics().num_unknown_removed) == (0, 0)
+    assert (len(index._blocks), index.num_unknown_removed) == (0, 0)
 
 
 def test_an_image_makes_foreign_what_comes_after_it_only() -> None:
@@ -240,7 +239,7 @@ def test_an_image_makes_foreign_what_comes_after_it_only() -> None:
     index.apply(model.take_batch())
     assert held(index) == model.resident()
     assert len(held(index)) == 4
-    assert index.statistics().num_foreign_stored == 2
+    assert index.num_foreign == 2
 
 
 def test_an_index_of_an_adapter_follows_that_adapter_only() -> None:
@@ -249,15 +248,15 @@ def test_an_index_of_an_adapter_follows_that_adapter_only() -> None:
     model.run(prompt_of(1, lora_name="legal"))
     model.run(prompt_of(1, lora_name=None))
     index.apply(model.take_batch())
-    assert index.statistics().num_hashes == 2
-    assert index.statistics().num_foreign_stored == 1
+    assert len(held(index)) == 2
+    assert index.num_foreign == 1
 
 
 def test_a_child_without_its_parent_is_an_orphan() -> None:
     model, index = BlockCacheModel(), make_index()
     blocks = model.blocks_of(prompt_of(3))
     apply(index, model.stored(blocks[1:]))
-    assert (held(index), index.statistics().num_orphans) == (set(), 2)
+    assert (held(index), index.num_orphans) == (set(), 2)
     apply(index, model.stored(blocks[:1]), model.stored(blocks[1:]))
     assert len(held(index)) == 6
 
@@ -272,7 +271,7 @@ def test_a_block_stays_until_its_last_copy_is_removed(num_copies: int) -> None:
         apply(index, model.removed(blocks))
     assert not held(index)
     apply(index, model.removed(blocks))
-    assert index.statistics().num_unknown_removed == 1
+    assert index.num_unknown_removed == 1
 
 
 def test_a_copy_on_one_medium_is_not_removed_by_the_other_s_event() -> None:
@@ -295,7 +294,7 @@ def test_the_lowest_group_with_full_attention_is_followed() -> None:
     assert len(held(index)) == 2
     apply(index, model.stored([first], group=1), model.stored([second], group=1), model.removed([first], group=2))
     assert len(held(index)) == 4
-    assert index.statistics().num_other_groups == 2
+    assert index.num_other_groups == 2
     apply(index, model.removed([first], group=1))
     assert len(held(index)) == 2
 
@@ -307,7 +306,7 @@ def test_the_lowest_group_with_full_attention_is_followed() -> None:
 def test_blocks_of_another_size_or_without_tokens_are_counted_and_ignored(change: dict[str, Any]) -> None:
     model, index = BlockCacheModel(), make_index()
     apply(index, model.stored(model.blocks_of(prompt_of(1))) | change)
-    assert (held(index), index.statistics().num_unreadable, index.statistics().num_blocks) == (set(), 1, 0)
+    assert (held(index), index.num_unreadable, len(index._blocks)) == (set(), 1, 0)
 
 
 def test_what_is_expected_is_resident_at_once_and_removed_when_nothing_comes() -> None:
@@ -315,11 +314,11 @@ def test_what_is_expected_is_resident_at_once_and_removed_when_nothing_comes() -
     (block,) = model.blocks_of(prompt_of(1))
     packed = b"".join(model.our_hashes(block))
     index.expect(packed, until=5.0)
-    assert index.take() != (b"", b"")
+    assert index.resident.take() != (b"", b"")
     index.expire(4.9)
     assert len(held(index)) == 2
     index.expire(5.0)
-    assert index.take()[0] == b"" and not held(index)
+    assert index.resident.take()[0] == b"" and not held(index)
     index.expect(packed, until=7.0)
     apply(index, model.stored([block]))  # its event comes: ordinary from now on
     index.expire(100.0)
@@ -342,7 +341,7 @@ def test_expectations_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_index, "MAX_EXPECTED", 3)
     index = make_index()
     index.expect(bytes(range(16 * 5)), until=1.0)
-    assert index.statistics().num_expected == 3
+    assert len(index._expected) == 3
     index.check_integrity()
 
 
@@ -351,13 +350,13 @@ def test_an_index_that_overflows_holds_nothing_until_the_next_clear() -> None:
     model.run(prompt_of(3))
     index.apply(model.take_batch())
     assert not index.is_overflowed
-    stored, _ = index.take()
+    stored, _ = index.resident.take()
     model.run(prompt_of(1, None))  # foreign blocks take room, too
     model.run(prompt_of(1, SALT_B))
     index.apply(model.take_batch())
     index.expect(bytes(16), until=1.0)
     assert index.is_overflowed and not held(index)
-    assert set(split_hashes(index.take()[1])) == set(split_hashes(stored))
+    assert set(split_hashes(index.resident.take()[1])) == set(split_hashes(stored))
     index.check_integrity()
     model.clear()
     model.run(prompt_of(2, SALT_B))
@@ -370,7 +369,7 @@ def test_more_media_than_any_upstream_has_are_not_followed() -> None:
     blocks = model.blocks_of(prompt_of(1))
     for number in range(kv_index.MAX_MEDIA + 5):
         apply(index, model.stored(blocks, medium=f"shelf {number}"))
-    assert index.statistics().num_unreadable == 5
+    assert index.num_unreadable == 5
     index.check_integrity()
 
 
@@ -388,9 +387,9 @@ def test_a_block_takes_as_much_memory_as_the_docstring_says(upstream_block_size:
         before = tracemalloc.get_traced_memory()[0]
         for payload in batches:
             index.apply(decode_batch(payload))
-            index.take()
+            index.resident.take()
         size = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    assert index.statistics().num_blocks == num_blocks
+    assert len(index._blocks) == num_blocks
     assert 0.67 * bytes_per_block < size / num_blocks < 1.34 * bytes_per_block

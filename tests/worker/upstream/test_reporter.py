@@ -136,10 +136,10 @@ def test_the_last_block_of_an_answer_counts_before_its_event_has_come_but_not_fo
     rig = Rig()
     rig.cached.is_exact = True
     rig.cached.answered(chain(16), 6, rig.now)
-    stored, _ = rig.cached.take()
+    stored, _ = rig.cached.resident.take()
     assert set(split_hashes(stored)) == set(split_hashes(chain(16))[2:]), "the block that the answer has filled"
     rig.cached.followed.expire(rig.now + LATE_EVENT_S + 0.1)
-    gained, lost = rig.cached.take()
+    gained, lost = rig.cached.resident.take()
     assert gained == b"" and set(split_hashes(lost)) == set(split_hashes(stored))
     rig.cached.answered(chain(16), 16, rig.now)
-    assert rig.cached.take()[0] == b"", "the prompt's own blocks are told of by events, before the first token"
+    assert rig.cached.resident.take()[0] == b"", "the prompt's own blocks are told of by events, before the first token"
