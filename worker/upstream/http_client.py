@@ -143,7 +143,7 @@ class HttpClient:
 
     def __init__(self, address: Address, headers: Mapping[str, str] | None = None) -> None:
         self.address = address
-        self._headers = dict(headers or {})
+        self.headers = dict(headers or {})
 
     async def ask(self, method: str, path: str, body: bytes = b"", *, timeout_s: float = 10.0) -> tuple[int, bytes]:
         """Return status and body of an answer.
@@ -164,9 +164,7 @@ class HttpClient:
                 return stream.status, b"".join(parts)
 
     @asynccontextmanager
-    async def open(
-        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
-    ) -> AsyncIterator[HttpStream]:
+    async def open(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[HttpStream]:
         """Send a request and give its answer to read; leaving the block closes the connection.
 
         The answer's status is there when the block begins, for which the caller sets a deadline.
@@ -177,7 +175,7 @@ class HttpClient:
         stream = await self._connect()
         try:
             answer = HttpStream(stream)
-            await answer.start(self._request(method, path, body, headers or {}))
+            await answer.start(self._request(method, path, body))
             yield answer
         finally:
             await trio.aclose_forcefully(stream)
@@ -197,10 +195,10 @@ class HttpClient:
                 raise UpstreamUnreachable(f"{address.host}:{address.port} cannot be reached: {error}") from None
         raise UpstreamUnreachable(f"{address.host}:{address.port} takes no connection within {CONNECT_TIMEOUT_S} s")
 
-    def _request(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:
+    def _request(self, method: str, path: str, body: bytes) -> bytes:
         address = self.address
         host = f"[{address.host}]" if ":" in address.host else address.host
-        fields = {"Host": f"{host}:{address.port}", "Connection": "close", **self._headers, **headers}
+        fields = {"Host": f"{host}:{address.port}", "Connection": "close", **self.headers}
         if body:
             fields |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
         lines = [f"{method} {address.base}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]

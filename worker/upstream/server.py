@@ -11,7 +11,6 @@ import msgspec
 import trio
 
 from kvasir.protocol.errors import ConfigurationError
-from kvasir.protocol.messages import Generate
 from kvasir.worker.log import log
 from kvasir.worker.upstream import vllm
 from kvasir.worker.upstream.http_client import HttpClient, HttpStream, UpstreamUnreachable
@@ -46,10 +45,11 @@ class Server:
     """One data-parallel rank of a vLLM server. `rank` None: the server has one only."""
 
     def __init__(self, client: HttpClient, upstream_model: str | None, rank: int | None = None) -> None:
+        if rank is not None:
+            client = HttpClient(client.address, {**client.headers, "X-data-parallel-rank": str(rank)})
         self._client = client
         self._wanted = upstream_model
         self.rank = rank
-        self._headers = {} if rank is None else {"X-data-parallel-rank": str(rank)}
 
     @property
     def name(self) -> str:
@@ -98,11 +98,9 @@ class Server:
             return str(error)
         return None if status == 200 else f"{self.name} answers /health with {status}"
 
-    def generate(self, command: Generate, facts: Facts, request_id: str) -> AbstractAsyncContextManager[HttpStream]:
+    def generate(self, body: bytes, facts: Facts) -> AbstractAsyncContextManager[HttpStream]:
         """Open the stream of one request."""
-        body = vllm.generate_body(command, facts.model.id, request_id, has_generate=facts.has_generate)
-        path = vllm.GENERATE if facts.has_generate else vllm.COMPLETIONS
-        return self._client.open("POST", path, body, self._headers)
+        return self._client.open("POST", vllm.route(facts.has_generate), body)
 
     async def abort(self, facts: Facts, request_id: str) -> bool:
         """Ask the server to stop a request: its stream then ends by itself. False: it takes no such request."""
@@ -116,23 +114,18 @@ class Server:
 
     async def _probe(self, model: str) -> bool:
         """Draw one token; return whether vLLM's own route takes it."""
-        for path, has_generate in ((vllm.GENERATE, True), (vllm.COMPLETIONS, False)):
-            body = vllm.probe_body(model, has_generate=has_generate)
-            with trio.fail_after(PROBE_TIMEOUT_S):
-                async with self._client.open("POST", path, body, self._headers) as stream:
-                    while await stream.receive() is not None:
-                        pass
-            if stream.status == 200:
+        for has_generate in (True, False):
+            status, _ = await self._draw(vllm.probe_body(model, has_generate=has_generate), has_generate)
+            if status == 200:
                 return has_generate
-            if stream.status >= 500:
-                raise UpstreamUnreachable(f"{self.name} answers a request for one token with {stream.status}")
+            if status >= 500:
+                raise UpstreamUnreachable(f"{self.name} answers a request for one token with {status}")
         raise ConfigurationError(f"{self.name} takes token ids at neither {vllm.GENERATE} nor {vllm.COMPLETIONS}.")
 
     async def _holds_to_grammars(self, model: str, *, has_generate: bool) -> bool:
         """Ask for an answer that only a grammar explains; return whether that came."""
-        body = vllm.grammar_probe(model, has_generate=has_generate)
-        path = vllm.GENERATE if has_generate else vllm.COMPLETIONS
-        status, answer = await self._client.ask("POST", path, body, timeout_s=PROBE_TIMEOUT_S)
+        body = vllm.probe_body(model, has_generate=has_generate, has_grammar=True)
+        status, answer = await self._draw(body, has_generate)
         if status != 200:
             return False
         try:
@@ -140,6 +133,9 @@ class Server:
         except msgspec.MsgspecError:
             return False
         return bool(choices) and tuple(choices[0].token_ids or ()) == vllm.PROBED
+
+    async def _draw(self, body: bytes, has_generate: bool) -> tuple[int, bytes]:
+        return await self._client.ask("POST", vllm.route(has_generate), body, timeout_s=PROBE_TIMEOUT_S)
 
     async def _get(self, path: str, default: bytes | None = None) -> bytes:
         status, body = await self._client.ask("GET", path, timeout_s=ASK_TIMEOUT_S)

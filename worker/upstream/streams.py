@@ -12,6 +12,7 @@ from math import inf
 import msgspec
 import trio
 
+from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import FinishReason, Generate, Output
 from kvasir.protocol.prefix import HASH_BYTES, extend_chain
 from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens, pack_tokens
@@ -32,6 +33,7 @@ class Active:
 
     command: Generate
     request_id: str
+    body: bytes  # what the upstream is sent
     num_guessed: int  # prompt tokens that will probably be cached when its turn comes
     sent_at: float
     scope: trio.CancelScope
@@ -83,17 +85,23 @@ class Streams:
         key = (command.req_id, command.attempt)
         if key in self._active:
             return
-        has_generate, has_grammars = self._facts.has_generate, self._facts.has_grammars
-        unsupported = vllm.unsupported(command.sampling, has_generate=has_generate, has_grammars=has_grammars)
-        if unsupported is not None:
-            self.refuse(command, "error", unsupported)
+        request_id, facts = f"{command.req_id.hex()}-{command.attempt}", self._facts
+        try:
+            body = vllm.generate_body(
+                command,
+                facts.model.id,
+                request_id,
+                has_generate=facts.has_generate,
+                has_grammars=facts.has_grammars,
+            )
+        except BadRequest as error:
+            self.refuse(command, "error", error.message)
             return
         now = trio.current_time()
         deadline = inf if command.deadline_s is None else now + command.deadline_s
         coming = [active.command.prefix_hashes for active in self._active.values() if not active.generated]
         num_guessed = self._cached.num_leading_tokens(command.prefix_hashes, num_tokens(command.token_ids), coming)
-        request_id = f"{command.req_id.hex()}-{command.attempt}"
-        active = Active(command, request_id, num_guessed, now, trio.CancelScope(deadline=deadline))
+        active = Active(command, request_id, body, num_guessed, now, trio.CancelScope(deadline=deadline))
         self._active[key] = active
         self._nursery.start_soon(self._run, active)
 
@@ -143,7 +151,7 @@ class Streams:
         error: vllm.UpstreamError | None
         while True:
             try:
-                async with self._server.generate(active.command, self._facts, active.request_id) as stream:
+                async with self._server.generate(active.body, self._facts) as stream:
                     if stream.status != 200:
                         body = await stream.receive() or b""
                         error = vllm.UpstreamError(body.decode(errors="replace")[:1000], stream.status)

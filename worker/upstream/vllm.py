@@ -19,7 +19,7 @@ import msgspec
 
 from kvasir.protocol.errors import BadRequest, ConfigurationError
 from kvasir.protocol.lark import HEADER, lark_of
-from kvasir.protocol.messages import MAX_TOKENS, Generate, Sampling, TokenLogprobs
+from kvasir.protocol.messages import MAX_TOKENS, Constraint, Generate, TokenLogprobs
 from kvasir.protocol.tokens import num_tokens, unpack_tokens
 
 GENERATE = "/inference/v1/generate"
@@ -28,9 +28,12 @@ ABORT = "/inference/v1/abort_requests"
 QUEUE_FULL = 503
 PROBED = (7, 3, 7)
 DONE = b"[DONE]"
-_DEFAULTS = Sampling()
 _PASSED_ON = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
-_TRANSLATED = ("top_k", "logit_bias", "logprobs", "constraint")
+
+
+def route(has_generate: bool) -> str:
+    """Return the route by which token ids go in and out."""
+    return GENERATE if has_generate else COMPLETIONS
 
 
 class TopLogprob(msgspec.Struct, gc=False):
@@ -222,98 +225,73 @@ def read_metrics(text: str, rank: int) -> Metrics:
         ) from None
 
 
-def unsupported(sampling: Sampling, *, has_generate: bool, has_grammars: bool) -> str | None:
-    """Return what is asked of the drawing that the server cannot do, None if it can do all of it."""
-    if sampling.logprobs is not None and not has_generate:
-        return f"logprobs need {GENERATE}; start the upstream with --enable-scale-out"
-    constraint = sampling.constraint
-    if constraint is not None:
-        is_bounded = constraint.reasoning is not None and constraint.reasoning.max_tokens < MAX_TOKENS
-        if constraint.bad_words or is_bounded or (constraint.reasoning is not None and constraint.grammar is None):
-            return "bad_words and max_reasoning_tokens are not supported by the engine of this model"
-        if constraint.grammar is not None and not has_grammars:
-            return "answers cannot be held to a grammar by the engine of this model"
-        if constraint.grammar is not None:
-            try:
-                lark_of(constraint.grammar, constraint.reasoning)
-            except BadRequest as error:
-                return error.message
-    for name in sampling.__struct_fields__:
-        is_known = name in _PASSED_ON or name in _TRANSLATED
-        if not is_known and getattr(sampling, name) != getattr(_DEFAULTS, name):
-            return f"{name} is not supported by the engine of this model"
-    return None
-
-
-def generate_body(command: Generate, model: str, request_id: str, *, has_generate: bool) -> bytes:
-    """Return the body of the request that computes `command`, for `GENERATE` or for `COMPLETIONS`.
+def generate_body(command: Generate, model: str, request_id: str, *, has_generate: bool, has_grammars: bool) -> bytes:
+    """Return the body of the request that computes `command`.
 
     `cache_salt` is the namespace of the request's sharing scope: what one scope has cached is no other's hit.
+
+    Raises:
+        BadRequest: the server cannot draw in the way that is asked for.
     """
-    sampling = command.sampling
+    sampling, constraint = command.sampling, command.sampling.constraint or Constraint()
+    if sampling.logprobs is not None and not has_generate:
+        raise BadRequest(f"logprobs need {GENERATE}; start the upstream with --enable-scale-out")
+    reasoning, grammar = constraint.reasoning, constraint.grammar
+    if constraint.bad_words or (reasoning is not None and (grammar is None or reasoning.max_tokens < MAX_TOKENS)):
+        raise BadRequest("bad_words and max_reasoning_tokens are not supported by the engine of this model")
+    if grammar is not None and not has_grammars:
+        raise BadRequest("answers cannot be held to a grammar by the engine of this model")
     drawing: dict[str, Any] = {name: getattr(sampling, name) for name in _PASSED_ON}
     drawing |= {"max_tokens": command.max_tokens, "ignore_eos": command.ignore_eos}
     if sampling.top_k:
         drawing["top_k"] = sampling.top_k
     if sampling.logit_bias:
         drawing["logit_bias"] = {str(token_id): bias for token_id, bias in sampling.logit_bias.items()}
-    if sampling.constraint is not None:
+    if constraint.min_tokens:
         num_delivered = num_tokens(command.token_ids) - command.num_prompt_tokens  # prompt, there
-        drawing["min_tokens"] = max(0, sampling.constraint.min_tokens - num_delivered)
-        if sampling.constraint.allowed_token_ids:
-            drawing["allowed_token_ids"] = sampling.constraint.allowed_token_ids
-        if sampling.constraint.grammar is not None:
-            text = lark_of(sampling.constraint.grammar, sampling.constraint.reasoning)
-            drawing["structured_outputs"] = {"grammar": text}
+        drawing["min_tokens"] = max(0, constraint.min_tokens - num_delivered)
+    if constraint.allowed_token_ids:
+        drawing["allowed_token_ids"] = constraint.allowed_token_ids
+    if grammar is not None:
+        drawing["structured_outputs"] = {"grammar": lark_of(grammar, reasoning)}
     if command.stop_token_ids:
         drawing["stop_token_ids"] = command.stop_token_ids
     if sampling.logprobs is not None:
         drawing["logprobs"] = sampling.logprobs
-    body: dict[str, Any] = {
-        "model": model,
-        "request_id": request_id,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "cache_salt": command.namespace.hex(),
-    }
-    token_ids = unpack_tokens(command.token_ids)
+    return _body(
+        unpack_tokens(command.token_ids),
+        drawing,
+        has_generate=has_generate,
+        model=model,
+        request_id=request_id,
+        stream=True,
+        stream_options={"include_usage": True},
+        cache_salt=command.namespace.hex(),
+    )
+
+
+def probe_body(model: str, *, has_generate: bool, has_grammar: bool = False) -> bytes:
+    """Return the body of the smallest request there is: one token in, one out. Or, with `has_grammar`, of one whose
+    answer are the tokens `PROBED` where grammars are held to."""
+    drawing: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0}
+    if has_grammar:
+        grammar = HEADER + f"start: {' '.join(f'<[{token_id}]>' for token_id in PROBED)}"
+        drawing |= {"max_tokens": len(PROBED), "structured_outputs": {"grammar": grammar}}
+    return _body([0], drawing, has_generate=has_generate, model=model, stream=False)
+
+
+def _body(token_ids: list[int], drawing: dict[str, Any], *, has_generate: bool, **more: Any) -> bytes:
+    """Return the body of a request for `GENERATE`, or for `COMPLETIONS`."""
     if has_generate:
-        drawing["detokenize"] = False
-        body |= {"token_ids": token_ids, "sampling_params": drawing, "output_mode": "tokens"}
+        more |= {"token_ids": token_ids, "sampling_params": {**drawing, "detokenize": False}, "output_mode": "tokens"}
     else:
-        body |= {"prompt": token_ids, "return_token_ids": True, **drawing}
-    return msgspec.json.encode(body)
+        more |= {"prompt": token_ids, "return_token_ids": True, **drawing}
+    return msgspec.json.encode(more)
 
 
 def abort_body(request_id: str) -> bytes:
     """Return the body that stops one request of `GENERATE`, by the id under which the engine knows it."""
     return msgspec.json.encode({"request_ids": [f"generate-tokens-{request_id}"]})
-
-
-def probe_body(model: str, *, has_generate: bool) -> bytes:
-    """Return the body of the smallest request there is: one token in, one out."""
-    body: dict[str, Any] = {"model": model, "stream": False}
-    if has_generate:
-        body |= {"token_ids": [0], "sampling_params": {"max_tokens": 1, "temperature": 0.0}}
-    else:
-        body |= {"prompt": [0], "max_tokens": 1, "temperature": 0.0}
-    return msgspec.json.encode(body)
-
-
-def grammar_probe(model: str, *, has_generate: bool) -> bytes:
-    """Return the body of a request whose answer, where grammars are held to, are the tokens `PROBED`."""
-    grammar = HEADER + f"start: {' '.join(f'<[{token_id}]>' for token_id in PROBED)}"
-    drawing: dict[str, Any] = {
-        "max_tokens": len(PROBED),
-        "temperature": 0.0,
-        "structured_outputs": {"grammar": grammar},
-    }
-    body: dict[str, Any] = {"model": model, "stream": False}
-    if has_generate:
-        body |= {"token_ids": [0], "sampling_params": {**drawing, "detokenize": False}, "output_mode": "tokens"}
-    else:
-        body |= {"prompt": [0], "return_token_ids": True, **drawing}
-    return msgspec.json.encode(body)
 
 
 def token_logprobs(choice: Choice, num_top: int) -> list[TokenLogprobs]:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvasir.protocol.errors import ConfigurationError
+from kvasir.protocol.errors import BadRequest, ConfigurationError
 from kvasir.protocol.messages import Constraint, Generate, Grammar, ReasoningBudget, Sampling
 from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.upstream import vllm
@@ -42,6 +42,11 @@ def make_generate(sampling: Sampling | None = None, **more: Any) -> Generate:
         sampling=sampling or Sampling(),
         **values,
     )
+
+
+def body_of(command: Generate, *, has_generate: bool = True, has_grammars: bool = True) -> Any:
+    body = vllm.generate_body(command, "qwen", "id", has_generate=has_generate, has_grammars=has_grammars)
+    return msgspec.json.decode(body)
 
 
 def test_what_a_server_says_of_itself_is_read() -> None:
@@ -111,7 +116,7 @@ def test_the_salt_is_the_namespace_and_every_parameter_is_passed_on() -> None:
         temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.1, seed=5, logprobs=3, logit_bias={4: -2.0}
     )
     command = make_generate(sampling, stop_token_ids=[8], ignore_eos=True)
-    body = msgspec.json.decode(vllm.generate_body(command, "qwen", "id", has_generate=True))
+    body = body_of(command)
     assert (body["model"], body["request_id"], body["token_ids"], body["stream"]) == ("qwen", "id", [1, 2, 3], True)
     assert body["cache_salt"] == bytes(range(16)).hex()
     drawn = body["sampling_params"]
@@ -125,7 +130,9 @@ def test_the_salt_is_the_namespace_and_every_parameter_is_passed_on() -> None:
         "logprobs": 3,
         "detokenize": False,
     }
-    other = msgspec.json.decode(vllm.generate_body(command, "qwen", "id", has_generate=False))
+    del drawn["logprobs"]
+    unscored = msgspec.structs.replace(command, sampling=msgspec.structs.replace(sampling, logprobs=None))
+    other = body_of(unscored, has_generate=False)
     assert other["prompt"] == [1, 2, 3] and other["return_token_ids"] and other["cache_salt"] == body["cache_salt"]
     assert all(other[name] == value for name, value in drawn.items() if name != "detokenize")
 
@@ -133,14 +140,12 @@ def test_the_salt_is_the_namespace_and_every_parameter_is_passed_on() -> None:
 def test_a_minimum_counts_what_earlier_attempts_have_delivered() -> None:
     sampling = Sampling(constraint=Constraint(min_tokens=5, allowed_token_ids=[7, 8]))
     command = make_generate(sampling, token_ids=pack_tokens([1, 2, 3, 7, 8]))
-    drawn = msgspec.json.decode(vllm.generate_body(command, "qwen", "id", has_generate=True))["sampling_params"]
+    drawn = body_of(command)["sampling_params"]
     assert (drawn["min_tokens"], drawn["allowed_token_ids"]) == (3, [7, 8])
-    assert vllm.unsupported(sampling, has_generate=True, has_grammars=False) is None
-    assert "bad_words" in str(
-        vllm.unsupported(Sampling(constraint=Constraint(bad_words=[[1]])), has_generate=True, has_grammars=False)
-    )
-    held = Sampling(constraint=Constraint(grammar=Grammar("regex", "a")))
-    assert "grammar" in str(vllm.unsupported(held, has_generate=True, has_grammars=False)), "it must not be passed over"
+    with pytest.raises(BadRequest, match="bad_words"):
+        body_of(make_generate(Sampling(constraint=Constraint(bad_words=[[1]]))))
+    with pytest.raises(BadRequest, match="grammar"):  # it must not be passed over
+        body_of(make_generate(Sampling(constraint=Constraint(grammar=Grammar("regex", "a")))), has_grammars=False)
 
 
 def test_a_grammar_goes_there_in_the_notation_that_only_a_backend_that_honours_all_of_it_reads() -> None:
@@ -155,30 +160,29 @@ def test_a_grammar_goes_there_in_the_notation_that_only_a_backend_that_honours_a
             "%llguidance {}\nstart: (<[6]> /(.|\\n)*/ <[5]>)? answer\nanswer: /a/",
         ),
     ):
-        sampling = Sampling(constraint=constraint)
-        assert vllm.unsupported(sampling, has_generate=True, has_grammars=True) is None
-        command = make_generate(sampling)
-        body = msgspec.json.decode(vllm.generate_body(command, "qwen", "id", has_generate=True))
+        command = make_generate(Sampling(constraint=constraint))
+        body = body_of(command)
         assert body["sampling_params"]["structured_outputs"] == {"grammar": expected}
-        body = msgspec.json.decode(vllm.generate_body(command, "qwen", "id", has_generate=False))
+        body = body_of(command, has_generate=False)
         assert body["structured_outputs"] == {"grammar": expected}
     for constraint, named in (
         (Constraint(grammar=Grammar("regex", "a"), reasoning=bounded), "max_reasoning_tokens"),
         (Constraint(grammar=Grammar("lark", 'start: "a"'), reasoning=ReasoningBudget(5)), "of your own"),
+        (Constraint(reasoning=ReasoningBudget(5)), "max_reasoning_tokens"),
         (Constraint(grammar=Grammar("json_schema", "{")), "no valid JSON"),
     ):
-        sampling = Sampling(constraint=constraint)
-        assert named in str(vllm.unsupported(sampling, has_generate=True, has_grammars=True))
+        with pytest.raises(BadRequest, match=named):
+            body_of(make_generate(Sampling(constraint=constraint)))
 
 
-def test_every_field_of_sampling_is_passed_translated_or_refused_by_name() -> None:
+def test_every_field_of_sampling_is_passed_on_translated_or_refused() -> None:
     changed: dict[str, Any] = {"logit_bias": {1: 1.0}, "logprobs": 1, "seed": 3, "temperature": 0.3, "top_k": 4}
     changed["constraint"] = Constraint(min_tokens=1)
+    plain = body_of(make_generate())
     for name in Sampling.__struct_fields__:
-        if name in vllm._PASSED_ON or name in vllm._TRANSLATED:
-            sampling = Sampling(**{name: changed.get(name, 0.5)})
-            assert vllm.unsupported(sampling, has_generate=True, has_grammars=False) is None
-    assert "--enable-scale-out" in str(vllm.unsupported(Sampling(logprobs=1), has_generate=False, has_grammars=False))
+        assert body_of(make_generate(Sampling(**{name: changed.get(name, 0.5)}))) != plain, name
+    with pytest.raises(BadRequest, match="--enable-scale-out"):
+        body_of(make_generate(Sampling(logprobs=1)), has_generate=False)
 
 
 def test_a_model_is_found_by_name_or_as_the_only_one_and_a_lora_by_its_own() -> None:
