@@ -14,7 +14,6 @@ from pathlib import Path
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
-from kvasir.protocol.call_grammar import JSON_OPTIONS
 from kvasir.protocol.errors import BadRequest, ModelError
 from kvasir.protocol.lark import lark_of, read_calls, read_schema
 from kvasir.protocol.messages import Grammar
@@ -69,24 +68,20 @@ def translate(grammar: Grammar) -> str:
     Raises:
         BadRequest: no valid JSON, no choice, or a keyword that cannot be honoured.
     """
+    text = lark_of(grammar)
     match grammar.kind:
         case "json_schema":
             _check_keywords(read_schema(grammar.text))
-            text = "{}" if grammar.text.strip() == "true" else grammar.text
-            try:
-                return LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
-            except ValueError as error:
-                raise BadRequest(f"the JSON schema cannot be read: {error}"[:500], param="grammar") from None
         case "lark":
             try:
-                return LLMatcher.grammar_from_lark(any_to_lark(grammar.text))
+                text = any_to_lark(text)
             except Exception as error:  # of a converter that names none
                 raise BadRequest(f"the grammar cannot be read: {error}", param="grammar") from None
         case "calls":
             calls = read_calls(grammar.text)
             for schema in [calls.content or {}, *(tool.schema for tool in calls.tools)]:
                 _check_keywords(schema)
-    return LLMatcher.grammar_from_lark(lark_of(grammar))
+    return LLMatcher.grammar_from_lark(text)
 
 
 def plain(error: str) -> str:

@@ -57,17 +57,12 @@ def _rules(grammar: Grammar, rule: str) -> str:
 
 def read_calls(text: str) -> CallGrammar:
     """Raises BadRequest if `text` is none."""
-    try:
-        return msgspec.json.decode(text, type=CallGrammar)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise BadRequest(f"the tools cannot be read: {error}", param="grammar") from None
+    calls: CallGrammar = _read(text, CallGrammar, "the tools cannot be read")
+    return calls
 
 
 def _choices(text: str) -> list[str]:
-    try:
-        choices = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the choices are no valid JSON: {error}", param="grammar") from None
+    choices = _read(text, Any, "the choices are no valid JSON")
     if not isinstance(choices, list) or not choices or not all(isinstance(each, str) and each for each in choices):
         raise BadRequest("choices are a list of texts, at least one, and none empty", param="grammar")
     if len(choices) > MAX_CHOICES:
@@ -77,14 +72,18 @@ def _choices(text: str) -> list[str]:
 
 def read_schema(text: str) -> dict[str, Any]:
     """Raises BadRequest if `text` is no JSON schema."""
-    try:
-        schema = json.loads(text)
-    except ValueError as error:
-        raise BadRequest(f"the JSON schema is no valid JSON: {error}", param="grammar") from None
-    except RecursionError:
-        raise BadRequest("the JSON schema is nested too deeply", param="grammar") from None
+    schema = _read(text, Any, "the JSON schema is no valid JSON")
     if schema is True:
         return {}
     if not isinstance(schema, dict):
         raise BadRequest("the JSON schema is no object", param="grammar")
     return schema
+
+
+def _read(text: str, kind: Any, problem: str) -> Any:
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+        raise BadRequest(f"{problem}: {error}", param="grammar") from None
+    except RecursionError:
+        raise BadRequest(f"{problem}: it is nested too deeply", param="grammar") from None
