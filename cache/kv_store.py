@@ -65,7 +65,8 @@ class KvStore:
 
     def zero(self, block_ids: Sequence[int]) -> None:
         """Overwrite blocks with zeros, as is due when a block changes tenant."""
-        self.data.index_fill_(0, torch.tensor(block_ids, dtype=torch.int64, device=self.data.device), 0)
+        for block_id in block_ids:  # one by one: a list of indices on a GPU would wait for it
+            self.data[block_id].zero_()
 
     def copy_block(self, src: int, dst: int) -> None:
         """Copy block `src` of all layers over block `dst` (for forks)."""

@@ -2,7 +2,7 @@
 
 Same weights, same random prompts, greedy, one torch thread, everything in one run and taken in turns:
 
-    python scripts/bench_engine.py [--model FOLDER] [--batch 1,8,32] [--plain] [--bf16] [--ahead] [--json FILE]
+    python scripts/bench_engine.py [--model FOLDER] [--batch 1,8,32] [--plain] [--bf16] [--json FILE]
 
 Prefill is the time until the last sequence has its first token, decode the time from there to the end; for
 `transformers` generate the two are told apart by a second run that stops after one token, for its continuous batching
@@ -11,9 +11,6 @@ continuous batching, what `generate_batch` needs to start and to stop.
 
 `--peer vllm --env DIR` compares whole servers instead, see `scripts/engine_peer.py`, and `--speculate` decoding with
 and without drafts (`scripts/bench_speculation.py`).
-
-`--ahead` adds our engine with every step launched while another thread computes the one before, and prints for both
-loops the host's time per step: that in which nothing is computed.
 
 Last come `--choices` choices of one prompt (`n` of the HTTP edge): forked, and as requests of as many tenants that
 share a namespace, who can share full blocks but not fork.
@@ -44,7 +41,7 @@ from kvasir.protocol.messages import Generate, Sampling
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.engine.engine import Engine
-from kvasir.worker.engine.executor import LocalExecutor, ThreadExecutor
+from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.model.linear import Packing
 from kvasir.worker.model.loader import load_model, read_config
@@ -64,27 +61,7 @@ class Times:
     call_s: float
     answers: list[list[int]]
     num_prefilled: int = 0  # prompt tokens computed
-    host_s: float = 0.0  # of the call, a step: not in the model or the sampler
-
-
-class TimedEngine(Engine):
-    """Counts the seconds in which its executor computes."""
-
-    def __init__(self, executor: LocalExecutor, *given: Any, is_ahead: bool, **options: Any) -> None:
-        self.busy_s = 0.0
-        executor.model.forward = self._timed(executor.model.forward)  # type: ignore[method-assign]
-        executor.sampler = self._timed(executor.sampler)
-        runs = ThreadExecutor(executor) if is_ahead else executor
-        super().__init__(runs, *given, is_ahead=is_ahead, **options)
-
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*given: Any) -> Any:
-            begin = time.perf_counter()
-            result = function(*given)
-            self.busy_s += time.perf_counter() - begin
-            return result
-
-        return timed
+    idle_s: float = 0.0  # of the call, a step: in which its engine computed nothing
 
 
 def make_engine(
@@ -93,25 +70,22 @@ def make_engine(
     max_requests: int,
     dtype: str = "float32",
     packing: Packing | None = None,
-    *,
-    is_ahead: bool = False,
-) -> TimedEngine:
+) -> Engine:
     model = load_model(folder, "cpu", dtype, packing=packing)
     config = model.config
     num_blocks = 2 * max_requests * (num_tokens // BLOCK_SIZE + 2)
     shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-    return TimedEngine(
+    return Engine(
         LocalExecutor(model, KvStore(*shape, dtype=model.dtype, device="cpu"), sample),
         PrefixCache(num_blocks, BLOCK_SIZE),
         EngineLimits(max_requests=max_requests, max_step_tokens=2048, max_context=config.max_position),
         vocab_size=config.vocab_size,
         eos_token_ids=config.eos_token_ids,
-        is_ahead=is_ahead,
     )
 
 
 def run_engine(
-    engine: TimedEngine,
+    engine: Engine,
     prompts: list[list[int]],
     num_tokens: int,
     tenants: list[str] | None = None,
@@ -120,7 +94,7 @@ def run_engine(
     """Submit everything at once and step until it is done, greedily without `samplings`. `tenants`: whose each is."""
     root = derive_root(b"benchmark", "model", "float32")
     answers: dict[bytes, int] = {}
-    begin, busy_s, num_steps = time.perf_counter(), engine.busy_s, 0
+    begin, step_s, num_steps = time.perf_counter(), 0.0, 0
     for i, prompt in enumerate(prompts):
         packed = pack_tokens(prompt)
         hashes = hash_prompt(root, SPACE, SPACE, packed, 0, BLOCK_SIZE)
@@ -146,16 +120,17 @@ def run_engine(
         report = engine.step()
         num_steps += 1
         num_prefilled += report.load.num_prefill_tokens
+        step_s += report.load.step_s
         for output in report.outputs:
             if not answers[output.req_id]:
                 prefilled = time.perf_counter()
             answers[output.req_id] += memoryview(output.token_ids).cast("I").tolist()
     end = time.perf_counter()
-    host_s = (end - begin - (engine.busy_s - busy_s)) / num_steps
-    return Times(prefilled - begin, end - prefilled, end - begin, list(answers.values()), num_prefilled, host_s)
+    idle_s = (end - begin - step_s) / num_steps
+    return Times(prefilled - begin, end - prefilled, end - begin, list(answers.values()), num_prefilled, idle_s)
 
 
-def compare_choices(engine: TimedEngine, prompts: list[list[int]], count: int, num_tokens: int) -> dict[str, Times]:
+def compare_choices(engine: Engine, prompts: list[list[int]], count: int, num_tokens: int) -> dict[str, Times]:
     """Ask for `count` answers to each of `prompts`, forked and not, in turns; return the median of each."""
     tenants = {"forked": ["benchmark"] * count, "separate": [f"tenant-{i}" for i in range(count)]}
     seen: dict[str, list[Times]] = {name: [] for name in tenants}
@@ -247,7 +222,6 @@ def main() -> None:
     )
     parser.add_argument("--plain", action="store_true", help="also our engine with matrices that are not packed")
     parser.add_argument("--bf16", action="store_true", help="also our engine in bfloat16, whose answers differ")
-    parser.add_argument("--ahead", action="store_true", help="also our engine with steps launched ahead")
     parser.add_argument("--no-transformers", action="store_true", help="our engine alone")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--peer", choices=("vllm",), help="compare whole servers")
@@ -300,9 +274,6 @@ def main() -> None:
     if options.bf16:
         narrow = make_engine(options.model, longest, max(batches), "bfloat16")
         runs["bf16"] = lambda prompts: run_engine(narrow, prompts, options.tokens)
-    if options.ahead:
-        ahead = make_engine(options.model, longest, max(batches), is_ahead=True)
-        runs["ahead"] = lambda prompts: run_engine(ahead, prompts, options.tokens)
     if not options.no_transformers:
         reference = make_reference(options.model)
         runs["generate"] = lambda prompts: run_generate(reference, prompts, options.tokens)
@@ -324,10 +295,6 @@ def main() -> None:
             cells = (f"{rates[name]:13.0f} ({ratios[name]:5.2f}x)" for name in runs)
             print(f"{size:5} {phase:8}" + "".join(f"{cell:>22}" for cell in cells))
             rows.append({"batch": size, "phase": phase, "tokens_per_s": rates, "kvasir_ratio": ratios})
-        if options.ahead:
-            host_us = {name: 1e6 * times[name].host_s for name in ("kvasir", "ahead")}
-            print(f"{size:5} host's µs a step: " + ", ".join(f"{name} {us:.0f}" for name, us in host_us.items()))
-            rows.append({"batch": size, "phase": "host", "us_per_step": host_us})
     prompts = torch.randint(10, vocab_size, (6 * options.repeats, options.choices_prompt), generator=generator).tolist()
     choices = {}
     print(f"{options.choices} choices of one prompt of {options.choices_prompt} tokens:")

@@ -4,8 +4,8 @@ First the attention kernels are compared with the reference over a grid of cases
 random weights, is run on the GPU and compared with the readable reference on the CPU. Then a 1 B- and an 8 B-shaped
 random bf16 model are timed beside the copy bandwidth and the bf16 matmul rate measured in the same run: prefill as a
 share of the matmul rate, decode as a share of the copy bandwidth, and steps that mix both as a share of the time that
-their bytes and operations would take at those two rates. Last the whole engine decodes, and the host's time per step is
-told, in which nothing is computed. Cells that need over 80 % of the memory are left out.
+their bytes and operations would take at those two rates. Last the whole engine decodes, and the time per step is told
+in which the device has nothing to compute. Cells that need over 80 % of the memory are left out.
 Without CUDA it says so and exits 0.
 
     python scripts/gpu_check.py [--json FILE] [--models 1b,8b] [--batch 1,8,64] [--contexts 1024,8192,65536]
@@ -29,20 +29,20 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_engine import TimedEngine, Times, run_engine
+from bench_engine import Times, run_engine
 
 from kvasir.cache.kv_store import KvStore, bytes_per_block
 from kvasir.cache.prefix_cache import PrefixCache
-from kvasir.worker.engine.executor import LocalExecutor
+from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.attention import Attention, GatherAttention, ReferenceAttention
 from kvasir.worker.model.attention_paths import TOLERANCE, choose_attention, largest_error
 from kvasir.worker.model.config import ModelConfig, RopeConfig
+from kvasir.worker.model.device_executor import DeviceExecutor
 from kvasir.worker.model.linear import Linear, Packing
 from kvasir.worker.model.loader import weight_bytes
 from kvasir.worker.model.model import LayerWeights, Model, Weights
-from kvasir.worker.model.sampling import sample
 
 BLOCK_SIZE = 16
 DECODE_STEPS = 32
@@ -328,8 +328,8 @@ def measure_engine(config: ModelConfig, batch: int, model: Model, context: int, 
     """Let the engine, a step ahead, answer `batch` prompts with `steps` tokens each."""
     num_blocks = batch * (-(-(context + steps) // BLOCK_SIZE) + 2)
     shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-    engine = TimedEngine(
-        LocalExecutor(model, KvStore(*shape, dtype=model.dtype, device=model.device), sample),
+    engine = Engine(
+        DeviceExecutor(model.forward, KvStore(*shape, dtype=model.dtype, device=model.device)),
         PrefixCache(num_blocks, BLOCK_SIZE),
         EngineLimits(batch, max(MAX_STEP_TOKENS, batch), config.max_position, max_step_s=60.0),
         vocab_size=config.vocab_size,
@@ -346,7 +346,7 @@ def measure_engine(config: ModelConfig, batch: int, model: Model, context: int, 
         "batch": batch,
         "context": context,
         "engine_decode_tokens_per_s": batch * (steps - 1) / best.decode_s,
-        "host_ms_per_step": 1e3 * best.host_s,
+        "idle_ms_per_step": 1e3 * best.idle_s,
     }
 
 
@@ -389,8 +389,8 @@ def measure_shapes(
             )
             if context == contexts[0]:
                 row |= measure_engine(config, batch, model, context, steps)
-                rate, host_ms = row["engine_decode_tokens_per_s"], row["host_ms_per_step"]
-                print(f"{'':19} the engine: decode {rate:,.0f} tok/s, the host alone {host_ms:.2f} ms a step")
+                rate, idle_ms = row["engine_decode_tokens_per_s"], row["idle_ms_per_step"]
+                print(f"{'':19} the engine: decode {rate:,.0f} tok/s, the device idle {idle_ms:.2f} ms a step")
         del model, weights
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ from kvasir.protocol import PROTOCOL_VERSION
 from kvasir.protocol.errors import ConfigurationError, ModelError
 from kvasir.protocol.messages import Hello, Limits
 from kvasir.worker.engine.engine import Engine
-from kvasir.worker.engine.executor import LocalExecutor, ThreadExecutor
+from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.engine.step import Executor, Grammars, OutOfMemory
 from kvasir.worker.log import log
@@ -199,6 +199,7 @@ def _load_torch(options: Options) -> Loaded:
 
     from kvasir.cache.kv_store import KvStore, bytes_per_block
     from kvasir.worker.engine.step import SequenceSlice
+    from kvasir.worker.model.device_executor import DeviceExecutor
     from kvasir.worker.model.linear import Packing, choose_packing, gain_over_fp32
     from kvasir.worker.model.loader import load_model, model_fingerprint, read_config, resolve_dtype, weight_bytes
     from kvasir.worker.model.sampling import sample
@@ -253,10 +254,9 @@ def _load_torch(options: Options) -> Loaded:
         kv.zero([0])
     except (MemoryError, torch.OutOfMemoryError, OutOfMemory) as error:
         raise ModelError(f"{options.model} does not fit into memory ({error}); give less --kv-memory.") from None
-    executor = LocalExecutor(model, kv, sample)
     return Loaded(
-        # A GPU computes beside the thread that plans; a CPU's cores all compute already.
-        executor=ThreadExecutor(executor) if on_gpu else executor,
+        # A GPU computes beside Python, which plans the next step meanwhile; a CPU's cores all compute already.
+        executor=DeviceExecutor(model.forward, kv) if on_gpu else LocalExecutor(model, kv, sample),
         is_ahead=on_gpu,
         num_blocks=num_blocks,
         bytes_per_block=block_bytes,

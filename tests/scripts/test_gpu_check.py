@@ -62,7 +62,7 @@ def test_every_cell_is_timed_or_named_as_left_out(monkeypatch: pytest.MonkeyPatc
     left_out = [(row["model"], row["batch"], row["context"]) for row in rows if "left_out" in row]
     assert timed == [(1, 32), (4, 32), (1, 1024)]
     assert left_out == [("tiny", 4, 1024), ("huge", 0, 0)]
-    assert all(row["engine_decode_tokens_per_s"] > 0 and row["host_ms_per_step"] > 0 for row in rows[:2])
+    assert all(row["engine_decode_tokens_per_s"] > 0 and row["idle_ms_per_step"] >= 0 for row in rows[:2])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

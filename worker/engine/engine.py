@@ -319,22 +319,22 @@ class Engine:
         flight = self._flights[0]
         masks = flight.masks()  # while a GPU still computes the logits
         try:
-            sampled = self._executor.collect(flight.handle, masks).sampled
+            result = self._executor.collect(flight.handle, masks)
         except OutOfMemory as error:
             self._hand_back(error)
             return
         self._flights.popleft()
-        draws = iter(sampled)
+        draws = iter(result.sampled)
         for share in flight.shares:
             drawn = [next(draws) for _ in range(len(share.forks) + share.piece.num_logits)]
             self._sequences.take(share, drawn)
         self._free_leaving(flight)
-        self._learn(flight)
+        self._learn(flight, result.seconds)
 
-    def _learn(self, flight: Flight) -> None:
+    def _learn(self, flight: Flight, device_s: float | None) -> None:
         """Measure the step that was collected just now."""
         now = self._clock()
-        step_s = now - max(flight.began, self._collected_at)
+        step_s = now - max(flight.began, self._collected_at) if device_s is None else device_s
         self._collected_at = now
         self._collected.append((flight, step_s))
         if self.speculator is not None and flight.num_decodes and not flight.num_prefill and step_s > 0:

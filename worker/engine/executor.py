@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,7 +48,8 @@ class _Step:
 class LocalExecutor:
     """`worker.engine.step.Executor` over a model of this process.
 
-    `launch` computes, and draws for the step before if that is due; `collect` draws.
+    `launch` computes, and draws for the step before if that is due; `collect` draws. A model on a device that computes
+    beside Python has `worker.model.device_executor.DeviceExecutor`.
     """
 
     def __init__(self, model: StepModel, kv: StepStore, sampler: Sampler) -> None:
@@ -93,28 +93,3 @@ class LocalExecutor:
                 assert piece.drawn is not None
                 draw = sampled[piece.drawn]
                 piece.token_ids = [draw.token_id if draw is not None else 0]
-
-
-class ThreadExecutor:
-    """An executor whose steps another thread computes, one after the other, while this one goes on.
-
-    What the device computes needs no Python, and torch lets the interpreter go while it waits or calculates; so the
-    thread that schedules loses no time to it, but the two share what is Python. (SGLang's overlap scheduler is alike.)
-    """
-
-    def __init__(self, executor: LocalExecutor) -> None:
-        self._executor = executor
-        self._thread = ThreadPoolExecutor(1, "executor")
-
-    def launch(self, batch: StepBatch) -> Future[_Step]:
-        return self._thread.submit(self._compute, batch)
-
-    def collect(self, handle: Future[_Step], masks: Sequence[Mask] = ()) -> StepResult:
-        return self._executor.collect(handle.result(), masks)
-
-    def _compute(self, batch: StepBatch) -> _Step:
-        step = self._executor.launch(batch)
-        if not batch.has_masks:
-            with suppress(OutOfMemory):  # which `collect` raises again
-                self._executor.collect(step)
-        return step

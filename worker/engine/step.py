@@ -85,9 +85,11 @@ class StepBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step has come to. `sampled`: a draw for each row, None where the logits are not finite."""
+    """What a step has come to. `sampled`: a draw for each row, None where the logits are not finite. `seconds` that a
+    device took, where it has a clock of its own."""
 
     sampled: list[Sampled | None]
+    seconds: float | None = None
 
 
 class Executor(Protocol):

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvasir.worker.engine.step import SequenceSlice
+from kvasir.worker.model.memory import to_device
 
 
 @dataclass(slots=True)
@@ -35,8 +37,12 @@ def pack(
     chunks: list[SequenceSlice],
     block_size: int,
     device: torch.device,
+    drawn: Tensor | None = None,
 ) -> Batch:
-    """Pack `slices`, split into `singles` and `chunks` in the order in which they are to lie."""
+    """Pack `slices`, split into `singles` and `chunks` in the order in which they are to lie.
+
+    `drawn` [num_draws] int64 are the draws of the step before, for slices that have one of them as their token.
+    """
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -45,7 +51,11 @@ def pack(
         positions += range(piece.start, piece.end)
         slots += _slots(piece, block_size)
     rows = _logit_rows(slices, singles, chunks)
-    token_ids, position_row, slot_row = torch.tensor((ids, positions, slots), dtype=torch.int64, device=device)
+    feed = [i for piece in [*singles, *chunks] for i in _feed(piece)] if drawn is not None else []
+    columns = (ids, positions, slots, feed) if feed else (ids, positions, slots)
+    token_ids, position_row, slot_row, *fed = to_device(np.array(columns, dtype=np.int64), device)
+    if drawn is not None and fed:
+        token_ids = feed_tokens(token_ids, fed[0], drawn)
     return Batch(
         singles=singles,
         chunks=chunks,
@@ -53,8 +63,17 @@ def pack(
         positions=position_row,
         slots=slot_row,
         max_position=max(positions),
-        logit_rows=None if rows == list(range(len(ids))) else torch.tensor(rows, dtype=torch.int64, device=device),
+        logit_rows=None if rows == list(range(len(ids))) else to_device(np.array(rows, dtype=np.int64), device),
     )
+
+
+def feed_tokens(token_ids: Tensor, feed: Tensor, drawn: Tensor) -> Tensor:
+    """Return `token_ids` with the draw `drawn[feed]` where `feed` is not -1; `token_ids` and `feed` of one shape."""
+    return torch.where(feed < 0, token_ids, drawn[feed.clamp(min=0)])
+
+
+def _feed(piece: SequenceSlice) -> list[int]:
+    return [-1] * len(piece.token_ids) if piece.drawn is None else [piece.drawn]
 
 
 def _slots(piece: SequenceSlice, block_size: int) -> list[int]:

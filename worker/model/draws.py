@@ -18,14 +18,17 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
 from kvasir.worker.engine.step import SampleRow
+from kvasir.worker.model.memory import to_device
 
 _BLOCK = 64  # token ids; changing it changes every draw
 _FIRST_BLOCK = 1 << 40  # blocks are hashed with numbers that no token has
+_DIGIT_BITS = 16  # of a weight's pattern that `_floor` looks at in one pass
 _FEW = 1 << 15  # logits: less than that are raced all, which costs less than to find out which need not be
 
 
@@ -102,9 +105,9 @@ def draw_filtered(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
 class _Filters:
     """The filters of some rows, each [num_rows, 1]."""
 
-    top_k: Tensor  # int64, the whole vocabulary where there is none
+    top_k: Tensor  # the whole vocabulary where there is none
     min_p: Tensor  # the largest weight is 1
-    mass: Tensor  # the tokens ranked before one that is kept weigh less
+    mass: Tensor  # fp64; the tokens ranked before one that is kept weigh less
 
     @classmethod
     def of(cls, rows: Sequence[SampleRow], weights: Tensor, ranked: Tensor) -> _Filters:
@@ -144,10 +147,80 @@ def _draw_by_rank(weights: Tensor, keys: Tensor, filters: _Filters) -> Tensor:
     return drawn
 
 
+def draw_at_once(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Draw [num_rows] int64, as the functions above do, on a device that is not waited for: no shape depends on values.
+
+    A row that is not finite draws anything.
+    """
+    params, vocab, device = [row.params for row in rows], logits.shape[1], logits.device
+    likeliest = logits.argmax(dim=1)
+    if all(p.temperature == 0 for p in params):
+        return likeliest
+    weights = _weights(logits, rows).nan_to_num_(0.0)
+    if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
+        weights = _filtered(weights, rows)
+    drawn = all_exponentials(row_keys(rows, device), vocab).div_(weights).argmin(dim=1)
+    return torch.where(_column([p.temperature for p in params], device)[:, 0] == 0, likeliest, drawn)
+
+
+def _filtered(weights: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Return `weights` with 0 for what top-k, top-p and min-p leave out."""
+    vocab, device = weights.shape[1], weights.device
+    top_k = _column([min(row.params.top_k or vocab, vocab) for row in rows], device)
+    top_p = _column([row.params.top_p for row in rows], device)
+    whole = weights.sum(dim=1, keepdim=True)
+    if any(0 < row.params.top_k < vocab and row.params.top_p < 1 for row in rows):
+        of_top_k = _keep(weights, _Filters(top_k, top_k * 0, torch.full_like(whole, torch.inf)))
+        whole = torch.where(of_top_k, weights, 0).sum(dim=1, keepdim=True)  # top-p counts what top-k left
+    mass = torch.where(top_p < 1, top_p * whole, torch.inf)
+    min_p = _column([row.params.min_p for row in rows], device)
+    return torch.where(_keep(weights, _Filters(top_k, min_p, mass)), weights, 0)
+
+
+def _keep(weights: Tensor, filters: _Filters) -> Tensor:
+    """Return [num_rows, vocab] bool: what the filters leave, found as a radix sort finds it, without a sort.
+
+    The least weight that is kept is found digit by digit of its bit pattern, whose order is that of the weights. Of
+    those that weigh as much, the first token ids are kept.
+    """
+    patterns = weights.view(torch.int64)
+    num_above = torch.zeros_like(filters.mass)
+    mass_above = torch.zeros_like(filters.mass)
+    least = torch.zeros_like(filters.mass, dtype=torch.int64)
+    is_near = torch.ones_like(patterns, dtype=torch.bool)  # its digits so far are those of the least weight
+    for shift in range(64 - _DIGIT_BITS, -1, -_DIGIT_BITS):
+        digits = (patterns >> shift) & (1 << _DIGIT_BITS) - 1
+        numbers, masses = (
+            torch.zeros(len(weights), 1 << _DIGIT_BITS, dtype=torch.float64, device=weights.device).scatter_add_(
+                1, digits, values
+            )
+            for values in (is_near.double(), torch.where(is_near, weights, 0))
+        )
+        # What is ranked before the first token of each digit: whatever has a higher one.
+        numbers_before, masses_before = (
+            torch.nn.functional.pad(values.flip(1).cumsum(1).flip(1)[:, 1:], (0, 1)) + above
+            for values, above in ((numbers, num_above), (masses, mass_above))
+        )
+        is_kept = (numbers > 0) & (numbers_before < filters.top_k) & (masses_before < filters.mass)
+        is_kept |= (numbers > 0) & (numbers_before == 0)  # the most likely token is always kept
+        digit = is_kept.int().argmax(dim=1, keepdim=True)  # the lowest one
+        num_above, mass_above = numbers_before.gather(1, digit), masses_before.gather(1, digit)
+        is_near &= digits == digit
+        least = least | digit << shift
+    nth = is_near.cumsum(1) - 1  # among those that weigh as much as the least
+    weight = least.view(torch.float64)
+    is_kept = is_near & (num_above + nth < filters.top_k) & (mass_above + nth * weight < filters.mass)
+    is_first = is_near & (num_above + nth == 0)
+    return (((weights > weight) | is_kept) & (weights >= filters.min_p)) | is_first
+
+
 def _weights(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Return unnormalised probabilities [num_rows, vocab] fp64; the most likely token has 1."""
+    """Return unnormalised probabilities [num_rows, vocab] fp64; the most likely token has 1.
+
+    Greedy rows have those of temperature 1.
+    """
     exact = logits.double()
-    temperature = _column([row.params.temperature for row in rows], logits.device)
+    temperature = _column([row.params.temperature or 1.0 for row in rows], logits.device)
     return (exact - exact.amax(dim=1, keepdim=True)).div_(temperature).exp_()
 
 
@@ -155,7 +228,7 @@ def row_keys(rows: Sequence[SampleRow], device: torch.device) -> Tensor:
     """Return [num_rows, 1] int64: the number that belongs to a row's seed and position."""
     packed = (struct.pack("<QQ", row.params.seed & (1 << 64) - 1, row.position) for row in rows)
     keys = [_signed(xxhash.xxh3_64_intdigest(seed_and_position)) for seed_and_position in packed]
-    return torch.tensor(keys, dtype=torch.int64, device=device)[:, None]
+    return to_device(np.array(keys, dtype=np.int64), device)[:, None]
 
 
 def exponentials(keys: Tensor, ids: Tensor) -> Tensor:
@@ -201,4 +274,4 @@ def _signed(x: int) -> int:
 
 
 def _column(values: list[float] | list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+    return to_device(np.array(values, dtype=np.float64), device)[:, None]

@@ -60,22 +60,32 @@ class Model:
 
     @torch.inference_mode()
     @memory_errors()
-    def forward(self, slices: list[SequenceSlice], kv: KvStore) -> Tensor:
+    def forward(self, slices: list[SequenceSlice], kv: KvStore, drawn: Tensor | None = None) -> Tensor:
         """Compute the tokens of `slices`, write their keys and values to `kv`, return the logits asked for.
 
+        `drawn` [num_draws] int64: the draws of the step before, on the model's device, if a slice has one as its token.
         Returns [sum of num_logits * num_draws, vocab] in the order of `slices`, fp32 (fp64 for an fp64 model).
 
         Raises: OutOfMemory.
         """
-        config, weights, attention = self.config, self.weights, self.attention
-        singles, chunks = attention.arrange(slices, kv)
+        singles, chunks = self.attention.arrange(slices, kv)
         if not slices:
-            return self.weights.embedding.new_empty((0, config.vocab_size))
-        batch = pack(slices, singles, chunks, kv.block_size, self.device)
-        attention.begin(batch, kv)
+            return self.weights.embedding.new_empty((0, self.config.vocab_size))
+        batch = pack(slices, singles, chunks, kv.block_size, self.device, drawn)
+        self.attention.begin(batch, kv)
         rotation = self._rotary(batch.positions, batch.max_position)
-        rows = kv.rows(batch.slots)
-        x = embedding(batch.token_ids, weights.embedding)  # [num_tokens, hidden]
+        return self.compute(batch.token_ids, rotation, kv.rows(batch.slots), kv, batch.logit_rows)
+
+    def compute(
+        self, token_ids: Tensor, rotation: Tensor, rows: Tensor, kv: KvStore, logit_rows: Tensor | None = None
+    ) -> Tensor:
+        """Return the logits of `logit_rows`, by default of all; the attention has begun the step.
+
+        `token_ids` [num_tokens], their `rotation` (`RotaryTable`), and the `rows` of `kv` (`KvStore.rows`) that their
+        keys and values are written to.
+        """
+        config, weights, attention = self.config, self.weights, self.attention
+        x = embedding(token_ids, weights.embedding)  # [num_tokens, hidden]
         for i, layer in enumerate(weights.layers):
             h = rms_norm(x, (config.hidden_size,), layer.input_norm, config.rms_norm_eps)
             q, k, v = self._project(layer, h, rotation)
@@ -84,8 +94,8 @@ class Model:
             h = rms_norm(x, (config.hidden_size,), layer.post_norm, config.rms_norm_eps)
             gate, up = layer.gate_up(h).chunk(2, dim=-1)
             layer.down.add_to(x, silu(gate).mul_(up))
-        if batch.logit_rows is not None:
-            x = x.index_select(0, batch.logit_rows)
+        if logit_rows is not None:
+            x = x.index_select(0, logit_rows)
         x = rms_norm(x, (config.hidden_size,), weights.final_norm, config.rms_norm_eps)
         logits = weights.lm_head(x)
         return logits if logits.dtype == torch.float64 else logits.float()

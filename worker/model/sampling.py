@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kvasir.protocol.messages import Constraint, ReasoningBudget, Sampling
 from kvasir.worker.engine.step import Mask, Sampled, SampleRow, asks_for_counts
-from kvasir.worker.model.draws import draw_filtered, draw_greedy, draw_plain
-from kvasir.worker.model.memory import memory_errors
+from kvasir.worker.model.draws import draw_at_once, draw_filtered, draw_greedy, draw_plain
+from kvasir.worker.model.memory import Readback, memory_errors
 
 
 @torch.inference_mode()
@@ -36,12 +36,36 @@ def sample(logits: Tensor, rows: Sequence[SampleRow], masks: Sequence[Mask] = ()
         return [next(drawn) if is_good else None for is_good in is_finite]
 
 
+class Draws:
+    """What a device draws, or will have drawn. `ids` [num_rows] int64 stay there, 0 for rows that are not finite."""
+
+    def __init__(self, ids: Tensor, is_finite: Tensor, reports: dict[int, Tensor]) -> None:
+        self.ids = torch.where(is_finite, ids, 0)
+        self._reports = {i: Readback(report) for i, report in reports.items()}
+        self.readback = Readback(torch.stack((ids, is_finite.long())))
+
+    def read(self) -> list[Sampled | None]:
+        """Wait for the draws and return them as `sample` does."""
+        token_ids, is_finite = self.readback.wait()
+        reports = {i: report.wait() for i, report in self._reports.items()}
+        drawn = enumerate(zip(token_ids, is_finite, strict=True))
+        return [_sampled(token_id, reports.get(i)) if is_good else None for i, (token_id, is_good) in drawn]
+
+
+@torch.inference_mode()
+def start_draws(logits: Tensor, rows: Sequence[SampleRow], masks: Sequence[Mask] = ()) -> Draws:
+    """Draw as `sample` does, on a device that is not waited for, unless there are masks, penalties or constraints."""
+    with memory_errors():
+        is_finite = logits.amax(dim=-1).isfinite()
+        reported = _reported(logits, rows)
+        _change(logits, rows, masks)
+        ids = draw_at_once(logits, rows)
+        return Draws(ids, is_finite, {i: _report(reported[i], ids[i], rows[i]) for i in reported})
+
+
 def _sample(logits: Tensor, rows: Sequence[SampleRow], masks: Sequence[Mask]) -> list[Sampled]:
-    reported = {i: _log_probabilities(logits[i]) for i, row in enumerate(rows) if row.params.logprobs is not None}
-    _mask(logits, masks)
-    for i, row in enumerate(rows):
-        if _is_penalised(row.params):
-            _penalise(logits[i], row)
+    reported = _reported(logits, rows)
+    _change(logits, rows, masks)
     greedy = [i for i, row in enumerate(rows) if row.params.temperature == 0]
     plain = [i for i, row in enumerate(rows) if row.params.temperature != 0 and not _is_filtered(row.params)]
     filtered = [i for i, row in enumerate(rows) if row.params.temperature != 0 and _is_filtered(row.params)]
@@ -51,9 +75,22 @@ def _sample(logits: Tensor, rows: Sequence[SampleRow], masks: Sequence[Mask]) ->
             part = logits if len(group) == len(rows) else logits[group]
             for i, token_id in zip(group, draw(part, [rows[i] for i in group]), strict=True):
                 token_ids[i] = token_id
-    if not reported:
-        return [Sampled(token_id) for token_id in token_ids]
-    return [_report(token_id, rows[i], reported.get(i)) for i, token_id in enumerate(token_ids)]
+    reports = {i: _report(reported[i], torch.tensor(token_ids[i]), rows[i]).tolist() for i in reported}
+    return [_sampled(token_id, reports.get(i)) for i, token_id in enumerate(token_ids)]
+
+
+def _reported(logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, Tensor]:
+    """Return the log probabilities [vocab] fp64 of the rows that ask for them."""
+    asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    return {i: logits[i].double().log_softmax(dim=0) for i in asking}
+
+
+def _change(logits: Tensor, rows: Sequence[SampleRow], masks: Sequence[Mask]) -> None:
+    """Apply masks, penalties, bias and constraints in place."""
+    _mask(logits, masks)
+    for i, row in enumerate(rows):
+        if _is_penalised(row.params):
+            _penalise(logits[i], row)
 
 
 def _mask(logits: Tensor, masks: Sequence[Mask]) -> None:
@@ -147,12 +184,14 @@ def _ids(token_ids: Iterable[int], logits: Tensor) -> Tensor:
     return torch.tensor(known, dtype=torch.int64, device=logits.device)
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return logits.double().log_softmax(dim=0)
+def _report(log_probabilities: Tensor, token_id: Tensor, row: SampleRow) -> Tensor:
+    """Return fp64: the drawn token's log probability, the n largest, and the ids that have them."""
+    values, ids = log_probabilities.topk(min(row.params.logprobs or 0, log_probabilities.shape[0]))
+    return torch.cat((log_probabilities[token_id].view(1), values, ids.double()))
 
 
-def _report(token_id: int, row: SampleRow, log_probabilities: Tensor | None) -> Sampled:
-    if log_probabilities is None or row.params.logprobs is None:
+def _sampled(token_id: int, report: list[float] | None) -> Sampled:
+    if report is None:
         return Sampled(token_id)
-    values, ids = log_probabilities.topk(min(row.params.logprobs, log_probabilities.shape[0]))
-    return Sampled(token_id, float(log_probabilities[token_id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    count = len(report) // 2
+    return Sampled(token_id, report[0], tuple(zip(map(int, report[1 + count :]), report[1 : 1 + count], strict=True)))

@@ -14,13 +14,13 @@ import pytest
 from kvasir.cache.events import Stored
 from kvasir.protocol.messages import Constraint, Generate, Sampling
 from kvasir.protocol.tokens import unpack_tokens
-from kvasir.worker.engine.executor import LocalExecutor, ThreadExecutor
+from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.step import Mask, OutOfMemory, SequenceSlice, StepBatch, StepResult
 from kvasir.worker.model.oracle_model import OracleStore
 from tests.engine_helpers import SIZE, Rig, Stream, expected_tokens, make_generate, make_prompt
 
 BATCHES = msgspec.msgpack.Decoder(StepBatch)
-KINDS = ("at once", "late", "in a thread")
+KINDS = ("at once", "late")
 SICK = 4090
 
 
@@ -50,8 +50,6 @@ class AheadRig(Rig):
         super().__init__(is_ahead=kind is not None, **options)
         if kind == "late":
             self.engine._executor = LateExecutor(self.executor)
-        if kind == "in a thread":
-            self.engine._executor = ThreadExecutor(self.executor)
         self.engine.on_blocks = self._on_blocks
         self.tokens_up_to: dict[bytes, list[int]] = {}
         self.order: list[bytes] = []

@@ -21,7 +21,7 @@ from kvasir.worker.model import draws as draws_module
 from kvasir.worker.model import sampling
 from kvasir.worker.model.draws import all_exponentials, draw_plain, exponentials, row_keys
 from kvasir.worker.model.memory import memory_errors
-from kvasir.worker.model.sampling import sample
+from kvasir.worker.model.sampling import sample, start_draws
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0, 0.5])  # tokens 1 and 3 are equally likely
 
@@ -87,7 +87,11 @@ def sample_one(logits: Tensor, row: SampleRow) -> Sampled:
             (i for i in kept if weights[i] > 0),
             key=lambda i: noise_of(params.seed, row.position, i) / float(weights[i]),
         )
-    return sampling._report(token_id, row, log_probabilities if params.logprobs is not None else None)
+    if params.logprobs is None:
+        return Sampled(token_id)
+    values, ids = log_probabilities.topk(min(params.logprobs, len(log_probabilities)))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Sampled(token_id, float(log_probabilities[token_id]), top)
 
 
 @st.composite
@@ -124,10 +128,10 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, list[SampleRow]]:
 def test_batched_draws_equal_the_readable_twin(batch: tuple[Tensor, list[SampleRow]]) -> None:
     logits, rows = batch
     expected = [sample_one(logits[i], row) for i, row in enumerate(rows)]
-    actual = sample(logits.clone(), rows)
-    assert [result.token_id for result in actual] == [result.token_id for result in expected]
-    assert [result.logprob for result in actual] == pytest.approx([result.logprob for result in expected])
-    assert [len(result.top_logprobs) for result in actual] == [len(result.top_logprobs) for result in expected]
+    for actual in (sample(logits.clone(), rows), start_draws(logits.clone(), rows).read()):
+        assert [result.token_id for result in actual] == [result.token_id for result in expected]
+        assert [result.logprob for result in actual] == pytest.approx([result.logprob for result in expected])
+        assert [len(result.top_logprobs) for result in actual] == [len(result.top_logprobs) for result in expected]
 
 
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05, "temperature": 0.8}])
@@ -316,7 +320,19 @@ def test_rows_that_are_not_finite_draw_nothing_and_the_others_draw_as_ever() -> 
     logits[1, 2], logits[2, 0], logits[3, 1] = torch.nan, torch.inf, -torch.inf
     rows = [make_row(temperature=t, seed=5) for t in (0.0, 0.0, 1.0, 1.0)]
     good = [sample(logits[i : i + 1].clone(), [rows[i]])[0] for i in (0, 3)]
-    assert sample(logits, rows) == [good[0], None, None, good[1]]
+    draws = start_draws(logits.clone(), rows)
+    assert sample(logits, rows) == draws.read() == [good[0], None, None, good[1]]
+    assert draws.ids.tolist()[1:3] == [0, 0], "the next step is fed with what is no token"
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 5.0])
+def test_a_device_that_is_not_waited_for_draws_the_same_from_a_large_vocabulary(scale: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(40, 20_000, generator=generator) * scale
+    logits[:10] = logits[:10].mul(8).round()  # many ties, also where a filter cuts
+    filters = [{"top_p": 0.9}, {"top_k": 3000}, {"top_k": 3000, "top_p": 0.5}, {"min_p": 0.3}, {}]
+    rows = [make_row(i, seed=3, temperature=0.9, **filters[i % 5]) for i in range(40)]
+    assert start_draws(logits.clone(), rows).read() == sample(logits.clone(), rows)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
