@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush, heapreplace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from replay_cache import Request, Trace, optimum_hits
 from route_arrivals import PREFILL_TOKENS_PER_S, Arrival
@@ -20,9 +20,6 @@ from route_arrivals import PREFILL_TOKENS_PER_S, Arrival
 from kvasir.cache.block_table import BlockTable
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.tokens import TOKEN_BYTES
-
-if TYPE_CHECKING:
-    from route_policies import Policy
 
 DECODE_S = 0.03
 MAX_RUNNING = 64
@@ -147,6 +144,12 @@ class FifoWorker:
                     del active[block_id]
                 else:
                     active[block_id] -= 1
+
+
+class Policy(Protocol):
+    """Chooses a worker for each request, in the order of arrival."""
+
+    def choose(self, request: Request, workers: Sequence[FifoWorker], now: float) -> int: ...
 
 
 def run_peer(

@@ -9,17 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Protocol
 
 from replay_cache import Request
-from route_peers import FifoWorker, num_leading
+from route_peers import FifoWorker, Policy, num_leading
 from xxhash import xxh3_64_intdigest
-
-
-class Policy(Protocol):
-    """Chooses a worker for each request, in the order of arrival."""
-
-    def choose(self, request: Request, workers: Sequence[FifoWorker], now: float) -> int: ...
 
 
 class RoundRobin:

@@ -102,7 +102,11 @@ class Dispatcher:
             queue.take(request)
         if request.num_delivered and request.submit.sampling.temperature and "resumed_draws" in worker.hello.lacks:
             decision = msgspec.structs.replace(decision, note=_OTHER_DRAWS.format(request.num_delivered))
-        self._attempts.begin(worker, request, decision, ahead, now)
+        try:
+            self._attempts.begin(worker, request, decision, ahead, now)
+        except Exception:
+            queue.computed(tenant_id)  # it is nowhere now, and will fail
+            raise
         if request.attempt == 1:
             model.counters.queue_s.add(now - request.queued_at)
         held_s = now - request.held_since if request.held_since else 0.0

@@ -373,6 +373,7 @@ def test_an_exception_while_one_request_is_handled_fails_that_request(wrong) -> 
     bench.report(b"w1", output(b"good", 0, [1], "stop"))
     assert good.finished is not None and good.finished.reason == "stop"
     assert bench.core.num_unfinished == 0
+    assert bench.core._requests.models["demo"].queue.num_active == 0
     bench.core.check_integrity()
 
 
