@@ -37,8 +37,8 @@ class AnthropicWriter(Writer):
                     blocks.append({"type": "text", "text": text})
                 case Reasoning(text):
                     blocks.append({"type": "thinking", "thinking": text, "signature": ""})
-                case CallBegin(number, name):
-                    blocks.append({"type": "tool_use", "id": self.call_id(0, number), "name": name, "input": {}})
+                case CallBegin(_, name, call_id):
+                    blocks.append({"type": "tool_use", "id": call_id, "name": name, "input": {}})
                 case CallArguments(_, text):
                     blocks[-1]["input"] = _input(text)
         return {**self._message(), "content": blocks, **self._stopped(ends[0]), "usage": self._usage(ends[0])}
@@ -61,8 +61,8 @@ class AnthropicWriter(Writer):
                     if self._kind != "thinking":
                         out += self._open("thinking", {"thinking": "", "signature": ""})
                     out.append(self._delta("thinking_delta", "thinking", text))
-                case CallBegin(number, name):
-                    out += self._open("tool_use", {"id": self.call_id(0, number), "name": name, "input": {}})
+                case CallBegin(_, name, call_id):
+                    out += self._open("tool_use", {"id": call_id, "name": name, "input": {}})
                 case CallArguments(_, text):
                     out.append(self._delta("input_json_delta", "partial_json", text))
         return out

@@ -142,9 +142,9 @@ class ChatWriter(OpenAiWriter):
                     found["content"] = found.get("content", "") + text
                 case Reasoning(text):
                     found["reasoning_content"] = found["reasoning"] = found.get("reasoning", "") + text
-                case CallBegin(number, name):
+                case CallBegin(number, name, call_id):
                     function = {"name": name, "arguments": ""}
-                    calls[number] = {"id": self.call_id(index, number), "type": "function", "function": function}
+                    calls[number] = {"id": call_id, "type": "function", "function": function}
                 case CallArguments(number, text):
                     call = calls.setdefault(number, {"function": {"arguments": ""}})
                     call["function"]["arguments"] += text

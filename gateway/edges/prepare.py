@@ -152,7 +152,7 @@ class Preparer:
             return None
         if request.chat is None and text.answers.reasoning is None:
             return None
-        return text.parser(request.messages, request.chat, _tail(submit.token_ids))
+        return text.parser(request.messages, request.chat, _tail(submit.token_ids), submit.req_id)
 
     def detokenizer(
         self, request: CompletionRequest, submit: Submit, parser: AnswerParser | None = None

@@ -46,8 +46,8 @@ class ResponsesWriter(Writer):
                     out += self._add_text("message", text)
                 case Reasoning(text):
                     out += self._add_text("reasoning", text)
-                case CallBegin(number, name):
-                    call = {"call_id": self.call_id(0, number), "name": name, "arguments": ""}
+                case CallBegin(_, name, call_id):
+                    call = {"call_id": call_id, "name": name, "arguments": ""}
                     out += self._open("function_call", call)
                 case CallArguments(_, text):
                     self._texts.append(text)

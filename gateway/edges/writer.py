@@ -65,11 +65,6 @@ class Writer(ABC):
         """Return the body of an answer that is an error."""
         return {"error": error_object(info)}
 
-    def call_id(self, index: int, number: int) -> str:
-        """Return the id of a call in choice `index`."""
-        parser = None if self.text is None else self.text.answers.tools
-        return "" if parser is None else parser.call_id(self.submits[index].req_id, number)
-
     def num_written(self, index: int, end: Finished) -> int:
         """Return how many tokens of a prompt are in the cache now that were not before: those in full blocks."""
         if not end.num_prompt_tokens or self.submits[index].no_store:

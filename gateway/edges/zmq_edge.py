@@ -378,7 +378,7 @@ class ZmqEdge:
         request = call.request
         if piece.parts or piece.text or (piece.token_ids and request.want_tokens):
             packed = piece.token_ids if request.want_tokens else b""
-            text, parts = ("", _parts_of(call, piece)) if piece.parts else (piece.text, [])
+            text, parts = ("", _parts_of(piece)) if piece.parts else (piece.text, [])
             num_tokens = call.answer.num_tokens
             self._send(call, CompletionChunk(request.id, text, packed, piece.logprobs, parts, num_tokens))
             call.answer.posted()
@@ -394,7 +394,7 @@ class ZmqEdge:
         self._outbox.post(call.peer, call.request.id, encode(message))
 
 
-def _parts_of(call: _Call, piece: Piece) -> list[AnswerPart]:
+def _parts_of(piece: Piece) -> list[AnswerPart]:
     """Return the parts of a piece as they travel."""
     found: list[AnswerPart] = []
     for part in joined(piece.parts):
@@ -403,9 +403,7 @@ def _parts_of(call: _Call, piece: Piece) -> list[AnswerPart]:
                 found.append(TextPart(text))
             case Reasoning(text):
                 found.append(ReasoningPart(text))
-            case CallBegin(index, name):
-                parser, submit = call.answer.parser, call.answer.submit
-                call_id = "" if parser is None or submit is None else parser.call_id(submit.req_id, index)
+            case CallBegin(index, name, call_id):
                 found.append(ToolCallPart(index, call_id, name))
             case CallArguments(index, text):
                 found.append(ToolCallPart(index, arguments=text))

@@ -110,10 +110,6 @@ class AnswerParser:
     def num_calls(self) -> int:
         return 0 if self._tools is None else self._tools.num_calls
 
-    def call_id(self, req_id: bytes, index: int) -> str:
-        """Return the id of call number `index` of the answer to `req_id`."""
-        return "" if self._tools is None else self._tools.call_id(req_id, index)
-
     @property
     def is_over(self) -> bool:
         """Whether nothing that may follow is wanted."""

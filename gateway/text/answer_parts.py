@@ -26,6 +26,7 @@ class CallBegin:
 
     index: int
     name: str
+    id: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
+from kvasir.gateway.text.answer_parts import overlap
+
 
 class Detokenizer:
     """Token ids of one answer, a few at a time, to text that will not change any more.
@@ -80,14 +82,6 @@ class Detokenizer:
             end, begin = min(found)
             self.stop_string = text[begin:end]
             return text[: end if self._keep_stop else begin]
-        num_held = max(_overlap(text, stop) for stop in self._stop)
+        num_held = max(overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that is a beginning of `stop`, shorter than it."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[len(text) - length :]):
-            return length
-    return 0

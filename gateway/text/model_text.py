@@ -172,7 +172,11 @@ class ModelText:
         return Detokenizer(token_bytes, tuple(stop), tuple(end_token_ids), keep_stop=keep_stop, min_tokens=min_tokens)
 
     def parser(
-        self, messages: Sequence[ChatMessage], options: ChatOptions | None, prompt_ids: Sequence[int]
+        self,
+        messages: Sequence[ChatMessage],
+        options: ChatOptions | None,
+        prompt_ids: Sequence[int],
+        req_id: bytes = b"",
     ) -> AnswerParser | None:
         """Return what finds the parts of the answer to a conversation, None if it is all content.
 
@@ -180,7 +184,7 @@ class ModelText:
         """
         tools = None
         if options is not None and options.tools and options.tool_choice != "none":
-            tools = self._tool_parser(options)
+            tools = self._tool_parser(options, req_id)
         marks = self.answers.reasoning
         if marks is None or (options is not None and not options.separate_reasoning):
             return None if tools is None else AnswerParser(None, tools)
@@ -201,11 +205,12 @@ class ModelText:
             return content  # if it has to call, rendering says why it cannot
         return call_grammar(self.answers.tools, tools, options, content, self._special_ids)
 
-    def _tool_parser(self, options: ChatOptions) -> ToolParser | None:
+    def _tool_parser(self, options: ChatOptions, req_id: bytes) -> ToolParser | None:
         schemas = schemas_of(read_tools(options.tools))
         if self.answers.tools is None or not schemas:
             return None
-        parser = self.answers.tools(schemas, one_call=not options.parallel_tool_calls or bool(options.tool_name))
+        one_call = not options.parallel_tool_calls or bool(options.tool_name)
+        parser = self.answers.tools(schemas, one_call=one_call, req_id=req_id)
         if options.tool_choice == "required":
             parser.begin_with(parser.opening(options.tool_name))
         return parser

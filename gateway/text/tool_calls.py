@@ -19,18 +19,21 @@ Tools = dict[str, dict[str, Any]]
 
 
 class ToolParser(ABC):
-    """Feed it text with `push`, then `finish`. `marks`: special tokens that it must see.
+    """Feed it text with `push`, then `finish`. `marks`: special tokens that it must see. `req_id`: of the request that
+    is answered, from which calls have their ids.
 
     `is_over`: a call is complete and only one was wanted (`one_call`); what follows is dropped.
     """
 
     marks: tuple[str, ...] = ()
     openers: tuple[str, ...] = ()  # what begins a call in the midst of content
+    closer = "</tool_call>"
 
-    def __init__(self, tools: Tools, *, one_call: bool = False) -> None:
+    def __init__(self, tools: Tools, *, one_call: bool = False, req_id: bytes = b"") -> None:
         self.num_calls = 0
         self.is_over = False
         self._one_call = one_call
+        self._req_id = req_id
         self._tools = tools
         self._buffer = ""
         self._parts: list[Part] = []
@@ -50,7 +53,7 @@ class ToolParser(ABC):
 
     @staticmethod
     def call_id(req_id: bytes, index: int) -> str:
-        """Return the id of a call of the answer to `req_id`."""
+        """Return the id of call number `index` of the answer to `req_id`."""
         return f"call_{req_id.hex()[:24]}{index}"
 
     def begin_with(self, text: str) -> None:
@@ -90,6 +93,18 @@ class ToolParser(ABC):
         self._open(opener)
         return True
 
+    def _closing(self) -> bool:
+        """After a call, before `closer`, which may be missing."""
+        if not self._skip_space():
+            return False
+        closes = self._starts_with(self.closer)
+        if closes is None:
+            return False
+        if closes:
+            self._buffer = self._buffer[len(self.closer) :]
+        self._state = self._content
+        return True
+
     def _emit(self, text: str) -> None:
         if text:
             self._after_call = False
@@ -99,7 +114,7 @@ class ToolParser(ABC):
 
     def _begin(self, name: str) -> bool:
         """Begin a call; return whether it is one."""
-        self._parts.append(CallBegin(self.num_calls, name))
+        self._parts.append(CallBegin(self.num_calls, name, self.call_id(self._req_id, self.num_calls)))
         self.num_calls += 1
         return True
 
@@ -185,24 +200,13 @@ class HermesParser(ObjectParser):
     def _after_broken(self) -> None:
         self._state = self._skipping
 
-    def _closing(self) -> bool:
-        if not self._skip_space():
-            return False
-        closes = self._starts_with("</tool_call>")
-        if closes is None:
-            return False
-        if closes:
-            self._buffer = self._buffer[len("</tool_call>") :]
-        self._state = self._content
-        return True
-
     def _skipping(self) -> bool:
         """Skip the rest of a call that is no JSON."""
-        before, mark, after = self._buffer.partition("</tool_call>")
+        before, mark, after = self._buffer.partition(self.closer)
         if mark or self._ended:
             self._buffer, self._state = after, self._content
             return True
-        self._buffer = before[len(before) - overlap(before, "</tool_call>") :]
+        self._buffer = before[len(before) - overlap(before, self.closer) :]
         return False
 
 
@@ -215,8 +219,8 @@ class LlamaParser(ObjectParser):
     marks = openers = ("<|python_tag|>",)
     needs_arguments = True
 
-    def __init__(self, tools: Tools, *, one_call: bool = False) -> None:
-        super().__init__(tools, one_call=one_call)
+    def __init__(self, tools: Tools, *, one_call: bool = False, req_id: bytes = b"") -> None:
+        super().__init__(tools, one_call=one_call, req_id=req_id)
         self._state = self._beginning
 
     @staticmethod

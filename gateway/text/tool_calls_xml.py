@@ -138,17 +138,6 @@ class QwenCoderParser(ToolParser):
         self._end_call()
         self._state = self._closing if mark == _FUNCTION_END else self._content
 
-    def _closing(self) -> bool:
-        if not self._skip_space():
-            return False
-        closes = self._starts_with(_CALL_END)
-        if closes is None:
-            return False
-        if closes:
-            self._buffer = self._buffer[len(_CALL_END) :]
-        self._state = self._content
-        return True
-
 
 def _converted(text: str, kind: str) -> str:
     """Return `text` as JSON of type `kind`, as a string where it is no such thing."""

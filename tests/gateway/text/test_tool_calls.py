@@ -195,7 +195,9 @@ def cut_texts(draw: st.DrawFn) -> tuple[str, list[str]]:
 def test_a_name_may_be_followed_by_a_line_break_before_what_ends_it() -> None:
     text = '[TOOL_CALLS]add\n[ARGS]{"a": 1}'
     assert (
-        parse("mistral", [text]) == parse("mistral", list(text)) == [CallBegin(0, "add"), CallArguments(0, '{"a": 1}')]
+        parse("mistral", [text])
+        == parse("mistral", list(text))
+        == [CallBegin(0, "add", "000000000"), CallArguments(0, '{"a": 1}')]
     )
     cut_short = "[TOOL_CALLS]add\n[AR"
     assert parse("mistral", [cut_short]) == parse("mistral", list(cut_short)) == [Content(cut_short)]
@@ -245,7 +247,7 @@ def test_text_is_let_out_as_soon_as_it_is_sure_to_stay(name: str) -> None:
 def test_arguments_are_let_out_while_they_come(name: str, begun: str, rest: str) -> None:
     parser = TOOL_PARSERS[name](TOOLS)
     first = joined(parser.push(begun))
-    assert first == [CallBegin(0, "write"), CallArguments(0, '{"path": "a')]
+    assert first == [CallBegin(0, "write", parser.call_id(b"", 0)), CallArguments(0, '{"path": "a')]
     assert parser.push(rest) == [CallArguments(0, "bc")]
 
 
@@ -286,7 +288,9 @@ def test_an_answer_can_begin_with_a_call(name: str, called: str) -> None:
     parser = kind(TOOLS)
     parser.begin_with(kind.opening(called))
     parts = joined([part for piece in begun + rests[name] for part in parser.push(piece)] + parser.finish())
-    assert parts[0] == CallBegin(0, "add") and not any(isinstance(part, Content) for part in parts)
+    assert parts[0] == CallBegin(0, "add", kind.call_id(b"", 0)) and not any(
+        isinstance(part, Content) for part in parts
+    )
     assert isinstance(parts[1], CallArguments) and json.loads(parts[1].text) == {"a": 1}
 
 
@@ -327,7 +331,7 @@ def test_calls_follow_reasoning_and_are_none_within_it() -> None:
         reasoning = ReasoningParser("<think>", "</think>", is_open=False)
         parser = AnswerParser(reasoning, tools, keep_reasoning=keep)
         parts = joined([part for piece in text for part in parser.push(piece)] + parser.finish())
-        assert parts[: len(expected)] == expected and parts[len(expected)] == CallBegin(0, "add")
+        assert parts[: len(expected)] == expected and parts[len(expected)] == CallBegin(0, "add", "call_0")
         assert not any(isinstance(part, Content) for part in parts) and parser.num_calls == 1
 
 
