@@ -1,7 +1,7 @@
 # make run   one machine, end to end: environment, gateway, two workers, a short demonstration, then it serves
 # make test  the whole suite, offline         make check  format, lint, types, tests (what CI runs)
 # make retest  the tests that failed last
-# make bench the tables of the README          make clean  throw the environment away
+# make bench the tables of docs/results.md     make clean  throw the environment away
 # Settings: WORKERS=3, UP_FLAGS="--http 127.0.0.1:9000" (options of kvasir up), PYTHON=python3.12, VENV=FOLDER;
 #            TRACES="FILE ..." names traces of requests for the labs: eviction, routing (scripts/replay_trace.py); those in
 #            a folder traces/ here or beside the checkout are found without
