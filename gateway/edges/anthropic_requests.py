@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.edges.cache_intent import CacheControl, hint_of
-from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn
+from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn, text_of
 from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
 from kvasir.gateway.edges.grammar_fields import AskedGrammar, from_json_schema
 from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody, CommonBody, NumTokens, StopStrings
@@ -115,9 +115,6 @@ def _asked(body: MessagesBody) -> Asked:
     choice = body.tool_choice or ToolChoice("auto")
     output = body.output_config or OutputConfig()
     thinking = body.thinking
-    common = {name: getattr(body, name) for name in CommonBody.__struct_fields__}
-    if body.stop_sequences is not None:
-        common["stop"] = body.stop_sequences
     chat = ChatBody(
         messages=_turns(body),
         max_completion_tokens=body.max_tokens,
@@ -126,15 +123,18 @@ def _asked(body: MessagesBody) -> Asked:
         parallel_tool_calls=not choice.disable_parallel_tool_use,
         reasoning_effort="none" if thinking is not None and thinking.type == "disabled" else output.effort,
         max_reasoning_tokens=None if thinking is None else thinking.budget_tokens,
-        **common,
+        stop=body.stop_sequences,
+        **body.common(),
     )
-    asked = asked_of_chat(chat, hint_of(None, None, has_breakpoint=_has_breakpoint(body)), is_lenient=True)
-    if body.diagnostics is not None:
-        asked = msgspec.structs.replace(asked, previous=body.diagnostics.previous_message_id or "")
-    if output.format is None:
+    structured = None
+    if output.format is not None:
+        grammar = from_json_schema(output.format.schema, "output_config.format.schema")
+        structured = AskedGrammar(grammar, "output_config.format")
+    hint = hint_of(None, None, has_breakpoint=_has_breakpoint(body))
+    asked = asked_of_chat(chat, hint, structured, is_lenient=True)
+    if body.diagnostics is None:
         return asked
-    grammar = from_json_schema(output.format.schema, "output_config.format.schema")
-    return asked.held_to(AskedGrammar(grammar, "output_config.format"))
+    return msgspec.structs.replace(asked, previous=body.diagnostics.previous_message_id or "")
 
 
 _CHOICES: dict[str, Any] = {"auto": None, "any": "required", "none": "none"}
@@ -154,10 +154,8 @@ def _has_breakpoint(body: MessagesBody) -> bool:
 
 
 def _turns(body: MessagesBody) -> list[Turn]:
-    turns = []
-    system = body.system if isinstance(body.system, str) else _text(body.system or (), "system")
-    if system:
-        turns.append(Turn("system", system))
+    system = text_of(body.system or "", "system")
+    turns = [Turn("system", system)] if system else []
     for index, message in enumerate(body.messages):
         if isinstance(message.content, str):
             turns.append(Turn(message.role, message.content))
@@ -183,7 +181,7 @@ def _turns_of(role: str, blocks: Sequence[Block], where: str) -> list[Turn]:
                 arguments = msgspec.json.encode(block.input).decode()
                 turn.tool_calls = [*(turn.tool_calls or ()), Call(Function(block.name, arguments), block.id)]
             case "tool_result":
-                result = block.content if isinstance(block.content, str) else _text(block.content or (), where)
+                result = text_of(block.content or "", where)
                 results.append(Turn("tool", result or [], tool_call_id=block.tool_use_id))
             case _:
                 raise BadRequest(
@@ -192,13 +190,6 @@ def _turns_of(role: str, blocks: Sequence[Block], where: str) -> list[Turn]:
                 )
     turn.content = "".join(texts) or None
     return [*results, turn] if texts or turn.tool_calls or not results else results
-
-
-def _text(blocks: Sequence[TextBlock], where: str) -> str:
-    for block in blocks:
-        if block.type != "text":
-            raise BadRequest(f"{where}: content of type {block.type[:40]!r} is not supported; send text", param=where)
-    return "".join(block.text for block in blocks)
 
 
 def _tools(tools: Sequence[Tool]) -> Raw:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Container, Sequence
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 from msgspec import Meta, Struct
@@ -61,7 +62,7 @@ def message_of(turn: Turn, index: int) -> ChatMessage:
         BadRequest: it has no content and no calls, or content that is no text.
     """
     role = "system" if turn.role == "developer" else turn.role
-    content = turn.content if isinstance(turn.content, str) else _joined(turn, index)
+    content = turn.content if isinstance(turn.content, str) else _content(turn, f"messages[{index}]")
     if not (turn.name or turn.tool_calls or turn.tool_call_id or turn.reasoning or turn.reasoning_content):
         return ChatMessage(role, content)
     calls = [ToolCall(call.id[:256], call.function.name, _arguments(call.function)) for call in turn.tool_calls or ()]
@@ -69,7 +70,27 @@ def message_of(turn: Turn, index: int) -> ChatMessage:
     return ChatMessage(role, content, (turn.name or "")[:256], reasoning, calls, (turn.tool_call_id or "")[:256])
 
 
-def _joined(turn: Turn, index: int) -> str | None:
+class _Typed(Protocol):
+    type: str
+    text: str
+
+
+def text_of(content: str | Sequence[_Typed], where: str, param: str = "", kinds: Container[str] = ("text",)) -> str:
+    """Return content that is a text, or parts of `kinds`, as one text. `param`: the field to name, if not `where`.
+
+    Raises:
+        BadRequest: a part is of another kind.
+    """
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if part.type not in kinds:
+            what = f"content of type {part.type[:40]!r} is not supported; send text"
+            raise BadRequest(f"{where}: {what}", param=param or where)
+    return "".join([part.text for part in content])
+
+
+def _content(turn: Turn, where: str) -> str | None:
     """Return the content of parts; none is right only beside calls of tools."""
     if not turn.content:
         if turn.role == "tool" and turn.content is not None:
@@ -78,13 +99,8 @@ def _joined(turn: Turn, index: int) -> str | None:
             return None
         if turn.reasoning or turn.reasoning_content:
             return ""
-        param = f"messages[{index}].content"
-        raise BadRequest(f"messages[{index}] has no content; send a text or leave the message out", param=param)
-    for part in turn.content:
-        if not isinstance(part, Part) or part.type != "text":
-            what = f"content of type {getattr(part, 'type', '')[:40]!r} is not supported; send text"
-            raise BadRequest(f"messages[{index}]: {what}", param=f"messages[{index}].content")
-    return "".join(part.text for part in turn.content if isinstance(part, Part))
+        raise BadRequest(f"{where} has no content; send a text or leave the message out", param=f"{where}.content")
+    return text_of(turn.content, where, f"{where}.content")
 
 
 def _arguments(function: Function) -> str:

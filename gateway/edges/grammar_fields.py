@@ -102,17 +102,14 @@ def read_text_options(raw: Raw) -> AskedGrammar | None:
     if _is_absent(raw):
         return None
     given: _TextOptions = read_json(raw, _TextOptions, "text")
-    kind = "text" if given.format is None else given.format.type
-    if kind not in ("text", "json_object", "json_schema"):
-        raise BadRequest(
-            f"text.format of type {kind[:80]!r} is not supported here; text, json_object and json_schema are",
-            param="text.format.type",
-        )
-    if given.format is None or kind == "text":
+    if given.format is None:
         return None
-    if kind == "json_object":
-        return AskedGrammar(_OBJECT, "text.format")
-    return AskedGrammar(from_json_schema(given.format.schema, "text.format.schema"), "text.format")
+    match _kind(given.format.type, "text.format"):
+        case "json_object":
+            return AskedGrammar(_OBJECT, "text.format")
+        case "json_schema":
+            return AskedGrammar(from_json_schema(given.format.schema, "text.format.schema"), "text.format")
+    return None
 
 
 def from_json_schema(raw: Raw, param: str) -> Grammar:
@@ -131,17 +128,20 @@ def _from_response_format(raw: Raw) -> Grammar | None:
     if _is_absent(raw):
         return None
     given: _ResponseFormat = read_json(raw, _ResponseFormat, "response_format")
-    if given.type not in ("text", "json_object", "json_schema"):
-        raise BadRequest(
-            f"response_format of type {given.type[:80]!r} is not supported here; text, json_object and json_schema are",
-            param="response_format.type",
-        )
-    if (given.type == "json_schema") != (given.json_schema is not None):
+    kind = _kind(given.type, "response_format")
+    if (kind == "json_schema") != (given.json_schema is not None):
         param = "response_format.json_schema"
         raise BadRequest(f"{param} goes with type 'json_schema'; send both or neither", param=param)
     if given.json_schema is not None:
         return from_json_schema(given.json_schema.schema, "response_format.json_schema.schema")
-    return _OBJECT if given.type == "json_object" else None
+    return _OBJECT if kind == "json_object" else None
+
+
+def _kind(kind: str, param: str) -> str:
+    if kind not in ("text", "json_object", "json_schema"):
+        what = f"{param} of type {kind[:80]!r} is not supported here; text, json_object and json_schema are"
+        raise BadRequest(what, param=f"{param}.type")
+    return kind
 
 
 def _from_structured(raw: Raw) -> Grammar | None:

@@ -18,7 +18,7 @@ from kvasir.protocol.errors import ErrorInfo
 from kvasir.protocol.messages import TokenLogprobs
 from kvasir.protocol.tokens import unpack_tokens, view_tokens
 
-_FINISH = {"stop": "stop", "length": "length", "abort": "stop", "tool_calls": "tool_calls"}
+_FINISH = {"abort": "stop"}  # others are OpenAI's own words
 
 
 class OpenAiWriter(Writer):
@@ -27,6 +27,7 @@ class OpenAiWriter(Writer):
     id_prefix: str
     object: str
     chunk_object: str
+    nothing: dict[str, Any]  # gained by a choice, as its last chunk says it
 
     def __init__(self, asked: Asked, submits: Sequence[Submit], text: ModelText | None, block_size: int) -> None:
         super().__init__(asked, submits, text, block_size)
@@ -55,9 +56,36 @@ class OpenAiWriter(Writer):
         usage = {"usage": self._usage(ends)}
         return b"data: %b\n\n%b" % (encode_json({**self._envelope, "choices": [], **usage}), done)
 
-    @abstractmethod
+    def progress(self, index: int, piece: Piece) -> list[bytes]:
+        self.num_reasoning_tokens += piece.num_reasoning_tokens
+        ids = self._token_ids(piece) if piece.token_ids else {}
+        if not (piece.text or piece.parts or piece.logprobs or ids):
+            return []
+        rest = {"logprobs": self._logprobs(piece), "finish_reason": None, **ids}
+        return [self._chunk({"index": index, **self._gained(index, piece), **rest})]
+
+    def ending(self, index: int, end: Finished) -> bytes:
+        rest = {"logprobs": None, "finish_reason": _FINISH.get(end.reason, end.reason)}
+        return self._chunk({"index": index, **self.nothing, **rest})
+
     def _choice(self, index: int, piece: Piece, reason: str) -> dict[str, Any]:
         """Return one choice of an answer that is not streamed."""
+        rest = {"logprobs": self._logprobs(piece), "finish_reason": _FINISH.get(reason, reason)}
+        return {"index": index, **self._all(index, piece), **rest, **self._token_ids(piece)}
+
+    @abstractmethod
+    def _gained(self, index: int, piece: Piece) -> dict[str, Any]:
+        """Return what a chunk says that choice `index` has gained."""
+
+    @abstractmethod
+    def _all(self, index: int, piece: Piece) -> dict[str, Any]:
+        """Return what an answer that is not streamed has as choice `index`."""
+
+    @abstractmethod
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None: ...
+
+    def _token_ids(self, piece: Piece) -> dict[str, Any]:
+        return {"token_ids": unpack_tokens(piece.token_ids)} if self.asked.wants_token_ids else {}
 
     def _usage(self, ends: Sequence[Finished]) -> dict[str, Any]:
         """Tokens of all choices; a prompt with several choices is counted once, its cached tokens as the first had
@@ -88,6 +116,7 @@ class OpenAiWriter(Writer):
 
 class ChatWriter(OpenAiWriter):
     id_prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    nothing = {"delta": {}}  # noqa: RUF012
 
     def whole(self, pieces: Sequence[Piece], ends: Sequence[Finished]) -> dict[str, Any]:
         body = super().whole(pieces, ends)
@@ -101,36 +130,21 @@ class ChatWriter(OpenAiWriter):
             for index in range(len(self.submits))
         ]
 
-    def progress(self, index: int, piece: Piece) -> list[bytes]:
-        self.num_reasoning_tokens += piece.num_reasoning_tokens
-        wants_ids = self.asked.wants_token_ids and piece.token_ids
-        if not (piece.text or piece.parts or piece.logprobs or wants_ids):
-            return []
-        delta = self._parsed(index, piece, streamed=True) if piece.parts else {"content": piece.text}
-        logprobs = _chat_logprobs(piece, self.text)
-        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
-        if wants_ids:
-            choice["token_ids"] = unpack_tokens(piece.token_ids)
-        return [self._chunk(choice)]
+    def _gained(self, index: int, piece: Piece) -> dict[str, Any]:
+        return {"delta": self._parsed(index, piece, streamed=True) if piece.parts else {"content": piece.text}}
 
-    def ending(self, index: int, end: Finished) -> bytes:
-        reason = _FINISH.get(end.reason, end.reason)
-        return self._chunk({"index": index, "delta": {}, "logprobs": None, "finish_reason": reason})
-
-    def _choice(self, index: int, piece: Piece, reason: str) -> dict[str, Any]:
+    def _all(self, index: int, piece: Piece) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": self._echo() + piece.text, "refusal": None}
         if piece.parts:
             message |= self._parsed(index, piece, streamed=False)
             message["content"] = self._echo() + piece.text or None
-        choice = {
-            "index": index,
-            "message": message,
-            "logprobs": _chat_logprobs(piece, self.text),
-            "finish_reason": _FINISH.get(reason, reason),
-        }
-        if self.asked.wants_token_ids:
-            choice["token_ids"] = unpack_tokens(piece.token_ids)
-        return choice
+        return {"message": message}
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if not piece.logprobs or self.text is None:
+            return None
+        pairs = zip(view_tokens(piece.token_ids), piece.logprobs, strict=False)
+        return {"content": [_chat_token(self.text, *pair) for pair in pairs]}
 
     def _parsed(self, index: int, piece: Piece, *, streamed: bool) -> dict[str, Any]:
         """Return the parts of a piece as a message has them; calls are numbered only where they are streamed."""
@@ -162,6 +176,7 @@ class ChatWriter(OpenAiWriter):
 
 class CompletionWriter(OpenAiWriter):
     id_prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
+    nothing = {"text": ""}  # noqa: RUF012
 
     def opening(self) -> list[bytes]:
         if not (self.asked.echo or self.asked.wants_token_ids):
@@ -174,30 +189,25 @@ class CompletionWriter(OpenAiWriter):
             for index in range(len(self.submits))
         ]
 
-    def progress(self, index: int, piece: Piece) -> list[bytes]:
-        wants_ids = self.asked.wants_token_ids and piece.token_ids
-        if not (piece.text or piece.logprobs or wants_ids):
-            return []
-        logprobs = _completion_logprobs(piece, self.text)
-        choice = {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": None}
-        if wants_ids:
-            choice["token_ids"] = unpack_tokens(piece.token_ids)
-        return [self._chunk(choice)]
+    def _gained(self, index: int, piece: Piece) -> dict[str, Any]:
+        return {"text": piece.text}
 
-    def ending(self, index: int, end: Finished) -> bytes:
-        reason = _FINISH.get(end.reason, end.reason)
-        return self._chunk({"index": index, "text": "", "logprobs": None, "finish_reason": reason})
+    def _all(self, index: int, piece: Piece) -> dict[str, Any]:
+        more = {"prompt_token_ids": self._prompt_ids(index)} if self.asked.wants_token_ids else {}
+        return {"text": self._echo(index) + piece.text, **more}
 
-    def _choice(self, index: int, piece: Piece, reason: str) -> dict[str, Any]:
-        choice = {
-            "index": index,
-            "text": self._echo(index) + piece.text,
-            "logprobs": _completion_logprobs(piece, self.text),
-            "finish_reason": _FINISH.get(reason, reason),
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        text = self.text
+        if not piece.logprobs or text is None:
+            return None
+        tokens = [text.decode([token_id]) for token_id in view_tokens(piece.token_ids)]
+        tops = [{text.decode([candidate]): value for candidate, value in entry.top} for entry in piece.logprobs]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry.logprob for entry in piece.logprobs],
+            "top_logprobs": tops,
+            "text_offset": list(accumulate(map(len, tokens[:-1]), initial=piece.start)),
         }
-        if self.asked.wants_token_ids:
-            choice |= {"token_ids": unpack_tokens(piece.token_ids), "prompt_token_ids": self._prompt_ids(index)}
-        return choice
 
     def _echo(self, index: int) -> str:
         """Return the prompt, where it is asked for: as it was sent, or what its tokens say."""
@@ -209,13 +219,6 @@ class CompletionWriter(OpenAiWriter):
         return "" if self.text is None else self.text.decode(self._prompt_ids(index))
 
 
-def _chat_logprobs(piece: Piece, text: ModelText | None) -> dict[str, Any] | None:
-    if not piece.logprobs or text is None:
-        return None
-    pairs = zip(view_tokens(piece.token_ids), piece.logprobs, strict=False)
-    return {"content": [_chat_token(text, *pair) for pair in pairs]}
-
-
 def _chat_token(text: ModelText, token_id: int, logprobs: TokenLogprobs) -> dict[str, Any]:
     top = [_scored(text, candidate, value) for candidate, value in logprobs.top]
     return {**_scored(text, token_id, logprobs.logprob), "top_logprobs": top}
@@ -224,17 +227,3 @@ def _chat_token(text: ModelText, token_id: int, logprobs: TokenLogprobs) -> dict
 def _scored(text: ModelText, token_id: int, logprob: float) -> dict[str, Any]:
     piece = text.token_bytes(token_id)
     return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
-
-
-def _completion_logprobs(piece: Piece, text: ModelText | None) -> dict[str, Any] | None:
-    if not piece.logprobs or text is None:
-        return None
-    tokens = [text.decode([token_id]) for token_id in view_tokens(piece.token_ids)]
-    return {
-        "tokens": tokens,
-        "token_logprobs": [entry.logprob for entry in piece.logprobs],
-        "top_logprobs": [
-            {text.decode([candidate]): value for candidate, value in entry.top} for entry in piece.logprobs
-        ],
-        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=piece.start)),
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Raw, Struct
 
@@ -38,6 +38,10 @@ class CommonBody(Struct, kw_only=True, forbid_unknown_fields=True):
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
     priority: Priority | int | None = None
     no_store: bool | None = None
+
+    def common(self) -> dict[str, Any]:
+        """Return these fields by name."""
+        return {name: getattr(self, name) for name in CommonBody.__struct_fields__}
 
 
 class Body(CommonBody, kw_only=True):

@@ -47,13 +47,6 @@ class Asked(Struct, frozen=True):
     names: dict[str, str] = {}
     previous: str | None = None
 
-    def held_to(self, structured: AskedGrammar | None) -> Asked:
-        """Return this, with answers that match what another field asks for."""
-        if structured is None:
-            return self
-        requests = [msgspec.structs.replace(request, grammar=structured.grammar) for request in self.requests]
-        return msgspec.structs.replace(self, requests=requests, names={**self.names, "grammar": structured.field})
-
     def renamed(self, error: BadRequest) -> BadRequest:
         """Return `error` in the words of the request."""
         ours = error.param
@@ -78,8 +71,11 @@ def read_chat(raw: bytes) -> Asked:
     return asked
 
 
-def asked_of_chat(body: ChatBody, hint: CacheHint | None = None, *, is_lenient: bool = False) -> Asked:
-    """Return what the body of a chat asks for. `hint`: in others' words, ours wins; `is_lenient`: see `ChatOptions`.
+def asked_of_chat(
+    body: ChatBody, hint: CacheHint | None = None, structured: AskedGrammar | None = None, *, is_lenient: bool = False
+) -> Asked:
+    """Return what the body of a chat asks for. `hint`: in others' words, ours wins; `structured`: by a field that chat
+    completions do not have; `is_lenient`: see `ChatOptions`.
 
     Raises:
         BadRequest: something is out of range; `param` names the field.
@@ -92,7 +88,7 @@ def asked_of_chat(body: ChatBody, hint: CacheHint | None = None, *, is_lenient: 
         raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     options = _chat_options(body, is_lenient)
-    return _asked(body, num_logprobs, [{"messages": messages, "chat": options}], max_tokens, hint)
+    return _asked(body, num_logprobs, [{"messages": messages, "chat": options}], max_tokens, hint, structured)
 
 
 def read_completion(raw: bytes) -> Asked:
@@ -123,30 +119,26 @@ def _has_breakpoint(body: ChatBody) -> bool:
 
 def _chat_options(body: ChatBody, is_lenient: bool) -> ChatOptions | None:
     """Return how the template is to be used; None where the request says nothing of it."""
-    given: dict[str, Any] = {}
-    for name in ("tools", "documents"):
-        if raw := _object(getattr(body, name)):
-            given[name] = raw
-    if variables := _variables(body):
-        given["variables"] = variables
-    if body.reasoning_effort:
-        given["reasoning_effort"] = body.reasoning_effort
-    if isinstance(body.tool_choice, NamedTool):
-        given |= {"tool_choice": "required", "tool_name": body.tool_choice.function.name[:256]}
-    elif body.tool_choice is not None:
-        given["tool_choice"] = body.tool_choice
-    for name in ("parallel_tool_calls", "include_reasoning", "separate_reasoning"):
-        if getattr(body, name) is False:
-            given[name] = False
-    budget = body.thinking_token_budget if body.max_reasoning_tokens is None else body.max_reasoning_tokens
-    if budget is not None:
-        given["max_reasoning_tokens"] = budget
-    if body.continue_final_message:
-        given["continue_final_message"] = True
-        given["add_generation_prompt"] = bool(body.add_generation_prompt)
-    elif body.add_generation_prompt is False:
-        given["add_generation_prompt"] = False
-    return ChatOptions(**given, is_lenient=is_lenient) if given or is_lenient else None
+    choice, is_continued = body.tool_choice, bool(body.continue_final_message)
+    has_cue = body.add_generation_prompt
+    options = ChatOptions(
+        tools=_object(body.tools),
+        tool_choice="required" if isinstance(choice, NamedTool) else choice or "auto",
+        tool_name=choice.function.name[:256] if isinstance(choice, NamedTool) else "",
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        separate_reasoning=body.separate_reasoning is not False,
+        include_reasoning=body.include_reasoning is not False,
+        max_reasoning_tokens=(
+            body.thinking_token_budget if body.max_reasoning_tokens is None else body.max_reasoning_tokens
+        ),
+        documents=_object(body.documents),
+        variables=_variables(body),
+        reasoning_effort=body.reasoning_effort or "",
+        is_lenient=is_lenient,
+        add_generation_prompt=bool(has_cue) if is_continued else has_cue is not False,
+        continue_final_message=is_continued,
+    )
+    return None if options == _PLAIN_CHAT else options
 
 
 def _variables(body: ChatBody) -> bytes:
@@ -164,6 +156,7 @@ def _object(raw: Raw) -> bytes:
 
 
 _SAMPLING = ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"]
+_PLAIN_CHAT = ChatOptions()
 _CHAT, _COMPLETION = FieldCheck("chat"), FieldCheck("completions")
 _TURN, _OPTIONS = FieldCheck("message"), FieldCheck("stream_options")
 _turns = "messages", Annotated[list[_TURN.with_harmless(Turn)], Meta(max_length=MAX_TURNS)]  # type: ignore[misc]
@@ -220,6 +213,7 @@ def _asked(
     prompts: list[dict[str, Any]],
     max_tokens: int | None,
     hint: CacheHint | None = None,
+    structured: AskedGrammar | None = None,
 ) -> Asked:
     num_choices = 1 if body.n is None else body.n
     if not 1 <= num_choices <= MAX_CHOICES:
@@ -234,7 +228,7 @@ def _asked(
     sampling = _sampling(body, num_logprobs)
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     stop_token_ids = body.stop_token_ids or []
-    structured = read_grammar(body)
+    structured = structured or read_grammar(body)
     if len(stop_token_ids) > 256:
         raise BadRequest("stop_token_ids takes up to 256 ids", param="stop_token_ids")
     requests = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from typing import Any, TypeVar
 
 import msgspec
 import trio
@@ -40,6 +41,7 @@ from kvasir.protocol.messages import MAX_TOKEN_ID, Constraint, Grammar, Sampling
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import unpack_tokens
 
+T = TypeVar("T")
 MAX_THREADS = 4
 TAIL_BYTES = 64
 _SAMPLING = [name for name in Sampling.__struct_fields__ if name != "constraint"]
@@ -107,12 +109,7 @@ class Preparer:
         if submit is not None:
             return submit
         info = self._find_model(request.model, caller.tenant)
-        if _num_chars(request) <= QUICK_CHARS:
-            request = with_grammar(request, info, self._texts.get(info.name))
-        else:
-            request = await trio.to_thread.run_sync(
-                with_grammar, request, info, self._texts.get(info.name), limiter=self._threads, abandon_on_cancel=True
-            )
+        request = await self._run(request, with_grammar, request, info, self._texts.get(info.name))
         _, packed = await self.tokenize(request, caller.tenant)
         return self._submit(request, caller, sink, info, packed)
 
@@ -125,11 +122,13 @@ class Preparer:
         info = self._find_model(request.model, tenant)
         if request.grammar is not None:
             await self._grammars.verdict(tenant.id, info.name, request.grammar)
+        return info, await self._run(request, self._encode, info, request, tenant)
+
+    async def _run(self, request: CompletionRequest, function: Callable[..., T], *args: Any) -> T:
+        """Return `function(*args)`, from a thread if the text of `request` is long."""
         if _num_chars(request) <= QUICK_CHARS:
-            return info, self._encode(info, request, tenant)
-        return info, await trio.to_thread.run_sync(
-            self._encode, info, request, tenant, limiter=self._threads, abandon_on_cancel=True
-        )
+            return function(*args)
+        return await trio.to_thread.run_sync(function, *args, limiter=self._threads, abandon_on_cancel=True)
 
     def detokenize(self, model: str, token_ids: list[int], tenant: Tenant) -> str:
         """Return the text of `token_ids`, special tokens by their names.

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.edges.cache_intent import PromptCacheOptions, Retention, hint_of
-from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn
+from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn, text_of
 from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
 from kvasir.gateway.edges.grammar_fields import read_text_options
 from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody, CommonBody, NumTokens
@@ -87,7 +87,7 @@ def read_responses(raw: bytes) -> Asked:
         chat_template_kwargs=body.chat_template_kwargs,
         max_reasoning_tokens=body.max_reasoning_tokens,
         enable_thinking=body.enable_thinking,
-        **{name: getattr(body, name) for name in CommonBody.__struct_fields__},
+        **body.common(),
     )
     shown: dict[str, Any] = {
         "instructions": body.instructions,
@@ -101,14 +101,14 @@ def read_responses(raw: bytes) -> Asked:
         "tools": [{"type": "function", "strict": False, **tool} for tool in tools],
     }
     hint = hint_of(body.prompt_cache_options, body.prompt_cache_retention, has_breakpoint=_has_breakpoint(body.input))
-    asked = asked_of_chat(chat, hint, is_lenient=True)
-    asked.names.update(_NAMES)
     structured = read_text_options(body.text)
     if structured is not None:
         shown["text"] = msgspec.json.decode(body.text)
+    asked = asked_of_chat(chat, hint, structured, is_lenient=True)
+    asked.names.update(_NAMES)
     options = body.prompt_cache_options
     previous = None if options is None else options.comparison_response_id or None
-    return msgspec.structs.replace(asked.held_to(structured), shown=shown, previous=previous)
+    return msgspec.structs.replace(asked, shown=shown, previous=previous)
 
 
 def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:
@@ -127,12 +127,12 @@ def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:
             if open_turn is None or open_turn.content or open_turn.tool_calls:
                 open_turn = Turn("assistant")
                 turns.append(open_turn)
-            open_turn.reasoning = _text(item.content or item.summary or "", where)
+            open_turn.reasoning = text_of(item.content or item.summary or "", where, kinds=_TEXT_KINDS)
         elif item.type == "message" and item.role == "assistant":
             if open_turn is None or open_turn.content or open_turn.tool_calls:
                 open_turn = Turn("assistant")
                 turns.append(open_turn)
-            open_turn.content = _text(item.content or "", where)
+            open_turn.content = text_of(item.content or "", where, kinds=_TEXT_KINDS)
         elif item.type == "function_call":
             if open_turn is None:
                 open_turn = Turn("assistant")
@@ -146,6 +146,7 @@ def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:
 
 
 _CHECK = FieldCheck("responses", DIALECT_FIELDS)
+_TEXT_KINDS = ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal")
 _NAMES = {"max_tokens": "max_output_tokens", "messages": "input"}
 TYPE: type = _CHECK.with_harmless(ResponsesBody)
 _decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(TYPE)
@@ -162,26 +163,13 @@ def _other_turn(item: InputItem, where: str) -> Turn:
     if item.type == "message":
         if not item.role:
             raise BadRequest(f"{where} has no role", param=f"{where}.role")
-        return Turn(item.role, _text(item.content or "", where))
+        return Turn(item.role, text_of(item.content or "", where, kinds=_TEXT_KINDS))
     if item.type == "function_call_output":
-        return (
-            Turn("tool", [], tool_call_id=item.call_id)
-            if not item.output
-            else Turn("tool", _text(item.output, where), tool_call_id=item.call_id)
-        )
+        return Turn("tool", text_of(item.output, where, kinds=_TEXT_KINDS) or [], tool_call_id=item.call_id)
     raise BadRequest(
         f"{where} is of type {item.type[:40]!r}; messages, reasoning, function calls and their outputs are read here",
         param=where,
     )
-
-
-def _text(content: str | Sequence[InputPart], where: str) -> str:
-    if isinstance(content, str):
-        return content
-    for part in content:
-        if part.type not in ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal"):
-            raise BadRequest(f"{where}: content of type {part.type[:40]!r} is not supported; send text", param=where)
-    return "".join(part.text for part in content)
 
 
 def _tools(raw: Raw) -> list[dict[str, Any]]:
