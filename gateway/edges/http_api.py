@@ -16,27 +16,21 @@ from kvasir.gateway.edges.anthropic_answers import AnthropicWriter
 from kvasir.gateway.edges.anthropic_requests import read_count, read_messages
 from kvasir.gateway.edges.cors import Cors
 from kvasir.gateway.edges.http_completions import Completions
-from kvasir.gateway.edges.http_exchange import (
-    HttpExchange,
-    api_key,
-    error_response,
-    id_headers,
-    json_response,
-    request_id,
-)
+from kvasir.gateway.edges.http_exchange import HttpExchange, json_response
 from kvasir.gateway.edges.openai_answers import ChatWriter, CompletionWriter
 from kvasir.gateway.edges.openai_requests import Asked, read_chat, read_completion
 from kvasir.gateway.edges.openapi import openapi
 from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.edges.responses_answers import ResponsesWriter
 from kvasir.gateway.edges.responses_requests import read_responses
-from kvasir.gateway.edges.token_routes import read_detokenize, read_tokenize, tokenized
+from kvasir.gateway.edges.token_routes import DetokenizeBody, read_tokenize, tokenized
 from kvasir.gateway.edges.writer import Writer
 from kvasir.gateway.http.connection import Exchange, HttpResponse
 from kvasir.gateway.http.content_coding import unpack
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.gateway.log import no_log
 from kvasir.gateway.tenants.directory import Caller, Tenant, TenantDirectory
+from kvasir.gateway.text.json_input import read_json
 from kvasir.protocol.errors import (
     AuthenticationFailed,
     KvasirError,
@@ -115,24 +109,23 @@ class HttpApi:
     async def __call__(self, request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
         """Answer one request; every `KvasirError` becomes an error object of its dialect, with its status."""
         began = trio.current_time()
-        facts: dict[str, object] = {}
         response = None
-        headers = self._cors.headers(request)
+        call = HttpExchange(request, exchange, {}, self._cors.headers(request))
         try:
-            response = await self._route(HttpExchange(request, exchange, facts, headers))
+            response = await self._route(call)
         except KvasirError as error:
             more = [("allow", ", ".join(error.methods))] if isinstance(error, _WrongMethod) else []
-            response = error_response(error.info(), request.path, request_id(facts), more)
+            response = call.error(error.info(), more)
         except trio.Cancelled:
-            facts["cut"] = True
+            call.facts["cut"] = True
             raise
         finally:
             status = response.status if response else 200 if exchange.has_begun else None
             ms = round((trio.current_time() - began) * 1000)
             method, path = request.method, request.path[:120]
-            self._access("request", edge="http", method=method, path=path, status=status, **facts, ms=ms)
+            self._access("request", edge="http", method=method, path=path, status=status, **call.facts, ms=ms)
         if response is not None:
-            response.headers = [*response.headers, *id_headers(request.path, facts), *headers]
+            response.headers = [*response.headers, *call.id_headers(), *call.headers]
         return response
 
     async def _route(self, call: HttpExchange) -> HttpResponse | None:
@@ -163,11 +156,12 @@ class HttpApi:
         body, coding = request.body, request.headers.get("content-encoding", "")
         if not coding and len(body) <= QUICK_BODY_BYTES:
             return read(body)
-        unpack_and_read = partial(_unpack_and_read, read, body, coding)
-        return await trio.to_thread.run_sync(unpack_and_read, limiter=self._readers, abandon_on_cancel=True)
+        return await trio.to_thread.run_sync(
+            lambda: read(unpack(body, coding)), limiter=self._readers, abandon_on_cancel=True
+        )
 
     def _authenticate(self, call: HttpExchange) -> Caller:
-        caller = self._directory.authenticate(api_key(call.request))
+        caller = self._directory.authenticate(call.api_key)
         call.facts["tenant"] = caller.tenant.id
         return caller
 
@@ -203,7 +197,7 @@ class HttpApi:
     def _show_metrics(self, call: HttpExchange) -> HttpResponse:
         if not self._metrics_token:
             raise PermissionDenied("metrics are off; start the gateway with --metrics-token-file")
-        if not hmac.compare_digest(api_key(call.request).encode(), self._metrics_token.encode()):
+        if not hmac.compare_digest(call.api_key.encode(), self._metrics_token.encode()):
             raise AuthenticationFailed("metrics need the token of --metrics-token-file; send `Bearer TOKEN`")
         return HttpResponse(200, self._metrics(), "text/plain; version=0.0.4; charset=utf-8")
 
@@ -213,7 +207,7 @@ class HttpApi:
     async def _tokens(self, tenant: Tenant, request: HttpRequest) -> HttpResponse:
         """Answer what asks for tokens only."""
         if request.path == "/detokenize":
-            body = await self._read(read_detokenize, request)
+            body: DetokenizeBody = await self._read(partial(read_json, kind=DetokenizeBody), request)
             return json_response(200, {"prompt": self._preparer.detokenize(body.model, body.tokens, tenant)})
         if request.path == "/tokenize":
             wanted, wants_texts = await self._read(read_tokenize, request)
@@ -222,10 +216,6 @@ class HttpApi:
         asked = await self._read(read_count, request)
         _, packed = await self._preparer.tokenize(asked.requests[0], tenant)
         return json_response(200, {"input_tokens": len(packed) // TOKEN_BYTES})
-
-
-def _unpack_and_read(read: Callable[[bytes], T], body: bytes, coding: str) -> T:
-    return read(unpack(body, coding))
 
 
 class _WrongMethod(MethodNotAllowed):

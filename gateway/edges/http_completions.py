@@ -15,7 +15,7 @@ import trio
 from kvasir.gateway.core.api import CoreApi, Finished, Submit
 from kvasir.gateway.edges.answer import Answer, Piece, Waiter
 from kvasir.gateway.edges.cache_intent import says_final, says_no_store
-from kvasir.gateway.edges.http_exchange import HttpExchange, error_response, id_headers, json_response, request_id
+from kvasir.gateway.edges.http_exchange import HttpExchange, json_response
 from kvasir.gateway.edges.limit_headers import standing_headers
 from kvasir.gateway.edges.openai_requests import Asked
 from kvasir.gateway.edges.prepare import Preparer
@@ -98,7 +98,7 @@ class Completions:
         ends = [_end(piece) for piece in pieces]
         for end in ends:
             if end.error is not None:
-                return error_response(end.error, call.request.path, request_id(call.facts))
+                return call.error(end.error)
         return json_response(200, writer.whole(pieces, ends), [("x-kvasir-worker", ends[0].worker_id)])
 
     async def _stream(
@@ -110,8 +110,8 @@ class Completions:
         first = next((piece.finished for piece in pieces if piece.finished and piece.finished.error), None)
         if first is not None and first.error is not None and first.num_output_tokens == 0:
             # Refused before anything was sent: a plain status says it best.
-            return error_response(first.error, call.request.path, request_id(call.facts))
-        headers = [("cache-control", "no-cache"), *id_headers(call.request.path, call.facts), *call.headers]
+            return call.error(first.error)
+        headers = [("cache-control", "no-cache"), *call.id_headers(), *call.headers]
         call.stream.begin(200, "text/event-stream; charset=utf-8", headers)
         out = writer.opening()
         while True:

@@ -27,37 +27,38 @@ class HttpExchange:
     facts: dict[str, object]
     headers: list[tuple[str, str]]
 
+    @property
+    def api_key(self) -> str:
+        """The API key that the request brings, as OpenAI's or as Anthropic's clients send it."""
+        headers = self.request.headers
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if key and scheme.lower() != "bearer":
+            raise AuthenticationFailed(f"authorization scheme {scheme[:20]!r} is not known; send `Bearer KEY`")
+        return key.strip() or headers.get("x-api-key", "").strip()
 
-def api_key(request: HttpRequest) -> str:
-    """Return the API key that a request brings, as OpenAI's or as Anthropic's clients send it."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if key and scheme.lower() != "bearer":
-        raise AuthenticationFailed(f"authorization scheme {scheme[:20]!r} is not known; send `Bearer KEY`")
-    return key.strip() or request.headers.get("x-api-key", "").strip()
+    @property
+    def request_id(self) -> str:
+        """The id of the request: the one that `kvasir explain` takes, or a new one where nothing was submitted."""
+        if "request" not in self.facts:
+            self.facts["request"] = os.urandom(16).hex()
+        return str(self.facts["request"])
 
+    def id_headers(self) -> list[tuple[str, str]]:
+        names = ("x-request-id", "request-id") if self._is_anthropic else ("x-request-id",)
+        return [(name, self.request_id) for name in names]
 
-def request_id(facts: dict[str, object]) -> str:
-    """Return the id of a request: the one that `kvasir explain` takes, or a new one where nothing was submitted."""
-    if "request" not in facts:
-        facts["request"] = os.urandom(16).hex()
-    return str(facts["request"])
+    def error(self, info: ErrorInfo, more_headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:
+        """Return an error as its HTTP status and the object that clients of this route expect."""
+        status = BY_CODE.get(info.code, KvasirError).http_status
+        headers = [*more_headers, *retry_headers(info)]
+        if status == 401:
+            headers.append(("www-authenticate", "Bearer"))
+        writer_of = AnthropicWriter if self._is_anthropic else ChatWriter
+        return json_response(status, writer_of.error(info, status, self.request_id), headers)
 
-
-def id_headers(path: str, facts: dict[str, object]) -> list[tuple[str, str]]:
-    found = [("x-request-id", request_id(facts))]
-    return [*found, ("request-id", request_id(facts))] if path.startswith(_ANTHROPIC) else found
-
-
-def error_response(
-    info: ErrorInfo, path: str, req_id: str, more_headers: Sequence[tuple[str, str]] = ()
-) -> HttpResponse:
-    """Return an error as its HTTP status and the object that clients of `path` expect."""
-    status = BY_CODE.get(info.code, KvasirError).http_status
-    headers = [*more_headers, *retry_headers(info)]
-    if status == 401:
-        headers.append(("www-authenticate", "Bearer"))
-    writer_of = AnthropicWriter if path.startswith(_ANTHROPIC) else ChatWriter
-    return json_response(status, writer_of.error(info, status, req_id), headers)
+    @property
+    def _is_anthropic(self) -> bool:
+        return self.request.path.startswith(_ANTHROPIC)
 
 
 def json_response(status: int, content: Any, headers: Sequence[tuple[str, str]] = ()) -> HttpResponse:

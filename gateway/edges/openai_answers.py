@@ -116,7 +116,7 @@ class OpenAiWriter(Writer):
 
 class ChatWriter(OpenAiWriter):
     id_prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-    nothing = {"delta": {}}  # noqa: RUF012
+    nothing = {"delta": {}}
 
     def whole(self, pieces: Sequence[Piece], ends: Sequence[Finished]) -> dict[str, Any]:
         body = super().whole(pieces, ends)
@@ -176,7 +176,7 @@ class ChatWriter(OpenAiWriter):
 
 class CompletionWriter(OpenAiWriter):
     id_prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
-    nothing = {"text": ""}  # noqa: RUF012
+    nothing = {"text": ""}
 
     def opening(self) -> list[bytes]:
         if not (self.asked.echo or self.asked.wants_token_ids):

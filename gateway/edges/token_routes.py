@@ -68,13 +68,3 @@ def tokenized(packed: bytes, info: ModelInfo, text: ModelText | None, *, wants_t
         [text.token_bytes(token_id).decode("utf-8", "replace") for token_id in ids] if wants_texts and text else None
     )
     return {"count": len(ids), "max_model_len": info.max_context, "tokens": ids, "token_strs": texts}
-
-
-def read_detokenize(raw: bytes) -> DetokenizeBody:
-    """Read the body of `/detokenize`.
-
-    Raises:
-        BadRequest: as `read_tokenize`.
-    """
-    body: DetokenizeBody = read_json(raw, DetokenizeBody)
-    return body

@@ -60,21 +60,6 @@ class EdgeLimits:
     """For so long a client may take to say that an answer has arrived; then it counts as arrived."""
 
 
-@dataclass(frozen=True, slots=True)
-class EdgeStatistics:
-    """`num_malformed`: messages that were refused or dropped as no request; `num_dropped`: of clients that were cut."""
-
-    num_requests: int
-    num_refused: int
-    num_malformed: int
-    num_dropped: int
-    num_gone: int
-    num_cut: int
-    open_calls: int
-    peers: int
-    waiting_messages: int
-
-
 class _Call:
     """One request of one client. `closed`: its `CompletionDone` has been sent, or nobody wants it any more."""
 
@@ -97,7 +82,11 @@ class _Call:
 
 
 class ZmqEdge:
-    """Serves clients on `link`, a ROUTER of the SDK's protocol. `run` it in a nursery; its owner closes the link."""
+    """Serves clients on `link`, a ROUTER of the SDK's protocol. `run` it in a nursery; its owner closes the link.
+
+    `num_open`: calls under way. `num_malformed`: messages that were refused or dropped as no request; `num_dropped`: of
+    clients that were cut.
+    """
 
     def __init__(
         self,
@@ -116,7 +105,7 @@ class ZmqEdge:
         self._directory = directory
         self._limits = limits or EdgeLimits()
         self._access = access
-        self._outbox: Outbox[_Call] = Outbox(link, self._limits.outbox)
+        self.outbox: Outbox[_Call] = Outbox(link, self._limits.outbox)
         self._dirty: list[_Call] = []
         self._ended: dict[
             tuple[bytes, CallId], tuple[_Call, float]
@@ -124,11 +113,11 @@ class ZmqEdge:
         self._flusher = trio.lowlevel.ParkingLot()
         self._draining = False
         self._num_preparing = 0
-        self._num_open = 0
-        self._num_requests = 0
-        self._num_refused = 0
-        self._num_malformed = 0
-        self._num_dropped = 0
+        self.num_open = 0
+        self.num_requests = 0
+        self.num_refused = 0
+        self.num_malformed = 0
+        self.num_dropped = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until the link is closed or the task is cancelled; nothing is answered any more then. To end in good
@@ -162,36 +151,22 @@ class ZmqEdge:
             self._flush_call(call)
         self._send_posted()
 
-    def statistics(self) -> EdgeStatistics:
-        """Return the counters."""
-        return EdgeStatistics(
-            self._num_requests,
-            self._num_refused,
-            self._num_malformed,
-            self._num_dropped,
-            self._outbox.num_gone,
-            self._outbox.num_cut,
-            self._num_open,
-            self._outbox.num_peers(),
-            self._outbox.num_waiting(),
-        )
-
     # ---- client -> core ------------------------------------------------------------------------------------------
 
     def _handle(self, frames: list[bytes]) -> None:
-        peer = self._outbox.peer(frames[0])
+        peer = self.outbox.peer(frames[0])
         if peer.cut:
-            self._num_dropped += 1
+            self.num_dropped += 1
             return
         try:
             if len(frames) != 2:
                 raise InvalidMessage(f"a message has one frame, not {len(frames) - 1}")
             message = CLIENT_MESSAGES.decode(frames[1])
         except InvalidMessage as error:
-            self._num_malformed += 1
+            self.num_malformed += 1
             call_id = _recover_id(frames[-1])
             if call_id is not None:  # else nobody would know what is answered
-                self._outbox.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
+                self.outbox.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
             return
         match message:
             case CompletionRequest():
@@ -203,10 +178,10 @@ class ZmqEdge:
             case Received():
                 self._note_received(peer, message)
             case ModelsRequest():
-                self._outbox.post(peer, message.id, encode(self._list_models(message)))
+                self.outbox.post(peer, message.id, encode(self._list_models(message)))
 
     def _begin(self, peer: Peer[_Call], request: CompletionRequest) -> None:
-        self._num_requests += 1
+        self.num_requests += 1
         try:
             caller = self._directory.authenticate(request.api_key)
             self._check_room(peer, request.id)
@@ -274,20 +249,20 @@ class ZmqEdge:
             call.answer.close()
 
     def _open(self, call: _Call) -> None:
-        self._num_open += 1
+        self.num_open += 1
         call.peer.calls[call.request.id] = call
-        self._outbox.remember(call.peer)
+        self.outbox.remember(call.peer)
 
     def _close(self, call: _Call) -> None:
         """Forget a call whose end is sent next; the core is told when that has arrived."""
-        self._num_open -= 1
+        self.num_open -= 1
         call.closed = True
         routing_id, call_id = call.peer.routing_id, call.request.id
         self._settle(routing_id, call_id)  # an earlier call of the same id
         if call.answer.submit is not None:
             self._ended[routing_id, call_id] = call, trio.current_time()
         call.peer.calls.pop(call.request.id, None)
-        self._outbox.release(call.peer)
+        self.outbox.release(call.peer)
 
     def _cancel(self, call: _Call) -> None:
         if call.answer.submit is not None:
@@ -302,7 +277,7 @@ class ZmqEdge:
         for peer in peers:
             unfinished = dict.fromkeys([*peer.lost, *peer.calls])
             for call in peer.calls.values():
-                self._num_open -= 1
+                self.num_open -= 1
                 call.closed = True
                 call.answer.cancel()
                 self._log_end(call, "cut")
@@ -312,13 +287,13 @@ class ZmqEdge:
                     "the answers were not read in time and have been dropped; read faster or ask for less"
                 )
                 for call_id in unfinished:
-                    self._outbox.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
+                    self.outbox.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
 
     def _list_models(self, request: ModelsRequest) -> ModelList:
         try:
             tenant = self._directory.authenticate(request.api_key).tenant
         except KvasirError as error:
-            self._num_refused += 1
+            self.num_refused += 1
             return ModelList(request.id, error=error.info())
         mine = models_of(tenant, self._core.models()).items()
         return ModelList(request.id, [ModelCard(name, info.max_context, info.num_workers) for name, info in mine])
@@ -331,9 +306,9 @@ class ZmqEdge:
             self._access("request", edge="zmq", status=status, tenant=tenant, request=request, tokens=tokens, ms=ms)
 
     def _refuse(self, peer: Peer[_Call], call_id: int, error: KvasirError) -> None:
-        self._num_refused += 1
+        self.num_refused += 1
         self._access("request", edge="zmq", status=error.code)
-        self._outbox.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
+        self.outbox.post(peer, call_id, encode(CompletionDone(call_id, "error", error=error.info())))
 
     # ---- core -> client ------------------------------------------------------------------------------------------
 
@@ -344,12 +319,12 @@ class ZmqEdge:
         self._dirty.append(call)
 
     def _send_posted(self) -> None:
-        while lost := self._outbox.flush():
+        while lost := self.outbox.flush():
             self._abandon(lost)
 
     async def _retry_for_ever(self) -> None:
         while True:
-            self._abandon(await self._outbox.retry())
+            self._abandon(await self.outbox.retry())
             self._send_posted()
 
     async def _settle_for_ever(self) -> None:
@@ -391,7 +366,7 @@ class ZmqEdge:
             self._send(call, done)
 
     def _send(self, call: _Call, message: GatewayMessage) -> None:
-        self._outbox.post(call.peer, call.request.id, encode(message))
+        self.outbox.post(call.peer, call.request.id, encode(message))
 
 
 def _parts_of(piece: Piece) -> list[AnswerPart]:

@@ -144,7 +144,7 @@ class House:
 
     async def settled(self) -> None:
         """Wait until no call is open and nothing waits to be sent."""
-        await until(lambda: not self.edge.statistics().open_calls and not self.edge.statistics().peers)
+        await until(lambda: not self.edge.num_open and not self.edge.outbox.num_peers())
 
 
 class RawClient:
@@ -439,7 +439,7 @@ def test_the_blocking_client_in_a_thread_gets_text_chat_and_models(run) -> None:
     async def main(house: House) -> None:
         house.core.on_submit = house.core.echo
         await trio.to_thread.run_sync(work, house.endpoint)
-        assert house.edge.statistics().num_refused >= 5
+        assert house.edge.num_refused >= 5
         await house.settled()
 
     run(main)
@@ -525,7 +525,7 @@ def test_a_malformed_message_with_an_id_is_answered_and_the_next_one_served(run,
         message = await client.receive()
         assert (message.id, message.finish_reason, message.error.code) == (9, "error", "invalid_message")
         assert (await client.answer(client.request([5, 6])))[1] == [5, 6]
-        assert house.edge.statistics().num_malformed == 1
+        assert house.edge.num_malformed == 1
 
     run(main)
 
@@ -537,7 +537,7 @@ def test_bytes_without_an_id_are_counted_and_the_next_message_served(run, frame:
         client = house.dealer()
         client.send(frame)
         assert (await client.answer(client.request([5, 6])))[1] == [5, 6]
-        assert house.edge.statistics().num_malformed == 1
+        assert house.edge.num_malformed == 1
 
     run(main)
 
@@ -567,7 +567,7 @@ def test_random_bytes_never_stop_the_edge(run) -> None:
             noise.send(bytes(frame[: rng.choice([len(frame), rng.randrange(len(frame))])]))
         client = house.dealer()
         assert (await client.answer(client.request([5, 6])))[1] == [5, 6]
-        await until(lambda: house.edge.statistics().num_malformed + house.edge.statistics().num_requests >= 2_001)
+        await until(lambda: house.edge.num_malformed + house.edge.num_requests >= 2_001)
 
     run(main)
 
@@ -669,7 +669,7 @@ def test_a_client_that_is_gone_gets_all_its_requests_cancelled(run) -> None:
             await trio.sleep(0.005)
         assert {cancel.req_id for cancel in house.core.cancels} == {submit.req_id for submit in submits}
         await house.settled()
-        assert house.edge.statistics().num_gone == 1
+        assert house.edge.outbox.num_gone == 1
 
     run(main)
 
@@ -684,10 +684,10 @@ def test_a_client_that_does_not_read_is_cut_off_and_the_others_do_not_notice(run
         submits = [await house_core.next_submit() for _ in calls]
 
         def waiting() -> int:
-            return house.edge.statistics().waiting_messages
+            return house.edge.outbox.num_waiting()
 
         sent, waited = 0, 0
-        while not house.edge.statistics().num_cut:
+        while not house.edge.outbox.num_cut:
             if waiting() > waited:  # stuck, or is libzmq's thread only behind?
                 await trio.sleep(0.05)
             waited = waiting()
@@ -709,7 +709,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_the_others_do_not_notice(run
         assert {done.error.code for done in ended.values()} == {"overloaded"}
         assert set(ended) == set(calls)
         await house.settled()
-        assert house.edge.statistics().num_dropped == 1
+        assert house.edge.num_dropped == 1
         assert (await slow.answer(slow.request([9])))[1] == [9]
 
     limits = EdgeLimits(outbox=OutboxLimits(max_messages=50, max_bytes=1 << 20, retry_s=0.005))
@@ -739,7 +739,7 @@ def test_a_slow_client_that_catches_up_loses_nothing(run) -> None:
         call = slow.request([5])
         submit = await house.core.next_submit()
         expected: list[int] = []
-        while house.edge.statistics().waiting_messages < 20:
+        while house.edge.outbox.num_waiting() < 20:
             tokens = list(range(300 + len(expected) % 7, 1300))
             house.core.deliver(submit, tokens)
             expected += tokens
