@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import Struct, field
 
-from kvasir.protocol.messages import CacheHint
+from kvasir.protocol.messages import CacheHint, Drafts
 from kvasir.protocol.terms import Price, Terms
 
 
@@ -119,7 +119,7 @@ class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     what the router expected to be cached; mispredicted: the sum of |predicted - cached|; drift: what the
     index of cached blocks was wrong about for no reason, a snapshot being asked for when it is much. `engine` computes,
     `lacks` is what it cannot do (`messages.Lack`), each prefix is found in whole runs of `hit_blocks` blocks.
-    `num_drafted` tokens that its `proposer` proposed were computed in `num_draft_runs` runs, `num_accepted` held.
+    `drafts` are by proposer, those that have proposed.
     """
 
     id: str
@@ -153,10 +153,7 @@ class WorkerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     engine: str = "kvasir"
     hit_blocks: int = 1
     lacks: list[str] = []
-    proposer: str = ""
-    num_draft_runs: int = 0
-    num_drafted: int = 0
-    num_accepted: int = 0
+    drafts: list[Drafts] = []
 
 
 class ModelStatus(Struct, frozen=True, forbid_unknown_fields=True):

@@ -299,7 +299,6 @@ class Hello(Report, tag="hello"):
     `bytes_per_block`: of KV memory, all layers; 0 for a worker that keeps none. `engine`: what computes, our own or
     another that the worker fronts, which may lack something (`Lack`) and may find prefixes only in whole runs of
     `hit_blocks` blocks. `attention`: the path that computes it, and if that is not the best for `device`, why.
-    `proposer`: where it has drafts from, empty if it has none.
     """
 
     protocol_version: int
@@ -319,7 +318,6 @@ class Hello(Report, tag="hello"):
     engine: Name = "kvasir"
     hit_blocks: Annotated[int, Meta(ge=1, le=1024)] = 1
     lacks: Annotated[list[Lack], Meta(max_length=16)] = []
-    proposer: Annotated[str, Meta(max_length=64)] = ""
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True):
@@ -350,11 +348,20 @@ class Output(Struct, forbid_unknown_fields=True, omit_defaults=True):
     num_rejected_tokens: Count = 0
 
 
+class Drafts(Struct, frozen=True, forbid_unknown_fields=True):
+    """What `proposer` proposed: in `num_runs` runs `num_drafted` tokens were computed before they were drawn, of which
+    `num_accepted` held."""
+
+    proposer: Name
+    num_runs: Count
+    num_drafted: Count
+    num_accepted: Count
+
+
 class Load(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """A worker after a step. `num_free_blocks` counts blocks that no request uses; `pending_tokens` are uncached prompt
     tokens still to be computed; what follows describes this step alone. Its tokens and seconds teach the gateway the
-    worker's rates. In `num_draft_runs` runs `num_drafted` tokens were computed before they were drawn, of which
-    `num_accepted` held."""
+    worker's rates."""
 
     num_running: Count = 0
     num_waiting: Count = 0
@@ -363,9 +370,7 @@ class Load(Struct, forbid_unknown_fields=True, omit_defaults=True):
     num_prefill_tokens: Count = 0
     num_decode_tokens: Count = 0
     step_s: Seconds = 0.0
-    num_draft_runs: Count = 0
-    num_drafted: Count = 0
-    num_accepted: Count = 0
+    drafts: Annotated[list[Drafts], Meta(max_length=8)] = []
 
 
 class StepReport(Report, tag="step"):

@@ -43,7 +43,8 @@ from kvasir.worker.model.sampling import sample
 from kvasir.worker.speculation.costs import StepCosts
 from kvasir.worker.speculation.lookup import Lookup
 from kvasir.worker.speculation.proposer import Draft, Proposer, Text
-from kvasir.worker.speculation.speculator import Counts, Speculator
+from kvasir.worker.speculation.speculator import Speculator
+from kvasir.worker.speculation.track import Counts
 
 BLOCK_SIZE = 16
 SPACE = derive_namespace(b"benchmark", "tenant")
@@ -179,7 +180,7 @@ def run(
     num_after = sum(map(len, answers.values())) - num_before
     seconds = time.process_time() - begin
     speculator = engine.speculator
-    counts = Counts() if speculator is None else speculator.counts
+    counts = Counts() if speculator is None else next(iter(speculator.experience.counts.values()), Counts())
     return Run(num_after / seconds, list(answers.values()), counts, num_after / num_turns)
 
 

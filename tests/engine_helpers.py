@@ -46,6 +46,9 @@ class FixedCosts(StepCosts):
     def relative(self, num_sequences: int) -> float | None:
         return self.cost
 
+    def relative_round(self, num_sequences: int, num_drafting: int) -> float:
+        return self.cost
+
 
 class WatchedStore(OracleStore):
     """Remembers what was zeroed, and who wrote what is in each block."""

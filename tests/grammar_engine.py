@@ -18,6 +18,7 @@ from kvasir.worker.grammars.grammars import Grammars
 from kvasir.worker.model.loader import load_model
 from kvasir.worker.model.model import Model
 from kvasir.worker.model.sampling import sample
+from kvasir.worker.speculation.draft_model import DraftModel
 from tests.engine_helpers import PUBLIC_SPACE, Stream
 from tests.grammar_helpers import DEMO, EOS, TOKENIZER
 
@@ -43,6 +44,18 @@ def make_engine(model: Model, *, num_blocks: int = 512, max_requests: int = 16) 
     )
     engine.public_namespace = PUBLIC_SPACE
     return engine
+
+
+def make_draft_model(engine: Engine, *, is_of_same_mind: bool) -> DraftModel:
+    """Return the bundled model once more, or with something changed that makes it say other things at times."""
+    model = load()
+    if not is_of_same_mind:
+        norm = model.weights.final_norm
+        norm *= 1 + 0.5 * torch.rand(norm.shape, generator=torch.Generator().manual_seed(1), dtype=norm.dtype)
+    config, num_blocks = model.config, engine.cache.pool.num_blocks
+    kv = KvStore(num_blocks, config.num_layers, SIZE, config.num_kv_heads, config.head_dim, model.dtype, "cpu")
+    executor, window = LocalExecutor(model, kv, sample), config.max_position
+    return DraftModel(executor, num_blocks, SIZE, vocab_size=config.vocab_size, window=window, clock=time.monotonic)
 
 
 def run(engine: Engine, *commands: Generate, timeout_s: float = 60.0) -> list[Stream]:

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "worker/events": {"protocol", "cache", "worker/log"},
     "worker/upstream": {"protocol", "worker/log", "worker/dial"},
     "worker/grammars": {"protocol"},
-    "worker/speculation": set(),
+    "worker/speculation": {"protocol", "cache", "worker/engine/step"},
     "gateway": {"protocol", "kvasir"},  # kvasir: only the package itself, to find where it lies
     "gateway/http": {"protocol", "gateway/log"},
     "gateway/text": {"protocol"},

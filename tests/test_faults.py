@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.box import Box, open_box
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
+DEMO_MODEL = Path(__file__).resolve().parents[1] / "kvasir" / "demo_model"
 NUM_STREAMS = 16
 NUM_TOKENS = 96
 NUM_KILLS = 10
@@ -93,15 +95,22 @@ def test_killing_workers_in_mid_stream_changes_no_token_of_any_stream() -> None:
 
 def test_drafts_and_the_death_of_workers_that_compute_them_change_no_token() -> None:
     rng = random.Random(21)
-    options = "--deterministic --kv-memory 256M --speculate "
-    with open_box(workers=2, worker_args=options + "off") as box:
+    options = "--deterministic --kv-memory 256M "
+    with open_box(workers=2, worker_args=options + "--speculate off") as box:
         expected = run_streams(box, box.key("alpha"))
-        assert not any(worker["proposer"] or worker["num_drafted"] for worker in box.workers())
-    with open_box(workers=2, worker_args=options + "lookup") as box:
+        assert not any(worker["drafts"] for worker in box.workers())
+    for proposer, argument in (("lookup", "--speculate lookup"), ("model", f"--draft-model {DEMO_MODEL}")):
+        check_deaths(rng, options + argument, proposer, expected)
+
+
+def check_deaths(rng: random.Random, worker_args: str, proposer: str, expected: list[list[int]]) -> None:
+    with open_box(workers=2, worker_args=worker_args) as box:
         key = box.key("alpha")
         assert run_streams(box, key) == expected
-        assert sum(worker["num_accepted"] for worker in box.workers()) > NUM_TOKENS
-        for _ in range(4):
+        drafts = [each for worker in box.workers() for each in worker["drafts"] if each["proposer"] == proposer]
+        # A model that drafts for itself is not worth its time, and soon left alone.
+        assert sum(each["num_accepted"] for each in drafts) > (10 if proposer == "model" else NUM_TOKENS)
+        for _ in range(3):
             victim = rng.choice([worker["pid"] for worker in box.workers()])
             countdown = Countdown(rng.randrange(1, NUM_STREAMS * NUM_TOKENS // 2), victim)
             assert run_streams(box, key, countdown) == expected

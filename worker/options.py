@@ -47,6 +47,7 @@ class Options:
     max_context: int | None
     threads: int
     speculate: str
+    draft_model: str
     drain_s: float
     exit_with_stdin: bool
     check: bool
@@ -88,6 +89,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     add("--max-context", type=_positive, metavar="TOKENS", help="longest prompt + answer (default: the model's window)")
     speculate_help = "drafts from what was said before; auto: lookup on a CPU, off on CUDA (unproven there)"
     add("--speculate", choices=("auto", "lookup", "off"), default="auto", help=speculate_help)
+    draft_help = "folder of a smaller model with the same tokenizer, which drafts where nothing was said before"
+    add("--draft-model", default="", metavar="PATH", help=draft_help)
     add("--threads", type=_positive, default=1, help="torch threads (default 1)")
     add(
         "--drain",
@@ -110,6 +113,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         raise ConfigurationError("--deterministic computes in float64 on the CPU; leave out --device and --dtype.")
     if args.deterministic:
         args.device, args.dtype = "cpu", "float64"
+    if args.draft_model and (args.speculate == "off" or args.model.startswith(PREFIX)):
+        raise ConfigurationError("--draft-model drafts for a real model, and not with --speculate off; leave one out.")
     if not args.name:
         args.name = "oracle" if args.model.startswith(PREFIX) else Path(args.model).resolve().name
     args.worker_id = worker_id

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,9 @@ from kvasir.worker.engine.step import Executor, Grammars, OutOfMemory
 from kvasir.worker.log import log
 from kvasir.worker.model.oracle_model import PREFIX, OracleModel, OracleStore, parse_oracle
 from kvasir.worker.options import MemorySize, Options
+from kvasir.worker.speculation.draft_model import DraftModel
 from kvasir.worker.speculation.lookup import Lookup
+from kvasir.worker.speculation.same_tokenizer import check_same_tokenizer
 from kvasir.worker.speculation.speculator import Speculator
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ class Loaded:
     attention: str = ""
     grammars: Grammars | None = None
     is_ahead: bool = False
+    draft_model: DraftModel | None = None
 
 
 def build(options: Options) -> tuple[Engine, Hello]:
@@ -63,8 +67,9 @@ def build(options: Options) -> tuple[Engine, Hello]:
     limits = loaded.limits
     make_policy = POLICIES[options.eviction_policy](loaded.num_blocks)
     cache = PrefixCache(loaded.num_blocks, options.block_size, make_policy)
-    speculates = options.speculate == "lookup" or (options.speculate == "auto" and loaded.device == "cpu")
-    speculator = Speculator(Lookup()) if speculates else None
+    is_auto = options.speculate == "auto" and (loaded.device == "cpu" or bool(options.draft_model))
+    speculates = options.speculate == "lookup" or is_auto
+    speculator = Speculator(Lookup(), loaded.draft_model) if speculates else None
     engine = Engine(
         loaded.executor,
         cache,
@@ -91,7 +96,6 @@ def build(options: Options) -> tuple[Engine, Hello]:
         pid=os.getpid(),
         bytes_per_block=loaded.bytes_per_block,
         lacks=[] if loaded.grammars is not None else ["grammars"],
-        proposer="" if speculator is None else speculator.proposer.name,
     )
     return engine, hello
 
@@ -199,6 +203,7 @@ def _load_torch(options: Options) -> Loaded:
 
     from kvasir.cache.kv_store import KvStore, bytes_per_block
     from kvasir.worker.engine.step import SequenceSlice
+    from kvasir.worker.model.config import ModelConfig
     from kvasir.worker.model.device_executor import DeviceExecutor
     from kvasir.worker.model.linear import Packing, choose_packing, gain_over_fp32
     from kvasir.worker.model.loader import load_model, model_fingerprint, read_config, resolve_dtype, weight_bytes
@@ -214,15 +219,24 @@ def _load_torch(options: Options) -> Loaded:
         return torch.cuda.mem_get_info(device)[0] if on_gpu else free_memory()
 
     config = read_config(Path(options.model))
+    draft_config = read_config(Path(options.draft_model)) if options.draft_model else None
+    if draft_config is not None:
+        check_same_tokenizer(Path(options.model), Path(options.draft_model))
+    configs = [config] if draft_config is None else [config, draft_config]
+    folders = [folder for folder in (options.model, options.draft_model) if folder]
     dtype = resolve_dtype(options.dtype, config, device)
     packing = choose_packing(dtype, device, weight_bytes(config, dtype, Packing(), device))
-    needed = weight_bytes(config, dtype, packing, device)
+    needed = sum(weight_bytes(each, dtype, packing, device) for each in configs)
     if needed > free_bytes():
         raise ModelError(
-            f"{options.model} needs {_gib(needed)} for its weights in {_name(dtype)}, but only {_gib(free_bytes())} "
-            f"are free on {device.type}; use a smaller model or a narrower --dtype."
+            f"{' and '.join(folders)} need {_gib(needed)} for weights in {_name(dtype)}, but only "
+            f"{_gib(free_bytes())} are free on {device.type}; use a smaller model or a narrower --dtype."
         )
-    block_bytes = bytes_per_block(config.num_layers, options.block_size, config.num_kv_heads, config.head_dim, dtype)
+
+    def block_bytes_of(its: ModelConfig) -> int:
+        return bytes_per_block(its.num_layers, options.block_size, its.num_kv_heads, its.head_dim, dtype)
+
+    block_bytes = sum(map(block_bytes_of, configs))
     num_blocks = choose_num_blocks(
         options.kv_memory,
         free_bytes=free_bytes() - needed,
@@ -236,27 +250,41 @@ def _load_torch(options: Options) -> Loaded:
     if not on_gpu and dtype in (torch.bfloat16, torch.float16) and (gain := gain_over_fp32(dtype)) < 1:
         log("slow_dtype", dtype=_name(dtype), times_fp32=round(gain, 2), hint="on this CPU --dtype float32 is faster")
     log("loading", model=options.model, device=device.type, dtype=_name(dtype), weight_bytes=needed, **is_packed)
-    try:
+
+    def load(folder: str, its: ModelConfig) -> tuple[Executor, Attention]:
         model = load_model(
-            options.model,
+            folder,
             device,
             dtype,
             block_size=options.block_size,
-            working_set_limit_bytes=num_blocks * block_bytes,
+            working_set_limit_bytes=num_blocks * block_bytes_of(its),
             packing=packing,
             on_progress=_report_progress,
         )
-        kv = KvStore(
-            num_blocks, config.num_layers, options.block_size, config.num_kv_heads, config.head_dim, dtype, device
-        )
+        kv = KvStore(num_blocks, its.num_layers, options.block_size, its.num_kv_heads, its.head_dim, dtype, device)
         # The first step allocates and compiles what every step needs: better before anybody waits for it.
         model.forward([SequenceSlice(0, [0], 0, [0], 1)], kv)
         kv.zero([0])
+        # A GPU computes beside Python, which plans the next step meanwhile; a CPU's cores all compute already.
+        return DeviceExecutor(model.forward, kv) if on_gpu else LocalExecutor(model, kv, sample), model.attention
+
+    draft_model = None
+    try:
+        executor, attention = load(options.model, config)
+        if draft_config is not None:
+            log("loading", draft_model=options.draft_model)
+            draft_model = DraftModel(
+                load(options.draft_model, draft_config)[0],
+                num_blocks,
+                options.block_size,
+                vocab_size=min(config.vocab_size, draft_config.vocab_size),
+                window=draft_config.max_position,
+                clock=time.monotonic,
+            )
     except (MemoryError, torch.OutOfMemoryError, OutOfMemory) as error:
         raise ModelError(f"{options.model} does not fit into memory ({error}); give less --kv-memory.") from None
     return Loaded(
-        # A GPU computes beside Python, which plans the next step meanwhile; a CPU's cores all compute already.
-        executor=DeviceExecutor(model.forward, kv) if on_gpu else LocalExecutor(model, kv, sample),
+        executor=executor,
         is_ahead=on_gpu,
         num_blocks=num_blocks,
         bytes_per_block=block_bytes,
@@ -266,8 +294,9 @@ def _load_torch(options: Options) -> Loaded:
         fingerprint=model_fingerprint(options.model),
         dtype=_name(dtype),
         device=device.type,
-        attention=_attention(model.attention),
+        attention=_attention(attention),
         grammars=_load_grammars(Path(options.model), config.vocab_size, config.eos_token_ids),
+        draft_model=draft_model,
     )
 
 

@@ -49,7 +49,7 @@ _WORKER_COUNTERS = {
     "index_gaps": ("num_index_gaps", "Gaps in the block events, each mended by a snapshot."),
 }
 _DRAFT_COUNTERS = {
-    "draft_runs": ("num_draft_runs", "Times that drafts were computed after a sequence's last token."),
+    "draft_runs": ("num_runs", "Times that drafts were computed after a sequence's last token."),
     "drafted_tokens": ("num_drafted", "Tokens of drafts computed."),
     "accepted_tokens": ("num_accepted", "Of them, those that held."),
 }
@@ -103,7 +103,7 @@ def render_metrics(core: CoreStatistics, http: HttpStatistics | None, ledger: Le
     _table(lines, "kvasir_worker_", "gauge", _WORKER_GAUGES, workers)
     _table(lines, "kvasir_worker_", "gauge", _CACHE_GAUGES, caches)
     _table(lines, "kvasir_worker_", "counter", _WORKER_COUNTERS, workers)
-    drafting = [({**labels, "proposer": worker.proposer}, worker) for labels, worker in workers if worker.proposer]
+    drafting = [({**labels, "proposer": its.proposer}, its) for labels, worker in workers for its in worker.drafts]
     _table(lines, "kvasir_worker_", "counter", _DRAFT_COUNTERS, drafting)
     _table(lines, "kvasir_tenant_", "gauge", _TENANT_GAUGES, tenants)
     _table(lines, "kvasir_tenant_", "counter", _TENANT_COUNTERS, tenants)

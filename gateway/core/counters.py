@@ -62,9 +62,6 @@ class WorkerCounters:
     mispredicted_tokens: int = 0  # sum of |predicted - cached|
     drift_tokens: int = 0  # of those that the index was wrong about, without any reason
     num_stale_outputs: int = 0
-    num_draft_runs: int = 0
-    num_drafted: int = 0
-    num_accepted: int = 0
 
 
 class Totals(msgspec.Struct):

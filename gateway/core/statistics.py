@@ -96,7 +96,7 @@ def _worker(worker: Worker) -> WorkerInfo:
         engine=hello.engine,
         hit_blocks=hello.hit_blocks,
         lacks=list(hello.lacks),
-        proposer=hello.proposer,
+        drafts=list(worker.drafts.values()),
         **asdict(worker.counters),
     )
 

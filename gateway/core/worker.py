@@ -15,7 +15,7 @@ from kvasir.gateway.routing.backlog import Backlog, Pending
 from kvasir.gateway.routing.foresight import Foresight
 from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.gateway.routing.router import Candidate, Decision, RouterConfig
-from kvasir.protocol.messages import Hello, KvAccounts, Load
+from kvasir.protocol.messages import Drafts, Hello, KvAccounts, Load
 from kvasir.protocol.prefix import HASH_BYTES
 
 DEFAULT_PREFILL_TOKENS_PER_S = 5_000.0
@@ -106,6 +106,7 @@ class Worker:
     kv: KvAccounts = field(default_factory=lambda: KvAccounts([]))  # as last reported
     pins: dict[str, bytes] = field(default_factory=dict)  # what it was told to pin: name -> hash of the last block
     counters: WorkerCounters = field(default_factory=WorkerCounters)
+    drafts: dict[str, Drafts] = field(default_factory=dict)  # by proposer
     max_context: int = field(init=False)  # longest prompt + answer: the model's window, or all of the KV pool if less
     runs_suspect: bool = False  # it has a suspect, which is alone there
     is_member: bool = True  # False once it is lost: nothing may be booked on it any more
@@ -224,9 +225,10 @@ class Worker:
         self.rates.learn(load)
         if load.num_prefill_tokens:
             self.backlog.advance(load.num_prefill_tokens)
-        self.counters.num_draft_runs += load.num_draft_runs
-        self.counters.num_drafted += load.num_drafted
-        self.counters.num_accepted += load.num_accepted
+        for new in load.drafts:
+            old = self.drafts.get(new.proposer, Drafts(new.proposer, 0, 0, 0))
+            counts = (old.num_runs + new.num_runs, old.num_drafted + new.num_drafted)
+            self.drafts[new.proposer] = Drafts(new.proposer, *counts, old.num_accepted + new.num_accepted)
 
     def forgive(self, now: float) -> None:
         """Start all timers anew: nobody was listening."""

@@ -183,10 +183,11 @@ def _engine_notes(workers: list[records.WorkerInfo]) -> list[RenderableType]:
 def _draft_notes(workers: list[records.WorkerInfo]) -> list[RenderableType]:
     """Say of each proposer what its drafts have been worth."""
     notes: list[RenderableType] = []
-    for proposer in sorted({info.proposer for info in workers if info.num_drafted}):
-        own = [info for info in workers if info.proposer == proposer]
-        num_drafted, num_accepted = (sum(getattr(w, name) for w in own) for name in ("num_drafted", "num_accepted"))
-        per_run = 1 + num_accepted / sum(info.num_draft_runs for info in own)
+    drafts = [its for info in workers for its in info.drafts if its.num_runs]
+    for proposer in sorted({its.proposer for its in drafts}):
+        own = [its for its in drafts if its.proposer == proposer]
+        num_drafted, num_accepted = (sum(getattr(its, name) for its in own) for name in ("num_drafted", "num_accepted"))
+        per_run = 1 + num_accepted / sum(its.num_runs for its in own)
         text = f"drafts ({proposer}): {count(num_drafted)} tokens, {percent(num_accepted, num_drafted)} of them held, "
         notes.append(Text(f"{text}{per_run:.1f} tokens a step where there were any", "dim"))
     return notes

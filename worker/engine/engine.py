@@ -25,6 +25,7 @@ from kvasir.cache.events import Stored
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.errors import BadRequest, Overloaded
 from kvasir.protocol.messages import (
+    Drafts,
     FinishReason,
     Generate,
     KvAccounts,
@@ -36,14 +37,14 @@ from kvasir.protocol.messages import (
     StepReport,
 )
 from kvasir.protocol.tokens import num_tokens
-from kvasir.worker.engine.flight import Flight
+from kvasir.worker.engine.flight import Flight, Share
 from kvasir.worker.engine.pins import Pins, is_prewarming
 from kvasir.worker.engine.scheduler import MIN_CHUNK, EngineLimits, Plan, schedule
 from kvasir.worker.engine.sequence import make_sequence
 from kvasir.worker.engine.sequences import Sequences
 from kvasir.worker.engine.step import Executor, Grammars, OutOfMemory, StepBatch
 from kvasir.worker.speculation.proposer import Text
-from kvasir.worker.speculation.speculator import Counts, Speculator
+from kvasir.worker.speculation.speculator import Speculator
 
 _FIRST_RATE = 100.0  # prompt tokens per second, until measured: low, so that the first chunk is a small one
 _RATE_SHARE = 0.2  # weight of the newest step in the measured rate
@@ -81,7 +82,6 @@ class Engine:
         speculator: Speculator | None = None,
     ) -> None:
         self.speculator = speculator
-        self._counts = Counts()  # of drafts, as last reported
         self._grammars = grammars
         self._executor, self._cache = executor, cache
         self.limits = self._limits = limits
@@ -274,12 +274,12 @@ class Engine:
         drafting = []
         for s in decoding:
             if s.track is not None:
-                s.track.draft_ids = []
+                s.track.clear()
             if not s.num_drawing and not s.is_fresh:
                 if s.track is None:
                     chain = s.chain
                     text = Text(chain.owner, chain.namespace, s.prompt_ids, s.output_ids, s.table.leaves_nothing)
-                    s.track = speculator.open(text)
+                    s.track = speculator.open(text, s)
                 drafting.append((s.track, s.max_length - s.num_tokens - 1))
         speculator.draft(drafting, len(decoding), self._num_launched)
 
@@ -288,8 +288,9 @@ class Engine:
         shares = self._sequences.carry_out(plan)
         if not shares and (self._is_at_rest or self._flights):
             return None
+        draft_s = 0.0 if self.speculator is None else self._add_drafts(self.speculator, shares)
         num_prefill = sum(count for _, count in plan.work[plan.num_decodes :])
-        flight = Flight(shares, plan.now, plan.num_decodes, num_prefill)
+        flight = Flight(shares, plan.now, plan.num_decodes, num_prefill, draft_s)
         sequences = self._sequences
         step = StepBatch(
             sequences.copies,
@@ -306,6 +307,19 @@ class Engine:
         self._flights.append(flight)
         self._num_launched += 1
         return flight
+
+    def _add_drafts(self, speculator: Speculator, shares: list[Share]) -> float:
+        """Append the drafts to what `shares` compute; return the seconds that a draft model took for them."""
+        began = self._clock()
+        drafting = [(share, share.sequence.track) for share in shares if share.is_decode]
+        tracks = [(track, share.num_free) for share, track in drafting if track is not None]
+        speculator.compute(tracks)
+        for share, track in drafting:
+            if track is not None and track.draft_ids:
+                share.add_drafts(track.draft_ids)
+        if not shares:
+            speculator.rest()
+        return self._clock() - began
 
     def _must_be_known(self, flight: Flight) -> bool:
         """Whether the next step cannot be planned before the draws of `flight` are known."""
@@ -338,7 +352,7 @@ class Engine:
         self._collected_at = now
         self._collected.append((flight, step_s))
         if self.speculator is not None and flight.num_decodes and not flight.num_prefill and step_s > 0:
-            self.speculator.costs.learn(flight.num_decodes, flight.num_drafts, step_s)
+            self.speculator.costs.learn(flight.num_decodes, flight.num_drafts, step_s - flight.draft_s)
         if flight.num_prefill >= MIN_CHUNK and step_s > 0:  # less says more about a step's fixed costs than the rate
             rate = flight.num_prefill / step_s
             self._rate = rate if self._rate == _FIRST_RATE else self._rate + _RATE_SHARE * (rate - self._rate)
@@ -401,11 +415,8 @@ class Engine:
             step_s=sum(step_s for flight, step_s in collected if flight.shares),
         )
         if self.speculator is not None:
-            counts, before = self.speculator.counts, self._counts
-            self._counts = counts
-            load.num_draft_runs = counts.num_runs - before.num_runs
-            load.num_drafted = counts.num_drafted - before.num_drafted
-            load.num_accepted = counts.num_accepted - before.num_accepted
+            news = self.speculator.experience.news()
+            load.drafts = [Drafts(name, c.num_runs, c.num_drafted, c.num_accepted) for name, c in news.items()]
         return StepReport(self._num_steps, self._event_seq, load, outputs, stored, removed)
 
     def _take_events(self) -> tuple[bytes, bytes]:

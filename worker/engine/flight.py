@@ -15,14 +15,22 @@ class Share:
     """What a step computes of one sequence, and the forks that draw from the same logits.
 
     `table` is the sequence's table at launch. A sequence that has ended or was preempted has another one: what the
-    step computed of it is nobody's then.
+    step computed of it is nobody's then. When it decodes, there are blocks for `num_free` drafts.
     """
 
     sequence: Sequence
     piece: SequenceSlice
     forks: list[Sequence]
     table: BlockTable
+    is_decode: bool
+    num_free: int
     draft_ids: list[int] = field(default_factory=list)  # the last of the piece's tokens
+
+    def add_drafts(self, draft_ids: list[int]) -> None:
+        """Let `draft_ids` be computed after the last token, with their logits."""
+        self.draft_ids = draft_ids
+        self.piece.num_logits += len(draft_ids)
+        self.piece.token_ids += draft_ids
 
     @property
     def is_current(self) -> bool:
@@ -42,6 +50,7 @@ class Flight:
     began: float  # engine's clock
     num_decodes: int
     num_prefill: int  # tokens
+    draft_s: float = 0.0  # that a draft model took before it
     handle: Any = None
     leaving: list[BlockTable] = field(default_factory=list)
     drawing: list[tuple[Sequence, int, list[int]]] = field(default_factory=list)

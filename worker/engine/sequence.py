@@ -12,7 +12,7 @@ from kvasir.protocol.messages import FinishReason, Generate, Sampling
 from kvasir.protocol.prefix import HASH_BYTES
 from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens, unpack_tokens
 from kvasir.worker.engine.step import Matcher, SampleRow, asks_for_counts
-from kvasir.worker.speculation.speculator import Track
+from kvasir.worker.speculation.track import Track
 
 
 @dataclass(slots=True, eq=False)
@@ -90,7 +90,7 @@ class Sequence:
     @property
     def num_drafts(self) -> int:
         """How many drafts are to be computed after its last token."""
-        return 0 if self.track is None else len(self.track.draft_ids)
+        return 0 if self.track is None else self.track.num_drafts
 
     @property
     def last_token(self) -> int:

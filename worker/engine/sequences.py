@@ -83,10 +83,10 @@ class Sequences:
         shares: list[Share] = []
         for i, (sequence, count) in enumerate(plan.work):
             start = sequence.num_computed
-            draft_ids: list[int] = []
-            if i < plan.num_decodes and count > 1 and sequence.track is not None:
+            is_decode, num_free = i < plan.num_decodes, 0
+            if is_decode and count > 1:
                 if self._allocate(sequence, start + count):
-                    draft_ids = sequence.track.draft_ids[: count - 1]
+                    num_free = count - 1
                 count = 1
             if sequence is plan.last_resort and not self._allocate(sequence, sequence.num_tokens):
                 self.end(sequence, "error", no_room(-(-sequence.num_tokens // self._cache.block_size)))
@@ -104,9 +104,7 @@ class Sequences:
                 )
             forks = plan.forks.get(sequence.key, []) if num_logits else []
             piece.num_draws += len(forks)
-            piece.num_logits += len(draft_ids)
-            piece.token_ids += draft_ids
-            shares.append(Share(sequence, piece, forks, sequence.table, draft_ids))
+            shares.append(Share(sequence, piece, forks, sequence.table, is_decode, num_free))
         return shares
 
     def _hold(self, sequence: Sequence) -> None:

@@ -1,8 +1,12 @@
-"""What drafts cost: the time of a step with them beside that of one without, by the size of the batch."""
+"""What drafts cost: the time of a step with them beside that of one without, and the draft model's, by the size of the
+batch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from kvasir.worker.speculation.draft_model import Round
 
 _FIRST_COST = 0.25
 _FIRST_PLAIN = 3  # steps without drafts, before there are any
@@ -11,6 +15,9 @@ _PLAIN_LEARNING = 0.2  # how much of a step's surprise is believed
 _DRAFT_LEARNING = 0.3
 _FORGETTING = 0.002  # per step without drafts, so that drafts once thought too dear are tried again
 _MAX_SURPRISE = 0.25  # of what was expected: the rest is the machine's, not the batch's
+_FIRST_ROUND = 0.1  # of a step without drafts
+_ROUND_LEARNING = 0.2
+_ROUND_FORGETTING = 0.003  # per sequence
 
 
 @dataclass(slots=True)
@@ -28,6 +35,7 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._by_size: dict[tuple[int, int], _Costs] = {}
+        self.rounds = RoundCosts()
 
     def relative(self, num_sequences: int) -> float | None:
         """Return what one draft per sequence adds to a step, over the step without; None: the next step has to go
@@ -37,7 +45,19 @@ class StepCosts:
             return None
         return costs.draft_s / costs.plain_s
 
+    def plain_s(self, num_sequences: int) -> float:
+        """Return the seconds of a step without drafts, 0 if there has been none."""
+        costs = self._by_size.get(_size_class(num_sequences))
+        return 0.0 if costs is None else costs.plain_s
+
+    def relative_round(self, num_sequences: int, num_drafting: int) -> float:
+        """Return what the draft model would add with one draft per sequence, if `num_drafting` share its rounds."""
+        plain_s, round_s = self.plain_s(num_sequences), self.rounds.round_s(num_drafting)
+        relative = _FIRST_ROUND if round_s is None or not plain_s else round_s / plain_s
+        return relative * num_sequences / num_drafting
+
     def learn(self, num_sequences: int, num_drafts: int, step_s: float) -> None:
+        """Learn from a step that only decodes; `step_s` without the time of a draft model."""
         size = _size_class(num_sequences)
         costs = self._by_size.get(size)
         if num_drafts:
@@ -56,6 +76,42 @@ class StepCosts:
             costs.num_since = 0
             costs.plain_s += _PLAIN_LEARNING * _surprise(step_s, costs.plain_s)
             costs.draft_s += _FORGETTING * (_FIRST_COST * costs.plain_s - costs.draft_s)
+
+
+class RoundCosts:
+    """What a round of the draft model takes, by the number of sequences that draft, and a token of a text that it has
+    not seen."""
+
+    def __init__(self) -> None:
+        self._round_s: dict[tuple[int, int], float] = {}
+        self.token_s = 0.0  # until it is measured, so that it is
+
+    def round_s(self, num_drafting: int) -> float | None:
+        """Return the seconds of a round, None if there has been none yet."""
+        if not self._round_s:
+            return None
+        size = _size_class(num_drafting)
+        known = [other for other in self._round_s if other <= size]
+        return self._round_s[max(known, default=min(self._round_s))]
+
+    def learn(self, rounds: Iterable[Round]) -> None:
+        for each in rounds:
+            expected_s = self.round_s(each.num_drafting) if each.num_drafting else 0.0
+            if each.num_tokens <= 2 * each.num_drafting:
+                size = _size_class(each.num_drafting)
+                if size in self._round_s:
+                    self._round_s[size] += _ROUND_LEARNING * _surprise(each.seconds, self._round_s[size])
+                else:
+                    self._round_s[size] = each.seconds
+            elif expected_s is not None:
+                token_s = max(0.0, each.seconds - expected_s) / each.num_tokens
+                self.token_s += (_ROUND_LEARNING if self.token_s else 1.0) * (token_s - self.token_s)
+
+    def forget(self) -> None:
+        """Think a little better of it, so that a draft model once thought too slow is tried again."""
+        for size in self._round_s:
+            self._round_s[size] *= 1 - _ROUND_FORGETTING
+        self.token_s *= 1 - _ROUND_FORGETTING
 
 
 def _size_class(num_sequences: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""How many tokens to draft for each sequence: as many as are likely enough for what a token costs now.
+"""How many tokens to draft for each sequence, and by which proposer: as many as are likely enough for what they cost.
 
 Let a step of B sequences take the time a, and a draft for each of them b more. With N drafts, of which G will hold, the
 step gives B + G tokens in a + b * N/B. One more draft that holds with chance p makes that rate better if
@@ -6,143 +6,169 @@ step gives B + G tokens in a + b * N/B. One more draft that holds with chance p 
     p  >  (b/a) * (1 + G/B) / (1 + (b/a) * N/B)
 
 The cost b/a is measured per size of the batch (`StepCosts`): near 0 where reading weights is what takes the time, 1 and
-more where computing is. The chance that a draft holds is measured per sequence and length of match (`Chances`), whether
-the draft is computed or not: so a sequence whose drafts are not worth it costs nothing but the looking, and is noticed
-when it begins to repeat something.
+more where computing is. A draft of the draft model costs its share of a round of that model besides. The chance that a
+draft holds is measured per sequence. For lookup it goes by the length of match (`Chances`), whether the draft is
+computed or not: so a sequence whose drafts are not worth it costs nothing but the looking, and is noticed when it
+begins to repeat something. For the draft model a sequence begins with how drafts have held lately in others. Of the two
+proposers that one proposes whose drafts gain more.
+
+A sequence that the draft model has not followed has to be caught up with: if drafts will save more than that takes, in
+as many tokens as are likely to come.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import neg
 
 from kvasir.worker.speculation.costs import StepCosts
-from kvasir.worker.speculation.proposer import Draft, Proposer, Reader, Text
+from kvasir.worker.speculation.draft_model import DraftModel, Job, Lead, Running
+from kvasir.worker.speculation.proposer import Proposer, Text
+from kvasir.worker.speculation.track import NOTHING, Experience, Track
 
 MAX_DRAFT = 16
 MAX_PERIOD = 8  # steps from one look to the next at a sequence whose drafts are not worth it
-
-_FIRST_CHANCES = ((0.9, 3.0), (1.5, 3.0), (2.2, 3.0), (2.7, 3.0))  # (held, tried) by match: 2, 4, 8, 16 and more
-_MAX_TRIED = 32.0  # then the past counts half
-_LEAST_CHANCE = 0.02
-_NOTHING = Draft()
-
-
-class Chances:
-    """How often the next token was as proposed, by how long a match spoke for it."""
-
-    __slots__ = ("_counts",)
-
-    def __init__(self) -> None:
-        self._counts = [*_FIRST_CHANCES]
-
-    def of_run(self, draft: Draft) -> list[float]:
-        """Return the chances that the first 1, 2, ... tokens of `draft` all hold, down to some percent."""
-        run, chance = [], 1.0
-        for match in range(draft.match, draft.match + len(draft.token_ids)):
-            held, tried = self._counts[_class_of(match)]
-            chance *= held / tried
-            if chance < _LEAST_CHANCE:
-                break
-            run.append(chance)
-        return run
-
-    def learn(self, match: int, has_held: bool) -> None:
-        held, tried = self._counts[_class_of(match)]
-        if tried >= _MAX_TRIED:
-            held, tried = held / 2, tried / 2
-        self._counts[_class_of(match)] = held + has_held, tried + 1
-
-
-def _class_of(match: int) -> int:
-    return min(max(match.bit_length() - 2, 0), len(_FIRST_CHANCES) - 1)
+CATCH_UP_TOKENS = 256  # that the draft model computes of texts it has not seen, per step
+NEAR = 16  # tokens that it computes on its way, without asking whether that is worth it
 
 
 @dataclass(slots=True)
-class Track:
-    """One sequence's drafts. `draft_ids` are to be computed in the next step, after its last token."""
+class _Choice:
+    """What a track may draft: chances that the first 1, 2, ... tokens hold, by lookup and by the draft model, and known
+    tokens that the latter has to compute first. Then: which of them it is, how many tokens, how many of those are
+    thought to hold, and what they cost."""
 
-    speculator: Speculator
-    text: Text
-    reader: Reader
-    draft_ids: list[int] = field(default_factory=list)
-    chances: Chances = field(default_factory=Chances)
-    proposed: Draft = _NOTHING
-    period: int = 1  # it is looked at in steps whose numbers are multiples: the same ones for all that seldom are
+    track: Track
+    by_lookup: list[float]
+    by_model: list[float]
+    num_behind: int = 0
+    is_model: bool = False
+    count: int = 0
+    gain: float = 0.0
+    spent: float = 0.0
 
-    def looks_at(self, turn: int) -> bool:
-        """Return whether to look for drafts in step `turn`."""
-        return turn % self.period == 0
-
-    def drawn(self, token_ids: Sequence[int], num_drafted: int) -> None:
-        """Learn from the tokens that the sequence got in a step that computed `num_drafted` drafts for it."""
-        num_held = 0
-        for proposed, token_id in zip(self.proposed.token_ids, token_ids, strict=False):
-            has_held = proposed == token_id
-            self.chances.learn(self.proposed.match + num_held, has_held)
-            if not has_held:
-                break
-            num_held += 1
-        if num_drafted:
-            before = self.speculator.counts
-            num_accepted = before.num_accepted + min(num_held, num_drafted)
-            self.speculator.counts = Counts(before.num_runs + 1, before.num_drafted + num_drafted, num_accepted)
-
-    def close(self) -> None:
-        """The sequence has ended."""
-        self.speculator.proposer.close(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Runs of drafts, their tokens, and those that held."""
-
-    num_runs: int = 0
-    num_drafted: int = 0
-    num_accepted: int = 0
+    def choose(self, cost: float, model_cost: float, factor: float) -> None:
+        """Take what gains most, given what a draft of either costs; `factor` tokens are what a step without makes."""
+        self.is_model = False
+        self.count, self.gain, self.spent = _best(self.by_lookup, cost, factor)
+        if self.by_model:
+            count, gain, spent = _best(self.by_model, model_cost, factor)
+            if gain - factor * spent > self.gain - factor * self.spent:
+                self.is_model, self.count, self.gain, self.spent = True, count, gain, spent
 
 
 class Speculator:
-    """Drafts for the sequences of an engine. Decides nothing about tokens: whatever it proposes, the engine draws every
-    token itself, and keeps of a draft what equals the draws."""
+    """Drafts for the sequences of an engine, by lookup and, if there is one, by a draft model. Decides nothing about
+    tokens: whatever it proposes, the engine draws every token itself, and keeps of a draft what equals the draws."""
 
-    def __init__(self, proposer: Proposer) -> None:
-        self.proposer = proposer
+    def __init__(self, proposer: Proposer, model: DraftModel | None = None) -> None:
+        self.proposer, self.model = proposer, model
         self.costs = StepCosts()
-        self.counts = Counts()
+        self.experience = Experience()
 
-    def open(self, text: Text) -> Track:
-        """Begin with a sequence."""
-        return Track(self, text, self.proposer.open(text))
+    def open(self, text: Text, sequence: Running | None = None) -> Track:
+        """Begin with a sequence. The draft model follows `sequence`."""
+        track = Track(self.proposer, self.experience, text, self.proposer.open(text))
+        if self.model is not None and sequence is not None:
+            track.lead, track.model_chance = Lead(sequence), self.experience.begin()
+            self.costs.rounds.forget()
+        return track
 
     def forget(self, tenant: str) -> None:
         """Drop what is remembered of a tenant."""
         self.proposer.forget(tenant)
 
+    def rest(self) -> None:
+        """Nothing is computed for now."""
+        if self.model is not None:
+            self.model.rest()
+
     def draft(self, wanted: Sequence[tuple[Track, int]], num_sequences: int, turn: int) -> None:
-        """Set the `draft_ids` of tracks, each with the most that it may have, for step `turn`, in which `num_sequences`
-        decode."""
-        runs: list[tuple[Track, list[float]]] = []
+        """Set the `num_drafts` of tracks, each with the most that it may have, for step `turn`, in which
+        `num_sequences` decode."""
+        choices: list[_Choice] = []
         for track, limit in wanted:
-            track.draft_ids, track.proposed = [], _NOTHING
+            track.clear()
+            track.proposed = NOTHING
             if limit > 0 and track.looks_at(turn):
                 track.proposed = track.reader.propose(min(limit, MAX_DRAFT))
-                run = track.chances.of_run(track.proposed)
-                runs.append((track, run))
-        cost = self.costs.relative(num_sequences) if runs else None
+                choices.append(_Choice(track, track.chances.of_run(track.proposed), self._model_run(track, limit)))
+        cost = self.costs.relative(num_sequences) if choices else None
         if cost is None:
             return
-        bar = cost
-        for _ in range(2):  # what the others gain and cost moves the bar
-            kept = [_num_above(run, bar) for _, run in runs]
-            num_gained = sum(sum(run[:count]) for (_, run), count in zip(runs, kept, strict=True))
-            bar = cost * (1 + num_gained / num_sequences) / (1 + cost * sum(kept) / num_sequences)
-        for track, run in runs:
-            count = _num_above(run, bar)
-            track.draft_ids = [*track.proposed.token_ids[:count]]
-            track.period = 1 if count else min(2 * track.period, MAX_PERIOD)
+        num_drafting = sum(bool(choice.by_model) for choice in choices)
+        if num_drafting:
+            self._drop_dear(choices, cost, num_drafting, num_sequences)
+        factor = 1.0
+        for is_last in (False, False, True):  # what the others gain and cost moves the bar
+            model_cost = cost + self.costs.relative_round(num_sequences, max(1, num_drafting))
+            for choice in choices:
+                choice.choose(cost, model_cost, factor)
+            if not is_last:
+                num_gained, spent = (sum(getattr(choice, name) for choice in choices) for name in ("gain", "spent"))
+                factor = (1 + num_gained / num_sequences) / (1 + spent / num_sequences)
+                num_drafting = sum(choice.is_model for choice in choices)
+        self._plan(choices)
+
+    def compute(self, tracks: Sequence[tuple[Track, int]]) -> None:
+        """Let the draft model do the jobs of `tracks`. Each has blocks for so many drafts, and gets no more."""
+        jobs = []
+        for track, count in tracks:
+            track.draft_ids = track.draft_ids[:count]
+            if track.job is not None:
+                track.job.num_drafts = min(track.job.num_drafts, count)
+                jobs.append(track.job)
+        if jobs and self.model is not None:
+            self.costs.rounds.learn(self.model.run(jobs))
+        for track, _ in tracks:
+            if track.job is not None:
+                track.draft_ids = track.job.draft_ids
+
+    def _model_run(self, track: Track, limit: int) -> list[float]:
+        if self.model is None or track.lead is None:
+            return []
+        return track.model_run(min(limit, MAX_DRAFT, self.model.window - track.lead.sequence.num_known))
+
+    def _drop_dear(self, choices: Sequence[_Choice], cost: float, num_drafting: int, num_sequences: int) -> None:
+        """Leave the draft model out where its drafts are not worth it, or catching up is not."""
+        assert self.model is not None
+        model_cost = cost + self.costs.relative_round(num_sequences, num_drafting)
+        token_s = self.costs.plain_s(num_sequences) / num_sequences  # without drafts
+        for choice in choices:
+            lead, num_tokens = choice.track.lead, len(choice.track.text.output_ids)
+            count, gain, spent = _best(choice.by_model, model_cost, 1.0)
+            if lead is None or not count:
+                choice.by_model = []
+                continue
+            choice.num_behind = self.model.backlog(lead)
+            num_coming = max(self.experience.answer_length - num_tokens, num_tokens)
+            saved_s = num_coming * token_s * (gain - spent) / (1 + gain)
+            if choice.num_behind > NEAR and saved_s < choice.num_behind * self.costs.rounds.token_s:
+                choice.by_model = []
+
+    def _plan(self, choices: Sequence[_Choice]) -> None:
+        num_left = CATCH_UP_TOKENS
+        for choice in choices:
+            track = choice.track
+            track.period = 1 if choice.count else min(2 * track.period, MAX_PERIOD)
+            if not choice.is_model or track.lead is None:
+                track.num_drafts = choice.count
+                track.draft_ids = [*track.proposed.token_ids[: choice.count]]
+            elif choice.num_behind <= max(num_left, NEAR):
+                track.num_drafts = choice.count
+                track.job = Job(track.lead, choice.num_behind, choice.count)
+                num_left -= choice.num_behind if choice.num_behind > NEAR else 0
+            elif num_left > 0:
+                track.job = Job(track.lead, num_left, 0)
+                num_left = 0
+
+
+def _best(run: Sequence[float], cost: float, factor: float) -> tuple[int, float, float]:
+    """Return how many of `run`, which falls, are worth their cost, how many of them will hold, and what they cost."""
+    count = _num_above(run, cost * factor)
+    return count, sum(run[:count]), cost * count
 
 
 def _num_above(run: Sequence[float], bar: float) -> int:

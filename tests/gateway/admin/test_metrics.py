@@ -15,6 +15,7 @@ from kvasir.gateway.core.statistics import CoreStatistics, ModelStatistics
 from kvasir.gateway.http.connection import HttpStatistics
 from kvasir.gateway.ledger.writer import LedgerStatistics
 from kvasir.protocol.admin_records import UsageInfo, WorkerInfo
+from kvasir.protocol.messages import Drafts
 
 _NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 _SAMPLE = re.compile(rf'({_NAME})(?:\{{((?:{_NAME}="(?:[^"\\\n]|\\[\\"n])*",?)*)\}})? (\S+)')
@@ -96,11 +97,12 @@ def test_a_worker_tells_what_it_computes_with() -> None:
 def test_drafts_are_counted_by_their_proposer() -> None:
     statistics = make_statistics()
     [worker] = statistics.workers
-    drafting = structs.replace(worker, id="w2", proposer="lookup", num_draft_runs=10, num_drafted=40, num_accepted=25)
+    drafting = structs.replace(worker, id="w2", drafts=[Drafts("model", 1, 2, 1), Drafts("lookup", 10, 40, 25)])
     families = parse(render_metrics(structs.replace(statistics, workers=[worker, drafting]), None).decode())
-    labels = frozenset({"worker": "w2", "model": "demo", "proposer": "lookup"}.items())
-    for name, value in (("draft_runs", 10), ("drafted_tokens", 40), ("accepted_tokens", 25)):
-        assert families[f"kvasir_worker_{name}_total"].samples == {(f"kvasir_worker_{name}_total", labels): value}
+    for name, lookup, model in (("draft_runs", 10, 1), ("drafted_tokens", 40, 2), ("accepted_tokens", 25, 1)):
+        samples = families[f"kvasir_worker_{name}_total"].samples
+        found = {dict(labels)["proposer"]: value for (_, labels), value in samples.items()}
+        assert found == {"lookup": lookup, "model": model}
 
 
 def test_large_counters_are_exact() -> None:

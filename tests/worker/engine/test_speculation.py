@@ -16,6 +16,7 @@ from kvasir.worker.engine.step import Mask, Sampled, SampleRow
 from kvasir.worker.speculation.lookup import Lookup
 from kvasir.worker.speculation.proposer import Draft, Text
 from kvasir.worker.speculation.speculator import Speculator
+from kvasir.worker.speculation.track import Counts
 from tests.engine_helpers import GREEDY, SIZE, FixedCosts, Rig, Stream, expected_tokens, make_generate, make_prompt
 
 SEEDED = Sampling(temperature=0.7, seed=12345)
@@ -83,7 +84,7 @@ class DraftRig(Rig):
     @property
     def counts(self) -> tuple[int, int, int]:
         assert self.engine.speculator is not None
-        counts = self.engine.speculator.counts
+        counts = self.engine.speculator.experience.counts.get("prophet", Counts())
         return counts.num_runs, counts.num_drafted, counts.num_accepted
 
 

@@ -18,8 +18,9 @@ from kvasir.worker.grammars.grammars import Grammars
 from kvasir.worker.model.model import Model
 from kvasir.worker.speculation.lookup import Lookup
 from kvasir.worker.speculation.speculator import Speculator
+from kvasir.worker.speculation.track import Experience
 from tests.engine_helpers import FixedCosts, Rig, Stream, make_generate
-from tests.grammar_engine import SIZE, load, make_engine, run
+from tests.grammar_engine import SIZE, load, make_draft_model, make_engine, run
 from tests.grammar_helpers import EOS, TOKENIZER, VOCAB, held_to, matches, schema_grammar
 
 PERSON = {
@@ -85,8 +86,10 @@ def test_forks_have_the_tokens_of_separate_requests(model: Model) -> None:
     assert list(streams.values()) == alone
 
 
-def test_drafts_change_no_answer_whatever_holds_it(model: Model) -> None:
-    """Grammars, reasoning, penalties and constraints over a transformer; drafts from what was said before."""
+@pytest.mark.parametrize("drafts", ["lookup", "a model of the same mind", "a model of another mind"])
+def test_drafts_change_no_answer_whatever_holds_it(model: Model, drafts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grammars, reasoning, penalties and constraints over a transformer; drafts from what was said before, and from
+    draft models. One of the same mind is wrong nowhere, unless it draws otherwise than the engine."""
     bias = {EOS[0]: 50.0}
     reasoning = Constraint(
         reasoning=ReasoningBudget(12, 6), grammar=Grammar("choice", '["yes, yes, yes", "no, no, no"]')
@@ -100,13 +103,22 @@ def test_drafts_change_no_answer_whatever_holds_it(model: Model) -> None:
     ]
     alone = [run(make_engine(model), command)[0] for command in commands]
     engine = make_engine(model)
-    engine.speculator = Speculator(Lookup())
+    draft_model = None if drafts == "lookup" else make_draft_model(engine, is_of_same_mind="same" in drafts)
+    engine.speculator = Speculator(Lookup(), draft_model)
     engine.speculator.costs = FixedCosts()
+    runs: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(Experience, "count", lambda _, *run: runs.append(run))
     for _ in range(2):  # the second time with the answers of the first to draw on
         together = run(engine, *commands)
         assert [(s.token_ids, s.finish_reason) for s in together] == [(s.token_ids, s.finish_reason) for s in alone]
-    counts = engine.speculator.counts
-    assert 100 < counts.num_accepted < counts.num_drafted
+    runs = [run for run in runs if run[0] == ("lookup" if draft_model is None else "model")]
+    num_drafted, num_accepted = (sum(run[i] for run in runs) for i in (1, 2))
+    assert 100 < num_accepted < num_drafted
+    num_wrong_runs = sum(run[2] < run[1] for run in runs)
+    if "same" in drafts:  # some answers end while there are drafts left
+        assert num_wrong_runs <= 2 * len(commands) < len(runs) / 3
+    else:
+        assert num_wrong_runs > 2 * len(commands)
 
 
 @pytest.mark.parametrize("num_delivered", [1, 7, 20])

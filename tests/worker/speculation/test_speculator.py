@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kvasir.worker.speculation.costs import StepCosts
 from kvasir.worker.speculation.proposer import Draft, Text
-from kvasir.worker.speculation.speculator import MAX_DRAFT, Chances, Speculator, Track, _num_above
+from kvasir.worker.speculation.speculator import MAX_DRAFT, Speculator, _num_above
+from kvasir.worker.speculation.track import Chances, Counts
 
 
 class Scripted:
@@ -102,12 +103,13 @@ def test_no_more_is_drafted_than_a_sequence_may_take() -> None:
 
 def test_counts_tell_runs_drafted_and_accepted_tokens() -> None:
     speculator = Speculator(Scripted(1.0))
-    track = Track(speculator, Text("a", b"", [], []), Scripted(1.0), proposed=Draft([1, 2, 3], 4))
+    track = speculator.open(Text("a", b"", [], []))
+    track.proposed = Draft([1, 2, 3], 4)
     track.drawn([1, 2, 9], 2)
     track.drawn([5], 2)
     track.drawn([1], 0)
-    counts = speculator.counts
-    assert (counts.num_runs, counts.num_drafted, counts.num_accepted) == (2, 4, 2)
+    assert speculator.experience.counts == {"scripted": Counts(2, 4, 2)}
+    assert speculator.experience.news() == {"scripted": Counts(2, 4, 2)} and not speculator.experience.news()
 
 
 @given(st.lists(st.floats(0, 1), max_size=16), st.floats(0, 1))
