@@ -71,7 +71,7 @@ class HttpApi:
     """Handler of an `HttpServer`.
 
     `metrics` renders the text of `/metrics`, for those who send `metrics_token`; without a token nobody may see it.
-    `access` is called once per request with what is known of it. `started_at` is wall-clock seconds.
+    `access` is called once per request with what is known of it.
     """
 
     def __init__(
@@ -83,7 +83,6 @@ class HttpApi:
         *,
         metrics_token: str = "",
         access: Callable[..., None] = no_log,
-        started_at: float | None = None,
         cors: Cors | None = None,
         version: str = "unknown",
     ) -> None:
@@ -95,7 +94,7 @@ class HttpApi:
         self._readers = trio.CapacityLimiter(MAX_READERS)
         self._metrics_token = metrics_token
         self._access = access
-        self._created = int(time.time() if started_at is None else started_at)
+        self._created = int(time.time())
         self._cors = cors or Cors(())
         self._version = version
         self._questions: dict[str, Callable[[HttpExchange], HttpResponse]] = {

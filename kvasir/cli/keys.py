@@ -40,12 +40,7 @@ def key_create(
     Its limits and budgets are its own, beside those of the tenant.
     """
     valid_s = None if valid_s == "none" else valid_s
-    reply = ask(am.KeyCreate(tenant=tenant, label=label, valid_s=valid_s, terms=terms), am.KeyCreated)
-    if as_json:
-        print_json(reply)
-        return
-    click.echo(reply.key)
-    make_console(stderr=True).print("[yellow]Keep it now: only a hash is stored, it is never shown again.[/yellow]")
+    _print_key(ask(am.KeyCreate(tenant=tenant, label=label, valid_s=valid_s, terms=terms), am.KeyCreated), as_json)
 
 
 @key.command("list")
@@ -88,12 +83,7 @@ def key_rotate(key_id: str, overlap_s: float | Literal["none"], as_json: bool) -
     Its id, limits, budgets and usage stay.
     """
     command = am.KeyRotate(key_id=_id(key_id), overlap_s=0.0 if overlap_s == "none" else overlap_s)
-    reply = ask(command, am.KeyCreated)
-    if as_json:
-        print_json(reply)
-        return
-    click.echo(reply.key)
-    make_console(stderr=True).print("[yellow]Keep it now: only a hash is stored, it is never shown again.[/yellow]")
+    _print_key(ask(command, am.KeyCreated), as_json)
 
 
 @key.command("revoke")
@@ -117,6 +107,14 @@ def print_keys(keys: list[records.KeyInfo]) -> None:
             plain(info.id), plain(info.tenant), plain(info.label), _state(info), f"{age(info.created_at)} ago", terms
         )
     make_console().print(table)
+
+
+def _print_key(reply: am.KeyCreated, as_json: bool) -> None:
+    if as_json:
+        print_json(reply)
+    else:
+        click.echo(reply.key)
+        make_console(stderr=True).print("[yellow]Keep it now: only a hash is stored, it is never shown again.[/yellow]")
 
 
 def _id(key: str) -> str:

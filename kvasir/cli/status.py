@@ -11,8 +11,19 @@ from rich.live import Live
 from rich.text import Text
 
 from kvasir.cli.admin_client import ask
-from kvasir.cli.output import Rows, bar, count, duration, example, facts, json_option, make_console, percent, plain
-from kvasir.cli.output import print_json as print_as_json
+from kvasir.cli.output import (
+    Rows,
+    bar,
+    count,
+    duration,
+    example,
+    facts,
+    json_option,
+    make_console,
+    percent,
+    plain,
+    print_json,
+)
 from kvasir.cli.tenants import tenant_table
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol import admin_records as records
@@ -70,7 +81,7 @@ _STATE_COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", 
 def status(watch: bool, interval: float, as_json: bool) -> None:
     """Show workers, their caches and rates, models and tenants."""
     if as_json:
-        print_as_json(ask(am.StatusQuery(), am.StatusReply))
+        print_json(ask(am.StatusQuery(), am.StatusReply))
     elif not watch:
         make_console().print(render_status(ask(am.StatusQuery(), am.StatusReply)))
     else:
@@ -88,7 +99,7 @@ def models(as_json: bool) -> None:
     """List the served models."""
     reply = ask(am.StatusQuery(), am.StatusReply)
     if as_json:
-        print_as_json({"models": reply.models})
+        print_json({"models": reply.models})
     else:
         make_console().print(_model_table(reply.models))
 
@@ -107,7 +118,7 @@ def explain(request: str, as_json: bool) -> None:
         raise BadRequest("say which request: the id of an answer, or the beginning of one")
     reply = ask(am.ExplainQuery(request=request), am.ExplainReply)
     if as_json:
-        print_as_json(reply)
+        print_json(reply)
         return
     console = make_console()
     for number, receipt in enumerate(reply.receipts, start=1):

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -39,7 +40,9 @@ HOPELESS_RESTARTS = 3  # a model none of whose workers has ever come up after so
 @click.command()
 @click.option("--model", "models", metavar="NAME=PATH", multiple=True, help="Serve this folder; repeatable.")
 @click.option("--upstream", "upstreams", metavar="NAME=URL", multiple=True, help="A vLLM server to front; repeatable.")
-@click.option("--workers", type=click.IntRange(1, 256), help="Workers per model. Default: one per GPU, else two.")
+@click.option(
+    "--workers", "num_workers", type=click.IntRange(1, 256), help="Workers per model. Default: one per GPU, else two."
+)
 @click.option("--http", metavar="HOST:PORT", default="127.0.0.1:8000", show_default=True, help="HTTP edge, or `off`.")
 @click.option("--zmq", metavar="ENDPOINT", multiple=True, help="A further SDK endpoint such as tcp://127.0.0.1:5555.")
 @click.option("--insecure", is_flag=True, help="Allow ZeroMQ in the clear beyond loopback.")
@@ -53,42 +56,18 @@ HOPELESS_RESTARTS = 3  # a model none of whose workers has ever come up after so
     "kvasir up --demo\nkvasir up --model qwen=/models/Qwen3-8B --workers 2 --http 0.0.0.0:8000\n"
     "kvasir up --upstream qwen=http://127.0.0.1:8300      # a vLLM server that is running already"
 )
-def up(
-    models: tuple[str, ...],
-    upstreams: tuple[str, ...],
-    workers: int | None,
-    http: str,
-    zmq: tuple[str, ...],
-    insecure: bool,
-    worker_args: str,
-    cors_origins: tuple[str, ...],
-    tool_parsers: tuple[str, ...],
-    block_size: int,
-    wait_s: float,
-    with_demo: bool,
-) -> None:
+def up(with_demo: bool, **plan: Any) -> None:
     """Start everything on this machine: a gateway and its workers, by default on the bundled model. Ctrl-C stops.
 
     The first start makes a demonstration tenant and prints its API key. State is kept in $KVASIR_HOME, or
     ~/.local/state/kvasir.
     """
-    host, _, port = http.rpartition(":")
-    if http != "off" and (not host or not port.isdigit()):
-        raise BadRequest(f"--http {http!r} is no HOST:PORT; try 127.0.0.1:8000, or `off`")
-    plan = UpPlan(
-        models=plan_models(models, upstreams),
-        upstreams=upstreams,
-        num_workers=workers or count_gpus() or 2,
-        http=http,
-        zmq=zmq,
-        insecure=insecure,
-        worker_args=worker_args,
-        cors_origins=cors_origins,
-        tool_parsers=tool_parsers,
-        block_size=block_size,
-        wait_s=wait_s,
-    )
-    serve(plan, make_console(), then=_demonstrate if with_demo else None)
+    host, _, port = plan["http"].rpartition(":")
+    if plan["http"] != "off" and (not host or not port.isdigit()):
+        raise BadRequest(f"--http {plan['http']!r} is no HOST:PORT; try 127.0.0.1:8000, or `off`")
+    plan["models"] = plan_models(plan["models"], plan["upstreams"])
+    plan["num_workers"] = plan["num_workers"] or count_gpus() or 2
+    serve(UpPlan(**plan), make_console(), then=_demonstrate if with_demo else None)
 
 
 @click.command()
@@ -106,8 +85,8 @@ def down(as_json: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class UpPlan:
-    """What to start. `models`: NAME=PATH each; `num_workers` per model, but for those of `upstreams` (NAME=URL), which
-    have one for each of them; `wait_s`: until all of them must be ready."""
+    """What to start: the options of `up`. `models`: NAME=PATH; `num_workers` per model, but for those of `upstreams`
+    (NAME=URL), which have one for each of them; `wait_s`: until all of them must be ready."""
 
     models: tuple[str, ...]
     num_workers: int

@@ -7,7 +7,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import click
 
@@ -19,7 +19,7 @@ from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.terms import MONEY_UNITS, Price
 
-BY = ["tenant", "key", "model", "day"]
+By = Literal["tenant", "key", "model", "day"]
 EPOCH = date(1970, 1, 1).toordinal()
 BACKUP_TIMEOUT_S = 600.0
 
@@ -48,9 +48,7 @@ class PriceType(click.ParamType[int]):
 @click.command()
 @click.option("--tenant", metavar="T", help="Only of this tenant; deleted ones too.")
 @click.option("--key", metavar="KEYID", help="Only of this key.")
-@click.option(
-    "--by", type=click.Choice(["tenant", "key", "model", "day"]), default="tenant", help="What to tell apart."
-)
+@click.option("--by", type=click.Choice(get_args(By)), default="tenant", help="What to tell apart.")
 @click.option("--since", type=DateType(), help="From this day on (UTC). Default: 30 days ago.")
 @click.option("--until", type=DateType(), help="Until the end of this day. Default: today.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values, for a spreadsheet.")
@@ -59,7 +57,7 @@ class PriceType(click.ParamType[int]):
 def usage(
     tenant: str | None,
     key: str | None,
-    by: Literal["tenant", "key", "model", "day"],
+    by: By,
     since: int | None,
     until: int | None,
     as_csv: bool,
