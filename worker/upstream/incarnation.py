@@ -38,17 +38,11 @@ from kvasir.worker.upstream.reporter import Reporter
 from kvasir.worker.upstream.server import Facts, Server, event_endpoints
 from kvasir.worker.upstream.streams import Streams
 
-_CACHE_LACKS: list[Lack] = ["public_zone", "owners", "pins", "retention", "no_store"]
-_DRAWING_LACKS: list[Lack] = [
-    "resumed_penalties",
-    "resumed_draws",
-    "resumed_grammars",
-    "bad_words",
-    "max_reasoning_tokens",
-]
-_GRAMMAR_LACKS: list[Lack] = ["grammars"]
-_QUEUE_LACKS: list[Lack] = ["order"]
-_COMPLETIONS_LACKS: list[Lack] = ["logprobs"]
+LACKS: tuple[Lack, ...] = (
+    *("public_zone", "owners", "pins", "retention", "no_store"),  # of the cache
+    *("resumed_penalties", "resumed_draws", "resumed_grammars", "bad_words", "max_reasoning_tokens"),  # of drawing
+    "order",
+)
 DEFAULT_MAX_REQUESTS = 128
 DEFAULT_STEP_TOKENS = 2048
 HELLO_RETRY_S = 2.0
@@ -59,6 +53,18 @@ UNFOLLOWED_S = 5.0  # without whole KV events, until cached prefixes are predict
 GATEWAY_SILENCE_S = 30.0  # a link that takes no report for so long has no gateway
 BYE_TIMEOUT_S = 1.0
 EXIT_REFUSED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What a worker that fronts an upstream is made of. `link`: a DEALER to the gateway."""
+
+    options: Options
+    upstream: UpstreamOptions
+    server: Server
+    worker_id: str
+    link: Link
+    context: zmq.Context[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +79,12 @@ class End:
 class Incarnation:
     """The worker from `Hello` to its end: tasks in one nursery, commands taken as they come."""
 
-    def __init__(
-        self,
-        options: Options,
-        upstream: UpstreamOptions,
-        server: Server,
-        facts: Facts,
-        hello: Hello,
-        link: Link,
-        context: zmq.Context[Any],
-    ) -> None:
-        self._options = options
-        self._upstream = upstream
-        self._server = server
+    def __init__(self, front: Front, facts: Facts) -> None:
+        """Raises ConfigurationError as `make_hello` does."""
+        self._options, self._upstream = front.options, front.upstream
+        self._server, self._link, self._context = front.server, front.link, front.context
         self._facts = facts
-        self._hello = hello
-        self._link = link
-        self._context = context
+        self._hello = make_hello(front.options, front.worker_id, facts)
         self._end: End | None = None
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery
@@ -320,6 +315,11 @@ def make_hello(options: Options, worker_id: str, facts: Facts) -> Hello:
             f"{options.block_size}; start one of them with another --block-size."
         )
     limits, default = facts.limits, DEFAULT_MAX_REQUESTS
+    lacks = [*LACKS]
+    if not facts.has_generate:
+        lacks.append("logprobs")
+    if not facts.has_grammars:
+        lacks.append("grammars")
     return Hello(
         protocol_version=PROTOCOL_VERSION,
         worker_id=worker_id,
@@ -338,11 +338,5 @@ def make_hello(options: Options, worker_id: str, facts: Facts) -> Hello:
         pid=os.getpid(),
         engine=f"vllm {facts.version}"[:256],
         hit_blocks=ratio,
-        lacks=[
-            *_CACHE_LACKS,
-            *_DRAWING_LACKS,
-            *_QUEUE_LACKS,
-            *([] if facts.has_generate else _COMPLETIONS_LACKS),
-            *([] if facts.has_grammars else _GRAMMAR_LACKS),
-        ],
+        lacks=lacks,
     )

@@ -22,7 +22,6 @@ MAX_UPSTREAMS = 64
 class UpstreamOptions:
     """One server. `events` and `replay`: ZeroMQ endpoints; None: as the server tells, "off" for none."""
 
-    url: str
     address: Address
     events: str | None
     replay: str | None
@@ -103,7 +102,7 @@ def parse_options(argv: Sequence[str]) -> Options:
             for option, endpoint in (("--kv-events", events), ("--kv-events-replay", replay)):
                 if endpoint not in (None, "off"):
                     check_endpoint(f"{option} {endpoint}", endpoint)
-        upstreams.append(UpstreamOptions(url, address, events, replay))
+        upstreams.append(UpstreamOptions(address, events, replay))
     return Options(
         gateway=args.gateway,
         name=args.name,

@@ -19,7 +19,7 @@ from kvasir.protocol.link import Link
 from kvasir.worker.dial import open_socket
 from kvasir.worker.log import log
 from kvasir.worker.upstream.http_client import HttpClient
-from kvasir.worker.upstream.incarnation import EXIT_REFUSED
+from kvasir.worker.upstream.incarnation import EXIT_REFUSED, Front
 from kvasir.worker.upstream.options import Options, UpstreamOptions, parse_options
 from kvasir.worker.upstream.server import Server, wait_until_up
 from kvasir.worker.upstream.worker import UpstreamWorker
@@ -48,19 +48,19 @@ def _first(error: BaseException) -> BaseException:
 
 
 async def _run(options: Options, context: zmq.Context[Any]) -> int:
-    fronts = [_Front(options, upstream, number, context) for number, upstream in enumerate(options.upstreams)]
+    servers = [_Ranks(options, upstream, number, context) for number, upstream in enumerate(options.upstreams)]
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_watch_signals, fronts, options.drain_s)
+        nursery.start_soon(_watch_signals, servers, options.drain_s)
         if options.exit_with_stdin:
             nursery.start_soon(_watch_stdin, nursery.cancel_scope)
         async with trio.open_nursery() as running:
-            for front in fronts:
-                running.start_soon(front.run)
+            for ranks in servers:
+                running.start_soon(ranks.run)
         nursery.cancel_scope.cancel()
-    return max(code for front in fronts for code in front.codes or [0])
+    return max(code for ranks in servers for code in ranks.codes or [0])
 
 
-class _Front:
+class _Ranks:
     """One upstream: waited for, then a worker for each of its ranks. `codes`: their exit codes."""
 
     def __init__(self, options: Options, upstream: UpstreamOptions, number: int, context: zmq.Context[Any]) -> None:
@@ -86,7 +86,7 @@ class _Front:
                 link = Link(open_socket(self._context, options.gateway), max_parts=MAX_COMMANDS)
                 server = Server(client, options.upstream_model, rank)
                 worker_id = base if rank is None else f"{base}-rank{rank}"
-                worker = UpstreamWorker(options, self._upstream, server, worker_id, link, self._context)
+                worker = UpstreamWorker(Front(options, self._upstream, server, worker_id, link, self._context))
                 self._workers.append(worker)
                 nursery.start_soon(self._run_worker, worker, link)
 
@@ -103,12 +103,12 @@ class _Front:
             link.close()
 
 
-async def _watch_signals(fronts: list[_Front], deadline_s: float) -> None:
+async def _watch_signals(servers: list[_Ranks], deadline_s: float) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
         async for number in received:
             log("signal", name=signal.Signals(number).name)
-            for front in fronts:
-                front.drain(deadline_s)
+            for ranks in servers:
+                ranks.drain(deadline_s)
             deadline_s = 0.0  # the second one means: now
 
 

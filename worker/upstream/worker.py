@@ -9,38 +9,21 @@ steps; whoever it has given up comes back through `find`, which draws a token fi
 
 from __future__ import annotations
 
-from typing import Any
-
 import trio
-import zmq
 
 from kvasir.protocol.errors import InvalidMessage
-from kvasir.protocol.link import Link, LinkClosed
+from kvasir.protocol.link import LinkClosed
 from kvasir.protocol.messages import COMMANDS
 from kvasir.worker.log import log
-from kvasir.worker.upstream.incarnation import BYE_TIMEOUT_S, Incarnation, make_hello
-from kvasir.worker.upstream.options import Options, UpstreamOptions
-from kvasir.worker.upstream.server import Facts, Server, wait_until_up
+from kvasir.worker.upstream.incarnation import BYE_TIMEOUT_S, Front, Incarnation
+from kvasir.worker.upstream.server import Facts, wait_until_up
 
 
 class UpstreamWorker:
-    """See the module. `link` is a DEALER to the gateway; the worker owns it. `run` returns the exit code."""
+    """See the module. It owns the link of its `front`. `run` returns the exit code."""
 
-    def __init__(
-        self,
-        options: Options,
-        upstream: UpstreamOptions,
-        server: Server,
-        worker_id: str,
-        link: Link,
-        context: zmq.Context[Any],
-    ) -> None:
-        self._options = options
-        self._context = context
-        self._upstream = upstream
-        self._server = server
-        self._worker_id = worker_id
-        self._link = link
+    def __init__(self, front: Front) -> None:
+        self._front = front
         self._incarnation: Incarnation | None = None
         self._drain_s: float | None = None
         self._looking = trio.CancelScope()
@@ -49,13 +32,13 @@ class UpstreamWorker:
         """Serve until drained or refused. Cancellation leaves nothing running; the gateway sees the link close."""
         code: int | None = None
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._link.run)
+            await nursery.start(self._front.link.run)
             nursery.start_soon(self._receive)
             while code is None:
                 facts = await self._find()
                 code = 0 if facts is None else await self._serve(facts)
             nursery.cancel_scope.cancel()
-        self._link.close(linger_ms=int(1000 * BYE_TIMEOUT_S))
+        self._front.link.close(linger_ms=int(1000 * BYE_TIMEOUT_S))
         return code
 
     def drain(self, deadline_s: float) -> None:
@@ -73,19 +56,19 @@ class UpstreamWorker:
         """
         with trio.CancelScope() as self._looking:
             if self._drain_s is None:
-                return await wait_until_up(self._server, self._server.find)
+                return await wait_until_up(self._front.server, self._front.server.find)
         return None
 
     async def _serve(self, facts: Facts) -> int | None:
         """Be one incarnation; return the exit code if it was the last one."""
-        hello = make_hello(self._options, self._worker_id, facts)
-        incarnation = Incarnation(self._options, self._upstream, self._server, facts, hello, self._link, self._context)
+        front = self._front
+        incarnation = Incarnation(front, facts)
         self._incarnation = incarnation
         if self._drain_s is not None:
             incarnation.drain(self._drain_s)
         end = await incarnation.run()
         self._incarnation = None
-        log("left", worker=self._worker_id, upstream=self._server.name, reason=end.reason)
+        log("left", worker=front.worker_id, upstream=front.server.name, reason=end.reason)
         if end.bye is not None:
             await incarnation.say(end.bye, BYE_TIMEOUT_S)
         return end.exit_code
@@ -93,7 +76,7 @@ class UpstreamWorker:
     async def _receive(self) -> None:
         while True:
             try:
-                messages = await self._link.receive()
+                messages = await self._front.link.receive()
             except LinkClosed:
                 return
             for frame in [frame for frames in messages for frame in frames]:

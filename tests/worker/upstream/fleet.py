@@ -25,6 +25,7 @@ from kvasir.protocol.prefix import hash_prompt, split_hashes
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from kvasir.worker.dial import open_socket
 from kvasir.worker.upstream.http_client import HttpClient
+from kvasir.worker.upstream.incarnation import Front
 from kvasir.worker.upstream.options import parse_options
 from kvasir.worker.upstream.process import MAX_COMMANDS
 from kvasir.worker.upstream.server import Server
@@ -114,7 +115,8 @@ class Fleet:
         link = Link(open_socket(self.context, self.endpoint), max_parts=MAX_COMMANDS)
         headers = {} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"}
         server = Server(HttpClient(options.upstreams[0].address, headers), options.upstream_model)
-        worker = UpstreamWorker(options, options.upstreams[0], server, worker_id or f"w{number}", link, self.context)
+        front = Front(options, options.upstreams[0], server, worker_id or f"w{number}", link, self.context)
+        worker = UpstreamWorker(front)
         self.workers.append(worker)
         self._nursery.start_soon(self._run_worker, worker)
         return worker

@@ -17,7 +17,13 @@ UPSTREAM = ["--upstream", "http://127.0.0.1:8300"]
 
 def test_one_upstream_needs_little() -> None:
     options = parse_options([*BASE, *UPSTREAM])
-    assert [(up.url, up.events, up.replay) for up in options.upstreams] == [("http://127.0.0.1:8300", None, None)]
+    [upstream] = options.upstreams
+    assert (upstream.address.host, upstream.address.port, upstream.events, upstream.replay) == (
+        "127.0.0.1",
+        8300,
+        None,
+        None,
+    )
     assert (options.name, options.block_size, options.max_requests, options.api_key) == ("qwen", 16, None, None)
 
 
