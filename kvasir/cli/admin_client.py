@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import socket
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +15,15 @@ from msgspec import structs
 from kvasir.paths import admin_socket
 from kvasir.protocol.admin_messages import ADMIN_REPLIES, MAX_ADMIN_FRAME_BYTES, AdminCommand, AdminFailed, AdminReply
 from kvasir.protocol.codec import encode
-from kvasir.protocol.errors import ConnectionLost, InvalidMessage, PermissionDenied, TooLarge, Unavailable, from_info
+from kvasir.protocol.errors import (
+    BadRequest,
+    ConnectionLost,
+    InvalidMessage,
+    PermissionDenied,
+    TooLarge,
+    Unavailable,
+    from_info,
+)
 from kvasir.protocol.profile import LinkProfile, apply_profile
 
 R = TypeVar("R", bound=AdminReply)
@@ -25,6 +34,7 @@ def ask(command: AdminCommand, reply: type[R], *, path: Path | None = None, time
     """Send `command` to the gateway and return its reply, which is a `reply`. Blocking.
 
     Raises:
+        BadRequest: a text is not UTF-8, or empty or too long where it must not be.
         ConnectionLost: no gateway is running there.
         PermissionDenied: the socket belongs to another user.
         TooLarge: the command does not fit a frame.
@@ -32,7 +42,10 @@ def ask(command: AdminCommand, reply: type[R], *, path: Path | None = None, time
         KvasirError: what the gateway refused it with.
     """
     path = path or admin_socket()
-    frame = encode(structs.replace(command, actor=_actor()))
+    try:
+        frame = encode(structs.replace(command, actor=_actor()))
+    except UnicodeEncodeError:
+        raise BadRequest("what was given is not UTF-8") from None
     if len(frame) > MAX_ADMIN_FRAME_BYTES:
         raise TooLarge(f"this is {len(frame)} bytes, at most {MAX_ADMIN_FRAME_BYTES} bytes fit; send a shorter text")
     _check_listening(path)
@@ -51,7 +64,11 @@ def ask(command: AdminCommand, reply: type[R], *, path: Path | None = None, time
     finally:
         context.destroy(linger=0)
     if isinstance(answer, AdminFailed):
-        raise from_info(answer.error)
+        error = from_info(answer.error)
+        misfit = re.search(r"Expected (.*) - at ", error.message) if isinstance(error, InvalidMessage) else None
+        if misfit and error.param:  # the operator's own words
+            raise BadRequest(f"{error.param}: expected {misfit[1].replace('`str`', 'a text')}")
+        raise error
     if not isinstance(answer, reply):
         raise InvalidMessage(f"the gateway answered {type(answer).__name__}; is it of another version?")
     return answer

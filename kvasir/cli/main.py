@@ -6,6 +6,7 @@ a bug and shows its traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from kvasir.cli.cache import cache
 from kvasir.cli.chat import chat
 from kvasir.cli.demo import demo
 from kvasir.cli.keys import key
-from kvasir.cli.output import example
+from kvasir.cli.output import example, harmless
 from kvasir.cli.processes import gateway, worker
 from kvasir.cli.status import explain, models, status
 from kvasir.cli.tenants import prefix, tenant
@@ -33,6 +34,7 @@ from kvasir.protocol.errors import KvasirError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class InOrder(click.Group):
@@ -63,8 +65,10 @@ for command in (up, down, chat, demo, status, models, tenant, key, prefix, cache
 
 def run(args: Sequence[str] | None = None) -> int:
     """Run the command line `args` (default: the process's) and return the exit code."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell: `kvasir status >&-`
     try:
         code = cli.main(args=args, prog_name="kvasir", standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 0
@@ -79,8 +83,14 @@ def run(args: Sequence[str] | None = None) -> int:
         click.echo(err=True)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `kvasir status | head`: nobody reads on, and nothing may be flushed at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _drop_output()
+        where = error.filename or "what this command prints; what it was to change is changed"
+        return _fail(f"kvasir: cannot write {where}: {error.strerror}")
     return code if isinstance(code, int) else 0
 
 
@@ -89,6 +99,11 @@ def main() -> NoReturn:
     sys.exit(run())
 
 
+def _drop_output() -> None:
+    """Let nothing that is still buffered fail again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(text: str) -> int:
-    click.echo(" ".join(text.split()), err=True)
+    click.echo(harmless(" ".join(text.split())), err=True)
     return EXIT_ERROR

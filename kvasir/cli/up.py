@@ -313,6 +313,8 @@ def print_welcome(plan: UpPlan, key: str, log: Path, console: Console) -> None:
 
 
 def _epitaph(process: subprocess.Popen[bytes], log: Path) -> str:
+    if process.returncode < 0:  # its last line is not about its end
+        return f"the gateway was killed by signal {-process.returncode} (log: {log})"
     return f"the gateway stopped (exit code {process.returncode}): {_last_words(log)}"
 
 

@@ -236,6 +236,9 @@ def test_json_of_status_keeps_its_fields(office: Office, capsys: Any) -> None:
     [
         (["tenant", "create", "Bad Name"], ["lower-case"]),
         (["tenant", "show", "nobody"], ["nobody", "kvasir tenant list"]),
+        (["tenant", "show", ""], ["kvasir: name: expected a text of length >= 1"]),
+        (["tenant", "show", "\udcff"], ["not UTF-8"]),
+        (["tenant", "list", "\x1b[31mred"], ["�[31mred"]),
         (["key", "create", "nobody"], ["nobody"]),
         (["key", "revoke", "nokey"], ["nokey"]),
         (["prefix", "publish", "p", "--file", "/no/such/file"], ["/no/such/file", "No such file"]),
@@ -261,6 +264,41 @@ def test_json_of_status_keeps_its_fields(office: Office, capsys: Any) -> None:
 def test_an_error_is_one_line_and_exit_code_2(office: Office, capsys: Any, args: list[str], words: list[str]) -> None:
     _, err = kvasir(capsys, *args, code=2)
     assert_one_line(err, *words)
+
+
+def test_output_that_cannot_be_written_is_one_line_that_says_so(office: Office, home: Path) -> None:
+    for args in ("tenant list", "tenant list --json", "--help"):
+        with open("/dev/full", "w") as full:
+            call = subprocess.run(
+                [sys.executable, "-m", "kvasir", *args.split()],
+                cwd=ROOT,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=30,
+                check=False,
+            )
+        assert call.returncode == 2
+        assert_one_line(call.stderr, "No space left on device")
+    closed = ["sh", "-c", '"$1" -m kvasir tenant list >&-', "sh", sys.executable]
+    call = subprocess.run(closed, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    assert (call.returncode, call.stderr) == (0, "")
+
+
+def test_ctrl_c_while_modules_are_loaded_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(30)\n")
+    call = subprocess.Popen(
+        [sys.executable, "-m", "kvasir", "status"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert call.stdout is not None and call.stdout.readline() == "loading\n"
+    call.send_signal(signal.SIGINT)
+    assert call.communicate(timeout=30)[1] == ""
+    assert call.returncode == -signal.SIGINT
 
 
 def test_a_text_too_long_for_a_frame_is_refused_before_it_is_sent(office: Office, home: Path, capsys: Any) -> None:
@@ -607,6 +645,7 @@ def test_up_waits_prints_a_key_serves_and_stops_in_good_order(home: Path, number
     [
         ("import sys; print('kvasir gateway: port 8000 is taken', file=sys.stderr); sys.exit(2)", "port 8000 is taken"),
         ("import sys; sys.exit(1)", "said nothing"),
+        ("import os; print('last line', flush=True); os.kill(os.getpid(), 9)", "killed by signal 9 (log"),
     ],
 )
 def test_up_says_in_one_line_why_the_gateway_did_not_start(home: Path, code: str, words: str) -> None:
