@@ -24,7 +24,7 @@ import zmq
 from kvasir.gateway.admin.admin import Admin, open_admin_link
 from kvasir.gateway.admin.expiry import end_expired
 from kvasir.gateway.admin.metrics import render_metrics
-from kvasir.gateway.admin.views import GatewayViews
+from kvasir.gateway.admin.views import Gateway
 from kvasir.gateway.config import GatewayConfig, ModelConfig
 from kvasir.gateway.core.admission import Bill
 from kvasir.gateway.core.billing import Billing
@@ -133,7 +133,7 @@ async def serve(config: GatewayConfig) -> None:
         server = HttpServer(api, http_limits)
         listeners = [] if config.http is None else await open_listeners(*config.http)
         stopping = trio.Event()
-        views = GatewayViews(
+        views = Gateway(
             config,
             core,
             published,

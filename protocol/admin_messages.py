@@ -347,35 +347,13 @@ class ExplainReply(AdminReply, tag="explained"):
     receipts: list[dict[str, Any]]
 
 
-AnyCommand = (
-    TenantCreate
-    | TenantList
-    | TenantShow
-    | TenantSetStatus
-    | TenantSet
-    | TenantRename
-    | TenantDelete
-    | CacheQuery
-    | CacheClear
-    | KeyCreate
-    | KeyList
-    | KeyRevoke
-    | KeySet
-    | KeyRotate
-    | PriceSet
-    | PriceList
-    | UsageQuery
-    | AuditQuery
-    | AuditVerify
-    | Backup
-    | PrefixPublish
-    | PrefixList
-    | PrefixRemove
-    | PrefixPin
-    | StatusQuery
-    | ExplainQuery
-    | DrainGateway
-)
+TenantCommand = TenantCreate | TenantList | TenantShow | TenantSetStatus | TenantSet | TenantRename | TenantDelete
+KeyCommand = KeyCreate | KeyList | KeySet | KeyRotate | KeyRevoke
+PriceCommand = PriceSet | PriceList
+PrefixCommand = PrefixPublish | PrefixPin | PrefixList | PrefixRemove
+BookCommand = UsageQuery | AuditQuery | AuditVerify | Backup
+HouseCommand = StatusQuery | ExplainQuery | CacheQuery | CacheClear | DrainGateway
+AnyCommand = TenantCommand | KeyCommand | PriceCommand | PrefixCommand | BookCommand | HouseCommand
 AnyReply = (
     AdminFailed
     | Done

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from msgspec import to_builtins
 
-from kvasir.gateway.admin.verdict import Gateway, Verdict, check_room
+from kvasir.gateway.admin.verdict import Verdict, check_room
+from kvasir.gateway.admin.views import Gateway
 from kvasir.gateway.tenants.directory import (
     ApiKey,
     ModelPrice,
@@ -25,19 +26,8 @@ from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import Conflict, NotFound
 from kvasir.protocol.messages import CacheHint
 
-TenantCommand = (
-    am.TenantCreate
-    | am.TenantList
-    | am.TenantShow
-    | am.TenantSetStatus
-    | am.TenantSet
-    | am.TenantRename
-    | am.TenantDelete
-)
-KeyCommand = am.KeyCreate | am.KeyList | am.KeySet | am.KeyRotate | am.KeyRevoke
 
-
-def decide_tenant(directory: TenantDirectory, command: TenantCommand, now: float, gateway: Gateway) -> Verdict:
+def decide_tenant(directory: TenantDirectory, command: am.TenantCommand, now: float, gateway: Gateway) -> Verdict:
     """Return what a command about tenants comes to. Changes nothing; draws ids.
 
     Raises:
@@ -61,7 +51,7 @@ def decide_tenant(directory: TenantDirectory, command: TenantCommand, now: float
             return _delete_tenant(directory, command, now, gateway)
 
 
-def decide_key(directory: TenantDirectory, command: KeyCommand, now: float, gateway: Gateway) -> Verdict:
+def decide_key(directory: TenantDirectory, command: am.KeyCommand, now: float, gateway: Gateway) -> Verdict:
     """Return what a command about keys comes to. Changes nothing; draws keys and ids.
 
     Raises:
@@ -86,7 +76,7 @@ def decide_key(directory: TenantDirectory, command: KeyCommand, now: float, gate
             return _revoke_key(directory, command, now, gateway)
 
 
-def decide_price(directory: TenantDirectory, command: am.PriceSet | am.PriceList) -> Verdict:
+def decide_price(directory: TenantDirectory, command: am.PriceCommand) -> Verdict:
     """Return what a command about prices comes to. Changes nothing.
 
     Raises:
@@ -258,16 +248,9 @@ def _key_infos(directory: TenantDirectory, tenants: Iterable[Tenant]) -> list[re
 
 
 def _tenant_record(tenant: Tenant) -> dict[str, Any]:
-    allowed = None if tenant.allowed_models is None else sorted(tenant.allowed_models)
-    record = {
-        "id": tenant.id,
-        "name": tenant.name,
-        "status": tenant.status,
-        "sharing": tenant.sharing,
-        "allowed_models": allowed,
-    }
-    settings = {"kv_floor": tenant.kv_floor, "kv_cap": tenant.kv_cap, "cache_hint": tenant.cache_hint}
-    return record | settings | {"terms": to_builtins(tenant.terms)}
+    record: dict[str, Any] = to_builtins(tenant, order="deterministic")
+    del record["created_at"]
+    return record
 
 
 def _key_record(key: ApiKey) -> dict[str, Any]:

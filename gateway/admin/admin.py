@@ -20,7 +20,8 @@ from msgspec import structs
 from kvasir.gateway.admin.accounts import decide_key, decide_price, decide_tenant, tenant_infos
 from kvasir.gateway.admin.books import Books
 from kvasir.gateway.admin.prefixes import cache_prefix, decide_prefix
-from kvasir.gateway.admin.verdict import Gateway, Verdict
+from kvasir.gateway.admin.verdict import Verdict
+from kvasir.gateway.admin.views import Gateway
 from kvasir.gateway.core.savings import Saving
 from kvasir.gateway.log import log
 from kvasir.gateway.tenants.directory import TenantDirectory
@@ -202,21 +203,12 @@ def decide(directory: TenantDirectory, command: am.AnyCommand, now: float, gatew
     Raises:
         BadRequest, NotFound, Conflict: refused; says what now.
     """
-    match command:
-        case am.PrefixPublish() | am.PrefixPin() | am.PrefixList() | am.PrefixRemove():
-            return decide_prefix(directory, command, now, gateway)
-        case am.KeyCreate() | am.KeyList() | am.KeySet() | am.KeyRotate() | am.KeyRevoke():
-            return decide_key(directory, command, now, gateway)
-        case am.PriceSet() | am.PriceList():
-            return decide_price(directory, command)
-        case (
-            am.TenantCreate()
-            | am.TenantList()
-            | am.TenantShow()
-            | am.TenantSetStatus()
-            | am.TenantSet()
-            | am.TenantRename()
-            | am.TenantDelete()
-        ):
-            return decide_tenant(directory, command, now, gateway)
+    if isinstance(command, am.PrefixCommand):
+        return decide_prefix(directory, command, now, gateway)
+    if isinstance(command, am.KeyCommand):
+        return decide_key(directory, command, now, gateway)
+    if isinstance(command, am.PriceCommand):
+        return decide_price(directory, command)
+    if isinstance(command, am.TenantCommand):
+        return decide_tenant(directory, command, now, gateway)
     raise BadRequest(f"{type(command).__name__} is no command about tenants, keys, prices or prefixes")

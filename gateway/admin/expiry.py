@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import trio
 
-from kvasir.gateway.admin.verdict import Gateway
+from kvasir.gateway.admin.views import Gateway
 from kvasir.gateway.log import log
 from kvasir.gateway.tenants.directory import TenantDirectory
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
-from kvasir.gateway.admin.verdict import Gateway, Verdict, check_room, sorted_names
+from kvasir.gateway.admin.verdict import Verdict, check_room, sorted_names
+from kvasir.gateway.admin.views import Gateway
 from kvasir.gateway.core.savings import Saving
 from kvasir.gateway.tenants.directory import PublishedPrefix, RemovePrefix, TenantDirectory, check_name
 from kvasir.protocol import admin_messages as am
@@ -15,10 +16,9 @@ from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import BadRequest, Conflict, NotFound
 
 PREVIEW_CHARS = 40
-PrefixCommand = am.PrefixPublish | am.PrefixPin | am.PrefixList | am.PrefixRemove
 
 
-def decide_prefix(directory: TenantDirectory, command: PrefixCommand, now: float, gateway: Gateway) -> Verdict:
+def decide_prefix(directory: TenantDirectory, command: am.PrefixCommand, now: float, gateway: Gateway) -> Verdict:
     """Return what a command about prefixes comes to. Changes nothing.
 
     Raises:

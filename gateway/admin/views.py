@@ -1,4 +1,4 @@
-"""What the operator sees of the running gateway: the core's figures in the admin socket's words."""
+"""The running gateway as its operator sees and steers it: the core's figures in the admin socket's words."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from kvasir.protocol.prefix import HASH_BYTES
 MAX_PRIVATE_PREFIXES = 100  # shown
 
 
-class GatewayViews:
-    """Answers the admin actor (`Gateway`) from the core, the supervisor and the published prefixes. Mutates nothing."""
+class Gateway:
+    """What the admin actor may ask of the rest of the gateway. All calls are cheap."""
 
     def __init__(
         self,
@@ -76,9 +76,11 @@ class GatewayViews:
         ]
 
     def usage(self) -> dict[str, UsageInfo]:
+        """Return what each tenant has used since the start, by tenant id; tenants without requests may be missing."""
         return self._core.statistics().tenants
 
     def cache(self) -> list[CacheWorker]:
+        """Return who holds every worker's KV blocks."""
         tenants = {tenant.id: tenant for tenant in self._directory.tenants()}
 
         def shown(owner: CacheTenant, quotas: Mapping[str, Quota]) -> CacheTenant:
@@ -94,9 +96,11 @@ class GatewayViews:
         return found
 
     def kv_changed(self) -> None:
+        """Put the tenants' KV floors and caps, as they are now, in force on all workers."""
         self._core.kv.set_quotas(lambda num_blocks: kv_quotas(self._directory.tenants(), num_blocks))
 
     def pinned_blocks(self, prefixes: Sequence[PublishedPrefix]) -> dict[str, int]:
+        """Return how many blocks each worker that is in keeps pinned when these prefixes are the published ones."""
         return {
             worker.id: sum(
                 len(pin.prefix_hashes) // HASH_BYTES for pin in self._published.pins(worker.model, worker.id, prefixes)
@@ -105,12 +109,15 @@ class GatewayViews:
         }
 
     async def tokenise(self, text: str) -> None:
+        """Tokenise a text that is to be published, in a thread, so that nothing waits for it afterwards."""
         await self._published.tokenise(text)
 
     def prefixes_changed(self, prewarm: str | None = None) -> None:
+        """Have all workers pin what is to be pinned now, and compute the prefix `prewarm` if they do not have it."""
         self._core.kv.set_pins(self._published.pins, prewarm=prewarm)
 
     def saved_by_prefix(self) -> dict[str, Saving]:
+        """Return what every published prefix has saved since the start; those that saved nothing may be missing."""
         found: dict[str, Saving] = {}
         by_hash = {model: self._published.prefix_of_hash(model) for model in self._core.models()}
         for (model, digest), saving in self._core.savings.published.items():
@@ -120,6 +127,7 @@ class GatewayViews:
         return found
 
     def private_prefixes(self) -> list[PrivatePrefix]:
+        """Return the private beginnings of prompts that have saved most, most first."""
         names = {tenant.id: tenant.name for tenant in self._directory.tenants()}
         return [
             PrivatePrefix(names.get(tenant_id, tenant_id), model, saving.num_tokens, saving.num_hits)
@@ -127,12 +135,15 @@ class GatewayViews:
         ]
 
     def end_requests(self, payer_id: str, reason: str) -> None:
+        """End what runs for a tenant or key, by its id; its clients are told `reason`."""
         self._core.end_requests(payer_id, AuthenticationFailed(reason))
 
     def forget(self, payer_id: str) -> None:
+        """Drop what is remembered of the limits and budgets of a tenant or key that is gone."""
         self._billing.admission.forget(payer_id)
 
     def bounds(self) -> dict[str, int]:
+        """Return what the gateway holds at most, by name."""
         queue, edge = self._core.queue_config, EdgeLimits()
         return {
             "requests waiting": queue.max_queued,
@@ -142,15 +153,19 @@ class GatewayViews:
         }
 
     def ledger_error(self) -> str:
+        """Return why rows cannot be written, empty while they can."""
         return self._billing.ledger_error
 
     def clear_kv(self, tenant_id: str) -> None:
+        """Have all workers drop what is cached of a tenant."""
         self._core.kv.clear(tenant_id)
 
     def public_tokens(self, prefix: PublishedPrefix) -> dict[str, int]:
+        """Return how many tokens of `prefix` are shared, per served model."""
         return self._published.public_tokens(prefix)
 
     def endpoints(self) -> dict[str, str]:
+        """Return where clients can dial: "http", "zmq", ..."""
         found = {"zmq": self._config.client_endpoints[0], "workers": self._config.worker_endpoint}
         if self._config.http is not None:
             host, port = self._config.http
@@ -161,8 +176,10 @@ class GatewayViews:
         return self._core.statistics().is_draining
 
     def explain(self, request: str) -> list[dict[str, Any]] | None:
+        """Return the router's decisions, one per attempt, on the request of that id, as JSON values, or None."""
         receipts = self._core.receipts.find(request)
         return None if receipts is None else msgspec.to_builtins(receipts)
 
     def drain(self) -> None:
+        """Begin the shutdown that SIGTERM begins."""
         self._stop()
