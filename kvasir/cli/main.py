@@ -65,7 +65,8 @@ for command in (up, down, chat, demo, status, models, tenant, key, prefix, cache
 
 def run(args: Sequence[str] | None = None) -> int:
     """Run the command line `args` (default: the process's) and return the exit code."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the shell: `kvasir status >&-`
+    if sys.stdout is None:  # closed by the shell: `kvasir status >&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         code = cli.main(args=args, prog_name="kvasir", standalone_mode=False)
         sys.stdout.flush()
