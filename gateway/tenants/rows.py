@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -19,6 +20,8 @@ from kvasir.gateway.tenants.directory import (
     Tenant,
 )
 from kvasir.protocol.terms import NO_TERMS, Price, Terms
+
+T = TypeVar("T")
 
 # Schema version n is what the first n entries make. Released entries are never edited, only followed by new ones.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -61,117 +64,81 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 
 
+# Tables whose columns are the fields of a record, by the same names; the first is the key.
+_TABLES: dict[type, str] = {Tenant: "tenants", ApiKey: "api_keys", PublishedPrefix: "prefixes", ModelPrice: "prices"}
+
+
 def read_records(sql: Sql) -> list[Change]:
     """Return every record: tenants, then keys, prefixes, former tenants and prices."""
-    query = sql.run
-    records: list[Change] = []
-    for row in query(
-        "SELECT id, name, status, sharing, allowed_models, created_at, kv_floor, kv_cap, cache_hint, terms "
-        "FROM tenants ORDER BY rowid"
-    ):
-        tenant_id, name, status, sharing, models, created_at, *settings, terms = row
-        tenant = Tenant(tenant_id, name, status, sharing, _parse_set(models), created_at, *settings)
-        records.append(replace(tenant, terms=_parse_terms(terms)))
-    for row in query(
-        "SELECT id, tenant_id, digest, label, created_at, revoked_at, expires_at, terms, old_digest, old_until "
-        "FROM api_keys ORDER BY rowid"
-    ):
-        *fields, terms, old_digest, old_until = row
-        key = replace(ApiKey(*fields), old_digest=old_digest, old_until=old_until)
-        records.append(replace(key, terms=_parse_terms(terms)))
-    for row in query(
-        "SELECT name, text, tenant_ids, created_at, pinned, pinned_on FROM prefixes ORDER BY created_at, rowid"
-    ):
-        name, text, tenant_ids, created_at, pinned, workers = row
-        tenants, pinned_on = _parse_set(tenant_ids), _parse_set(workers)
-        records.append(PublishedPrefix(name, text, tenants, created_at, bool(pinned), pinned_on))
-    records += [RemoveTenant(*row) for row in query("SELECT id, name, deleted_at FROM former_tenants")]
-    for model, price in query("SELECT model, price FROM prices ORDER BY model"):
-        records.append(ModelPrice(model, msgspec.json.decode(price, type=Price)))
-    return records
+    former = sql.run("SELECT id, name, deleted_at FROM former_tenants")
+    return [
+        *_read(sql, Tenant, "rowid"),
+        *_read(sql, ApiKey, "rowid"),
+        *_read(sql, PublishedPrefix, "created_at, rowid"),
+        *[RemoveTenant(*row) for row in former],
+        *_read(sql, ModelPrice, "model"),
+    ]
 
 
 def write_record(sql: Sql, change: Change) -> None:
     """Write one change, in the transaction that is open."""
-    if isinstance(change, RemoveTenant):
-        sql.run("DELETE FROM api_keys WHERE tenant_id = ?", (change.id,))
-        sql.run("DELETE FROM tenants WHERE id = ?", (change.id,))
-    sql.run(*_written(change))
-
-
-def _written(change: Change) -> tuple[str, tuple[Any, ...]]:
-    """Return the statement that writes a change, and its values."""
     match change:
-        case Tenant():
-            return _put(
-                "tenants",
-                id=change.id,
-                name=change.name,
-                status=change.status,
-                sharing=change.sharing,
-                allowed_models=_dump_set(change.allowed_models),
-                created_at=change.created_at,
-                kv_floor=change.kv_floor,
-                kv_cap=change.kv_cap,
-                cache_hint=change.cache_hint,
-                terms=_dump_terms(change.terms),
-            )
-        case ApiKey():
-            return _put(
-                "api_keys",
-                id=change.id,
-                tenant_id=change.tenant_id,
-                digest=change.digest,
-                label=change.label,
-                created_at=change.created_at,
-                revoked_at=change.revoked_at,
-                expires_at=change.expires_at,
-                terms=_dump_terms(change.terms),
-                old_digest=change.old_digest,
-                old_until=change.old_until,
-            )
-        case PublishedPrefix():
-            return _put(
-                "prefixes",
-                name=change.name,
-                text=change.text,
-                tenant_ids=_dump_set(change.tenant_ids),
-                created_at=change.created_at,
-                pinned=int(change.pinned),
-                pinned_on=_dump_set(change.pinned_on),
-            )
         case RemovePrefix():
-            return "DELETE FROM prefixes WHERE name = ?", (change.name,)
+            sql.run("DELETE FROM prefixes WHERE name = ?", (change.name,))
         case RemoveTenant():
-            return "INSERT INTO former_tenants VALUES (?, ?, ?)", (change.id, change.name, change.deleted_at)
+            sql.run("DELETE FROM api_keys WHERE tenant_id = ?", (change.id,))
+            sql.run("DELETE FROM tenants WHERE id = ?", (change.id,))
+            sql.run("INSERT INTO former_tenants VALUES (?, ?, ?)", (change.id, change.name, change.deleted_at))
         case ModelPrice(model, None):
-            return "DELETE FROM prices WHERE model = ?", (model,)
-        case ModelPrice():
-            return _put("prices", model=change.model, price=msgspec.json.encode(change.price).decode())
+            sql.run("DELETE FROM prices WHERE model = ?", (model,))
+        case _:
+            _write(sql, change)
 
 
-def _put(table: str, **columns: Any) -> tuple[str, tuple[Any, ...]]:
-    """Return what writes a row whose first column is its key, in the place of the row of that key."""
-    key, *others = columns
-    return (
-        f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))}) "
+def _read(sql: Sql, kind: type[T], order: str) -> Iterator[T]:
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    for row in sql.run(f"SELECT {', '.join(names)} FROM {_TABLES[kind]} ORDER BY {order}").fetchall():
+        yield kind(*[_PARSED.get(name, _same)(value) for name, value in zip(names, row, strict=True)])
+
+
+def _write(sql: Sql, record: Tenant | ApiKey | PublishedPrefix | ModelPrice) -> None:
+    """Write a row, in the place of the row of its key if there is one."""
+    key, *others = names = [field.name for field in fields(record)]
+    sql.run(
+        f"INSERT INTO {_TABLES[type(record)]} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) "
         f"ON CONFLICT ({key}) DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in others)}",
-        tuple(columns.values()),
+        [_dumped(getattr(record, name)) for name in names],
     )
 
 
-def _dump_set(items: frozenset[str] | None) -> str | None:
-    return None if items is None else json.dumps(sorted(items))
+def _dumped(value: Any) -> Any:
+    """Return a field's value as its column has it."""
+    match value:
+        case frozenset():
+            return json.dumps(sorted(value))
+        case Terms() | Price():
+            return msgspec.json.encode(value).decode()
+        case bool():
+            return int(value)
+    return value
 
 
 def _parse_set(text: str | None) -> frozenset[str] | None:
     return None if text is None else frozenset(json.loads(text))
 
 
-def _dump_terms(terms: Terms) -> str:
-    return msgspec.json.encode(terms).decode()
-
-
 def _parse_terms(text: str) -> Terms:
     terms = msgspec.json.decode(text, type=Terms)
     return NO_TERMS if terms == NO_TERMS else terms
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+_PARSED: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("allowed_models", "tenant_ids", "pinned_on"), _parse_set),
+    "terms": _parse_terms,
+    "pinned": bool,
+    "price": msgspec.json.Decoder(Price).decode,
+}
