@@ -59,7 +59,7 @@ class Dispatcher:
         queue, rank = model.queue, request.rank
         if rank and max(model.came_at[:rank]) > now - config.class_s:
             return worker.has_little(config.window_s / 2)
-        if queue.num_active > 1 and queue.lead(tenant_id) > config.window_s * worker.rates.prefill_tokens_per_s:
+        if queue.num_active > 1 and queue.lead(tenant_id, now) > config.window_s * worker.rates.prefill_tokens_per_s:
             return worker.has_little(config.window_s)  # nobody could pass it there
         return worker.has_room(tenant_id, key, config.fifo_window_s)
 
@@ -87,7 +87,7 @@ class Dispatcher:
         if not candidates:
             return
         tenant_id = request.submit.tenant_id
-        lead = 0.0 if request.is_suspect else queue.lead(tenant_id)
+        lead = 0.0 if request.is_suspect else queue.lead(tenant_id, now)
         ahead = lead + (request.rank - NORMAL) * CLASS_S * candidates[0].prefill_tokens_per_s
         decision = choose(request.num_tokens, candidates, now, config, ahead)
         worker = self._fleet.by_id[decision.worker_id]

@@ -1,17 +1,24 @@
 """What waits for the workers of one model: a queue per tenant and class, and whose turn it is.
 
-A tenant is charged for what is computed for it, by its weight (virtual token counters, Sheng et al., OSDI 2024). The
-*fair charge* is what a tenant would have been charged that always got its part of what is computed among those active
-(the virtual time of weighted fair queueing). A tenant with nothing waiting is lifted to it: what it did not ask for is
-not saved. One that got more has a *lead*, and waits for the others: whoever was charged least is next.
+A tenant is charged for what is computed for it, by its weight (virtual token counters, Sheng et al., OSDI 2024), and
+the charges are kept twice, because turns and workers ask for different things.
+
+Turns go by *tags*: the least is next. A tenant that has nothing waiting is lifted to the least tag of those that wait.
+What it did not ask for is not saved, and what others had meanwhile, since nobody else wanted it, is not owed.
+
+Workers order by *leads*. The *fair charge* is what a tenant would have been charged that always got its part of what is
+computed among those active (the virtual time of weighted fair queueing); what a tenant got more than that, wanted by
+others or not, is its lead. It lets the long prompts of those who ask for little go before the many short ones of a
+flood. A lead fades, or one that had a night for itself would be the last all day.
 
 Requests of a higher class come first, whatever was charged. `CLASS_S` of waiting make up for a class, so that nothing
-waits for ever.
+waits for ever, but put nothing above the highest class that waits.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +32,8 @@ FEWEST_LOOKS = 4
 waits for its worker, those behind it may go elsewhere. Of a tenant with a lead always the fewest: its prompts would
 take the caches of all workers."""
 CLASS_S = 10.0
+FADE_S = 60.0
+"""Time constant of leads. With half as much a flood of agents delays others 1.4 times as long in the lab."""
 
 _Lane = tuple[str, int]
 """A tenant and a class (`Request.rank`)."""
@@ -32,10 +41,13 @@ _Lane = tuple[str, int]
 
 @dataclass(slots=True)
 class _Tenant:
-    """`charged`: tokens computed for it, over its weight. `last_turn`: of those charged the same, the one served
-    longest ago is next. `num_unfinished`: requests that wait, or whose prompts are not computed yet."""
+    """`tag`, `charged`: tokens computed for it, over its weight, as lifted; `charged` to be compared with the fair
+    charge, faded until `faded_at`. `last_turn`: of those with the same tag, the one served longest ago is next.
+    `num_unfinished`: requests that wait, or whose prompts are not computed yet."""
 
     charged: float
+    tag: float = 0.0
+    faded_at: float = 0.0
     weight: int = 1
     last_turn: int = 0
     num_waiting: int = 0
@@ -52,6 +64,7 @@ class TenantQueue:
         self._tenants: dict[str, _Tenant] = {}
         self._num_waiting = 0
         self._num_turns = 0
+        self._highest_tag = 0.0
         self._fair_charge = 0.0
         self._sum_of_weights = 0  # of active tenants
         self.num_active = 0
@@ -72,15 +85,17 @@ class TenantQueue:
     def push(self, request: Request) -> None:
         """Append `request` to its tenant's queue."""
         tenant_id = request.submit.tenant_id
+        tenant = self._active(tenant_id)
+        if not tenant.num_waiting:
+            least_tag = min([self._tenants[other].tag for other, _ in self._waiting], default=self._highest_tag)
+            tenant.tag = max(tenant.tag, least_tag)
+            tenant.charged = max(tenant.charged, self._fair_charge)
         lane = tenant_id, request.rank
         own = self._waiting.get(lane)
         if own is None:
             own = self._waiting[lane] = {}
         own[request.submit.req_id] = request
         self._num_waiting += 1
-        tenant = self._active(tenant_id)
-        if not tenant.num_waiting and tenant.charged < self._fair_charge:
-            tenant.charged = self._fair_charge
         tenant.num_waiting += 1
 
     def push_front(self, request: Request) -> None:
@@ -95,30 +110,33 @@ class TenantQueue:
     def turns(self, now: float) -> Iterator[Request]:
         """Yield the requests that may be sent next, in turn: the first few of each tenant's class.
 
-        The one yielded last may be removed and its tenant charged: then the turns go on with whoever is least charged.
+        The one yielded last may be removed and its tenant charged: then the turns go on with whoever has the least tag.
         """
-        turns = [self._turn(lane, own, now) for lane, own in self._waiting.items()]
+        highest = min([rank for _, rank in self._waiting], default=0)
+        turns = [self._turn(lane, own, now, highest) for lane, own in self._waiting.items()]
         heapq.heapify(turns)
         looks = max(FEWEST_LOOKS, LOOKS // (len(turns) or 1))
         while turns:
             lane = heapq.heappop(turns)[-1]
             own = self._waiting.get(lane, {})
-            num_looks = looks if self.lead(lane[0]) < 1 else FEWEST_LOOKS
+            num_looks = looks if self.lead(lane[0], now) < 1 else FEWEST_LOOKS
             for request in list(islice(own.values(), num_looks)):
                 req_id = request.submit.req_id
                 if req_id in own:
                     yield request
                 if req_id not in own:
                     if own:
-                        heapq.heappush(turns, self._turn(lane, own, now))
+                        heapq.heappush(turns, self._turn(lane, own, now, highest))
                     break
 
-    def _turn(self, lane: _Lane, own: dict[bytes, Request], now: float) -> tuple[int, float, int, float, _Lane]:
+    def _turn(
+        self, lane: _Lane, own: dict[bytes, Request], now: float, highest: int
+    ) -> tuple[int, float, int, float, _Lane]:
         """Return what a lane that waits is ordered by. Of one tenant's lanes the one that has waited longest is next,
         where the first of both count as the same class."""
         tenant, since = self._tenants[lane[0]], next(iter(own.values())).queued_at
-        rank = lane[1] and max(0, lane[1] - int((now - since) / CLASS_S))
-        return rank, tenant.charged, tenant.last_turn, since, lane
+        rank = max(highest, lane[1] - int((now - since) / CLASS_S))
+        return rank, tenant.tag, tenant.last_turn, since, lane
 
     def remove(self, request: Request) -> None:
         """Take out `request`, which waits here. O(1)."""
@@ -167,12 +185,19 @@ class TenantQueue:
         """Charge a tenant, or, less than 0, give back what it was charged too much."""
         tenant = self._tenants[tenant_id]
         tenant.charged += num_tokens / tenant.weight
+        tenant.tag += num_tokens / tenant.weight
+        self._highest_tag = max(self._highest_tag, tenant.tag)
         self._fair_charge += num_tokens / (self._sum_of_weights or tenant.weight)
 
-    def lead(self, tenant_id: str) -> float:
-        """Return how many tokens more than fair the tenant was charged, as a tenant of mean weight counts them. Below
-        0: it has waited and got less."""
-        lead = self._tenants[tenant_id].charged - self._fair_charge
+    def lead(self, tenant_id: str, now: float) -> float:
+        """Return how many tokens more than fair the tenant was charged lately, as a tenant of mean weight counts them.
+        Below 0: it has waited and got less."""
+        tenant = self._tenants[tenant_id]
+        lead = tenant.charged - self._fair_charge
+        if lead > 0:
+            lead *= math.exp((tenant.faded_at - now) / FADE_S)
+            tenant.charged = self._fair_charge + lead
+        tenant.faded_at = now
         return lead * self._sum_of_weights / self.num_active if self.num_active else lead
 
     def _active(self, tenant_id: str) -> _Tenant:

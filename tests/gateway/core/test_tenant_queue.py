@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvasir.gateway.core.request import Request
-from kvasir.gateway.core.tenant_queue import CLASS_S, FEWEST_LOOKS, LOOKS, TenantQueue
+from kvasir.gateway.core.tenant_queue import CLASS_S, FADE_S, FEWEST_LOOKS, LOOKS, TenantQueue
 from kvasir.protocol.terms import RANKS
 from tests.core_helpers import make_submit
 
@@ -79,8 +80,8 @@ def test_a_lead_says_the_same_whatever_the_scale_of_the_weights() -> None:
         for tenant in weights:
             queue.computing(tenant)
         queue.charge("alpha", 1_000.0)
-        leads.append(queue.lead("alpha"))
-        assert queue.lead("beta") == pytest.approx(-2 * 1_000 / 4)  # it got less than its part
+        leads.append(queue.lead("alpha", 0.0))
+        assert queue.lead("beta", 0.0) == pytest.approx(-2 * 1_000 / 4)  # it got less than its part
     assert leads[0] == pytest.approx(leads[1]) == pytest.approx(2 * (1_000 - 1_000 / 4))
 
 
@@ -102,6 +103,16 @@ def test_whoever_has_waited_long_enough_counts_as_the_class_above_and_nothing_st
         served += serve(queue, count=1, now=float(second))
     assert served.index(b"low") == 2 * CLASS_S
     queue.check_integrity()
+
+
+def test_among_requests_of_one_class_waiting_long_changes_nothing() -> None:
+    queue = TenantQueue()
+    for i in range(2):
+        queue.push(make_request(b"a%d" % i, "alpha"))
+    queue.charge("alpha", 1.0)
+    queue.push(make_request(b"b0", "beta", queued_at=CLASS_S))
+    queue.charge("alpha", 10.0)
+    assert serve(queue, now=CLASS_S) == [b"b0", b"a0", b"a1"]
 
 
 def test_a_tenants_own_low_requests_do_not_starve_behind_its_high_ones() -> None:
@@ -131,12 +142,12 @@ def test_a_tenant_that_was_idle_has_saved_nothing() -> None:
     queue.push(make_request(b"a0", "alpha"))
     queue.computing("alpha")
     serve(queue, 1_000.0)
-    assert queue.lead("alpha") == 0.0  # alone it takes nothing from others
+    assert queue.lead("alpha", 0.0) == 0.0  # alone it takes nothing from others
     queue.push(make_request(b"b0", "beta"))  # alpha is still being computed
     queue.charge("alpha", 50.0)
-    assert (queue.lead("alpha"), queue.lead("beta")) == (25.0, -25.0)
+    assert (queue.lead("alpha", 0.0), queue.lead("beta", 0.0)) == (25.0, -25.0)
     queue.charge("beta", 50.0)
-    assert (queue.lead("alpha"), queue.lead("beta")) == (0.0, 0.0)
+    assert (queue.lead("alpha", 0.0), queue.lead("beta", 0.0)) == (0.0, 0.0)
 
 
 def test_a_tenant_that_asks_for_less_than_its_part_has_no_lead_however_long_it_goes_on() -> None:
@@ -147,11 +158,42 @@ def test_a_tenant_that_asks_for_less_than_its_part_has_no_lead_however_long_it_g
         queue.charge("flooder", 1_000.0)
         for tenant, num_tokens in (("modest", 200.0), ("small", 10.0)):
             queue.push(make_request(b"%s%d" % (tenant.encode(), i), tenant))
-            assert queue.lead(tenant) == 0.0
+            assert queue.lead(tenant, 0.0) == 0.0
             [request] = queue
             queue.remove(request)
             queue.charge(tenant, num_tokens)
-    assert queue.lead("flooder") == pytest.approx(100 * (1_000 - 1_210 / 3), rel=0.02)
+    assert queue.lead("flooder", 0.0) == pytest.approx(100 * (1_000 - 1_210 / 3), rel=0.02)
+
+
+def test_what_nobody_else_wanted_is_not_owed_when_all_want_more() -> None:
+    queue = TenantQueue()
+    tenants = ("flooder", "beta", "gamma")
+    for i in range(1_000):  # the others ask for little, and always have something that is computed
+        for tenant in tenants[1:]:
+            queue.computing(tenant)
+        queue.push(make_request(b"f%d" % i, "flooder"))
+        assert serve(queue) == [b"f%d" % i]
+        for tenant in tenants[1:]:
+            queue.computed(tenant)
+    for tenant in tenants:
+        for i in range(100):
+            queue.push(make_request(b"%s-%d" % (tenant.encode(), i), tenant))
+    assert Counter(req_id.split(b"-")[0] for req_id in serve(queue, count=90)) == {
+        tenant.encode(): 30 for tenant in tenants
+    }
+
+
+def test_a_lead_fades_and_what_a_tenant_has_got_too_little_does_not() -> None:
+    queue = TenantQueue()
+    for tenant in ("alpha", "beta"):
+        queue.computing(tenant)
+    queue.charge("alpha", 1_000.0)
+    for now in (10.0, FADE_S):
+        assert queue.lead("alpha", now) == pytest.approx(500.0 * math.exp(-now / FADE_S))
+        assert queue.lead("beta", now) == -500.0
+    queue.charge("alpha", 1_000.0)
+    assert queue.lead("alpha", 2 * FADE_S) == pytest.approx((500.0 / math.e + 500.0) / math.e)
+    assert queue.lead("alpha", 1e6) == pytest.approx(0.0)
 
 
 def test_what_was_charged_too_much_is_given_back() -> None:
@@ -160,7 +202,7 @@ def test_what_was_charged_too_much_is_given_back() -> None:
         queue.computing(tenant)
     queue.charge("alpha", 1_000.0)
     queue.charge("alpha", -900.0)
-    assert queue.lead("alpha") == pytest.approx(50.0)
+    assert queue.lead("alpha", 0.0) == pytest.approx(50.0)
 
 
 def test_handed_back_requests_come_first_of_their_tenant() -> None:
@@ -192,22 +234,25 @@ STEPS = st.tuples(st.sampled_from(["push", "front", "take", "remove", "compute",
 
 @settings(deadline=None)
 @given(st.lists(STEPS, max_size=80))
-def test_the_turn_is_always_that_of_the_least_charged_and_a_tenants_own_stay_in_order(
+def test_the_turn_is_always_that_of_the_least_tag_and_a_tenants_own_stay_in_order(
     steps: list[tuple[str, int]],
 ) -> None:
-    """The oracle: plain lists of requests, and one number per tenant, whose weight is 1 more than its number."""
+    """The oracle: plain lists of requests, and two numbers per tenant, whose weight is 1 more than its number."""
     weights = {f"t{i}": i + 1 for i in range(4)}
     queue = TenantQueue(weights.__getitem__)
     waiting: dict[str, list[Request]] = {}
     computing: Counter[str] = Counter()
     charged: dict[str, float] = {}
-    fair = 0.0
+    tags: dict[str, float] = {}
+    fair = highest = 0.0
     for number, (what, choice) in enumerate(steps):
         tenant = f"t{choice}"
         own = waiting.setdefault(tenant, [])
         if what in ("push", "front"):
             if not own:
                 charged[tenant] = max(charged.get(tenant, 0.0), fair)
+                least = min([tags[name] for name, requests in waiting.items() if requests], default=highest)
+                tags[tenant] = max(tags.get(tenant, 0.0), least)
             request = make_request(b"%d" % number, tenant)
             (queue.push if what == "push" else queue.push_front)(request)
             own.insert(len(own) if what == "push" else 0, request)
@@ -216,12 +261,14 @@ def test_the_turn_is_always_that_of_the_least_charged_and_a_tenants_own_stay_in_
             assert (taken is None) == (not any(waiting.values()))
             if taken is not None:
                 owner = taken.submit.tenant_id
-                assert charged[owner] == min(charged[name] for name, requests in waiting.items() if requests)
+                assert tags[owner] == min(tags[name] for name, requests in waiting.items() if requests)
                 assert waiting[owner].pop(0) is taken
                 queue.take(taken)
                 computing[owner] += 1
                 queue.charge(owner, 1.0 + choice)
                 charged[owner] += (1.0 + choice) / weights[owner]
+                tags[owner] += (1.0 + choice) / weights[owner]
+                highest = max(highest, tags[owner])
                 fair += (1.0 + choice) / sum(
                     weight for name, weight in weights.items() if waiting.get(name) or computing[name]
                 )
@@ -236,5 +283,5 @@ def test_the_turn_is_always_that_of_the_least_charged_and_a_tenants_own_stay_in_
         active = [weight for name, weight in weights.items() if waiting.get(name) or computing[name]]
         for name, amount in charged.items():
             mean = sum(active) / len(active) if active else 1.0
-            assert queue.lead(name) == pytest.approx((amount - fair) * mean)
+            assert queue.lead(name, 0.0) == pytest.approx((amount - fair) * mean)
         assert len(queue) == sum(map(len, waiting.values()))
