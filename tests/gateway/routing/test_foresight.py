@@ -57,7 +57,8 @@ def test_whole_strides_are_as_in_a_plain_cache(num_blocks: int, sent: list[bytes
         assert left == cached, "what is known is not guessed"
     cache.make_room(coming)
     expected = cache.num_leading(asked)
-    assert expected - STRIDE < left <= expected + STRIDE
+    # Strides go as wholes, and the blocks of one whose end is gone already are counted for no stride.
+    assert expected - 2 * STRIDE < left <= expected + STRIDE
 
 
 def test_what_the_worker_has_of_others_does_not_count_as_going_first() -> None:
