@@ -17,6 +17,7 @@ from torch import Tensor
 class KvStore:
     """`data` [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]; index 2 is 0 for keys, 1 for values.
 
+    With `has_spare` there is one block more, of no id that is ever given out: rows that pad a step write there.
     Starts zeroed: a mask that multiplies garbage by zero would still let NaN through.
     """
 
@@ -29,8 +30,10 @@ class KvStore:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        *,
+        has_spare: bool = False,
     ) -> None:
-        shape = (num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim)
+        shape = (num_blocks + has_spare, num_layers, 2, block_size, num_kv_heads, head_dim)
         if torch.device(device).type == "cpu":  # pages of a fresh mapping are zero, and taken when first written to
             size_bytes = math.prod(shape) * dtype.itemsize
             try:
@@ -57,8 +60,16 @@ class KvStore:
         rows_per_block = len(self._layers) * 2 * self.block_size
         return slots + block_ids * (rows_per_block - self.block_size)
 
+    @property
+    def spare_slot(self) -> int:
+        """The first slot of the spare block."""
+        return self.num_blocks * self.block_size
+
     def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store `keys` and `values` [num_tokens, num_kv_heads, head_dim] at `rows`, which must not repeat."""
+        """Store `keys` and `values` [num_tokens, num_kv_heads, head_dim] at `rows`.
+
+        They must not repeat, but for those of the spare block.
+        """
         key_rows, value_rows = self._targets[layer]
         key_rows.index_copy_(0, rows, keys)
         value_rows.index_copy_(0, rows, values)

@@ -40,6 +40,7 @@ from kvasir.worker.model.attention import Attention, GatherAttention, ReferenceA
 from kvasir.worker.model.attention_paths import TOLERANCE, choose_attention, largest_error
 from kvasir.worker.model.config import ModelConfig, RopeConfig
 from kvasir.worker.model.device_executor import DeviceExecutor
+from kvasir.worker.model.graphs import DecodeGraphs
 from kvasir.worker.model.linear import Linear, Packing
 from kvasir.worker.model.loader import weight_bytes
 from kvasir.worker.model.model import LayerWeights, Model, Weights
@@ -106,6 +107,9 @@ KERNEL_CASES: dict[
 }
 
 
+GRAPH_CASE = "a padded decode step"
+
+
 def check_kernels(device: torch.device) -> list[dict[str, Any]]:
     """Compare `PagedAttention` with the reference, both on `device`; one row per case."""
     from kvasir.worker.model.paged_attention import PagedAttention
@@ -118,6 +122,29 @@ def check_kernels(device: torch.device) -> list[dict[str, Any]]:
         limit = 1e-5 if dtype == torch.float32 else TOLERANCE[dtype]
         rows.append({"case": name, "max_error": error, "ok": error <= limit})
     return rows
+
+
+def check_graphs(device: torch.device) -> dict[str, Any]:
+    """Compare a decode step of several spans and windows, padded (and on CUDA captured), with the reference."""
+    from kvasir.worker.model import paged_attention
+
+    if device.type == "cpu":
+        paged_attention.MAX_PROGRAMS = 8  # an interpreter takes them one by one
+    config = make_config(2, 64, 96, 4, 2, 100, sliding_windows=(None, 600))
+    weights = move(random_weights(config, CPU, torch.float32), device, torch.float32)
+    lengths = [1300, 1, 16, 40, 513]
+    kv, tables = make_store(config, [length + 1 for length in lengths], device, torch.float32, has_spare=True)
+    kv.data[: kv.num_blocks].normal_(generator=torch.Generator(device).manual_seed(5))
+    kv.data[kv.num_blocks :].fill_(float("nan"))
+    slices = [SequenceSlice(i, [7 + i], n, tables[i], 1) for i, n in enumerate(lengths)]
+    expected = Model(config, weights, ReferenceAttention(config)).forward(slices, kv)
+    model = Model(config, weights, paged_attention.PagedAttention(config, torch.float32))
+    graphs = DecodeGraphs(model, kv, 8, 2048)
+    if device.type == "cuda":
+        graphs.capture()
+    actual = graphs.forward(slices, kv)
+    error = ((actual - expected).abs().max() / expected.abs().max()).item()
+    return {"case": GRAPH_CASE, "max_error": error, "ok": error <= 1e-5 and graphs.num_padded == 1}
 
 
 @dataclass(frozen=True)
@@ -172,14 +199,19 @@ def move(weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
 
 
 def make_store(
-    config: ModelConfig, num_tokens: list[int], device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    num_tokens: list[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    has_spare: bool = False,
 ) -> tuple[KvStore, list[list[int]]]:
     """Return a store and one block table per sequence, their blocks interleaved."""
     blocks_each = [-(-count // BLOCK_SIZE) for count in num_tokens]
     ids = iter(torch.randperm(sum(blocks_each), generator=torch.Generator().manual_seed(1)).tolist())
     tables = [[next(ids) for _ in range(count)] for count in blocks_each]
     shape = (sum(blocks_each), config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-    return KvStore(*shape, dtype=dtype, device=device), tables
+    return KvStore(*shape, dtype=dtype, device=device, has_spare=has_spare), tables
 
 
 def continuation(model: Model, prompts: list[list[int]], tokens: list[list[int]], chunk: int) -> Tensor:
@@ -420,7 +452,7 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     result["device"] = "Triton's interpreter" if is_interpreted else torch.cuda.get_device_name(device)
     print(f"{result['device']}, torch {torch.__version__}\n")
-    result["kernels"] = check_kernels(device)
+    result["kernels"] = [*check_kernels(device), check_graphs(device)]
     for row in result["kernels"]:
         print(f"{row['case']:28} {row['max_error']:10.2e}{'' if row['ok'] else '   WRONG'}")
     if options.kernels_only:

@@ -48,6 +48,7 @@ class Options:
     threads: int
     speculate: str
     draft_model: str
+    graphs: str
     drain_s: float
     exit_with_stdin: bool
     check: bool
@@ -91,6 +92,10 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     add("--speculate", choices=("auto", "lookup", "off"), default="auto", help=speculate_help)
     draft_help = "folder of a smaller model with the same tokenizer, which drafts where nothing was said before"
     add("--draft-model", default="", metavar="PATH", help=draft_help)
+    graphs_help = (
+        "CUDA graphs of decode steps; auto: where they capture and prove right at start (unproven on a device)"
+    )
+    add("--graphs", choices=("auto", "off"), default="auto", help=graphs_help)
     add("--threads", type=_positive, default=1, help="torch threads (default 1)")
     add(
         "--drain",

@@ -1,4 +1,4 @@
-"""From options to an engine ready to run: picks device and sizes, loads the model, allocates the KV pool.
+"""From options to an engine ready to run: picks the device, loads the model, allocates the KV pool.
 
 Whatever does not allow a start is a `ConfigurationError` in one sentence. torch is imported only for a real model.
 """
@@ -6,7 +6,6 @@ Whatever does not allow a start is a `ConfigurationError` in one sentence. torch
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import time
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.engine.step import Executor, Grammars, OutOfMemory
-from kvasir.worker.log import log
+from kvasir.worker.log import log, progress
 from kvasir.worker.model.oracle_model import PREFIX, OracleModel, OracleStore, parse_oracle
-from kvasir.worker.options import MemorySize, Options
+from kvasir.worker.options import Options
+from kvasir.worker.sizes import MIN_BLOCKS, choose_limits, choose_num_blocks, free_memory, gib, num_requests
 from kvasir.worker.speculation.draft_model import DraftModel
 from kvasir.worker.speculation.lookup import Lookup
 from kvasir.worker.speculation.same_tokenizer import check_same_tokenizer
@@ -32,10 +32,7 @@ from kvasir.worker.speculation.speculator import Speculator
 
 if TYPE_CHECKING:
     from kvasir.worker.model.attention import Attention
-
-GIB = 1 << 30
-MIN_BLOCKS = 8
-MAX_BLOCKS = 1 << 20  # bounds a snapshot to 16 MiB
+    from kvasir.worker.model.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,80 +97,6 @@ def build(options: Options) -> tuple[Engine, Hello]:
     return engine, hello
 
 
-def choose_limits(options: Options, *, window: int, num_blocks: int, on_gpu: bool) -> EngineLimits:
-    """Return the limits for a model of `window` tokens over a pool of `num_blocks` blocks.
-
-    Raises:
-        ConfigurationError: what was asked for does not fit.
-    """
-    num_slots = num_blocks * options.block_size
-    max_requests = num_requests(options, on_gpu)
-    max_step_tokens = options.max_step_tokens or max(8192 if on_gpu else 512, max_requests)
-    if max_step_tokens < max_requests:
-        raise ConfigurationError(
-            f"--max-step-tokens {max_step_tokens} is less than the {max_requests} requests that may decode in one step."
-        )
-    if options.max_context is not None and options.max_context > window:
-        raise ConfigurationError(f"--max-context {options.max_context} exceeds the model's window of {window} tokens.")
-    if options.max_context is not None and options.max_context > num_slots:
-        raise ConfigurationError(
-            f"--max-context {options.max_context} exceeds the {num_slots} tokens that the KV memory holds; "
-            "give more --kv-memory."
-        )
-    if num_slots < window and options.max_context is None:
-        log("context_limited", max_context=num_slots, window=window, hint="--kv-memory")
-    return EngineLimits(max_requests, max_step_tokens, options.max_context or min(window, num_slots))
-
-
-def choose_num_blocks(
-    kv_memory: MemorySize | None, *, free_bytes: int, block_bytes: int, on_gpu: bool, num_useful: int = MAX_BLOCKS
-) -> int:
-    """Return how many blocks of `block_bytes` the pool gets.
-
-    A number of bytes is taken as it is. A share is taken whole on a GPU; on a CPU, where others live too, no more than
-    `num_useful` blocks. Without `kv_memory` the share is 85 % on a GPU, on a CPU a quarter and at most 1 GiB.
-
-    Raises:
-        ConfigurationError: more than is free, or less than a few blocks.
-    """
-    if kv_memory is None:
-        size_bytes = int(0.85 * free_bytes) if on_gpu else min(GIB, free_bytes // 4)
-    else:
-        size_bytes = kv_memory.size_bytes or int((kv_memory.share or 0) * free_bytes)
-    if not on_gpu and (kv_memory is None or kv_memory.share):
-        size_bytes = min(size_bytes, max(MIN_BLOCKS, num_useful) * block_bytes)
-    if size_bytes > free_bytes:
-        raise ConfigurationError(
-            f"--kv-memory asks for {_gib(size_bytes)}, but only {_gib(free_bytes)} are free for it; give less."
-        )
-    num_blocks = min(size_bytes // block_bytes, MAX_BLOCKS)
-    if num_blocks < MIN_BLOCKS:
-        raise ConfigurationError(
-            f"{size_bytes} bytes of KV memory hold {num_blocks} blocks of {block_bytes} bytes, at least {MIN_BLOCKS} "
-            "are needed; give more --kv-memory, or a smaller model if there is none."
-        )
-    return num_blocks
-
-
-def num_requests(options: Options, on_gpu: bool) -> int:
-    """Return how many requests are taken at a time."""
-    return options.max_requests or (128 if on_gpu else 32)
-
-
-def free_memory() -> int:
-    """Return the bytes that this process may still take, as the kernel and a memory cgroup see it."""
-    try:
-        available = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) << 10  # type: ignore[index]
-    except (OSError, TypeError):
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else max(0, min(available, int(limit) - used))
-
-
 def _load_oracle(options: Options) -> Loaded:
     model = OracleModel(parse_oracle(options.model))
     config = model.config
@@ -204,7 +127,6 @@ def _load_torch(options: Options) -> Loaded:
     from kvasir.cache.kv_store import KvStore, bytes_per_block
     from kvasir.worker.engine.step import SequenceSlice
     from kvasir.worker.model.config import ModelConfig
-    from kvasir.worker.model.device_executor import DeviceExecutor
     from kvasir.worker.model.linear import Packing, choose_packing, gain_over_fp32
     from kvasir.worker.model.loader import load_model, model_fingerprint, read_config, resolve_dtype, weight_bytes
     from kvasir.worker.model.sampling import sample
@@ -229,52 +151,67 @@ def _load_torch(options: Options) -> Loaded:
     needed = sum(weight_bytes(each, dtype, packing, device) for each in configs)
     if needed > free_bytes():
         raise ModelError(
-            f"{' and '.join(folders)} need {_gib(needed)} for weights in {_name(dtype)}, but only "
-            f"{_gib(free_bytes())} are free on {device.type}; use a smaller model or a narrower --dtype."
+            f"{' and '.join(folders)} need {gib(needed)} for weights in {_name(dtype)}, but only "
+            f"{gib(free_bytes())} are free on {device.type}; use a smaller model or a narrower --dtype."
         )
 
     def block_bytes_of(its: ModelConfig) -> int:
         return bytes_per_block(its.num_layers, options.block_size, its.num_kv_heads, its.head_dim, dtype)
 
     block_bytes = sum(map(block_bytes_of, configs))
-    num_blocks = choose_num_blocks(
-        options.kv_memory,
-        free_bytes=free_bytes() - needed,
-        block_bytes=block_bytes,
-        on_gpu=on_gpu,
-        num_useful=num_requests(options, on_gpu)
-        * -(-(options.max_context or config.max_position) // options.block_size),
-    )
+
+    def num_blocks_of(free_bytes: int) -> int:
+        num_per_request = -(-(options.max_context or config.max_position) // options.block_size)
+        return choose_num_blocks(
+            options.kv_memory,
+            free_bytes=free_bytes,
+            block_bytes=block_bytes,
+            on_gpu=on_gpu,
+            num_useful=num_requests(options, on_gpu) * num_per_request,
+        )
+
+    num_blocks = num_blocks_of(free_bytes() - needed)
     limits = choose_limits(options, window=config.max_position, num_blocks=num_blocks, on_gpu=on_gpu)
     is_packed = {"packed": packing.packs} if not on_gpu else {}
     if not on_gpu and dtype in (torch.bfloat16, torch.float16) and (gain := gain_over_fp32(dtype)) < 1:
         log("slow_dtype", dtype=_name(dtype), times_fp32=round(gain, 2), hint="on this CPU --dtype float32 is faster")
-    log("loading", model=options.model, device=device.type, dtype=_name(dtype), weight_bytes=needed, **is_packed)
+    log("loading", device=device.type, dtype=_name(dtype), weight_bytes=needed, **is_packed)
 
-    def load(folder: str, its: ModelConfig) -> tuple[Executor, Attention]:
-        model = load_model(
+    def load(folder: str, its: ModelConfig) -> Model:
+        log("loading", model=folder)
+        return load_model(
             folder,
             device,
             dtype,
             block_size=options.block_size,
             working_set_limit_bytes=num_blocks * block_bytes_of(its),
             packing=packing,
-            on_progress=_report_progress,
+            on_progress=progress("layers"),
         )
+
+    def local(model: Model) -> Executor:
+        its = model.config
         kv = KvStore(num_blocks, its.num_layers, options.block_size, its.num_kv_heads, its.head_dim, dtype, device)
         # The first step allocates and compiles what every step needs: better before anybody waits for it.
         model.forward([SequenceSlice(0, [0], 0, [0], 1)], kv)
         kv.zero([0])
-        # A GPU computes beside Python, which plans the next step meanwhile; a CPU's cores all compute already.
-        return DeviceExecutor(model.forward, kv) if on_gpu else LocalExecutor(model, kv, sample), model.attention
+        return LocalExecutor(model, kv, sample)
 
     draft_model = None
     try:
-        executor, attention = load(options.model, config)
+        models = [load(folder, its) for folder, its in zip(folders, configs, strict=True)]
+        attention = _attention(models[0].attention)
+        if on_gpu:
+            from kvasir.worker.startup_gpu import open_on_gpu
+
+            opened = open_on_gpu(options, models, num_blocks_of)
+            executors, num_blocks, limits = opened.executors, opened.num_blocks, opened.limits
+            attention = f"{attention}, {opened.graphs}"[:256]
+        else:
+            executors = [local(model) for model in models]
         if draft_config is not None:
-            log("loading", draft_model=options.draft_model)
             draft_model = DraftModel(
-                load(options.draft_model, draft_config)[0],
+                executors[1],
                 num_blocks,
                 options.block_size,
                 vocab_size=min(config.vocab_size, draft_config.vocab_size),
@@ -282,10 +219,12 @@ def _load_torch(options: Options) -> Loaded:
                 clock=time.monotonic,
             )
     except (MemoryError, torch.OutOfMemoryError, OutOfMemory) as error:
-        raise ModelError(f"{options.model} does not fit into memory ({error}); give less --kv-memory.") from None
+        raise ModelError(
+            f"{options.model} does not fit into memory ({error}); give less --kv-memory, or --max-step-tokens."
+        ) from None
     return Loaded(
-        executor=executor,
-        is_ahead=on_gpu,
+        executor=executors[0],
+        is_ahead=on_gpu,  # a GPU computes beside Python, which plans the next step meanwhile
         num_blocks=num_blocks,
         bytes_per_block=block_bytes,
         vocab_size=config.vocab_size,
@@ -294,7 +233,7 @@ def _load_torch(options: Options) -> Loaded:
         fingerprint=model_fingerprint(options.model),
         dtype=_name(dtype),
         device=device.type,
-        attention=_attention(attention),
+        attention=attention,
         grammars=_load_grammars(Path(options.model), config.vocab_size, config.eos_token_ids),
         draft_model=draft_model,
     )
@@ -320,15 +259,5 @@ def _attention(attention: Attention) -> str:
     return f"{attention.name}: {attention.fallback_reason}"[:256]
 
 
-def _report_progress(done: int, total: int) -> None:
-    """Log every tenth of the way."""
-    if done * 10 // total > (done - 1) * 10 // total:
-        log("loading", layers=f"{done}/{total}")
-
-
 def _name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB else f"{size_bytes / (1 << 20):.1f} MiB"

@@ -12,7 +12,8 @@ from kvasir.cache.kv_store import KvStore
 from kvasir.worker.log import log
 from kvasir.worker.model.working_set import WorkingSetAttention
 from kvasir.worker.options import MemorySize, parse_options
-from kvasir.worker.startup import build, choose_num_blocks
+from kvasir.worker.sizes import choose_num_blocks
+from kvasir.worker.startup import build
 
 MODEL = Path(__file__).resolve().parents[2] / "kvasir" / "demo_model"
 SHARE = MemorySize(share=0.6)

@@ -23,6 +23,12 @@ def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
+def copy_to(target: Tensor, values: NDArray[Any]) -> None:
+    """Write `values` to the beginning of `target`, as `to_device` does."""
+    host = torch.from_numpy(values)
+    target[: len(values)].copy_(host.pin_memory() if target.device.type == "cuda" else host, non_blocking=True)
+
+
 class Readback:
     """A small tensor on its way from a device. `wait` waits for it, and for nothing that was queued behind it."""
 

@@ -56,7 +56,7 @@ class Model:
         self.attention = attention
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
-        self._rotary = RotaryTable(config.rope, config.head_dim, self.device, self.dtype)
+        self.rotary = RotaryTable(config.rope, config.head_dim, self.device, self.dtype)
 
     @torch.inference_mode()
     @memory_errors()
@@ -73,7 +73,7 @@ class Model:
             return self.weights.embedding.new_empty((0, self.config.vocab_size))
         batch = pack(slices, singles, chunks, kv.block_size, self.device, drawn)
         self.attention.begin(batch, kv)
-        rotation = self._rotary(batch.positions, batch.max_position)
+        rotation = self.rotary(batch.positions, batch.max_position)
         return self.compute(batch.token_ids, rotation, kv.rows(batch.slots), kv, batch.logit_rows)
 
     def compute(

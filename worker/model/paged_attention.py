@@ -20,25 +20,47 @@ from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.attention import Attention
 from kvasir.worker.model.batch import Batch
 from kvasir.worker.model.config import ModelConfig
-from kvasir.worker.model.paged_kernels import ITEM_FIELDS, MERGE_FIELDS, attend_items, merge_partials
+from kvasir.worker.model.memory import to_device
+from kvasir.worker.model.paged_kernels import ITEM_FIELDS, LIST_FIELDS, MERGE_FIELDS, attend_items, merge_partials
 
 SPAN = 512  # keys of a single (and of a chunk as small) that one program reads
 CHUNK_SPAN = 4096  # the same of a chunk of up to `MAX_CUT_QUERIES`; longer ones have programs enough without cuts
 MAX_CUT_QUERIES = 64
+MAX_PROGRAMS = 1056  # of a fixed launch, that take turns: eight for each multiprocessor of an H200
+
+
+Ints = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the kernels have to do for one step and one window; int32."""
+    """What the kernels have to do for one step and one window."""
 
-    small: Tensor  # [num_items, ITEM_FIELDS], of small tiles
-    large: Tensor
-    merges: Tensor  # [num_merges, MERGE_FIELDS]
+    small: Ints  # [num_items, ITEM_FIELDS], of small tiles
+    large: Ints
+    merges: Ints  # [num_merges, MERGE_FIELDS]
+    num_partial_rows: int
+
+    @property
+    def lists(self) -> tuple[Ints, Ints, Ints]:
+        return self.small, self.large, self.merges
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How the kernels are launched for one window: the number of programs of each list of work (0: no launch)."""
+
+    lists_at: int  # where in the plan it says where the three lists are
+    num_programs: tuple[int, int, int]
     num_partial_rows: int
 
 
 class PagedAttention(Attention):
-    """fp16, bf16 and fp32; heads of any size up to 256, blocks of any size."""
+    """fp16, bf16 and fp32; heads of any size up to 256, blocks of any size.
+
+    All that the kernels have to know of a step is its *plan*, one array of int32. `begin` makes it and launches what it
+    asks for; a CUDA graph, whose launches are fixed, is captured by `begin_fixed` and given plans of `plan` later.
+    """
 
     name = "triton"
 
@@ -49,48 +71,84 @@ class PagedAttention(Attention):
             raise ValueError(f"the kernels do not compute {dtype} with heads of {config.head_dim}")
         self._group = config.num_heads // config.num_kv_heads
         self._rows = tile_rows(config, dtype)
+        self._windows = list(dict.fromkeys(config.sliding_windows))
 
     def begin(self, batch: Batch, kv: KvStore) -> None:
-        pieces, device = [*batch.singles, *batch.chunks], kv.data.device
-        blocks = [piece.block_table[: -(-piece.end // kv.block_size)] for piece in pieces]
+        works, tables = self._work([*batch.singles, *batch.chunks], kv.block_size)
+        self._plan = to_device(lay_out(works, tables, 0), kv.data.device)
+        self._launches = {
+            window: Launch(i * 3 * LIST_FIELDS, (len(work.small), len(work.large), len(work.merges)), rows)
+            for i, (window, work) in enumerate(zip(self._windows, works, strict=True))
+            for rows in (work.num_partial_rows,)
+        }
+
+    def fixed_sizes(self, num_singles: int, num_tokens: int, block_size: int) -> tuple[int, int]:
+        """Return the length of a plan for so many singles, `num_tokens` long in all, and its number of partial results.
+
+        Such a result takes `num_heads * (head_dim + 1) * 4` bytes.
+        """
+        num_spans = num_tokens // SPAN + num_singles  # the last of a sequence may be short
+        per_window = 3 * LIST_FIELDS + num_spans * ITEM_FIELDS + num_singles * MERGE_FIELDS
+        return len(self._windows) * per_window + num_tokens // block_size + num_singles, num_spans
+
+    def plan(self, singles: Sequence[SequenceSlice], block_size: int, base: int, num_partial_rows: int) -> Ints | None:
+        """Return a step's plan for launches of `begin_fixed`, to lie at `base` of a buffer; None if it does not fit."""
+        works, tables = self._work(singles, block_size)
+        fits = all(work.num_partial_rows <= num_partial_rows and not len(work.large) for work in works)
+        return lay_out(works, tables, base) if fits else None
+
+    def begin_fixed(self, buffer: Tensor, base: int, num_singles: int, num_partial_rows: int) -> None:
+        """Launch the same from now on for any plan at `base` of the int32 `buffer`, for at most `num_singles` singles
+        and `num_partial_rows` partial results."""
+        self._plan = buffer
+        num_items = max(num_singles, MAX_PROGRAMS // self._config.num_kv_heads)
+        self._launches = {
+            window: Launch(base + i * 3 * LIST_FIELDS, (num_items, 0, num_singles), num_partial_rows)
+            for i, window in enumerate(self._windows)
+        }
+
+    def _work(self, pieces: Sequence[SequenceSlice], block_size: int) -> tuple[list[Work], Ints]:
+        """Return the work per window, and the block tables, one behind the other."""
+        blocks = [piece.block_table[: -(-piece.end // block_size)] for piece in pieces]
         starts = np.cumsum([0, *map(len, blocks)])[:-1]
-        self._tables = torch.tensor([i for table in blocks for i in table], dtype=torch.int32, device=device)
         small, large = (rows // self._group for rows in self._rows)
-        windows = set(self._config.sliding_windows)
-        self._work = {window: plan_work(pieces, starts, small, large, window, device) for window in windows}
+        works = [plan_work(pieces, starts, small, large, window) for window in self._windows]
+        return works, np.array([i for table in blocks for i in table], dtype=np.int32)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: KvStore) -> Tensor:
         config, (num_tokens, num_heads, head_dim) = self._config, q.shape
         window = config.sliding_windows[layer]
-        work = self._work[window]
+        launch = self._launches[window]
         keys, values = kv.layer(layer)
         q = q if q.stride()[1:] == (head_dim, 1) else q.contiguous()
         out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
-        partials = torch.empty((work.num_partial_rows, num_heads, head_dim), dtype=torch.float32, device=q.device)
-        lse = torch.empty((work.num_partial_rows, num_heads), dtype=torch.float32, device=q.device)
-        for items, rows in zip((work.small, work.large), self._rows, strict=True):
-            if len(items):
-                attend_items[len(items), config.num_kv_heads](
+        partials = torch.empty((launch.num_partial_rows, num_heads, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((launch.num_partial_rows, num_heads), dtype=torch.float32, device=q.device)
+        *num_items, num_merges = launch.num_programs
+        for i, (num_programs, rows) in enumerate(zip(num_items, self._rows, strict=True)):
+            if num_programs:
+                attend_items[num_programs, config.num_kv_heads](
                     q,
                     keys,
                     values,
                     out,
                     partials,
                     lse,
-                    items,
-                    self._tables,
+                    self._plan,
+                    launch.lists_at + i * LIST_FIELDS,
                     q.stride(0),
                     keys.stride(0),
                     keys.stride(1),
                     config.scale * math.log2(math.e),
                     **constants(config, kv.block_size, rows, window, q.dtype, is_interpreted=q.device.type == "cpu"),
                 )
-        if len(work.merges):
-            merge_partials[len(work.merges), num_heads](
+        if num_merges:
+            merge_partials[num_merges, num_heads](
                 partials,
                 lse,
                 out,
-                work.merges,
+                self._plan,
+                launch.lists_at + 2 * LIST_FIELDS,
                 HEAD_DIM=head_dim,
                 PADDED_DIM=padded_dim(config),
                 TILE=16,
@@ -137,12 +195,11 @@ def plan_work(
     small: int,
     large: int,
     window: int | None,
-    device: torch.device,
 ) -> Work:
     """Return the work of `pieces`, packed in this order, whose block tables begin at `table_starts`.
 
     A piece of at most `small` queries is one small tile, a longer one is cut into large tiles of `large` queries; the
-    keys that the queries of a tile can see are cut into spans. One copy to `device` per list.
+    keys that the queries of a tile can see are cut into spans.
     """
     tiles = []  # table_start, query_row, position, num_queries, key_begin, key_end, span
     row = 0
@@ -177,6 +234,20 @@ def plan_work(
     )
     is_small = items[:, 3] <= small
     small_items, large_items, merge_list = (
-        torch.from_numpy(part.astype(np.int32)).to(device) for part in (items[is_small], items[~is_small], merges)
+        part.astype(np.int32) for part in (items[is_small], items[~is_small], merges)
     )
     return Work(small_items, large_items, merge_list, int(num_partials.sum()))
+
+
+def lay_out(works: Sequence[Work], tables: Ints, base: int) -> Ints:
+    """Return the plan that is to lie at `base` of a buffer: where the lists are, the lists, the block tables.
+
+    Whatever says where something is counts from the buffer's beginning.
+    """
+    lists = [part for work in works for part in work.lists]
+    begins = base + len(lists) * LIST_FIELDS + np.cumsum([0, *(part.size for part in lists)])
+    for work in works:
+        for items in (work.small, work.large):
+            items[:, 0] += begins[-1]
+    where = np.stack((begins[:-1], [len(part) for part in lists]), 1)
+    return np.concatenate([where.astype(np.int32).ravel(), *(part.ravel() for part in lists), tables])

@@ -5,7 +5,8 @@ were cut into several spans gets one partial result per span, merged by their lo
 arXiv 2205.14135). Where the cuts are depends on the sequence alone, so that a result does not change with its company.
 
 The query heads that share a key head are rows of one tile, so keys are read once for all of them. `worker.model.
-paged_attention` makes the items and launches. UNPROVEN ON A DEVICE: tested in Triton's interpreter, compiled for sm_90.
+paged_attention` makes the items and launches: as many programs as there are items, or fewer that take turns, so that
+a launch in a CUDA graph can serve any number. UNPROVEN ON A DEVICE: tested in Triton's interpreter, compiled for sm_90.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import triton.language as tl
 
 ITEM_FIELDS = 7  # table_start, query_row, position, num_queries, key_begin, key_end, partial_row (-1: not cut)
 MERGE_FIELDS = 4  # query_row, partial_row of the first span, rows between two spans, num_spans
+LIST_FIELDS = 2  # where in the plan a list of items or merges begins, and how many it has
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["list_at"])
 def attend_items(
     q,  # [num_tokens, num_heads, HEAD_DIM], its rows `q_stride` apart
     keys,  # [num_blocks, BLOCK_SIZE, num_kv_heads, HEAD_DIM], blocks `block_stride` apart; so `values`
@@ -25,8 +27,8 @@ def attend_items(
     out,  # [num_tokens, num_heads, HEAD_DIM]: of the queries that are not cut
     partials,  # [num_partial_rows, num_heads, HEAD_DIM] fp32: of those that are
     lse,  # [num_partial_rows, num_heads] fp32, to the base of 2
-    items,  # [num_items, ITEM_FIELDS] int32
-    tables,  # int32: the block tables one behind the other
+    plan,  # int32: items, merges, block tables, and where each list of them is
+    list_at,  # where it says where this launch's items are (LIST_FIELDS)
     q_stride,
     block_stride,
     token_stride,
@@ -42,96 +44,100 @@ def attend_items(
     UPCAST: tl.constexpr,  # for the interpreter, which multiplies the bit patterns of bf16
     FIELDS: tl.constexpr,
 ):
-    """Attend one item for the queries of one key head; grid (num_items, num_kv_heads)."""
-    item = items + tl.program_id(0) * FIELDS
+    """Attend items for the queries of one key head; grid (any number that take turns, num_kv_heads)."""
     head, num_heads = tl.program_id(1), tl.num_programs(1) * GROUP
-    table_start, query_row, position = tl.load(item), tl.load(item + 1), tl.load(item + 2)
-    num_queries, key_begin, key_end = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
-    partial_row = tl.load(item + 6)
-
     row = tl.arange(0, ROWS)
     query = row // GROUP
     query_head = head * GROUP + row % GROUP
     dim = tl.arange(0, PADDED_DIM)
     is_dim = dim < HEAD_DIM
-    is_value = (query < num_queries)[:, None] & is_dim[None, :]
-    query_at = (query_row + query).to(tl.int64) * q_stride + query_head * HEAD_DIM
-    queries = tl.load(q + query_at[:, None] + dim[None, :], mask=is_value, other=0.0)  # [ROWS, PADDED_DIM]
-    if UPCAST:
-        queries = queries.to(tl.float32)
-
-    best = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    result = tl.zeros((ROWS, PADDED_DIM), tl.float32)
-    for first in range(key_begin, key_end, TILE):
-        key = first + tl.arange(0, TILE)
-        is_key = key < key_end
-        block = tl.load(tables + table_start + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
-        key_at = block * block_stride + (key % BLOCK_SIZE) * token_stride + head * HEAD_DIM
-        k = tl.load(keys + key_at[None, :] + dim[:, None], mask=is_key[None, :] & is_dim[:, None], other=0.0)
-        v = tl.load(values + key_at[:, None] + dim[None, :], mask=is_key[:, None] & is_dim[None, :], other=0.0)
+    begin, num_items = tl.load(plan + list_at), tl.load(plan + list_at + 1)
+    for nth in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        item = plan + begin + nth * FIELDS
+        table_start, query_row, position = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+        num_queries, key_begin, key_end = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
+        partial_row = tl.load(item + 6)
+        is_value = (query < num_queries)[:, None] & is_dim[None, :]
+        query_at = (query_row + query).to(tl.int64) * q_stride + query_head * HEAD_DIM
+        queries = tl.load(q + query_at[:, None] + dim[None, :], mask=is_value, other=0.0)  # [ROWS, PADDED_DIM]
         if UPCAST:
-            k, v = k.to(tl.float32), v.to(tl.float32)
-        scores = tl.dot(queries, k, input_precision=PRECISION) * scale_log2  # [ROWS, TILE]
-        ahead = (position + query)[:, None] - key[None, :]
-        is_seen = is_key[None, :] & (ahead >= 0)
-        if WINDOW:
-            is_seen = is_seen & (ahead < WINDOW)
-        scores = tl.where(is_seen, scores, float("-inf"))
-        higher = tl.maximum(best, tl.max(scores, 1))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: -inf - -inf would be NaN
-        weights = tl.exp2(scores - finite[:, None])
-        shrink = tl.exp2(best - finite)
-        total = total * shrink + tl.sum(weights, 1)
-        result = result * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        best = higher
+            queries = queries.to(tl.float32)
 
-    total = tl.where(total == 0, 1.0, total)  # rows that see none of these keys, whose `best` is -inf
-    result = result / total[:, None]
-    if partial_row < 0:
-        out_at = (query_row + query).to(tl.int64) * num_heads + query_head
-        tl.store(out + out_at[:, None] * HEAD_DIM + dim[None, :], result.to(out.dtype.element_ty), mask=is_value)
-    else:
-        out_at = (partial_row + query).to(tl.int64) * num_heads + query_head
-        tl.store(partials + out_at[:, None] * HEAD_DIM + dim[None, :], result, mask=is_value)
-        tl.store(lse + out_at, best + tl.log2(total), mask=query < num_queries)
+        best = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        result = tl.zeros((ROWS, PADDED_DIM), tl.float32)
+        for first in range(key_begin, key_end, TILE):
+            key = first + tl.arange(0, TILE)
+            is_key = key < key_end
+            block = tl.load(plan + table_start + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+            key_at = block * block_stride + (key % BLOCK_SIZE) * token_stride + head * HEAD_DIM
+            k = tl.load(keys + key_at[None, :] + dim[:, None], mask=is_key[None, :] & is_dim[:, None], other=0.0)
+            v = tl.load(values + key_at[:, None] + dim[None, :], mask=is_key[:, None] & is_dim[None, :], other=0.0)
+            if UPCAST:
+                k, v = k.to(tl.float32), v.to(tl.float32)
+            scores = tl.dot(queries, k, input_precision=PRECISION) * scale_log2  # [ROWS, TILE]
+            ahead = (position + query)[:, None] - key[None, :]
+            is_seen = is_key[None, :] & (ahead >= 0)
+            if WINDOW:
+                is_seen = is_seen & (ahead < WINDOW)
+            scores = tl.where(is_seen, scores, float("-inf"))
+            higher = tl.maximum(best, tl.max(scores, 1))
+            finite = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: -inf - -inf would be NaN
+            weights = tl.exp2(scores - finite[:, None])
+            shrink = tl.exp2(best - finite)
+            total = total * shrink + tl.sum(weights, 1)
+            result = result * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+            best = higher
+
+        total = tl.where(total == 0, 1.0, total)  # rows that see none of these keys, whose `best` is -inf
+        result = result / total[:, None]
+        if partial_row < 0:
+            out_at = (query_row + query).to(tl.int64) * num_heads + query_head
+            tl.store(out + out_at[:, None] * HEAD_DIM + dim[None, :], result.to(out.dtype.element_ty), mask=is_value)
+        else:
+            out_at = (partial_row + query).to(tl.int64) * num_heads + query_head
+            tl.store(partials + out_at[:, None] * HEAD_DIM + dim[None, :], result, mask=is_value)
+            tl.store(lse + out_at, best + tl.log2(total), mask=query < num_queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["list_at"])
 def merge_partials(
     partials,
     lse,
     out,
-    merges,  # [num_merges, MERGE_FIELDS] int32
+    plan,
+    list_at,  # where it says where the merges are
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     TILE: tl.constexpr,  # spans per iteration
     FIELDS: tl.constexpr,
 ):
-    """Merge the partial results of one query and one of its heads; grid (num_merges, num_heads)."""
-    merge = merges + tl.program_id(0) * FIELDS
+    """Merge the partial results of queries, of one of their heads; grid (any number that take turns, num_heads)."""
     head, num_heads = tl.program_id(1), tl.num_programs(1)
-    query_row, partial_row = tl.load(merge), tl.load(merge + 1)
-    stride, num_spans = tl.load(merge + 2), tl.load(merge + 3)
     dim = tl.arange(0, PADDED_DIM)
     is_dim = dim < HEAD_DIM
-    best = float("-inf")
-    total = 0.0
-    result = tl.zeros((PADDED_DIM,), tl.float32)
-    for first in range(0, num_spans, TILE):
-        span = first + tl.arange(0, TILE)
-        is_span = span < num_spans
-        at = (partial_row + span * stride).to(tl.int64) * num_heads + head
-        logs = tl.load(lse + at, mask=is_span, other=float("-inf"))
-        parts = tl.load(
-            partials + at[:, None] * HEAD_DIM + dim[None, :], mask=is_span[:, None] & is_dim[None, :], other=0.0
-        )
-        higher = tl.maximum(best, tl.max(logs, 0))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logs - finite)
-        shrink = tl.exp2(best - finite)
-        total = total * shrink + tl.sum(weights, 0)
-        result = result * shrink + tl.sum(weights[:, None] * parts, 0)
-        best = higher
-    out_at = (query_row.to(tl.int64) * num_heads + head) * HEAD_DIM + dim
-    tl.store(out + out_at, (result / total).to(out.dtype.element_ty), mask=is_dim)
+    begin, num_merges = tl.load(plan + list_at), tl.load(plan + list_at + 1)
+    for nth in range(tl.program_id(0), num_merges, tl.num_programs(0)):
+        merge = plan + begin + nth * FIELDS
+        query_row, partial_row = tl.load(merge), tl.load(merge + 1)
+        stride, num_spans = tl.load(merge + 2), tl.load(merge + 3)
+        best = float("-inf")
+        total = 0.0
+        result = tl.zeros((PADDED_DIM,), tl.float32)
+        for first in range(0, num_spans, TILE):
+            span = first + tl.arange(0, TILE)
+            is_span = span < num_spans
+            at = (partial_row + span * stride).to(tl.int64) * num_heads + head
+            logs = tl.load(lse + at, mask=is_span, other=float("-inf"))
+            parts = tl.load(
+                partials + at[:, None] * HEAD_DIM + dim[None, :], mask=is_span[:, None] & is_dim[None, :], other=0.0
+            )
+            higher = tl.maximum(best, tl.max(logs, 0))
+            finite = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp2(logs - finite)
+            shrink = tl.exp2(best - finite)
+            total = total * shrink + tl.sum(weights, 0)
+            result = result * shrink + tl.sum(weights[:, None] * parts, 0)
+            best = higher
+        out_at = (query_row.to(tl.int64) * num_heads + head) * HEAD_DIM + dim
+        tl.store(out + out_at, (result / total).to(out.dtype.element_ty), mask=is_dim)

@@ -22,16 +22,25 @@ class RotaryTable:
         self._dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
         inv_freq, self._factor = inverse_frequencies(rope, head_dim)
         self._inv_freq = inv_freq.to(device)
-        self._table = self._rows(1024)
+        self._table = self._computed(1024)
+
+    def reserve(self, num_positions: int) -> None:
+        """Never grow for positions below `num_positions`: a CUDA graph reads the table where it lies."""
+        if num_positions > self._table.shape[0]:
+            self._table = self._computed(num_positions)
 
     def __call__(self, positions: Tensor, max_position: int) -> Tensor:
         """Return [num_tokens, 1, head_dim / 2] complex factors for `positions` [num_tokens], all <= `max_position`."""
         size = self._table.shape[0]
         if max_position >= size:
-            self._table = self._rows(max(2 * size, max_position + 1))
+            self._table = self._computed(max(2 * size, max_position + 1))
+        return self.rows(positions)
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """The same for `positions` that the table has."""
         return self._table.index_select(0, positions)
 
-    def _rows(self, count: int) -> Tensor:
+    def _computed(self, count: int) -> Tensor:
         angles = torch.arange(count, device=self._inv_freq.device, dtype=torch.float32)[:, None] * self._inv_freq
         return torch.polar(torch.full_like(angles, self._factor), angles).to(self._dtype)[:, None]
 

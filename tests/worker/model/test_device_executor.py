@@ -39,7 +39,8 @@ class Run:
 
     def __init__(self, model: Model, forward: Forward | None, num_blocks: int = 64) -> None:
         config = model.config
-        kv = KvStore(num_blocks, config.num_layers, SIZE, config.num_kv_heads, config.head_dim, model.dtype, "cpu")
+        shape = (num_blocks, config.num_layers, SIZE, config.num_kv_heads, config.head_dim)
+        self.kv = kv = KvStore(*shape, dtype=model.dtype, device="cpu", has_spare=True)
         self.engine = Engine(
             LocalExecutor(model, kv, sample) if forward is None else DeviceExecutor(forward, kv),
             PrefixCache(num_blocks, SIZE),
