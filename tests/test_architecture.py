@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "worker/engine": {"protocol", "cache", "worker/speculation"},
     "worker/model": {"protocol", "cache", "worker/engine/step"},
     "worker/events": {"protocol", "cache", "worker/log"},
-    "worker/upstream": {"protocol", "worker/log", "worker/dial"},
+    "worker/upstream": {"protocol", "worker/arguments", "worker/log", "worker/dial"},
     "worker/grammars": {"protocol"},
     "worker/speculation": {"protocol", "cache", "worker/engine/step"},
     "gateway": {"protocol", "kvasir"},  # kvasir: only the package itself, to find where it lies

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
 
 from kvasir.cache.policies import DEFAULT_POLICY, POLICIES
 from kvasir.protocol.errors import ConfigurationError
+from kvasir.worker.arguments import Parser, positive
 from kvasir.worker.events.access import check_endpoint, read_client_keys, read_secret_key
 from kvasir.worker.events.kv_events import WireForm
 from kvasir.worker.events.publisher import PublisherOptions
@@ -56,23 +54,16 @@ class Options:
     kv_form: WireForm
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; see python -m kvasir.worker --help")
-
-
 def parse_options(argv: Sequence[str] | None = None) -> Options:
     """Return the options in `argv`. Prints and exits with 0 for --help.
 
     Raises:
         ConfigurationError: an unknown, missing or senseless argument.
     """
-    parser = _Parser(prog="python -m kvasir.worker", description="Serve one model to a gateway.", allow_abbrev=False)
+    parser = Parser("python -m kvasir.worker", "Serve one model to a gateway.")
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="folder of a Hugging Face checkpoint, or oracle: for tests")
-    add("--gateway", required=True, metavar="ENDPOINT", help="the gateway's worker socket, ipc://PATH")
     add("--name", default="", help="name under which the gateway serves the model (default: the folder's name)")
-    add("--worker-id", default="", help="unique among the gateway's workers (default: host name and process id)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16", "float64"), default="auto")
     add("--deterministic", action="store_true", help="float64 on the CPU: the same tokens in any batch, slower")
@@ -82,12 +73,11 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         metavar="SIZE",
         help="of the KV cache: 512M, 4G, or 60%% of free memory at most",
     )
-    add("--block-size", type=_positive, default=16, metavar="TOKENS", help="must be the gateway's (default 16)")
     policy_help = f"which blocks go (default {DEFAULT_POLICY})"
     add("--eviction-policy", choices=POLICIES, default=DEFAULT_POLICY, help=policy_help)
-    add("--max-requests", type=_positive, metavar="N", help="requests taken at a time")
-    add("--max-step-tokens", type=_positive, metavar="N", help="token budget of one engine step")
-    add("--max-context", type=_positive, metavar="TOKENS", help="longest prompt + answer (default: the model's window)")
+    add("--max-requests", type=positive, metavar="N", help="requests taken at a time")
+    add("--max-step-tokens", type=positive, metavar="N", help="token budget of one engine step")
+    add("--max-context", type=positive, metavar="TOKENS", help="longest prompt + answer (default: the model's window)")
     speculate_help = "drafts from what was said before; auto: lookup on a CPU, off on CUDA (unproven there)"
     add("--speculate", choices=("auto", "lookup", "off"), default="auto", help=speculate_help)
     draft_help = "folder of a smaller model with the same tokenizer, which drafts where nothing was said before"
@@ -96,24 +86,10 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         "CUDA graphs of decode steps; auto: where they capture and prove right at start (unproven on a device)"
     )
     add("--graphs", choices=("auto", "off"), default="auto", help=graphs_help)
-    add("--threads", type=_positive, default=1, help="torch threads (default 1)")
-    add(
-        "--drain",
-        dest="drain_s",
-        type=_seconds,
-        default=20.0,
-        metavar="S",
-        help="time to finish requests after SIGTERM (default 20)",
-    )
-    add("--exit-with-stdin", action="store_true", help="exit when stdin closes, as it does when a supervisor dies")
+    add("--threads", type=positive, default=1, help="torch threads (default 1)")
     add("--check", action="store_true", help="verify the cache's bookkeeping whenever idle (for tests)")
     _add_event_options(parser)
-    args = parser.parse_args(argv)
-    worker_id = args.worker_id or f"{socket.gethostname()}-{os.getpid()}"
-    if not re.match(r"ipc://.", args.gateway):
-        raise ConfigurationError(
-            f"--gateway {args.gateway!r} cannot be dialled: a gateway takes workers of its own machine only; give ipc://PATH."
-        )
+    args = parser.read(argv)
     if args.deterministic and (args.device == "cuda" or args.dtype not in ("auto", "float64")):
         raise ConfigurationError("--deterministic computes in float64 on the CPU; leave out --device and --dtype.")
     if args.deterministic:
@@ -122,9 +98,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         raise ConfigurationError("--draft-model drafts for a real model, and not with --speculate off; leave one out.")
     if not args.name:
         args.name = "oracle" if args.model.startswith(PREFIX) else Path(args.model).resolve().name
-    args.worker_id = worker_id
     args.kv_form = WireForm(args.kv_events_form, args.kv_events_hashes, args.publish_token_ids)
-    args.kv_events = _event_options(args, worker_id)
+    args.kv_events = _event_options(args, args.worker_id)
     return Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
 
 
@@ -181,19 +156,3 @@ def _memory_size(text: str) -> MemorySize:
     if match[3]:
         return MemorySize(share=float(match[1]) / 100)
     return MemorySize(size_bytes=int(float(match[1]) * _UNITS[match[2].upper()]))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
-    return value

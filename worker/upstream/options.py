@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import os
-import re
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
 
 from kvasir.protocol.errors import ConfigurationError
+from kvasir.worker.arguments import Parser, positive
 from kvasir.worker.upstream.http_client import Address, parse_url
 
 MAX_UPSTREAMS = 64
@@ -45,45 +43,25 @@ class Options:
     insecure: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}; see python -m kvasir.worker --engine vllm --help")
-
-
 def parse_options(argv: Sequence[str]) -> Options:
     """Return the options in `argv`, which holds `--engine vllm`. Prints and exits with 0 for --help.
 
     Raises:
         ConfigurationError: an unknown, missing or senseless argument.
     """
-    parser = _Parser(
-        prog="python -m kvasir.worker --engine vllm",
-        description="Serve the model of a vLLM server to a gateway.",
-        allow_abbrev=False,
-    )
+    parser = Parser("python -m kvasir.worker --engine vllm", "Serve the model of a vLLM server to a gateway.")
     add = parser.add_argument
     add("--engine", choices=("vllm",), required=True, help=argparse.SUPPRESS)
     add("--upstream", action="append", required=True, metavar="URL", help="http://HOST:PORT; repeatable")
     add("--kv-events", action="append", default=[], metavar="ENDPOINT", help="tcp://HOST:PORT, or `off`; one per URL")
     add("--kv-events-replay", action="append", default=[], metavar="ENDPOINT", help="for missed events; one per URL")
-    add("--gateway", required=True, metavar="ENDPOINT", help="the gateway's worker socket, ipc://PATH")
     add("--name", required=True, metavar="MODEL", help="name under which the gateway serves the model")
     add("--upstream-model", metavar="NAME", help="the upstream's name for it (default: its only one); a LoRA's too")
-    add("--worker-id", default="", help="unique among the gateway's workers (default: host name and process id)")
     add("--fingerprint", metavar="TEXT", help="what all workers of the model must share (default: its root upstream)")
     add("--api-key-file", type=Path, metavar="FILE", help="the key that the upstream asks for")
-    add("--block-size", type=_positive, default=16, metavar="TOKENS", help="the gateway's (default 16)")
-    add("--max-requests", type=_positive, metavar="N", help="requests sent at a time (default: max_num_seqs, or 128)")
-    add("--drain", dest="drain_s", type=float, default=20.0, metavar="S", help="time to finish after SIGTERM")
-    add("--exit-with-stdin", action="store_true", help="exit when stdin closes, as it does when a supervisor dies")
+    add("--max-requests", type=positive, metavar="N", help="requests sent at a time (default: max_num_seqs, or 128)")
     add("--insecure", action="store_true", help="allow upstreams and events in the clear beyond private addresses")
-    args = parser.parse_args(argv)
-    if not re.match(r"ipc://.", args.gateway):
-        raise ConfigurationError(
-            f"--gateway {args.gateway!r}: give ipc://PATH, the socket of a gateway on this machine."
-        )
-    if not 0 <= args.drain_s < 1e6:
-        raise ConfigurationError(f"--drain {args.drain_s} is no number of seconds.")
+    args = parser.read(argv)
     if len(args.upstream) > MAX_UPSTREAMS:
         raise ConfigurationError(f"{len(args.upstream)} upstreams; one process fronts {MAX_UPSTREAMS} at most.")
     for option, given in (("--kv-events", args.kv_events), ("--kv-events-replay", args.kv_events_replay)):
@@ -103,20 +81,9 @@ def parse_options(argv: Sequence[str]) -> Options:
                 if endpoint not in (None, "off"):
                     check_endpoint(f"{option} {endpoint}", endpoint)
         upstreams.append(UpstreamOptions(address, events, replay))
-    return Options(
-        gateway=args.gateway,
-        name=args.name,
-        worker_id=args.worker_id or f"{socket.gethostname()}-{os.getpid()}",
-        upstreams=tuple(upstreams),
-        upstream_model=args.upstream_model,
-        fingerprint=args.fingerprint,
-        api_key=None if args.api_key_file is None else _read_key(args.api_key_file),
-        block_size=args.block_size,
-        max_requests=args.max_requests,
-        drain_s=args.drain_s,
-        exit_with_stdin=args.exit_with_stdin,
-        insecure=args.insecure,
-    )
+    args.upstreams = tuple(upstreams)
+    args.api_key = None if args.api_key_file is None else _read_key(args.api_key_file)
+    return Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
 
 
 def check_endpoint(what: str, endpoint: str) -> None:
@@ -158,9 +125,3 @@ def _read_key(path: Path) -> str:
     if not key or not key.isprintable():
         raise ConfigurationError(f"--api-key-file {path} holds no key.")
     return key
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
