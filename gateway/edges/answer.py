@@ -10,8 +10,8 @@ import trio
 
 from kvasir.gateway.core.api import Cancel, CoreApi, Delta, Event, Finished, Submit
 from kvasir.gateway.text.answer_parser import AnswerParser
-from kvasir.gateway.text.answer_parts import Content, Part
 from kvasir.gateway.text.detokenizer import Detokenizer
+from kvasir.protocol.client_messages import AnswerPart, TextPart
 from kvasir.protocol.messages import TokenLogprobs
 from kvasir.protocol.tokens import num_tokens, view_tokens
 
@@ -30,7 +30,7 @@ class Piece:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: Finished | None = None
     start: int = 0
-    parts: Sequence[Part] = ()
+    parts: Sequence[AnswerPart] = ()
     num_reasoning_tokens: int = 0
     stop_string: str | None = None  # that ended the answer
 
@@ -150,14 +150,14 @@ class Answer:
         return content
 
 
-def _add_parts(piece: Piece, parts: list[Part]) -> str:
+def _add_parts(piece: Piece, parts: list[AnswerPart]) -> str:
     if not parts:
         return ""
     if isinstance(piece.parts, list):
         piece.parts += parts
     else:
         piece.parts = parts
-    return "".join([part.text for part in parts if isinstance(part, Content)])
+    return "".join([part.text for part in parts if isinstance(part, TextPart)])
 
 
 class Waiter:

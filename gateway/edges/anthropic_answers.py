@@ -10,7 +10,8 @@ import msgspec
 from kvasir.gateway.core.api import Finished
 from kvasir.gateway.edges.answer import Piece
 from kvasir.gateway.edges.writer import Writer, named_event, parts_of
-from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content, Reasoning, joined
+from kvasir.gateway.text.answer_parts import joined
+from kvasir.protocol.client_messages import ReasoningPart, TextPart, ToolCallPart
 from kvasir.protocol.errors import BY_CODE, ErrorInfo, KvasirError, PromptTooLong
 
 _STOP = {"stop": "end_turn", "abort": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -33,13 +34,13 @@ class AnthropicWriter(Writer):
         blocks: list[dict[str, Any]] = []
         for part in joined(parts_of(pieces[0])):
             match part:
-                case Content(text):
+                case TextPart(text):
                     blocks.append({"type": "text", "text": text})
-                case Reasoning(text):
+                case ReasoningPart(text):
                     blocks.append({"type": "thinking", "thinking": text, "signature": ""})
-                case CallBegin(_, name, call_id):
+                case ToolCallPart(_, call_id, name) if name:
                     blocks.append({"type": "tool_use", "id": call_id, "name": name, "input": {}})
-                case CallArguments(_, text):
+                case ToolCallPart(arguments=text):
                     blocks[-1]["input"] = _input(text)
         return {**self._message(), "content": blocks, **self._stopped(ends[0]), "usage": self._usage(ends[0])}
 
@@ -53,17 +54,17 @@ class AnthropicWriter(Writer):
         out: list[bytes] = []
         for part in parts_of(piece):
             match part:
-                case Content(text):
+                case TextPart(text):
                     if self._kind != "text":
                         out += self._open("text", {"text": ""})
                     out.append(self._delta("text_delta", "text", text))
-                case Reasoning(text):
+                case ReasoningPart(text):
                     if self._kind != "thinking":
                         out += self._open("thinking", {"thinking": "", "signature": ""})
                     out.append(self._delta("thinking_delta", "thinking", text))
-                case CallBegin(_, name, call_id):
+                case ToolCallPart(_, call_id, name) if name:
                     out += self._open("tool_use", {"id": call_id, "name": name, "input": {}})
-                case CallArguments(_, text):
+                case ToolCallPart(arguments=text):
                     out.append(self._delta("input_json_delta", "partial_json", text))
         return out
 

@@ -12,8 +12,9 @@ from kvasir.gateway.core.api import Finished, Submit
 from kvasir.gateway.edges.answer import Piece
 from kvasir.gateway.edges.openai_requests import Asked
 from kvasir.gateway.edges.writer import Writer, encode_json, error_object
-from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content, Reasoning, joined
+from kvasir.gateway.text.answer_parts import joined
 from kvasir.gateway.text.model_text import ModelText
+from kvasir.protocol.client_messages import ReasoningPart, TextPart, ToolCallPart
 from kvasir.protocol.errors import ErrorInfo
 from kvasir.protocol.messages import TokenLogprobs
 from kvasir.protocol.tokens import unpack_tokens, view_tokens
@@ -152,14 +153,14 @@ class ChatWriter(OpenAiWriter):
         calls: dict[int, dict[str, Any]] = {}
         for part in joined(piece.parts):
             match part:
-                case Content(text):
+                case TextPart(text):
                     found["content"] = found.get("content", "") + text
-                case Reasoning(text):
+                case ReasoningPart(text):
                     found["reasoning_content"] = found["reasoning"] = found.get("reasoning", "") + text
-                case CallBegin(number, name, call_id):
+                case ToolCallPart(number, call_id, name) if name:
                     function = {"name": name, "arguments": ""}
                     calls[number] = {"id": call_id, "type": "function", "function": function}
-                case CallArguments(number, text):
+                case ToolCallPart(number, arguments=text):
                     call = calls.setdefault(number, {"function": {"arguments": ""}})
                     call["function"]["arguments"] += text
         if calls:

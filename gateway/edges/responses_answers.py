@@ -9,7 +9,7 @@ from typing import Any
 from kvasir.gateway.core.api import Finished
 from kvasir.gateway.edges.answer import Piece
 from kvasir.gateway.edges.writer import Writer, named_event, parts_of
-from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content, Reasoning
+from kvasir.protocol.client_messages import ReasoningPart, TextPart, ToolCallPart
 from kvasir.protocol.errors import ErrorInfo
 
 _TEXT = {"reasoning": "response.reasoning_text", "message": "response.output_text"}
@@ -42,14 +42,14 @@ class ResponsesWriter(Writer):
         out: list[bytes] = []
         for part in parts_of(piece):
             match part:
-                case Content(text):
+                case TextPart(text):
                     out += self._add_text("message", text)
-                case Reasoning(text):
+                case ReasoningPart(text):
                     out += self._add_text("reasoning", text)
-                case CallBegin(_, name, call_id):
+                case ToolCallPart(_, call_id, name) if name:
                     call = {"call_id": call_id, "name": name, "arguments": ""}
                     out += self._open("function_call", call)
-                case CallArguments(_, text):
+                case ToolCallPart(arguments=text):
                     self._texts.append(text)
                     out.append(self._event("response.function_call_arguments.delta", {**self._place(), "delta": text}))
         return out

@@ -11,8 +11,8 @@ import msgspec
 from kvasir.gateway.core.api import Change, Finished, Submit
 from kvasir.gateway.edges.answer import Piece
 from kvasir.gateway.edges.openai_requests import Asked
-from kvasir.gateway.text.answer_parts import Content, Part
 from kvasir.gateway.text.model_text import ModelText
+from kvasir.protocol.client_messages import AnswerPart, TextPart
 from kvasir.protocol.errors import BY_CODE, ErrorInfo, KvasirError
 from kvasir.protocol.prefix import HASH_BYTES
 
@@ -81,9 +81,9 @@ def message_id(text: str) -> bytes:
         return b""
 
 
-def parts_of(piece: Piece) -> Sequence[Part]:
+def parts_of(piece: Piece) -> Sequence[AnswerPart]:
     """Return the parts of a piece, that of an answer which is not parsed too."""
-    return piece.parts or ([Content(piece.text)] if piece.text else [])
+    return piece.parts or ([TextPart(piece.text)] if piece.text else [])
 
 
 def error_object(info: ErrorInfo) -> dict[str, Any]:

@@ -17,14 +17,13 @@ import msgspec
 import trio
 
 from kvasir.gateway.core.api import Cancel, CoreApi, Event, Submit
-from kvasir.gateway.edges.answer import Answer, Piece
+from kvasir.gateway.edges.answer import Answer
 from kvasir.gateway.edges.models import models_of
 from kvasir.gateway.edges.outbox import Outbox, OutboxLimits, Peer
 from kvasir.gateway.log import log, no_log
-from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content, Reasoning, joined
+from kvasir.gateway.text.answer_parts import joined
 from kvasir.protocol.client_messages import (
     CLIENT_MESSAGES,
-    AnswerPart,
     CallId,
     CancelRequest,
     CompletionChunk,
@@ -34,10 +33,7 @@ from kvasir.protocol.client_messages import (
     ModelCard,
     ModelList,
     ModelsRequest,
-    ReasoningPart,
     Received,
-    TextPart,
-    ToolCallPart,
     Usage,
 )
 from kvasir.protocol.codec import encode
@@ -353,7 +349,7 @@ class ZmqEdge:
         request = call.request
         if piece.parts or piece.text or (piece.token_ids and request.want_tokens):
             packed = piece.token_ids if request.want_tokens else b""
-            text, parts = ("", _parts_of(piece)) if piece.parts else (piece.text, [])
+            text, parts = ("", joined(piece.parts)) if piece.parts else (piece.text, [])
             num_tokens = call.answer.num_tokens
             self._send(call, CompletionChunk(request.id, text, packed, piece.logprobs, parts, num_tokens))
             call.answer.posted()
@@ -367,22 +363,6 @@ class ZmqEdge:
 
     def _send(self, call: _Call, message: GatewayMessage) -> None:
         self.outbox.post(call.peer, call.request.id, encode(message))
-
-
-def _parts_of(piece: Piece) -> list[AnswerPart]:
-    """Return the parts of a piece as they travel."""
-    found: list[AnswerPart] = []
-    for part in joined(piece.parts):
-        match part:
-            case Content(text):
-                found.append(TextPart(text))
-            case Reasoning(text):
-                found.append(ReasoningPart(text))
-            case CallBegin(index, name, call_id):
-                found.append(ToolCallPart(index, call_id, name))
-            case CallArguments(index, text):
-                found.append(ToolCallPart(index, arguments=text))
-    return found
 
 
 def _internal_error(bug: Exception) -> KvasirError:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvasir.gateway.text.answer_parts import Content, Part, Reasoning, overlap
+from kvasir.gateway.text.answer_parts import overlap
 from kvasir.gateway.text.tool_calls import HermesParser, LlamaParser, MistralParser, ToolParser
 from kvasir.gateway.text.tool_calls_xml import QwenCoderParser
+from kvasir.protocol.client_messages import AnswerPart, ReasoningPart, TextPart
 
 TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "hermes": HermesParser,
@@ -115,21 +116,21 @@ class AnswerParser:
         """Whether nothing that may follow is wanted."""
         return self._tools is not None and self._tools.is_over
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[AnswerPart]:
         """Return the parts that `text` completes."""
         return self._add(*(("", text) if self._reasoning is None else self._reasoning.push(text)))
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[AnswerPart]:
         """Return what was held back: the answer ends here."""
         parts = self._add(*(("", "") if self._reasoning is None else self._reasoning.finish()))
         return parts if self._tools is None else parts + self._tools.finish()
 
-    def _add(self, reasoning: str, text: str) -> list[Part]:
-        parts: list[Part] = []
+    def _add(self, reasoning: str, text: str) -> list[AnswerPart]:
+        parts: list[AnswerPart] = []
         if reasoning and self._keep_reasoning:
-            parts.append(Reasoning(reasoning))
+            parts.append(ReasoningPart(reasoning))
         if self._tools is not None:
             parts += self._tools.push(text)
         elif text:
-            parts.append(Content(text))
+            parts.append(TextPart(text))
         return parts

@@ -1,57 +1,24 @@
-"""What the text of an answer consists of: content, reasoning, and calls of tools, each as it comes."""
+"""The parts of an answer's text as it comes: what belongs together, and what may yet become a mark."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from kvasir.protocol.client_messages import AnswerPart, ReasoningPart, TextPart, ToolCallPart
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
-    """Text for the user."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Reasoning:
-    """Text that the model thinks aloud before it answers."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallBegin:
-    """Call number `index` of the answer begins; its arguments follow."""
-
-    index: int
-    name: str
-    id: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallArguments:
-    """More of the arguments of call number `index`: JSON, as the model writes it."""
-
-    index: int
-    text: str
-
-
-Part = Content | Reasoning | CallBegin | CallArguments
-
-
-def joined(parts: Sequence[Part]) -> list[Part]:
-    """Return `parts` with neighbours that belong together in one."""
-    found: list[Part] = []
+def joined(parts: Sequence[AnswerPart]) -> list[AnswerPart]:
+    """Return `parts` with neighbours that belong together in one. The beginning of a call stays by itself."""
+    found: list[AnswerPart] = []
     for part in parts:
         last = found[-1] if found else None
         match last, part:
-            case (Content(before), Content(text)):
-                found[-1] = Content(before + text)
-            case (Reasoning(before), Reasoning(text)):
-                found[-1] = Reasoning(before + text)
-            case (CallArguments(index, before), CallArguments(same, text)) if index == same:
-                found[-1] = CallArguments(index, before + text)
+            case (TextPart(before), TextPart(text)):
+                found[-1] = TextPart(before + text)
+            case (ReasoningPart(before), ReasoningPart(text)):
+                found[-1] = ReasoningPart(before + text)
+            case (ToolCallPart(index, "", "", before), ToolCallPart(same, "", "", text)) if index == same:
+                found[-1] = ToolCallPart(index, arguments=before + text)
             case _:
                 found.append(part)
     return found

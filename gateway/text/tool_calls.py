@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from typing import Any
 
-from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content, Part, overlap
+from kvasir.gateway.text.answer_parts import overlap
 from kvasir.gateway.text.call_object import CallObject, JsonValue
+from kvasir.protocol.client_messages import AnswerPart, TextPart, ToolCallPart
 
 Tools = dict[str, dict[str, Any]]
 """The functions that may be called: JSON schemas of their parameters by name."""
@@ -36,7 +37,7 @@ class ToolParser(ABC):
         self._req_id = req_id
         self._tools = tools
         self._buffer = ""
-        self._parts: list[Part] = []
+        self._parts: list[AnswerPart] = []
         self._given_back = ""  # what is content if no call follows
         self._ended = False
         self._after_call = False
@@ -60,7 +61,7 @@ class ToolParser(ABC):
         """Take `text`, with which the prompt ends, as the beginning of the answer."""
         self._parts = self.push(text)
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[AnswerPart]:
         """Return what `text` completes."""
         self._buffer += text
         while not self.is_over and self._state():
@@ -68,7 +69,7 @@ class ToolParser(ABC):
         parts, self._parts = self._parts, []
         return parts
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[AnswerPart]:
         """Return what was held back: the answer ends here."""
         self._ended = True
         return self.push("")
@@ -108,19 +109,19 @@ class ToolParser(ABC):
     def _emit(self, text: str) -> None:
         if text:
             self._after_call = False
-            self._parts.append(Content(text))
+            self._parts.append(TextPart(text))
 
     # ---- for the calls
 
     def _begin(self, name: str) -> bool:
         """Begin a call; return whether it is one."""
-        self._parts.append(CallBegin(self.num_calls, name, self.call_id(self._req_id, self.num_calls)))
+        self._parts.append(ToolCallPart(self.num_calls, self.call_id(self._req_id, self.num_calls), name))
         self.num_calls += 1
         return True
 
     def _arguments(self, text: str) -> None:
         if text:
-            self._parts.append(CallArguments(self.num_calls - 1, text))
+            self._parts.append(ToolCallPart(self.num_calls - 1, arguments=text))
 
     def _end_call(self) -> None:
         self.is_over = self._one_call

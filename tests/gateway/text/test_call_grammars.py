@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content, joined
+from kvasir.gateway.text.answer_parts import joined
 from kvasir.gateway.text.model_text import ModelText
-from kvasir.protocol.client_messages import ChatMessage, ChatOptions
+from kvasir.protocol.client_messages import ChatMessage, ChatOptions, TextPart, ToolCallPart
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.grammars import make_matcher
 from kvasir.protocol.messages import Grammar
@@ -162,11 +162,11 @@ def test_whatever_the_model_would_rather_write_what_is_parsed_is_valid(family: s
         assert parser is not None
         detokenizer = text.detokenizer(for_parser=True)
         parts = joined([*parser.push(detokenizer.push(ids)), *parser.push(detokenizer.finish()), *parser.finish()])
-        assert not [part for part in parts if isinstance(part, Content) and part.text.strip()]
-        assert {part.name for part in parts if isinstance(part, CallBegin)} == {"far"}
+        assert not [part for part in parts if isinstance(part, TextPart) and part.text.strip()]
+        assert {part.name for part in parts if isinstance(part, ToolCallPart) and part.name} == {"far"}
         for part in parts:
-            if isinstance(part, CallArguments):
-                jsonschema.validate(json.loads(part.text), SCHEMA)
+            if isinstance(part, ToolCallPart) and not part.name:
+                jsonschema.validate(json.loads(part.arguments), SCHEMA)
                 num_calls += 1
     assert num_calls >= 15
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvasir.gateway.text.answer_parser import TOOL_PARSERS, AnswerParser, ReasoningParser, find_format
-from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content, Part, Reasoning, joined
+from kvasir.gateway.text.answer_parts import joined
+from kvasir.protocol.client_messages import AnswerPart, ReasoningPart, TextPart, ToolCallPart
 
 TOOLS: dict[str, dict[str, Any]] = {
     "add": {
@@ -30,7 +31,7 @@ TOOLS: dict[str, dict[str, Any]] = {
 Found = tuple[str, list[tuple[str, Any]]]
 
 
-def parse(name: str, pieces: Sequence[str], **options: Any) -> list[Part]:
+def parse(name: str, pieces: Sequence[str], **options: Any) -> list[AnswerPart]:
     """Return all parts of an answer that comes in `pieces`, neighbours joined."""
     parser = TOOL_PARSERS[name](TOOLS, **options)
     return joined([part for piece in pieces for part in parser.push(piece)] + parser.finish())
@@ -40,12 +41,12 @@ def found(name: str, text: str, **options: Any) -> Found:
     """Return the content, and the calls with their arguments decoded (as text if they are no JSON)."""
     content, calls = "", []
     for part in parse(name, [text], **options):
-        if isinstance(part, Content):
+        if isinstance(part, TextPart):
             content += part.text
-        elif isinstance(part, CallBegin):
+        elif isinstance(part, ToolCallPart) and part.name:
             calls.append([part.name, ""])
-        elif isinstance(part, CallArguments):
-            calls[part.index][1] += part.text
+        elif isinstance(part, ToolCallPart):
+            calls[part.index][1] += part.arguments
     return content, [(called, _decoded(arguments)) for called, arguments in calls]
 
 
@@ -197,10 +198,10 @@ def test_a_name_may_be_followed_by_a_line_break_before_what_ends_it() -> None:
     assert (
         parse("mistral", [text])
         == parse("mistral", list(text))
-        == [CallBegin(0, "add", "000000000"), CallArguments(0, '{"a": 1}')]
+        == [ToolCallPart(0, "000000000", "add"), ToolCallPart(0, arguments='{"a": 1}')]
     )
     cut_short = "[TOOL_CALLS]add\n[AR"
-    assert parse("mistral", [cut_short]) == parse("mistral", list(cut_short)) == [Content(cut_short)]
+    assert parse("mistral", [cut_short]) == parse("mistral", list(cut_short)) == [TextPart(cut_short)]
 
 
 @pytest.mark.parametrize("one_call", [False, True])
@@ -213,7 +214,7 @@ def test_what_is_found_does_not_depend_on_how_the_text_is_cut(name: str, one_cal
         whole = parse(name, [text], one_call=one_call)
         assert parse(name, pieces, one_call=one_call) == whole
         assert parse(name, list(text), one_call=one_call) == whole
-        calls = [part.index for part in whole if isinstance(part, CallBegin)]
+        calls = [part.index for part in whole if isinstance(part, ToolCallPart) and part.name]
         assert calls == list(range(len(calls)))[: 1 if one_call else None]
 
     check()
@@ -225,14 +226,14 @@ def test_what_is_found_does_not_depend_on_how_the_text_is_cut(name: str, one_cal
 def test_text_without_calls_is_content_to_the_letter(name: str, text: str) -> None:
     marks = ("<", "[", "{")
     if not any(mark in text for mark in marks):
-        assert parse(name, list(text)) == ([Content(text)] if text else [])
+        assert parse(name, list(text)) == ([TextPart(text)] if text else [])
 
 
 @pytest.mark.parametrize("name", TOOL_PARSERS)
 def test_text_is_let_out_as_soon_as_it_is_sure_to_stay(name: str) -> None:
     parser = TOOL_PARSERS[name](TOOLS)
-    assert parser.push("Hello") == [Content("Hello")]
-    assert parser.push(" world") == [Content(" world")]
+    assert parser.push("Hello") == [TextPart("Hello")]
+    assert parser.push(" world") == [TextPart(" world")]
 
 
 @pytest.mark.parametrize(
@@ -247,8 +248,8 @@ def test_text_is_let_out_as_soon_as_it_is_sure_to_stay(name: str) -> None:
 def test_arguments_are_let_out_while_they_come(name: str, begun: str, rest: str) -> None:
     parser = TOOL_PARSERS[name](TOOLS)
     first = joined(parser.push(begun))
-    assert first == [CallBegin(0, "write", parser.call_id(b"", 0)), CallArguments(0, '{"path": "a')]
-    assert parser.push(rest) == [CallArguments(0, "bc")]
+    assert first == [ToolCallPart(0, parser.call_id(b"", 0), "write"), ToolCallPart(0, arguments='{"path": "a')]
+    assert parser.push(rest) == [ToolCallPart(0, arguments="bc")]
 
 
 @pytest.mark.parametrize(
@@ -288,10 +289,10 @@ def test_an_answer_can_begin_with_a_call(name: str, called: str) -> None:
     parser = kind(TOOLS)
     parser.begin_with(kind.opening(called))
     parts = joined([part for piece in begun + rests[name] for part in parser.push(piece)] + parser.finish())
-    assert parts[0] == CallBegin(0, "add", kind.call_id(b"", 0)) and not any(
-        isinstance(part, Content) for part in parts
+    assert parts[0] == ToolCallPart(0, kind.call_id(b"", 0), "add") and not any(
+        isinstance(part, TextPart) for part in parts
     )
-    assert isinstance(parts[1], CallArguments) and json.loads(parts[1].text) == {"a": 1}
+    assert json.loads(parts[1].arguments) == {"a": 1}
 
 
 def test_ids_of_calls_are_those_that_the_models_templates_take() -> None:
@@ -318,7 +319,7 @@ REASONED = [
 def test_reasoning_is_told_from_content_in_whatever_pieces(
     text: str, is_open: bool, reasoning: str, content: str
 ) -> None:
-    expected = [part for part in (Reasoning(reasoning), Content(content)) if part.text]
+    expected = [part for part in (ReasoningPart(reasoning), TextPart(content)) if part.text]
     for pieces in ([text], list(text), [text[:7], text[7:]]):
         parser = AnswerParser(ReasoningParser("<think>", "</think>", is_open=is_open), None)
         assert joined([part for piece in pieces for part in parser.push(piece)] + parser.finish()) == expected
@@ -326,13 +327,13 @@ def test_reasoning_is_told_from_content_in_whatever_pieces(
 
 def test_calls_follow_reasoning_and_are_none_within_it() -> None:
     text = f"<think><tool_call>{ADD}</tool_call></think>\n\n<tool_call>{ADD}</tool_call>"
-    for keep, expected in ((True, [Reasoning(f"<tool_call>{ADD}</tool_call>")]), (False, [])):
+    for keep, expected in ((True, [ReasoningPart(f"<tool_call>{ADD}</tool_call>")]), (False, [])):
         tools = TOOL_PARSERS["hermes"](TOOLS)
         reasoning = ReasoningParser("<think>", "</think>", is_open=False)
         parser = AnswerParser(reasoning, tools, keep_reasoning=keep)
         parts = joined([part for piece in text for part in parser.push(piece)] + parser.finish())
-        assert parts[: len(expected)] == expected and parts[len(expected)] == CallBegin(0, "add", "call_0")
-        assert not any(isinstance(part, Content) for part in parts) and parser.num_calls == 1
+        assert parts[: len(expected)] == expected and parts[len(expected)] == ToolCallPart(0, "call_0", "add")
+        assert not any(isinstance(part, TextPart) for part in parts) and parser.num_calls == 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvasir.gateway.text.answer_parser import TOOL_PARSERS
-from kvasir.gateway.text.answer_parts import CallArguments, CallBegin, Content
+from kvasir.protocol.client_messages import TextPart, ToolCallPart
 
 RECORDED = json.loads((Path(__file__).parent / "vllm_calls.json").read_text())
 OUR_NAMES = {"llama3_json": "llama3"}
@@ -27,10 +27,10 @@ def test_calls_are_read_as_vllm_does(size: int) -> None:
         parts = [part for piece in pieces for part in parser.push(piece)] + parser.finish()
         calls: list[list[Any]] = []
         for part in parts:
-            if isinstance(part, CallBegin):
+            if isinstance(part, ToolCallPart) and part.name:
                 calls.append([part.name, ""])
-            elif isinstance(part, CallArguments):
-                calls[part.index][1] += part.text
-        content = "".join(part.text for part in parts if isinstance(part, Content))
+            elif isinstance(part, ToolCallPart):
+                calls[part.index][1] += part.arguments
+        content = "".join(part.text for part in parts if isinstance(part, TextPart))
         assert [[name, json.loads(arguments)] for name, arguments in calls] == each["calls"], (family, text)
         assert content.strip() == each["content"].strip(), (family, text)
