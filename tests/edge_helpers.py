@@ -198,7 +198,7 @@ class House:
         text: ModelText = TEXT,
     ) -> None:
         self.core = FakeCore(script)
-        directory = make_directory()
+        self.directory = directory = make_directory()
         self.lines: list[dict[str, Any]] = []
         self.api = HttpApi(
             self.core,

@@ -10,11 +10,10 @@ from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.edges.cache_intent import CacheControl, hint_of
 from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn, text_of
-from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
+from kvasir.gateway.edges.field_check import FieldCheck, decode_body
 from kvasir.gateway.edges.grammar_fields import AskedGrammar, from_json_schema
 from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody, CommonBody, NumTokens, StopStrings
-from kvasir.gateway.edges.openai_fields import FieldCheck
-from kvasir.gateway.edges.openai_requests import Asked, asked_of_chat, decode_body
+from kvasir.gateway.edges.openai_requests import Asked, asked_of_chat
 from kvasir.protocol.errors import BadRequest
 
 
@@ -138,7 +137,7 @@ def _asked(body: MessagesBody) -> Asked:
 
 
 _CHOICES: dict[str, Any] = {"auto": None, "any": "required", "none": "none"}
-_CHECK = FieldCheck("anthropic", DIALECT_FIELDS)
+_CHECK = FieldCheck("anthropic")
 TYPE: type = _CHECK.with_harmless(MessagesBody)
 _decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(TYPE)
 

@@ -15,8 +15,9 @@ from kvasir.gateway.core.api import CoreApi, ModelInfo
 from kvasir.gateway.edges.anthropic_answers import AnthropicWriter
 from kvasir.gateway.edges.anthropic_requests import read_count, read_messages
 from kvasir.gateway.edges.cors import Cors
+from kvasir.gateway.edges.http_call import HttpCall, json_response
 from kvasir.gateway.edges.http_completions import Completions
-from kvasir.gateway.edges.http_exchange import HttpExchange, json_response
+from kvasir.gateway.edges.models import models_of
 from kvasir.gateway.edges.openai_answers import ChatWriter, CompletionWriter
 from kvasir.gateway.edges.openai_requests import Asked, read_chat, read_completion
 from kvasir.gateway.edges.openapi import openapi
@@ -97,7 +98,7 @@ class HttpApi:
         self._created = int(time.time())
         self._cors = cors or Cors(())
         self._version = version
-        self._questions: dict[str, Callable[[HttpExchange], HttpResponse]] = {
+        self._questions: dict[str, Callable[[HttpCall], HttpResponse]] = {
             "/v1/models": self._models,
             "/version": self._show_version,
             "/health": self._health,
@@ -109,7 +110,7 @@ class HttpApi:
         """Answer one request; every `KvasirError` becomes an error object of its dialect, with its status."""
         began = trio.current_time()
         response = None
-        call = HttpExchange(request, exchange, {}, self._cors.headers(request))
+        call = HttpCall(request, exchange, {}, self._cors.headers(request))
         try:
             response = await self._route(call)
         except KvasirError as error:
@@ -127,7 +128,7 @@ class HttpApi:
             response.headers = [*response.headers, *call.id_headers(), *call.headers]
         return response
 
-    async def _route(self, call: HttpExchange) -> HttpResponse | None:
+    async def _route(self, call: HttpCall) -> HttpResponse | None:
         request, path = call.request, call.request.path
         if request.method == "OPTIONS" and (preflight := self._cors.preflight(request)) is not None:
             return preflight
@@ -159,48 +160,47 @@ class HttpApi:
             lambda: read(unpack(body, coding)), limiter=self._readers, abandon_on_cancel=True
         )
 
-    def _authenticate(self, call: HttpExchange) -> Caller:
+    def _authenticate(self, call: HttpCall) -> Caller:
         caller = self._directory.authenticate(call.api_key)
         call.facts["tenant"] = caller.tenant.id
         return caller
 
-    def _models(self, call: HttpExchange) -> HttpResponse:
-        return json_response(200, {"object": "list", "data": [self._card(info) for info in self._mine(call)]})
+    def _models(self, call: HttpCall) -> HttpResponse:
+        return json_response(200, {"object": "list", "data": [self._card(*each) for each in self._mine(call).items()]})
 
-    def _model(self, call: HttpExchange) -> HttpResponse:
+    def _model(self, call: HttpCall) -> HttpResponse:
         name = unquote(call.request.path.removeprefix("/v1/models/"))
-        mine = {info.name: info for info in self._mine(call)}
+        mine = self._mine(call)
         if name in mine:
-            return json_response(200, self._card(mine[name]))
+            return json_response(200, self._card(name, mine[name]))
         served = ", ".join(mine) or "none"
         raise UnknownModel(f"model {name[:80]!r} is not served here; served: {served}", param="model")
 
-    def _mine(self, call: HttpExchange) -> list[ModelInfo]:
-        tenant = self._authenticate(call).tenant
-        return [info for info in self._core.models().values() if tenant.may_use(info.name)]
+    def _mine(self, call: HttpCall) -> dict[str, ModelInfo]:
+        return models_of(self._authenticate(call).tenant, self._core.models())
 
-    def _card(self, info: ModelInfo) -> dict[str, Any]:
-        card = {"id": info.name, "object": "model", "created": self._created, "owned_by": "kvasir"}
+    def _card(self, name: str, info: ModelInfo) -> dict[str, Any]:
+        card = {"id": name, "object": "model", "created": self._created, "owned_by": "kvasir"}
         return {**card, "max_model_len": info.max_context}
 
-    def _show_version(self, call: HttpExchange) -> HttpResponse:
+    def _show_version(self, call: HttpCall) -> HttpResponse:
         self._authenticate(call)
         return json_response(200, {"version": self._version})
 
-    def _health(self, call: HttpExchange) -> HttpResponse:
+    def _health(self, call: HttpCall) -> HttpResponse:
         models = {info.name: info.num_workers for info in self._core.models().values()}
         if any(models.values()):
             return json_response(200, {"status": "ok", "workers": models})
         return json_response(503, {"status": "no workers", "workers": models}, [("retry-after", "2")])
 
-    def _show_metrics(self, call: HttpExchange) -> HttpResponse:
+    def _show_metrics(self, call: HttpCall) -> HttpResponse:
         if not self._metrics_token:
             raise PermissionDenied("metrics are off; start the gateway with --metrics-token-file")
         if not hmac.compare_digest(call.api_key.encode(), self._metrics_token.encode()):
             raise AuthenticationFailed("metrics need the token of --metrics-token-file; send `Bearer TOKEN`")
         return HttpResponse(200, self._metrics(), "text/plain; version=0.0.4; charset=utf-8")
 
-    def _show_api(self, call: HttpExchange) -> HttpResponse:
+    def _show_api(self, call: HttpCall) -> HttpResponse:
         return HttpResponse(200, openapi(self._version))
 
     async def _tokens(self, tenant: Tenant, request: HttpRequest) -> HttpResponse:

@@ -15,7 +15,7 @@ import trio
 from kvasir.gateway.core.api import CoreApi, Finished, Submit
 from kvasir.gateway.edges.answer import Answer, Piece, Waiter
 from kvasir.gateway.edges.cache_intent import says_final, says_no_store
-from kvasir.gateway.edges.http_exchange import HttpExchange, json_response
+from kvasir.gateway.edges.http_call import HttpCall, json_response
 from kvasir.gateway.edges.limit_headers import standing_headers
 from kvasir.gateway.edges.openai_requests import Asked
 from kvasir.gateway.edges.prepare import Preparer
@@ -36,7 +36,7 @@ class Completions:
         self._preparer = preparer
 
     async def answer(
-        self, asked: Asked, caller: Caller, writer_of: type[Writer], call: HttpExchange
+        self, asked: Asked, caller: Caller, writer_of: type[Writer], call: HttpCall
     ) -> HttpResponse | None:
         """Run `asked` for `caller`; return the answer, None if it was streamed.
 
@@ -89,7 +89,7 @@ class Completions:
             response.on_sent = partial(_end_all, answers)
         return response
 
-    async def _whole(self, answers: list[Answer], waiter: Waiter, writer: Writer, call: HttpExchange) -> HttpResponse:
+    async def _whole(self, answers: list[Answer], waiter: Waiter, writer: Writer, call: HttpCall) -> HttpResponse:
         pieces = [Piece() for _ in answers]
         while any(piece.finished is None for piece in pieces):
             await waiter.wait()
@@ -102,7 +102,7 @@ class Completions:
         return json_response(200, writer.whole(pieces, ends), [("x-kvasir-worker", ends[0].worker_id)])
 
     async def _stream(
-        self, answers: list[Answer], waiter: Waiter, writer: Writer, call: HttpExchange
+        self, answers: list[Answer], waiter: Waiter, writer: Writer, call: HttpCall
     ) -> HttpResponse | None:
         ends: list[Finished | None] = [None] * len(answers)
         await waiter.wait()

@@ -1,4 +1,4 @@
-"""The types of the fields that are honoured in the bodies of chat and text completions, see `openai_fields`."""
+"""The types of the fields that are honoured in the bodies of chat and text completions, see `request_fields`."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
 """What the bodies of chat and text completions ask for, in our own words.
 
-Which fields there are and what becomes of each is in `openai_fields`, the types of those honoured in `openai_bodies`.
+Which fields there are and what becomes of each is in `request_fields`, the types of those honoured in `openai_bodies`.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -15,10 +14,10 @@ from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.edges.cache_intent import hint_of
 from kvasir.gateway.edges.chat_turns import NamedTool, Turn, message_of
+from kvasir.gateway.edges.field_check import FieldCheck, decode_body
 from kvasir.gateway.edges.grammar_fields import AskedGrammar, read_grammar
 from kvasir.gateway.edges.openai_bodies import MAX_TURNS, Body, ChatBody, CompletionBody, StreamOptions
-from kvasir.gateway.edges.openai_fields import MAX_VALUE_BYTES, FieldCheck
-from kvasir.gateway.text.json_input import read_by, read_json
+from kvasir.gateway.text.json_input import read_json
 from kvasir.protocol.client_messages import ChatOptions, CompletionRequest
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import CacheHint, Priority, SamplingOptions
@@ -165,32 +164,6 @@ CHAT_TYPE: type = _CHAT.with_harmless(ChatBody, _turns, _options)
 COMPLETION_TYPE: type = _COMPLETION.with_harmless(CompletionBody, _options)
 _chat_body: msgspec.json.Decoder[Any] = msgspec.json.Decoder(CHAT_TYPE)
 _completion_body: msgspec.json.Decoder[Any] = msgspec.json.Decoder(COMPLETION_TYPE)
-
-
-def decode_body(
-    fields: FieldCheck,
-    decoder: msgspec.json.Decoder[Any],
-    raw: bytes,
-    check: Callable[[dict[str, Any]], None] = lambda kept: None,
-) -> Any:
-    """Return the typed body: at once if all its fields are honoured or harmless, else by the table. `check` does for
-    objects inside the body what `fields` does for it.
-
-    Raises:
-        BadRequest: as `read_chat`.
-    """
-
-    def by_the_table() -> Any:
-        kept: dict[str, Any] = fields.honoured_of(raw)
-        check(kept)
-        return decoder.decode(msgspec.json.encode(kept))
-
-    try:
-        if len(raw) <= MAX_VALUE_BYTES:
-            return decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        pass  # the table says better what is wrong
-    return read_by(by_the_table)
 
 
 def _check_turns(kept: dict[str, Any]) -> None:

@@ -9,8 +9,7 @@ import msgspec
 from msgspec import Raw
 
 from kvasir.gateway.edges import anthropic_requests, openai_requests, responses_requests
-from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
-from kvasir.gateway.edges.openai_fields import FIELDS, Place
+from kvasir.gateway.edges.request_fields import FIELDS, Place
 from kvasir.gateway.edges.token_routes import DetokenizeBody, TokenizeBody
 
 _BODIES: dict[str, tuple[str, type, Place | None]] = {  # by path: what it does, what it reads, its place in the table
@@ -46,7 +45,7 @@ def openapi(version: str) -> bytes:
         content = {"application/json": {"schema": by_kind[kind]}}
         paths[path] = {"post": {**_operation(summary), "requestBody": {"required": True, "content": content}}}
         properties = schemas[kind.__name__]["properties"]
-        for row in (*FIELDS, *DIALECT_FIELDS) if place is not None else ():
+        for row in FIELDS if place is not None else ():
             for name in row.names.split() if place in row.places and row.verdict != "refused" else ():
                 properties[name]["description"] = f"{row.verdict}: {row.note}"
     keys = {

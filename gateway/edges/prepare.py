@@ -161,8 +161,6 @@ class Preparer:
         if text is None or not request.want_text:
             return None
         ends = (*submit.stop_token_ids, *(() if submit.ignore_eos else text.eos_token_ids))
-        if parser is None and not request.include_stop and request.skip_special_tokens and not request.stop:
-            return text.detokenizer((), ends)
         return text.detokenizer(
             request.stop,
             () if request.include_stop else ends,

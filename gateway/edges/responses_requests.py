@@ -10,11 +10,10 @@ from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.edges.cache_intent import PromptCacheOptions, Retention, hint_of
 from kvasir.gateway.edges.chat_turns import Call, Function, NamedFunction, NamedTool, Turn, text_of
-from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
+from kvasir.gateway.edges.field_check import FieldCheck, decode_body
 from kvasir.gateway.edges.grammar_fields import read_text_options
 from kvasir.gateway.edges.openai_bodies import MAX_TURNS, ChatBody, CommonBody, NumTokens
-from kvasir.gateway.edges.openai_fields import FieldCheck
-from kvasir.gateway.edges.openai_requests import Asked, asked_of_chat, decode_body
+from kvasir.gateway.edges.openai_requests import Asked, asked_of_chat
 from kvasir.gateway.text.json_input import read_json
 from kvasir.protocol.errors import BadRequest
 
@@ -145,7 +144,7 @@ def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:
     return turns
 
 
-_CHECK = FieldCheck("responses", DIALECT_FIELDS)
+_CHECK = FieldCheck("responses")
 _TEXT_KINDS = ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal")
 _NAMES = {"max_tokens": "max_output_tokens", "messages": "input"}
 TYPE: type = _CHECK.with_harmless(ResponsesBody)

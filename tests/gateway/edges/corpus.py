@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
-from kvasir.gateway.edges.openai_fields import FIELDS, Verdict
+from kvasir.gateway.edges.request_fields import FIELDS, Verdict
 
 ANY = {"some": "thing"}
 USER = {"role": "user", "content": "Add."}
@@ -168,7 +167,7 @@ HARMLESS: dict[str, Any] = {
 
 def corpus() -> Iterator[Asked]:
     """Yield every field in every place of the table."""
-    for row in (*FIELDS, *DIALECT_FIELDS):
+    for row in FIELDS:
         for place in row.places:
             for field in row.names.split():
                 case = Case(HARMLESS.get(field, "x"), ANY)

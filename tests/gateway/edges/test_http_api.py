@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 
@@ -13,8 +14,9 @@ from kvasir.gateway.core.api import Delta, Finished, Submit
 from kvasir.gateway.edges.answer import MAX_WAITING_EVENTS
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.protocol.errors import RequestFailed
+from kvasir.protocol.terms import Terms
 from kvasir.protocol.tokens import pack_tokens
-from tests.edge_helpers import ANSWER, KEYS, TEXT, FakeExchange, House, decoded, run
+from tests.edge_helpers import ALPHA, ANSWER, KEYS, TEXT, FakeExchange, House, decoded, run
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -101,6 +103,19 @@ def test_a_model_is_found_by_its_quoted_name_and_only_by_whom_may_use_it() -> No
             response, _ = await house.ask(path, method="GET", key=KEYS["beta"])
             assert response is not None and response.status == 404
             assert decoded(response)["error"]["code"] == "model_not_found"
+
+    run(main)
+
+
+def test_a_tenant_s_aliases_are_among_its_models() -> None:
+    async def main(house: House) -> None:
+        house.directory.apply(dataclasses.replace(ALPHA, terms=Terms(aliases={"gpt-4o": ["demo"]})))
+        response, _ = await house.ask("/v1/models", method="GET")
+        assert [card["id"] for card in decoded(response)["data"]] == ["demo", "other", "gpt-4o"]
+        response, _ = await house.ask("/v1/models/gpt-4o", method="GET")
+        assert decoded(response)["id"] == "gpt-4o" and decoded(response)["max_model_len"] > 0
+        response, _ = await house.ask("/v1/models/gpt-4o", method="GET", key=KEYS["beta"])
+        assert response is not None and response.status == 404
 
     run(main)
 

@@ -19,7 +19,7 @@ _ANTHROPIC = "/v1/messages"  # and below: in its dialect, errors too
 
 
 @dataclass(slots=True)
-class HttpExchange:
+class HttpCall:
     """One request on its way: `facts` gains what the access log says of it, `headers` are those of every answer."""
 
     request: HttpRequest

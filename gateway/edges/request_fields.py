@@ -1,27 +1,15 @@
-"""The one table of the OpenAI routes' request fields: what is honoured, what is harmless, what is refused and why.
+"""The one table of the HTTP routes' request fields: what is honoured, what is harmless, what is refused and why.
 
-Parsing is made from it: a field that is not in the table is refused with the nearest name that is honoured, and a
-refused field passes only with a value that changes nothing. docs/api.md shows the same rows; a test compares them.
+Requests are read by it (`field_check`). docs/api.md shows the same rows; a test compares them.
 """
 
 from __future__ import annotations
 
-import re
-from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
-
-import msgspec
-from msgspec import Raw
-
-from kvasir.protocol.errors import BadRequest
 
 Place = Literal["chat", "completions", "message", "stream_options", "responses", "anthropic"]
 Verdict = Literal["honoured", "harmless", "refused"]
 _EMPTY: tuple[Any, ...] = (False, 0, "", [], {})
-MAX_VALUE_BYTES = 65_536  # of a field that is honoured, but for
-_MAX_BYTES = {"messages": 8 << 20, "prompt": 8 << 20, "content": 8 << 20, "documents": 1 << 20, "tools": 1 << 20}
-_MAX_BYTES |= {"input": 8 << 20, "instructions": 4 << 20, "system": 4 << 20}
-_MAX_BYTES |= {"tool_calls": 4 << 20, "reasoning": 4 << 20, "reasoning_content": 4 << 20}
 
 
 class Row(NamedTuple):
@@ -38,6 +26,10 @@ _BOTH: tuple[Place, ...] = ("chat", "completions")
 _CHAT: tuple[Place, ...] = ("chat",)
 _TEXT: tuple[Place, ...] = ("completions",)
 _MESSAGE: tuple[Place, ...] = ("message",)
+_DIALECTS: tuple[Place, ...] = ("responses", "anthropic")
+_RESPONSES: tuple[Place, ...] = ("responses",)
+_ANTHROPIC: tuple[Place, ...] = ("anthropic",)
+_KEEP_THINKING = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
 
 FIELDS: tuple[Row, ...] = (
     Row("model", _BOTH, "honoured", "one that is served or an alias; may be left out by a tenant of one model"),
@@ -182,54 +174,57 @@ FIELDS: tuple[Row, ...] = (
     ),
     Row("continuous_usage_stats", ("stream_options",), "refused", "usage comes in the last chunk"),
     Row("lora_path session_params kv_transfer_params", _BOTH, "refused", "requests name a model and a whole prompt"),
+    # ---- /v1/responses and /v1/messages
+    Row("model stream temperature top_p", _DIALECTS, "honoured", "as for chats"),
+    Row("top_k min_p repetition_penalty seed ignore_eos deadline_s", _DIALECTS, "honoured", "as for chats"),
+    Row("cache_hint retention no_store cache_salt priority", _DIALECTS, "honoured", "as for chats"),
+    Row("input", _RESPONSES, "honoured", "a text, or messages, reasoning, function calls and their outputs; text only"),
+    Row("instructions", _RESPONSES, "honoured", "a system message before the input"),
+    Row("max_output_tokens", _RESPONSES, "honoured", "no more than the window allows, which is the default"),
+    Row("messages system", _ANTHROPIC, "honoured", "text, thinking, uses of tools and their results"),
+    Row("max_tokens", _ANTHROPIC, "honoured", "required, but to count tokens; no more than the window allows"),
+    Row("stop_sequences", _ANTHROPIC, "honoured", "up to 16 strings; not part of the answer"),
+    Row("tools tool_choice", _DIALECTS, "honoured", "functions of the client's own, as for chats"),
+    Row("parallel_tool_calls", _RESPONSES, "honoured", "false: the answer ends after one call"),
+    Row("reasoning", _RESPONSES, "honoured", "`effort`, if the model's template knows it; no summaries are made"),
+    Row(
+        "thinking output_config",
+        _ANTHROPIC,
+        "honoured",
+        "type, `budget_tokens` and `effort`, if the model knows them; `format`",
+    ),
+    Row("chat_template_kwargs max_reasoning_tokens enable_thinking", _RESPONSES, "honoured", "as for chats"),
+    Row("prompt_cache_options prompt_cache_retention", _RESPONSES, "honoured", "as a `cache_hint`, see below"),
+    Row("cache_control", _ANTHROPIC, "honoured", "here and on blocks: as a `cache_hint`, see below"),
+    Row("metadata service_tier", _DIALECTS, "harmless", "nothing is stored; one tier"),
+    Row("user safety_identifier store stream_options", _RESPONSES, "harmless", "nothing is stored or padded"),
+    Row("max_tool_calls", _RESPONSES, "harmless", "bounds tools of the server's own, of which there are none"),
+    Row("prompt_cache_key", _RESPONSES, "harmless", "prefixes are found without it"),
+    Row("speed inference_geo user_profile_id workspace_id betas", _ANTHROPIC, "harmless", "one box, one speed"),
+    Row(
+        "previous_response_id conversation background prompt",
+        _RESPONSES,
+        "refused",
+        "nothing is stored: send all items",
+    ),
+    Row("background_options access_programs image moderation", _RESPONSES, "refused", "there is no such service here"),
+    Row(
+        "include",
+        _RESPONSES,
+        "refused",
+        "an answer has no more than its items",
+        (*_EMPTY, ["reasoning.encrypted_content"]),
+    ),
+    Row("truncation", _RESPONSES, "refused", "a prompt that is too long is refused", (*_EMPTY, "disabled")),
+    Row("text", _RESPONSES, "honoured", "its `format`, see below"),
+    Row("top_logprobs", _RESPONSES, "refused", "items have no log probabilities here"),
+    Row(
+        "context_management",
+        _DIALECTS,
+        "refused",
+        "the context is what is sent",
+        (*_EMPTY, {"edits": []}, _KEEP_THINKING),
+    ),
+    Row("diagnostics", _ANTHROPIC, "honoured", "`previous_message_id`: what changed since that request"),
+    Row("container mcp_servers", _ANTHROPIC, "refused", "there is no such service here"),
 )
-
-
-class FieldCheck:
-    """Checks the names of the fields of one kind of object, and that none changes the answer unheard."""
-
-    def __init__(self, place: Place, rows: tuple[Row, ...] = FIELDS) -> None:
-        self._rows = {name: row for row in rows if place in row.places for name in row.names.split()}
-        self.honoured = [name for name, row in self._rows.items() if row.verdict == "honoured"]
-        names = [(name, Raw, None) for name in self._rows]
-        self._type = msgspec.defstruct(place, names, forbid_unknown_fields=True)
-
-    def with_harmless(self, honoured: type[msgspec.Struct], *others: tuple[Any, ...]) -> Any:
-        """Return `honoured` with the harmless fields added, undecoded, and `others` as `defstruct` takes them."""
-        harmless = [(name, Raw, None) for name, row in self._rows.items() if row.verdict == "harmless"]
-        name = honoured.__name__
-        return msgspec.defstruct(
-            name, [*others, *harmless], bases=(honoured,), kw_only=True, forbid_unknown_fields=True
-        )
-
-    def honoured_of(self, raw: Raw | bytes, where: str = "") -> dict[str, Raw]:
-        """Return the honoured fields of the object `raw`, undecoded. `where`: what its names are shown after.
-
-        Raises:
-            BadRequest: an unknown field, a refused one that would change the answer, or a value that is large (it
-                would take long to decode); `param` names it.
-            msgspec.DecodeError: no JSON object.
-        """
-        try:
-            values = msgspec.json.decode(raw, type=self._type)
-        except msgspec.ValidationError as error:
-            found = re.search(r"unknown field `(.*?)`$", str(error), re.DOTALL)
-            if found is None:
-                raise
-            near = get_close_matches(found[1], self.honoured, 1)
-            hint = f"did you mean {near[0]!r}?" if near else "leave it out; docs/api.md lists those there are"
-            param = where + found[1][:80]
-            raise BadRequest(f"{param} is not known here: {hint}", param=param) from None
-        kept = {}
-        for name, row in self._rows.items():
-            value, param = getattr(values, name), where + name
-            if value is None or row.verdict == "harmless":
-                continue
-            if row.verdict == "honoured":
-                most = _MAX_BYTES.get(name, MAX_VALUE_BYTES)
-                if len(value) > most:
-                    raise BadRequest(f"{param} has {len(value)} bytes, {most} are allowed", param=param)
-                kept[name] = value
-            elif len(value) > 64 or msgspec.json.decode(value) not in (None, *row.off):
-                raise BadRequest(f"{param} is not supported here: {row.note}; leave it out", param=param)
-        return kept

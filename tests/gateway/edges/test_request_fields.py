@@ -12,10 +12,10 @@ import pytest
 
 from kvasir.gateway.edges.anthropic_requests import MessagesBody, read_messages
 from kvasir.gateway.edges.chat_turns import Turn
-from kvasir.gateway.edges.dialect_fields import DIALECT_FIELDS
+from kvasir.gateway.edges.field_check import FieldCheck
 from kvasir.gateway.edges.openai_bodies import ChatBody, CompletionBody, StreamOptions
-from kvasir.gateway.edges.openai_fields import FIELDS, FieldCheck, Row
 from kvasir.gateway.edges.openai_requests import MAX_PROMPTS, read_chat, read_completion
+from kvasir.gateway.edges.request_fields import FIELDS, Row
 from kvasir.gateway.edges.responses_requests import ResponsesBody, read_responses
 from kvasir.protocol.errors import BadRequest
 
@@ -45,7 +45,7 @@ def docs_line(row: Row) -> str:
 
 def test_the_docs_show_the_table_row_by_row() -> None:
     lines = [line for line in DOCS.read_text().splitlines() if line.startswith("| `")]
-    assert lines == [docs_line(row) for row in (*FIELDS, *DIALECT_FIELDS)]
+    assert lines == [docs_line(row) for row in FIELDS]
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_the_docs_show_the_table_row_by_row() -> None:
         (FieldCheck("completions"), CompletionBody),
         (FieldCheck("message"), Turn),
         (FieldCheck("stream_options"), StreamOptions),
-        (FieldCheck("responses", DIALECT_FIELDS), ResponsesBody),
-        (FieldCheck("anthropic", DIALECT_FIELDS), MessagesBody),
+        (FieldCheck("responses"), ResponsesBody),
+        (FieldCheck("anthropic"), MessagesBody),
     ],
 )
 def test_what_is_called_honoured_is_what_has_a_type(check: FieldCheck, body: type) -> None:
@@ -64,7 +64,7 @@ def test_what_is_called_honoured_is_what_has_a_type(check: FieldCheck, body: typ
 
 
 def test_every_refused_field_is_refused_by_name_and_passes_with_what_changes_nothing() -> None:
-    for row in (*FIELDS, *DIALECT_FIELDS):
+    for row in FIELDS:
         for place in row.places:
             for name in row.names.split() if row.verdict == "refused" else ():
 
