@@ -60,6 +60,10 @@ class KvStore:
         rows_per_block = len(self._layers) * 2 * self.block_size
         return slots + block_ids * (rows_per_block - self.block_size)
 
+    def token_rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return what `rows` indexes of a layer's keys and values, views [num_rows, num_kv_heads, head_dim]."""
+        return self._targets[layer]
+
     @property
     def spare_slot(self) -> int:
         """The first slot of the spare block."""
@@ -70,7 +74,7 @@ class KvStore:
 
         They must not repeat, but for those of the spare block.
         """
-        key_rows, value_rows = self._targets[layer]
+        key_rows, value_rows = self.token_rows(layer)
         key_rows.index_copy_(0, rows, keys)
         value_rows.index_copy_(0, rows, values)
 

@@ -44,6 +44,7 @@ from kvasir.worker.model.graphs import DecodeGraphs
 from kvasir.worker.model.linear import Linear, Packing
 from kvasir.worker.model.loader import weight_bytes
 from kvasir.worker.model.model import LayerWeights, Model, Weights
+from kvasir.worker.model.ops import FusedOps, choose_ops, largest_difference
 
 BLOCK_SIZE = 16
 DECODE_STEPS = 32
@@ -108,6 +109,11 @@ KERNEL_CASES: dict[
 
 
 GRAPH_CASE = "a padded decode step"
+OPS_CASES = {
+    "fused fp32": (torch.float32, 1e-5),
+    "fused bf16": (torch.bfloat16, 4e-2),
+    "fused fp16": (torch.float16, 6e-3),
+}
 
 
 def check_kernels(device: torch.device) -> list[dict[str, Any]]:
@@ -120,6 +126,15 @@ def check_kernels(device: torch.device) -> list[dict[str, Any]]:
         config = make_config(len(windows), 64, 64, num_heads, num_kv_heads, 8, **heads)
         error = largest_error(PagedAttention(config, dtype), config, block_size, device, dtype, shares)
         limit = 1e-5 if dtype == torch.float32 else TOLERANCE[dtype]
+        rows.append({"case": name, "max_error": error, "ok": error <= limit})
+    return rows
+
+
+def check_ops(device: torch.device) -> list[dict[str, Any]]:
+    """Compare what is fused between the matrices with the plain way."""
+    config, rows = make_config(1, 64, 1500, 6, 3, 8, head_dim=40), []
+    for name, (dtype, limit) in OPS_CASES.items():
+        error = largest_difference(FusedOps(config), config, device, dtype)
         rows.append({"case": name, "max_error": error, "ok": error <= limit})
     return rows
 
@@ -251,7 +266,8 @@ def check_family(
     for dtype, tolerance in tolerances.items():
         paths: list[Attention] = [GatherAttention(config), choose_attention(config, device, dtype, BLOCK_SIZE, 1 << 30)]
         for attention in paths[: 1 if type(paths[0]) is type(paths[1]) else 2]:
-            actual = continuation(Model(config, move(weights, device, dtype), attention), prompts, tokens, chunk=48)
+            model = Model(config, move(weights, device, dtype), attention, choose_ops(config, device, dtype))
+            actual = continuation(model, prompts, tokens, chunk=48)
             difference = (actual - expected).abs().max().item() / expected.abs().max().item()
             rows.append(
                 {
@@ -402,7 +418,8 @@ def measure_shapes(
             rows.append(_left_out(name, 0, 0, needed))
             continue
         weights = random_weights(config, device, torch.bfloat16)
-        model = Model(config, weights, choose_attention(config, device, torch.bfloat16, BLOCK_SIZE, 1 << 30))
+        attention = choose_attention(config, device, torch.bfloat16, BLOCK_SIZE, 1 << 30)
+        model = Model(config, weights, attention, choose_ops(config, device, torch.bfloat16))
         for context, batch in ((context, batch) for context in contexts for batch in batches):
             free, total = memory()
             kv_bytes = bytes_per_block(
@@ -452,7 +469,7 @@ def main() -> int:
     torch.backends.cuda.matmul.allow_tf32 = False
     result["device"] = "Triton's interpreter" if is_interpreted else torch.cuda.get_device_name(device)
     print(f"{result['device']}, torch {torch.__version__}\n")
-    result["kernels"] = [*check_kernels(device), check_graphs(device)]
+    result["kernels"] = [*check_kernels(device), *check_ops(device), check_graphs(device)]
     for row in result["kernels"]:
         print(f"{row['case']:28} {row['max_error']:10.2e}{'' if row['ok'] else '   WRONG'}")
     if options.kernels_only:

@@ -53,6 +53,8 @@ def open_on_gpu(
     executors: list[Executor] = []
     for model in models:
         config = model.config
+        if model.ops.fallback_reason:
+            log("slow_ops", reason=model.ops.fallback_reason)
         shape = (num_blocks, config.num_layers, block_size, config.num_kv_heads, config.head_dim)
         kv = KvStore(*shape, dtype=model.dtype, device=device, has_spare=True)
         graphs, reason, free_bytes = None, "--graphs off", meter.free()

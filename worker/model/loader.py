@@ -25,6 +25,7 @@ from kvasir.worker.model.attention_paths import choose_attention
 from kvasir.worker.model.config import ModelConfig, parse_config
 from kvasir.worker.model.linear import Linear, Packing, choose_packing, make_linear
 from kvasir.worker.model.model import LayerWeights, Model, Weights
+from kvasir.worker.model.ops import choose_ops
 from kvasir.worker.model.rope import make_pairs_adjacent
 
 DTYPES: dict[str, torch.dtype] = {
@@ -91,7 +92,7 @@ def load_model(
         attention = make_attention(config)
     else:
         attention = choose_attention(config, device, resolved, block_size, working_set_limit_bytes)
-    return Model(config, weights, attention)
+    return Model(config, weights, attention, choose_ops(config, device, resolved))
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: ModelConfig, device: torch.device) -> torch.dtype:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, rms_norm, silu
+from torch.nn.functional import embedding, rms_norm
 
 from kvasir.cache.kv_store import KvStore
 from kvasir.worker.engine.step import SequenceSlice
@@ -20,7 +20,8 @@ from kvasir.worker.model.batch import pack
 from kvasir.worker.model.config import ModelConfig
 from kvasir.worker.model.linear import Linear
 from kvasir.worker.model.memory import memory_errors
-from kvasir.worker.model.rope import RotaryTable, rotate_
+from kvasir.worker.model.ops import Ops
+from kvasir.worker.model.rope import RotaryTable
 
 
 @dataclass(slots=True)
@@ -48,12 +49,13 @@ class Weights:
 
 
 class Model:
-    """Weights, configuration and an attention path. One thread, one step at a time."""
+    """Weights, configuration, an attention path, and how the rest is computed. One thread, one step at a time."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, attention: Attention, ops: Ops | None = None) -> None:
         self.config = config
         self.weights = weights
         self.attention = attention
+        self.ops = ops or Ops(config)
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
         self.rotary = RotaryTable(config.rope, config.head_dim, self.device, self.dtype)
@@ -84,34 +86,21 @@ class Model:
         `token_ids` [num_tokens], their `rotation` (`RotaryTable`), and the `rows` of `kv` (`KvStore.rows`) that their
         keys and values are written to.
         """
-        config, weights, attention = self.config, self.weights, self.attention
+        config, weights, attention, ops = self.config, self.weights, self.attention, self.ops
         x = embedding(token_ids, weights.embedding)  # [num_tokens, hidden]
         for i, layer in enumerate(weights.layers):
             h = rms_norm(x, (config.hidden_size,), layer.input_norm, config.rms_norm_eps)
-            q, k, v = self._project(layer, h, rotation)
-            kv.write(i, rows, k, v)
+            heads = layer.qkv(h).view(len(h), -1, config.head_dim)
+            q, k, v = heads.split_with_sizes((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q.copy_(rms_norm(q, (config.head_dim,), layer.q_norm, config.rms_norm_eps))
+                k.copy_(rms_norm(k, (config.head_dim,), layer.k_norm, config.rms_norm_eps))
+            ops.rotate_and_store(i, heads, rotation, rows, kv)
             layer.output.add_to(x, attention.attend(i, q, k, v, kv))
             h = rms_norm(x, (config.hidden_size,), layer.post_norm, config.rms_norm_eps)
-            gate, up = layer.gate_up(h).chunk(2, dim=-1)
-            layer.down.add_to(x, silu(gate).mul_(up))
+            layer.down.add_to(x, ops.multiply_silu(layer.gate_up(h)))
         if logit_rows is not None:
             x = x.index_select(0, logit_rows)
         x = rms_norm(x, (config.hidden_size,), weights.final_norm, config.rms_norm_eps)
         logits = weights.lm_head(x)
         return logits if logits.dtype == torch.float64 else logits.float()
-
-    def _project(self, layer: LayerWeights, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim]; q and k rotated."""
-        config = self.config
-        heads = layer.qkv(h).view(h.shape[0], -1, config.head_dim)
-        num_rotated = config.num_heads + config.num_kv_heads
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k, v = heads.split_with_sizes((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
-            q = rms_norm(q, (config.head_dim,), layer.q_norm, config.rms_norm_eps)
-            k = rms_norm(k, (config.head_dim,), layer.k_norm, config.rms_norm_eps)
-            rotate_(q, rotation)
-            rotate_(k, rotation)
-            return q, k, v
-        rotate_(heads[:, :num_rotated], rotation)
-        q, k, v = heads.split_with_sizes((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
-        return q, k, v

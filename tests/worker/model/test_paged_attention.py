@@ -20,6 +20,7 @@ from kvasir.worker.model.config import ModelConfig, RopeConfig
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels are not tested")
 
+from kvasir.worker.model.fused_kernels import multiply_silu, rotate_and_store_heads  # noqa: E402
 from kvasir.worker.model.paged_attention import (  # noqa: E402
     CHUNK_SPAN,
     MAX_CUT_QUERIES,
@@ -114,7 +115,7 @@ def kernel_cases() -> list[str]:
     sys.path.insert(0, str(SCRIPT.parent))
     import gpu_check
 
-    return [*gpu_check.KERNEL_CASES, gpu_check.GRAPH_CASE]
+    return [*gpu_check.KERNEL_CASES, *gpu_check.OPS_CASES, gpu_check.GRAPH_CASE]
 
 
 @pytest.mark.parametrize("case", kernel_cases())
@@ -168,6 +169,17 @@ def test_merge_compiles_for_sm_90(tmp_path: Path) -> None:
     types = {"partials": "*fp32", "lse": "*fp32", "out": "*bf16", "plan": "*i32"}
     options = {"HEAD_DIM": 128, "PADDED_DIM": padded_dim(config), "TILE": 16, "FIELDS": MERGE_FIELDS}
     assert compiled(merge_partials, types, options, tmp_path)[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fused_kernels_compile_for_sm_90_without_spilling(dtype: torch.dtype, tmp_path: Path) -> None:
+    kind = f"*{TYPES[dtype]}"
+    types = {"heads": kind, "rotation": "*fp32", "key_rows": kind, "value_rows": kind, "rows": "*i64"}
+    sizes = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "PADDED_HALF": 64, "TILE": 8}
+    registers, spilled, _ = compiled(rotate_and_store_heads, types, sizes, tmp_path)
+    assert spilled == 0 and registers <= 128
+    registers, spilled, _ = compiled(multiply_silu, {"gate_up": kind, "out": kind}, {"TILE": 1024}, tmp_path)
+    assert spilled == 0 and registers <= 128
 
 
 def test_what_the_kernels_cannot_compute_is_refused() -> None:
