@@ -18,7 +18,7 @@ import msgspec
 import trio
 
 from kvasir.gateway.log import log
-from kvasir.gateway.text.grammar_helper import Frames, Trial, Verdict, frame
+from kvasir.gateway.text.grammar_helper import Lines, Trial, Verdict, line
 from kvasir.protocol.errors import BadRequest, Overloaded, Unavailable
 from kvasir.protocol.messages import Grammar
 
@@ -28,7 +28,7 @@ MAX_WAITING_OF_TENANT = 16
 MAX_VERDICTS = 4096
 START_S = 30.0  # to start and to load the tokenizer of a model
 VERDICT_S = 5.0  # the helper itself ends a trial after less than a second
-_verdicts = msgspec.msgpack.Decoder(Verdict)
+_verdicts = msgspec.json.Decoder(Verdict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class GrammarCheck:
         self._num_tried += 1
         number = self._num_tried
         trial = Trial(number, str(target.folder), target.vocab_size, target.eos_token_ids, grammar)
-        pending = self._pending[number] = _Pending(frame(trial))
+        pending = self._pending[number] = _Pending(line(trial))
         self._wanted.set()
         try:
             with trio.move_on_after(VERDICT_S if model in self._warm else START_S):
@@ -178,10 +178,10 @@ class GrammarCheck:
             return
 
     async def _receive(self, stdout: trio.abc.ReceiveStream) -> None:
-        frames = Frames()
+        lines = Lines()
         while data := await stdout.receive_some(1 << 16):
-            for message in frames.push(bytes(data)):
-                verdict = _verdicts.decode(message)
+            for answer in lines.push(bytes(data)):
+                verdict = _verdicts.decode(answer)
                 pending = self._pending.get(verdict.number)
                 if pending is not None:
                     pending.error = verdict.error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 
 import trio
 
@@ -144,7 +145,4 @@ def published_forms(text: ModelText, published: str) -> list[list[int]]:
 
 
 def _common(left: list[int], right: list[int]) -> list[int]:
-    length = 0
-    while length < min(len(left), len(right)) and left[length] == right[length]:
-        length += 1
-    return left[:length]
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))]

@@ -4,8 +4,8 @@ A fork server. It has loaded the tokenizers; for each grammar it forks a child w
 stack, which compiles the grammar and computes the first mask. A child that is too slow is killed, one that crashes is
 gone, and only its own grammar is refused.
 
-Reads `Trial`s from standard input and writes `Verdict`s to standard output, each with its length before it. Ends when
-its input does.
+Reads `Trial`s from standard input and writes `Verdict`s to standard output, each a line of JSON. Ends when its input
+does.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import os
 import resource
 import selectors
 import signal
-import struct
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,7 +33,6 @@ MEMORY_BYTES = 256 << 20  # beyond what the helper has itself
 STACK_BYTES = 2 << 20  # less than any thread of a worker has
 MAX_TEXT_BYTES = 2000  # a pipe takes it at once
 TOO_MUCH = "the grammar takes too long to prepare or too much memory; make it smaller or less nested"
-_LENGTH = struct.Struct("<I")
 
 
 class Trial(msgspec.Struct, frozen=True, array_like=True):
@@ -55,27 +52,21 @@ class Verdict(msgspec.Struct, frozen=True, array_like=True):
     error: str = ""
 
 
-class Frames:
-    """Messages out of a stream of bytes, each with its length before it."""
+class Lines:
+    """Whole lines out of a stream of bytes."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._rest = b""
 
-    def push(self, data: bytes) -> Iterator[bytes]:
-        """Take what was read; yield the messages that it completes."""
-        self._buffer += data
-        while len(self._buffer) >= _LENGTH.size:
-            end = _LENGTH.size + _LENGTH.unpack_from(self._buffer)[0]
-            if len(self._buffer) < end:
-                return
-            yield bytes(self._buffer[_LENGTH.size : end])
-            del self._buffer[:end]
+    def push(self, data: bytes) -> list[bytes]:
+        """Take what was read; return the lines that it completes."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return lines
 
 
-def frame(message: msgspec.Struct) -> bytes:
-    """Return `message` as `Frames` reads it."""
-    data = msgspec.msgpack.encode(message)
-    return _LENGTH.pack(len(data)) + data
+def line(message: Trial | Verdict) -> bytes:
+    """Return `message` as a line."""
+    return msgspec.json.encode(message) + b"\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +83,8 @@ class _Server:
         self._children: dict[int, _Child] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(0, selectors.EVENT_READ)
-        self._frames = Frames()
-        self._trials = msgspec.msgpack.Decoder(Trial)
+        self._lines = Lines()
+        self._trials = msgspec.json.Decoder(Trial)
 
     def run(self) -> None:
         while True:
@@ -114,8 +105,8 @@ class _Server:
     def _read(self) -> bool:
         """Start what is asked for; False: the gateway is gone."""
         data = os.read(0, 1 << 16)
-        for message in self._frames.push(data):
-            self._start(self._trials.decode(message))
+        for trial in self._lines.push(data):
+            self._start(self._trials.decode(trial))
         if not data:
             for child in self._children.values():
                 os.kill(child.pid, signal.SIGKILL)
@@ -189,7 +180,7 @@ def _tokenizer(folder: str, vocab_size: int, eos_token_ids: tuple[int, ...]) -> 
 
 
 def _write(verdict: Verdict) -> None:
-    data = memoryview(frame(verdict))
+    data = memoryview(line(verdict))
     while data:
         data = data[os.write(1, data) :]
 

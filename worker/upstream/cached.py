@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from kvasir.protocol.prefix import HASH_BYTES
@@ -63,12 +64,10 @@ class CachedBlocks:
 
 def _num_common(one: bytes, other: bytes) -> int:
     """Return how many leading blocks two chains have in common. A chained hash stands for all before it: bisection."""
-    low, high = 0, min(len(one), len(other)) // HASH_BYTES
-    while low < high:
-        middle = (low + high + 1) // 2
-        start, end = (middle - 1) * HASH_BYTES, middle * HASH_BYTES
-        if one[start:end] == other[start:end]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    num_blocks = min(len(one), len(other)) // HASH_BYTES
+
+    def differ(index: int) -> bool:
+        block = slice(index * HASH_BYTES, (index + 1) * HASH_BYTES)
+        return one[block] != other[block]
+
+    return bisect_left(range(num_blocks), True, key=differ)
