@@ -2,14 +2,16 @@
 
     python scripts/flood_live.py [--tenants 31] [--weights 1:2:4] [--seconds 20] [--seed 1]
 
-The worker computes nothing, takes 200 us per prompt token and at most 512 of them in a step. Every prompt is new, has
-200 tokens and gets an answer of one, so that the time of an answer is that to its first token. Four parts, one after
-the other:
+The worker computes nothing, takes 200 us per token and at most 512 of them in a step. Every prompt is new, has 200
+tokens and gets an answer of one, so that the time of an answer is that to its first token. Five parts, one after the
+other:
 
     alone       the first tenant keeps hundreds of requests waiting: what there is to be had
     solo        each of the others, at random times, asks for half of what it would get if all tenants asked for more
     flood       both at once: the others' times, beside those before
     all         every tenant keeps 20 requests waiting: Jain's index of what each gets over its weight
+    answers     of two tenants of one weight one asks for answers of 50 tokens to prompts of 10, one for single tokens
+                to prompts of 400, and both keep 100 requests waiting: what the first is charged over the second
 
 Prints one JSON line.
 """
@@ -32,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kvasir import AsyncClient
 from kvasir.cli.admin_client import ask
+from kvasir.gateway.core.tenant_queue import OUTPUT_WEIGHT
 from kvasir.protocol.admin_messages import Done, KeyCreate, KeyCreated, TenantCreate, TenantReply, TenantSet
 from kvasir.protocol.errors import KvasirError
 from kvasir.protocol.terms import TermsChange
@@ -41,7 +44,8 @@ TOKEN_US = 200
 STEP_TOKENS = 512
 PROMPT_TOKENS = 200
 ENGINE = f"oracle:token_us={TOKEN_US},vocab=3000"
-FLOOD_DEPTH, EACH_DEPTH = 400, 20
+FLOOD_DEPTH, EACH_DEPTH, ANSWERS_DEPTH = 400, 20, 100
+LONG_ANSWERS, LONG_PROMPTS = (10, 50), (400, 1)  # tokens of a prompt, of its answer
 SETTLE_S = 3.0  # until a part is measured: the rate is learned, the queue is full
 WINDOW_S = 0.8  # of a tenant's prefill on a worker, `QueueConfig.window_s`
 
@@ -86,7 +90,9 @@ class Crowd:
         await trio.sleep(1.0)  # what was running is stopped
         return found
 
-    def keep(self, numbers: range, depth: int) -> Callable[[Part, trio.Nursery], Awaitable[None]]:
+    def keep(
+        self, numbers: range, depth: int, prompt_tokens: int = PROMPT_TOKENS, max_tokens: int = 1
+    ) -> Callable[[Part, trio.Nursery], Awaitable[None]]:
         """Return a load: each of those tenants keeps `depth` requests unanswered. Their times do not count."""
 
         async def run(part: Part, nursery: trio.Nursery) -> None:
@@ -97,7 +103,7 @@ class Crowd:
 
         async def one(part: Part, number: int) -> None:
             while True:
-                await self._ask(part, number, is_timed=False)
+                await self._ask(part, number, prompt_tokens, max_tokens, is_timed=False)
 
         return run
 
@@ -115,11 +121,13 @@ class Crowd:
 
         return run
 
-    async def _ask(self, part: Part, number: int, is_timed: bool = True) -> None:
-        prompt = [self.rng.randrange(300, 2_900) for _ in range(PROMPT_TOKENS)]
+    async def _ask(
+        self, part: Part, number: int, prompt_tokens: int = PROMPT_TOKENS, max_tokens: int = 1, is_timed: bool = True
+    ) -> None:
+        prompt = [self.rng.randrange(300, 2_900) for _ in range(prompt_tokens)]
         begun = trio.current_time()
         try:
-            await self.clients[number].generate(prompt, max_tokens=1, ignore_eos=True)
+            await self.clients[number].generate(prompt, max_tokens=max_tokens, ignore_eos=True)
         except KvasirError:
             part.num_failed += 1
             return
@@ -140,6 +148,10 @@ async def run(house: House, weights: list[int], seconds: float, seed: int) -> di
     solo = await crowd.part(seconds, crowd.come(others, half))
     flood = await crowd.part(seconds, crowd.come(others, half), crowd.keep(range(1), FLOOD_DEPTH))
     everyone = await crowd.part(seconds, crowd.keep(range(len(weights)), EACH_DEPTH))
+    pair = [0, next(number for number in others if weights[number] == weights[0])]
+    kinds = list(zip(pair, (LONG_ANSWERS, LONG_PROMPTS), strict=True))
+    both = await crowd.part(seconds, *[crowd.keep(range(n, n + 1), ANSWERS_DEPTH, *kind) for n, kind in kinds])
+    charged = [both.num_answers[n] * (prompt + OUTPUT_WEIGHT * answer) for n, (prompt, answer) in kinds]
     rates = [everyone.num_answers[number] / weight for number, weight in enumerate(weights)]
     limit_s = percentile(solo.times_s, 0.99) + WINDOW_S + STEP_TOKENS * TOKEN_US / 1e6
     num_others = len(flood.times_s) + flood.num_failed
@@ -154,6 +166,7 @@ async def run(house: House, weights: list[int], seconds: float, seed: int) -> di
         "flood_per_s": flood.num_answers.total() / seconds,
         "all_per_s": everyone.num_answers.total() / seconds,
         "jain": sum(rates) ** 2 / (len(rates) * sum(rate * rate for rate in rates)),
+        "long_answers_over_prompts": charged[0] / charged[1],
     }
 
 

@@ -26,6 +26,9 @@ from kvasir.protocol.errors import KvasirError
 from kvasir.protocol.messages import Abort, Command, Output, Resync
 from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens
 
+CHARGED_AT_ONCE = 64
+"""So many tokens of an answer are charged to its tenant together, or what there is at its end."""
+
 
 class Attempts:
     """See the module. `totals`, `receipts` and `savings` are written here; `send` and `notify` are the core's."""
@@ -135,8 +138,9 @@ class Attempts:
     def _output(self, worker: Worker, attempt: Attempt, output: Output, now: float) -> str | None:
         """Deliver one output; return what is wrong with it, if anything."""
         request = attempt.request
-        if output.num_rejected_tokens:  # computed for its tenant, if for nothing
-            self._requests.queue_of(request).charge(request.submit.tenant_id, output.num_rejected_tokens)
+        attempt.num_generated += num_tokens(output.token_ids) + output.num_rejected_tokens
+        if attempt.num_generated >= CHARGED_AT_ONCE:
+            self._charge_output(attempt)
         if request.state == "dispatched":
             violation = misfit(request, output)
             if violation is not None:
@@ -211,12 +215,21 @@ class Attempts:
         return is_news
 
     def _give_back(self, worker: Worker, req_id: bytes, now: float) -> Request:
-        """Take an attempt that is over from its worker. A prompt that was not computed is not charged."""
+        """Take an attempt that is over from its worker. A prompt that was not computed is not charged, but for one that
+        is not wanted any more."""
         attempt = worker.in_flight[req_id]
         request = attempt.request
+        self._charge_output(attempt)
         if self._prefilled(worker, attempt):
             self._requests.queue_of(request).charge(request.submit.tenant_id, -attempt.num_uncached_tokens)
         return worker.give_back(req_id, now)
+
+    def _charge_output(self, attempt: Attempt) -> None:
+        """Charge what was generated since the last time, rejected drafts too."""
+        if attempt.num_generated:
+            request = attempt.request
+            self._requests.queue_of(request).charge_output(request.submit.tenant_id, attempt.num_generated)
+            attempt.num_generated = 0
 
     def _go_on(self, request: Request, worker: Worker, now: float, *, is_death: bool = False) -> None:
         """Queue `request`, whose attempt on `worker` is over without an end, first of its tenant; or finish it for

@@ -3,13 +3,14 @@
 A tenant is charged for what is computed for it, by its weight (virtual token counters, Sheng et al., OSDI 2024), and
 the charges are kept twice, because turns and workers ask for different things.
 
-Turns go by *tags*: the least is next. A tenant that has nothing waiting is lifted to the least tag of those that wait.
-What it did not ask for is not saved, and what others had meanwhile, since nobody else wanted it, is not owed.
+Turns go by *tags*, of prompts and answers: the least is next. A tenant that has nothing waiting is lifted to the least
+tag of those that wait. What it did not ask for is not saved, and what others had meanwhile, since nobody else wanted
+it, is not owed.
 
-Workers order by *leads*. The *fair charge* is what a tenant would have been charged that always got its part of what is
-computed among those active (the virtual time of weighted fair queueing); what a tenant got more than that, wanted by
-others or not, is its lead. It lets the long prompts of those who ask for little go before the many short ones of a
-flood. A lead fades, or one that had a night for itself would be the last all day.
+Workers order prompts by *leads*, of prompts alone. The *fair charge* is what a tenant would have been charged that
+always got its part of what is computed among those active (the virtual time of weighted fair queueing); what a tenant
+got more than that, wanted by others or not, is its lead. It lets the long prompts of those who ask for little go before
+the many short ones of a flood. A lead fades, or one that had a night for itself would be the last all day.
 
 Requests of a higher class come first, whatever was charged. `CLASS_S` of waiting make up for a class, so that nothing
 waits for ever, but put nothing above the highest class that waits.
@@ -31,6 +32,8 @@ FEWEST_LOOKS = 4
 """So many requests may be sent next, in equal parts of all tenants' classes, and so many of each at least: when one
 waits for its worker, those behind it may go elsewhere. Of a tenant with a lead always the fewest: its prompts would
 take the caches of all workers."""
+OUTPUT_WEIGHT = 2.0
+"""What a token of an answer is charged, in uncached tokens of a prompt: as in VTC."""
 CLASS_S = 10.0
 FADE_S = 60.0
 """Time constant of leads. With half as much a flood of agents delays others 1.4 times as long in the lab."""
@@ -41,8 +44,8 @@ _Lane = tuple[str, int]
 
 @dataclass(slots=True)
 class _Tenant:
-    """`tag`, `charged`: tokens computed for it, over its weight, as lifted; `charged` to be compared with the fair
-    charge, faded until `faded_at`. `last_turn`: of those with the same tag, the one served longest ago is next.
+    """`tag`, `charged`: what was computed for it, over its weight, as lifted; `charged` is to be compared with the fair
+    charge, and faded until `faded_at`. `last_turn`: of those with the same tag, the one served longest ago is next.
     `num_unfinished`: requests that wait, or whose prompts are not computed yet."""
 
     charged: float
@@ -182,12 +185,19 @@ class TenantQueue:
             self._sum_of_weights -= tenant.weight
 
     def charge(self, tenant_id: str, num_tokens: float) -> None:
-        """Charge a tenant, or, less than 0, give back what it was charged too much."""
+        """Charge a tenant for uncached tokens of prompts, or, less than 0, give back what it was charged too much."""
         tenant = self._tenants[tenant_id]
         tenant.charged += num_tokens / tenant.weight
+        self._fair_charge += num_tokens / (self._sum_of_weights or tenant.weight)
+        self._advance(tenant, num_tokens)
+
+    def charge_output(self, tenant_id: str, num_tokens: int) -> None:
+        """Charge a tenant for tokens of answers."""
+        self._advance(self._tenants[tenant_id], OUTPUT_WEIGHT * num_tokens)
+
+    def _advance(self, tenant: _Tenant, num_tokens: float) -> None:
         tenant.tag += num_tokens / tenant.weight
         self._highest_tag = max(self._highest_tag, tenant.tag)
-        self._fair_charge += num_tokens / (self._sum_of_weights or tenant.weight)
 
     def lead(self, tenant_id: str, now: float) -> float:
         """Return how many tokens more than fair the tenant was charged lately, as a tenant of mean weight counts them.

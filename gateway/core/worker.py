@@ -73,7 +73,8 @@ class Attempt(msgspec.Struct, eq=False):
 
     Of its prompt `num_predicted_tokens` should be cached there (`num_resident_blocks` were, when it was sent) and
     `num_uncached_tokens`, one at least, not. `pending`: the latter, until they are computed or not wanted any
-    more. `is_reserved`: blocks of its prompt count as cached there because of it."""
+    more. `is_reserved`: blocks of its prompt count as cached there because of it. `num_generated`: tokens of the
+    answer, rejected drafts too, that were not charged yet."""
 
     request: Request
     dispatched_at: float
@@ -82,6 +83,7 @@ class Attempt(msgspec.Struct, eq=False):
     num_uncached_tokens: int
     pending: Pending | None
     is_reserved: bool = True
+    num_generated: int = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -425,7 +425,7 @@ def test_the_tenant_for_which_least_was_computed_goes_first() -> None:
         bench.report(peer, output(running.pop(0), 0, [1], "stop", num_cached_tokens=0))
         running += [command.req_id for _, command in bench.take()]
         order += running[-1:] if running and running[-1] not in order else []
-    assert order == [b"a0", b"b0", b"a1", b"b1", b"a2", b"a3", b"b2", b"a4", b"b3", b"b4"]
+    assert order == [b"a0", b"b0", b"b1", b"a1", b"a2", b"a3", b"b2", b"a4", b"b3", b"b4"]
 
 
 def test_nobody_is_promised_the_blocks_of_what_leaves_nothing() -> None:
@@ -453,6 +453,40 @@ def test_what_is_found_cached_is_not_charged() -> None:
         bench.submit(b"a%d" % i, range(300 * i, 300 * i + 30), tenant="alpha")
     bench.report(peer, output(b"a0", 0, [1], "stop", num_cached_tokens=36))  # 40 were charged, 4 are right
     assert [command.req_id for _, command in bench.take()] == [b"a0", b"a1"]
+
+
+def test_a_tenant_of_long_answers_gets_no_more_than_one_of_long_prompts() -> None:
+    """One slot; alpha's requests are 10 tokens and answers of 100, beta's 210 tokens and answers of 1."""
+    bench = Bench()
+    peer = bench.join(max_requests=1)
+    for i in range(40):
+        bench.submit(b"a%d" % i, range(300 * i, 300 * i + 10), tenant="alpha", max_tokens=100)
+        bench.submit(b"b%d" % i, range(300 * i, 300 * i + 208), tenant="beta", max_tokens=1)
+    order = []
+    for _ in range(40):
+        [(_, command)] = bench.take(Generate)
+        order.append(command.tenant)
+        num_tokens = 100 if command.tenant == "alpha" else 1
+        for seq in range(0, num_tokens, 10):
+            last = "length" if seq + 10 >= num_tokens else None
+            tokens = [7] * min(10, num_tokens)
+            cached = 0 if seq == 0 else None
+            bench.report(peer, output(command.req_id, seq, tokens, last, num_cached_tokens=cached))
+    assert order.count("alpha") == order.count("beta") == 20
+
+
+def test_long_answers_are_charged_while_they_run() -> None:
+    bench = Bench()
+    peer = bench.join(max_requests=2)
+    bench.submit(b"a0", range(10), tenant="alpha", max_tokens=200)
+    bench.submit(b"b0", range(30), tenant="beta", max_tokens=1)
+    for i in (1, 2):
+        bench.submit(b"a%d" % i, range(100 * i, 100 * i + 10), tenant="alpha")
+        bench.submit(b"b%d" % i, range(100 * i, 100 * i + 30), tenant="beta")
+    bench.report(peer, output(b"a0", 0, [7] * 100, num_cached_tokens=0))
+    bench.report(peer, output(b"b0", 0, [7], "length", num_cached_tokens=0))
+    bench.report(peer, output(b"b1", 0, [7], "stop", num_cached_tokens=0))
+    assert [command.req_id for _, command in bench.take(Generate)] == [b"a0", b"b0", b"b1", b"b2"]
 
 
 def test_drafts_that_did_not_hold_are_charged_to_their_tenant_and_billed_to_nobody() -> None:
