@@ -8,7 +8,7 @@ from rich.text import Text
 
 from kvasir.cli.admin_client import ask
 from kvasir.cli.output import Rows, bar, count, example, json_option, make_console, percent, plain, print_json
-from kvasir.cli.tenants import pinned_on
+from kvasir.cli.prefixes import pinned_on
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol import admin_records as records
 

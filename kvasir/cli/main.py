@@ -25,9 +25,10 @@ from kvasir.cli.chat import chat
 from kvasir.cli.demo import demo
 from kvasir.cli.keys import key
 from kvasir.cli.output import example, harmless
+from kvasir.cli.prefixes import prefix
 from kvasir.cli.processes import gateway, worker
 from kvasir.cli.status import explain, models, status
-from kvasir.cli.tenants import prefix, tenant
+from kvasir.cli.tenants import tenant
 from kvasir.cli.up import down, up
 from kvasir.cli.usage import audit, backup, price, usage
 from kvasir.protocol.errors import KvasirError

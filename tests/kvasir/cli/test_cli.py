@@ -24,7 +24,7 @@ from prompt_toolkit.output import DummyOutput
 from rich.cells import cell_len
 from rich.console import Console
 
-from kvasir.cli import demo_keys, processes, up
+from kvasir.cli import demo_keys, processes, up, up_plan
 from kvasir.cli.chat import Chat, choose_model, line_reader
 from kvasir.cli.main import cli, run
 from kvasir.cli.output import Rows, age, bar, count, duration, harmless, percent, plain
@@ -563,13 +563,13 @@ def test_the_demonstration_fails_loudly_when_private_text_is_shared(
 
 def test_models_are_named_by_hand_or_by_their_folder(tmp_path: Path) -> None:
     (tmp_path / "Qwen3").mkdir()
-    assert up.plan_models([]) == (f"demo={up.DEMO_MODEL}",)
-    assert up.plan_models([str(tmp_path / "Qwen3"), f"q={tmp_path / 'Qwen3'}"]) == (
+    assert up_plan.plan_models([]) == (f"demo={up_plan.DEMO_MODEL}",)
+    assert up_plan.plan_models([str(tmp_path / "Qwen3"), f"q={tmp_path / 'Qwen3'}"]) == (
         f"Qwen3={tmp_path / 'Qwen3'}",
         f"q={tmp_path / 'Qwen3'}",
     )
     with pytest.raises(ConfigurationError, match="no folder"):
-        up.plan_models(["x=/nowhere"])
+        up_plan.plan_models(["x=/nowhere"])
 
 
 def test_the_demonstration_key_is_kept_and_made_anew_when_it_was_revoked(
@@ -657,7 +657,7 @@ def test_up_says_in_one_line_why_the_gateway_did_not_start(home: Path, code: str
 
 def test_the_welcome_prints_a_request_that_can_be_pasted(home: Path) -> None:
     console = Console(file=io.StringIO(), width=80)
-    up.print_welcome(up.UpPlan(("demo=/x",), 2), "kv_key", home / "gateway.log", console)
+    up.print_welcome(up_plan.UpPlan(("demo=/x",), 2), "kv_key", home / "gateway.log", console)
     out = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, out.splitlines())) <= 80
     assert json.loads(out.partition("-d '")[2].partition("'")[0])["model"] == "demo"
@@ -667,7 +667,7 @@ def test_the_welcome_prints_a_request_that_can_be_pasted(home: Path) -> None:
 @pytest.mark.parametrize(("http", "warned"), [("127.0.0.1:8000", False), ("[::1]:8000", False), ("0.0.0.0:8000", True)])
 def test_up_warns_of_http_in_the_clear_beyond_this_machine(home: Path, http: str, *, warned: bool) -> None:
     console = Console(file=io.StringIO(), width=80)
-    up.print_welcome(up.UpPlan(("demo=/x",), 2, http=http), "kv_key", home / "gateway.log", console)
+    up.print_welcome(up_plan.UpPlan(("demo=/x",), 2, http=http), "kv_key", home / "gateway.log", console)
     assert ("not encrypted" in console.file.getvalue()) == warned  # type: ignore[attr-defined]
 
 
@@ -676,10 +676,10 @@ def test_gpus_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch) -> None
     glob: Callable[..., Any] = lambda self, pattern: iter(devices)  # noqa: E731
     monkeypatch.setattr(Path, "glob", glob)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert up.count_gpus() == 3
+    assert up_plan.count_gpus() == 3
     for value, number in (("", 0), ("-1", 0), ("1", 1), ("0,2", 2)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-        assert up.count_gpus() == number
+        assert up_plan.count_gpus() == number
 
 
 def test_numbers_are_shown_short() -> None:
