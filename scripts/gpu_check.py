@@ -88,6 +88,8 @@ FAMILIES = {
 }
 
 
+SHARING_CASE = "what singles begin with alike"  # as far as they go, their blocks are the same
+
 # Name -> (query heads, key heads, head_dim), block size, windows, dtype, (tokens in the store, tokens computed) of each
 # sequence of one step. Spans are cut at 512 keys, and at 4,096 for the chunks.
 KERNEL_CASES: dict[
@@ -105,6 +107,7 @@ KERNEL_CASES: dict[
     "one key head": ((32, 1, 128), 16, (40, None), torch.bfloat16, [(90, 1), (10, 5), (600, 1)]),
     "odd blocks": ((6, 3, 40), 11, (None,), torch.float16, [(10, 1), (11, 1), (100, 1), (0, 23)]),
     "a chunk cut into spans": ((2, 1, 16), 64, (None,), torch.float32, [(4090, 20)]),
+    SHARING_CASE: ((4, 2, 32), 16, (None, 900), torch.float32, [(1030, 1), (1100, 1), (1029, 1), (700, 1), (90, 4)]),
 }
 
 
@@ -124,7 +127,9 @@ def check_kernels(device: torch.device) -> list[dict[str, Any]]:
     for name, ((num_heads, num_kv_heads, head_dim), block_size, windows, dtype, shares) in KERNEL_CASES.items():
         heads = {"head_dim": head_dim, "sliding_windows": windows}
         config = make_config(len(windows), 64, 64, num_heads, num_kv_heads, 8, **heads)
-        error = largest_error(PagedAttention(config, dtype), config, block_size, device, dtype, shares)
+        num_shared = 1 << 20 if name == SHARING_CASE else 0
+        attention = PagedAttention(config, dtype)
+        error = largest_error(attention, config, block_size, device, dtype, shares, num_shared)
         limit = 1e-5 if dtype == torch.float32 else TOLERANCE[dtype]
         rows.append({"case": name, "max_error": error, "ok": error <= limit})
     return rows

@@ -49,11 +49,13 @@ def largest_error(
     device: torch.device,
     dtype: torch.dtype,
     shares: Sequence[tuple[int, int]],
+    num_shared: int = 0,
 ) -> float:
     """Return by how much `attention` differs from the reference at most in one random step; NaN counts as infinite.
 
     `shares` holds for each sequence how many tokens are in the store and how many are computed. What is no sequence's
-    is NaN, so that whoever reads it will be found out. One layer per window is computed.
+    is NaN, so that whoever reads it will be found out. One layer per window is computed. All begin with the same
+    `num_shared` blocks, as far as they have so many.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -63,6 +65,10 @@ def largest_error(
     counts = [-(-(start + count) // block_size) for start, count in shares]
     ids = torch.randperm(sum(counts), generator=generator).tolist()
     tables = [[ids.pop() for _ in range(count)] for count in counts]
+    longest = max(tables, key=len)
+    for (start, _), table in zip(shares, tables, strict=True):
+        count = min(num_shared, start // block_size)
+        table[:count] = longest[:count]
     slices = [
         SequenceSlice(i, [0] * count, start, table, 0)
         for i, ((start, count), table) in enumerate(zip(shares, tables, strict=True))

@@ -1,7 +1,8 @@
 """Attention that reads the blocks where they lie: our Triton kernels, their work lists and launches.
 
 Cost and memory grow with the sum of the contexts of a step, never with its longest times their number. Singles, short
-chunks and long ones are the same kind of work, in two sizes of tiles.
+chunks and long ones are the same kind of work, in two sizes of tiles. What several singles begin with is read once for
+a few of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from kvasir.worker.model.attention import Attention
 from kvasir.worker.model.batch import Batch
 from kvasir.worker.model.config import ModelConfig
 from kvasir.worker.model.memory import to_device
-from kvasir.worker.model.paged_kernels import ITEM_FIELDS, LIST_FIELDS, MERGE_FIELDS, attend_items, merge_partials
+from kvasir.worker.model.paged_kernels import (
+    ITEM_FIELDS,
+    LIST_FIELDS,
+    MERGE_FIELDS,
+    QUERY_FIELDS,
+    attend_items,
+    merge_partials,
+)
 
 SPAN = 512  # keys of a single (and of a chunk as small) that one program reads
 CHUNK_SPAN = 4096  # the same of a chunk of up to `MAX_CUT_QUERIES`; longer ones have programs enough without cuts
@@ -39,6 +47,7 @@ class Work:
     small: Ints  # [num_items, ITEM_FIELDS], of small tiles
     large: Ints
     merges: Ints  # [num_merges, MERGE_FIELDS]
+    queries: Ints  # [num_queries, QUERY_FIELDS]: all rows, then for each item of several sequences its own
     num_partial_rows: int
 
     @property
@@ -88,7 +97,8 @@ class PagedAttention(Attention):
         Such a result takes `num_heads * (head_dim + 1) * 4` bytes.
         """
         num_spans = num_tokens // SPAN + num_singles  # the last of a sequence may be short
-        per_window = 3 * LIST_FIELDS + num_spans * ITEM_FIELDS + num_singles * MERGE_FIELDS
+        per_window = 3 * LIST_FIELDS + num_spans * (ITEM_FIELDS + QUERY_FIELDS)
+        per_window += num_singles * (MERGE_FIELDS + QUERY_FIELDS)
         return len(self._windows) * per_window + num_tokens // block_size + num_singles, num_spans
 
     def plan(self, singles: Sequence[SequenceSlice], block_size: int, base: int, num_partial_rows: int) -> Ints | None:
@@ -112,8 +122,9 @@ class PagedAttention(Attention):
         blocks = [piece.block_table[: -(-piece.end // block_size)] for piece in pieces]
         starts = np.cumsum([0, *map(len, blocks)])[:-1]
         small, large = (rows // self._group for rows in self._rows)
-        works = [plan_work(pieces, starts, small, large, window) for window in self._windows]
-        return works, np.array([i for table in blocks for i in table], dtype=np.int32)
+        tables = np.array([i for table in blocks for i in table], dtype=np.int32)
+        works = [plan_work(pieces, tables, starts, small, large, window, block_size) for window in self._windows]
+        return works, tables
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: KvStore) -> Tensor:
         config, (num_tokens, num_heads, head_dim) = self._config, q.shape
@@ -191,12 +202,14 @@ def constants(
 
 def plan_work(
     pieces: Sequence[SequenceSlice],
+    tables: Ints,
     table_starts: NDArray[np.int64],
     small: int,
     large: int,
     window: int | None,
+    block_size: int,
 ) -> Work:
-    """Return the work of `pieces`, packed in this order, whose block tables begin at `table_starts`.
+    """Return the work of `pieces`, packed in this order, whose block tables begin at `table_starts` of `tables`.
 
     A piece of at most `small` queries is one small tile, a longer one is cut into large tiles of `large` queries; the
     keys that the queries of a tile can see are cut into spans.
@@ -215,39 +228,66 @@ def plan_work(
         row += count
     tile = np.array(tiles, dtype=np.int64).reshape(-1, 7)
     num_spans = -(-(tile[:, 5] - tile[:, 4]) // tile[:, 6])
-    num_partials = np.where(num_spans > 1, num_spans * tile[:, 3], 0)
-    partial_rows = num_partials.cumsum() - num_partials
+
+    spans_of_row = np.repeat(num_spans, tile[:, 3])
+    num_partials = np.where(spans_of_row > 1, spans_of_row, 0)
+    queries = np.stack((np.arange(row), num_partials.cumsum() - num_partials), 1)
+    is_cut = spans_of_row > 1
+    merges = np.concatenate((queries[is_cut], spans_of_row[is_cut, None]), 1)
 
     of_item = np.repeat(np.arange(len(tile)), num_spans)
     nth_span = np.arange(len(of_item)) - np.repeat(num_spans.cumsum() - num_spans, num_spans)
     items = tile[of_item]
-    span_begin = items[:, 4] + nth_span * items[:, 6]
-    items[:, 5] = np.minimum(items[:, 5], span_begin + items[:, 6])
-    items[:, 4] = span_begin
-    items[:, 6] = np.where(num_spans[of_item] > 1, partial_rows[of_item] + nth_span * items[:, 3], -1)
+    items[:, 1] *= QUERY_FIELDS
+    items[:, 4] += nth_span * items[:, 6]
+    items[:, 5] = np.minimum(items[:, 5], items[:, 4] + items[:, 6])
+    items[:, 6] = np.where(num_spans[of_item] > 1, nth_span, -1)
 
-    is_cut = num_spans > 1
-    of_merge = np.repeat(np.flatnonzero(is_cut), tile[is_cut, 3])
-    nth_query = np.arange(len(of_merge)) - np.repeat(tile[is_cut, 3].cumsum() - tile[is_cut, 3], tile[is_cut, 3])
-    merges = np.stack(
-        (tile[of_merge, 1] + nth_query, partial_rows[of_merge] + nth_query, tile[of_merge, 3], num_spans[of_merge]), 1
-    )
     is_small = items[:, 3] <= small
-    small_items, large_items, merge_list = (
-        part.astype(np.int32) for part in (items[is_small], items[~is_small], merges)
+    small_items, large_items = items[is_small], items[~is_small]
+    if window is None and SPAN % block_size == 0:
+        small_items, queries = _share(small_items, queries, tables, small, block_size)
+    small_work, large_work, merge_list, query_list = (
+        part.astype(np.int32) for part in (small_items, large_items, merges, queries)
     )
-    return Work(small_items, large_items, merge_list, int(num_partials.sum()))
+    return Work(small_work, large_work, merge_list, query_list, int(num_partials.sum()))
+
+
+def _share(
+    items: NDArray[np.int64], queries: NDArray[np.int64], tables: Ints, size: int, block_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Let up to `size` singles that see all of a span, and have it in the same blocks, read it as one item.
+
+    If the last block of a span is the same, all before it has the same content: a block is in two tables only once it
+    is published, and what it is found by is the hash of all up to it.
+    """
+    is_whole = (items[:, 3] == 1) & (items[:, 5] - items[:, 4] == SPAN) & (items[:, 5] <= items[:, 2])
+    whole = items[is_whole]
+    last_block = tables[whole[:, 0] + whole[:, 5] // block_size - 1]
+    order = np.lexsort((last_block, whole[:, 4]))
+    whole, last_block = whole[order], last_block[order]
+    is_first = np.ones(len(whole), dtype=bool)  # of those that have the same
+    is_first[1:] = (whole[1:, 4] != whole[:-1, 4]) | (last_block[1:] != last_block[:-1])
+    firsts = np.flatnonzero(is_first)
+    rank = np.arange(len(whole)) - firsts[is_first.cumsum() - 1]
+    heads = np.flatnonzero(rank % size == 0)
+    shared = whole[heads]
+    shared[:, 1] = (len(queries) + heads) * QUERY_FIELDS
+    shared[:, 3] = np.diff(heads, append=len(whole))
+    return np.concatenate((items[~is_whole], shared)), np.concatenate((queries, queries[whole[:, 1] // QUERY_FIELDS]))
 
 
 def lay_out(works: Sequence[Work], tables: Ints, base: int) -> Ints:
-    """Return the plan that is to lie at `base` of a buffer: where the lists are, the lists, the block tables.
+    """Return the plan that is to lie at `base` of a buffer: where the lists are, the lists, queries, block tables.
 
     Whatever says where something is counts from the buffer's beginning.
     """
     lists = [part for work in works for part in work.lists]
-    begins = base + len(lists) * LIST_FIELDS + np.cumsum([0, *(part.size for part in lists)])
-    for work in works:
+    parts = [*lists, *(work.queries for work in works), tables]
+    begins = base + len(lists) * LIST_FIELDS + np.cumsum([0, *(part.size for part in parts)])
+    for work, queries_at in zip(works, begins[len(lists) :], strict=False):
         for items in (work.small, work.large):
-            items[:, 0] += begins[-1]
-    where = np.stack((begins[:-1], [len(part) for part in lists]), 1)
-    return np.concatenate([where.astype(np.int32).ravel(), *(part.ravel() for part in lists), tables])
+            items[:, 0] += begins[-2]
+            items[:, 1] += queries_at
+    where = np.stack((begins[: len(lists)], [len(part) for part in lists]), 1)
+    return np.concatenate([where.astype(np.int32).ravel(), *(part.ravel() for part in parts)])

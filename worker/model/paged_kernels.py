@@ -1,8 +1,9 @@
 """Triton kernels of attention over the paged store, as it lies: no gather, no padding, no mask in memory.
 
-Work comes as *items*: a few queries of one sequence (consecutive positions) and a span of its keys. A query whose keys
-were cut into several spans gets one partial result per span, merged by their log-sum-exps (flash decoding;
-arXiv 2205.14135). Where the cuts are depends on the sequence alone, so that a result does not change with its company.
+Work comes as *items*: a few queries and a span of keys that they see. They are of one sequence, at consecutive
+positions, or each of another one whose beginning is the same (cascade inference, FlashInfer). A query whose keys were
+cut into several spans gets one partial result per span, merged by their log-sum-exps (flash decoding; arXiv
+2205.14135). Where the cuts are depends on the sequence alone, so that a result does not change with its company.
 
 The query heads that share a key head are rows of one tile, so keys are read once for all of them. `worker.model.
 paged_attention` makes the items and launches: as many programs as there are items, or fewer that take turns, so that
@@ -14,8 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ITEM_FIELDS = 7  # table_start, query_row, position, num_queries, key_begin, key_end, partial_row (-1: not cut)
-MERGE_FIELDS = 4  # query_row, partial_row of the first span, rows between two spans, num_spans
+ITEM_FIELDS = 7  # table_start, queries_at, position, num_queries, key_begin, key_end, nth span (-1: not cut)
+QUERY_FIELDS = 2  # row of the query, row of its first partial result
+MERGE_FIELDS = 3  # row of the query, row of its first partial result, num_spans
 LIST_FIELDS = 2  # where in the plan a list of items or merges begins, and how many it has
 
 
@@ -27,7 +29,7 @@ def attend_items(
     out,  # [num_tokens, num_heads, HEAD_DIM]: of the queries that are not cut
     partials,  # [num_partial_rows, num_heads, HEAD_DIM] fp32: of those that are
     lse,  # [num_partial_rows, num_heads] fp32, to the base of 2
-    plan,  # int32: items, merges, block tables, and where each list of them is
+    plan,  # int32: items, their queries, merges, block tables, and where the lists of items and merges are
     list_at,  # where it says where this launch's items are (LIST_FIELDS)
     q_stride,
     block_stride,
@@ -54,11 +56,13 @@ def attend_items(
     begin, num_items = tl.load(plan + list_at), tl.load(plan + list_at + 1)
     for nth in range(tl.program_id(0), num_items, tl.num_programs(0)):
         item = plan + begin + nth * FIELDS
-        table_start, query_row, position = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+        table_start, queries_at, position = tl.load(item), tl.load(item + 1), tl.load(item + 2)
         num_queries, key_begin, key_end = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
-        partial_row = tl.load(item + 6)
-        is_value = (query < num_queries)[:, None] & is_dim[None, :]
-        query_at = (query_row + query).to(tl.int64) * q_stride + query_head * HEAD_DIM
+        nth_span = tl.load(item + 6)
+        is_query = query < num_queries
+        is_value = is_query[:, None] & is_dim[None, :]
+        query_row = tl.load(plan + queries_at + 2 * query, mask=is_query, other=0).to(tl.int64)
+        query_at = query_row * q_stride + query_head * HEAD_DIM
         queries = tl.load(q + query_at[:, None] + dim[None, :], mask=is_value, other=0.0)  # [ROWS, PADDED_DIM]
         if UPCAST:
             queries = queries.to(tl.float32)
@@ -91,13 +95,14 @@ def attend_items(
 
         total = tl.where(total == 0, 1.0, total)  # rows that see none of these keys, whose `best` is -inf
         result = result / total[:, None]
-        if partial_row < 0:
-            out_at = (query_row + query).to(tl.int64) * num_heads + query_head
+        if nth_span < 0:
+            out_at = query_row * num_heads + query_head
             tl.store(out + out_at[:, None] * HEAD_DIM + dim[None, :], result.to(out.dtype.element_ty), mask=is_value)
         else:
-            out_at = (partial_row + query).to(tl.int64) * num_heads + query_head
+            partial_row = tl.load(plan + queries_at + 2 * query + 1, mask=is_query, other=0) + nth_span
+            out_at = partial_row.to(tl.int64) * num_heads + query_head
             tl.store(partials + out_at[:, None] * HEAD_DIM + dim[None, :], result, mask=is_value)
-            tl.store(lse + out_at, best + tl.log2(total), mask=query < num_queries)
+            tl.store(lse + out_at, best + tl.log2(total), mask=is_query)
 
 
 @triton.jit(do_not_specialize=["list_at"])
@@ -119,15 +124,14 @@ def merge_partials(
     begin, num_merges = tl.load(plan + list_at), tl.load(plan + list_at + 1)
     for nth in range(tl.program_id(0), num_merges, tl.num_programs(0)):
         merge = plan + begin + nth * FIELDS
-        query_row, partial_row = tl.load(merge), tl.load(merge + 1)
-        stride, num_spans = tl.load(merge + 2), tl.load(merge + 3)
+        query_row, partial_row, num_spans = tl.load(merge), tl.load(merge + 1), tl.load(merge + 2)
         best = float("-inf")
         total = 0.0
         result = tl.zeros((PADDED_DIM,), tl.float32)
         for first in range(0, num_spans, TILE):
             span = first + tl.arange(0, TILE)
             is_span = span < num_spans
-            at = (partial_row + span * stride).to(tl.int64) * num_heads + head
+            at = (partial_row + span).to(tl.int64) * num_heads + head
             logs = tl.load(lse + at, mask=is_span, other=float("-inf"))
             parts = tl.load(
                 partials + at[:, None] * HEAD_DIM + dim[None, :], mask=is_span[:, None] & is_dim[None, :], other=0.0

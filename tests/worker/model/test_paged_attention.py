@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from itertools import count as count_from_0
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,35 @@ def make_config(num_heads: int = 32, num_kv_heads: int = 8, head_dim: int = 128)
     return ModelConfig("llama", 8, 24, 8, 1, num_heads, num_kv_heads, head_dim, 1e-5, 999, RopeConfig(), (None,))
 
 
-def plan(shares: list[tuple[int, int]], small: int = 4, large: int = 32, window: int | None = None) -> Any:
+def plan(
+    shares: list[tuple[int, int]],
+    small: int = 4,
+    large: int = 32,
+    window: int | None = None,
+    tables: list[list[int]] | None = None,
+    block_size: int = 16,
+) -> Any:
+    """Return the work of one step; without `tables`, no two sequences have a block in common."""
     pieces = [SequenceSlice(i, [0] * count, start, [], 0) for i, (start, count) in enumerate(shares)]
-    return plan_work(pieces, np.arange(len(pieces)), small, large, window)
+    ids = count_from_0()
+    tables = tables or [[next(ids) for _ in range(-(-piece.end // block_size))] for piece in pieces]
+    starts = np.cumsum([0, *map(len, tables)])[:-1]
+    flat = np.array([i for table in tables for i in table], dtype=np.int32)
+    return plan_work(pieces, flat, starts, small, large, window, block_size)
+
+
+def items_of(work: Any) -> list[tuple[list[tuple[int, int]], int, range, int]]:
+    """Return for each item its queries (row, partial row), the position of the first, the keys, the table's start."""
+    found = []
+    for table_start, queries_at, position, num_queries, key_begin, key_end, nth in np.concatenate(
+        (work.small, work.large)
+    ).tolist():
+        first = queries_at // 2
+        queries = [
+            (row, base + nth if nth >= 0 else -1) for row, base in work.queries[first : first + num_queries].tolist()
+        ]
+        found.append((queries, position, range(key_begin, key_end), table_start))
+    return found
 
 
 @pytest.mark.parametrize("window", [None, 1, 600])
@@ -61,30 +88,66 @@ def test_every_query_meets_every_key_that_it_sees_exactly_once(seed: int, window
     met: dict[int, list[int]] = {i: [] for i in expected}
     partials: dict[int, int] = {}  # partial row -> the query that writes it
     whole = set()
-    for _, query_row, position, num_queries, key_begin, key_end, partial_row in np.concatenate(
-        (work.small, work.large)
-    ).tolist():
-        for i in range(num_queries):
-            keys = set(range(key_begin, key_end)) & expected[query_row + i]
-            assert position + i in expected[query_row + i]
-            met[query_row + i] += keys
+    for queries, position, keys, _ in items_of(work):
+        for i, (query, partial_row) in enumerate(queries):
+            seen = set(keys) & expected[query]
+            assert {key for key in keys if key <= position + i} >= seen
+            met[query] += seen
             if partial_row < 0:
-                whole.add(query_row + i)
+                whole.add(query)
             else:
-                assert partial_row + i not in partials
-                partials[partial_row + i] = query_row + i
+                assert partial_row not in partials
+                partials[partial_row] = query
     assert {i: sorted(keys) for i, keys in met.items()} == {i: sorted(keys) for i, keys in expected.items()}
-    merged = {query: {first + i * stride for i in range(count)} for query, first, stride, count in work.merges.tolist()}
+    merged = {query: {*range(first, first + count)} for query, first, count in work.merges.tolist()}
     assert set(partials) == set(range(work.num_partial_rows))
     assert whole | set(merged) == set(expected) and not whole & set(merged)
     for query, rows in merged.items():
         assert rows == {at for at, its_query in partials.items() if its_query == query}
 
 
+@pytest.mark.parametrize(("size", "num_items"), [(1, 18), (2, 10), (4, 6), (8, 5)])
+def test_singles_that_have_a_span_in_the_same_blocks_read_it_as_one_item(size: int, num_items: int) -> None:
+    """Five begin with the same 1,024 tokens; two of those, and two others, with the same 1,536."""
+    ends = [1600, 1700, 1600, 1601, 1537, 40]
+    ids = count_from_0()
+    tables = [[next(ids) for _ in range(-(-end // 16))] for end in ends]
+    for i in range(1, 5):
+        tables[i][:64] = tables[0][:64]
+    tables[1][:96], tables[3][:96] = tables[0][:96], tables[2][:96]
+    work = plan([(end - 1, 1) for end in ends], small=size, tables=tables)
+    met: dict[int, list[int]] = {i: [] for i in range(6)}
+    owner = {start: i for i, start in enumerate(np.cumsum([0, *map(len, tables)])[:-1].tolist())}
+    starts_at = []
+    for queries, position, keys, table_start in items_of(work):
+        starts_at.append(keys.start)
+        for query, partial_row in queries:
+            met[query] += keys
+            blocks = slice(keys.start // 16, -(-keys.stop // 16))
+            assert tables[query][blocks] == tables[owner[table_start]][blocks], "it would read another's keys"
+            assert position >= keys.stop or (len(queries), position) == (1, ends[query] - 1)
+            assert partial_row == (work.queries[query, 1] + keys.start // SPAN if query < 5 else -1)
+    assert {i: sorted(keys) for i, keys in met.items()} == {i: [*range(end)] for i, end in enumerate(ends)}
+    # Of each span: one for each `size` sequences that have it, and the rest of every sequence.
+    groups = {0: [5], 512: [5], 1024: [2, 2, 1]}
+    assert num_items <= len(work.small)
+    for begin, counts in groups.items():
+        assert starts_at.count(begin) - (begin == 0) == sum(-(-count // size) for count in counts)
+
+
+def test_blocks_that_a_span_cuts_are_not_shared() -> None:
+    tables = [[*range(100)], [*range(99), 200]]
+    assert len(plan([(1000, 1), (1000, 1)], tables=tables, block_size=11).small) == 4
+    assert len(plan([(1590, 1), (1590, 1)], tables=tables, window=2000).small) == 8, "a window moves where spans begin"
+
+
 def test_a_sequence_is_cut_the_same_way_in_any_company() -> None:
     alone, together = plan([(5000, 1)]), plan([(100, 1), (70_000, 1), (5000, 1), (0, 300)])
-    spans = [item[4:6] for item in together.small.tolist() if item[1] == 2]
-    assert [item[4:6] for item in alone.small.tolist()] == spans and len(spans) == -(-5001 // SPAN)
+    spans = [
+        sorted(keys.start for queries, _, keys, _ in items_of(work) for query, _ in queries if query == row)
+        for work, row in ((alone, 0), (together, 2))
+    ]
+    assert spans[0] == spans[1] and len(spans[0]) == -(-5001 // SPAN)
 
 
 def test_work_and_scratch_grow_with_the_sum_of_the_contexts() -> None:
