@@ -10,15 +10,26 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvasir.gateway.tenants.directory import ApiKey, PublishedPrefix, RemovePrefix, Tenant, TenantDirectory, issue_key
+from kvasir.gateway.tenants.directory import (
+    ApiKey,
+    ModelPrice,
+    PublishedPrefix,
+    RemovePrefix,
+    RemoveTenant,
+    Tenant,
+    TenantDirectory,
+    issue_key,
+)
 from kvasir.gateway.tenants.store import DATABASE_NAME, MIGRATIONS, SECRET_NAME, AuditEntry, Store, open_store
 from kvasir.protocol.errors import StoreError
+from kvasir.protocol.terms import Budget, Limits, Price, Terms
 
 ROOT = Path(__file__).resolve().parents[3]
 ENTRY = AuditEntry(1.0, "tester", "tenant_create", "x")
@@ -37,9 +48,12 @@ def reopen(store: Store) -> Store:
 
 
 def test_records_survive_a_restart_as_they_were(store: Store) -> None:
-    tenant = Tenant("t1", "acme", "disabled", "group:g", frozenset({"b", "a"}), 12.5, "20%", "512", "closing")
+    terms = Terms(Limits(max_concurrent=3), (Budget("tokens", "day", 7),), 2, "low", {"gpt": ["demo"]})
+    tenant = Tenant("t1", "acme", "disabled", "group:g", frozenset({"b", "a"}), 12.5, "20%", "512", "closing", terms)
     key, text = issue_key(store.secret, "t1", "läbel", 3.0)
-    everything = [tenant, key, PublishedPrefix("p", "téxt\n", frozenset({"t1"}), 4.0, True, frozenset({"demo-1"}))]
+    key = replace(key, expires_at=9e9, terms=Terms(weight=3), old_digest=bytes(range(32)), old_until=5.0)
+    prefix = PublishedPrefix("p", "téxt\n", frozenset({"t1"}), 4.0, True, frozenset({"demo-1"}))
+    everything = [tenant, key, prefix, RemoveTenant("t0", "gone", 2.0), ModelPrice("demo", Price(1, 2, 3))]
     store.write(everything, ENTRY)
     store = reopen(store)
     assert store.load() == everything
