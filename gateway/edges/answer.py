@@ -22,7 +22,7 @@ MAX_WAITING_EVENTS = 16_384  # about 3 MB of them
 class Piece:
     """What an answer has gained since the last time: final text, its tokens (packed), and perhaps the end.
 
-    `start`: how many characters the answer had before. `parts`: of an answer that is parsed, whose content `text` is.
+    `start`: how many characters the answer had before. `parts`: what a parsed answer gained; `text` is its content.
     """
 
     text: str = ""
@@ -51,7 +51,7 @@ class Answer:
 
     `parser`: tells reasoning and calls of tools from content; an answer with calls ends with the reason "tool_calls".
     After a stop string, or the one call that was wanted, the core is told to stop and how many tokens the client gets.
-    What it still sends is dropped, and the `Finished` that comes says so. Its numbers are always the core's.
+    What still comes is dropped. The `Finished` that ends the answer has the core's numbers.
     """
 
     core: CoreApi

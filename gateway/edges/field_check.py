@@ -25,7 +25,7 @@ _MAX_BYTES |= {"tool_calls": 4 << 20, "reasoning": 4 << 20, "reasoning_content":
 
 
 class FieldCheck:
-    """Checks the names of the fields of one kind of object, and that none changes the answer unheard."""
+    """Checks the fields of one kind of object: a field that would change the answer is honoured or refused."""
 
     def __init__(self, place: Place) -> None:
         self._rows = {name: row for row in FIELDS if place in row.places for name in row.names.split()}

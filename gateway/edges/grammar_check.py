@@ -80,7 +80,7 @@ class GrammarCheck:
         return True
 
     async def verdict(self, tenant_id: str, model: str, grammar: Grammar) -> None:
-        """Return when `grammar` is known to be good. Cancelled, the trial is run to its end unheard.
+        """Return when `grammar` is known to be good. Cancelled, the trial still runs to its end.
 
         Raises:
             BadRequest: it is bad; says why.

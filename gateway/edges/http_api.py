@@ -71,7 +71,7 @@ _NOT_SERVED = {  # routes of other servers, by how they begin
 class HttpApi:
     """Handler of an `HttpServer`.
 
-    `metrics` renders the text of `/metrics`, for those who send `metrics_token`; without a token nobody may see it.
+    `metrics` renders the text of `/metrics` for a client that sends `metrics_token`; without a token it is off.
     `access` is called once per request with what is known of it.
     """
 

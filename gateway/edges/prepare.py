@@ -85,7 +85,7 @@ class Preparer:
     def prepare_nowait(self, request: CompletionRequest, caller: Caller, sink: Sink) -> Submit | None:
         """Return `request` of `caller` as a checked `Submit` with a fresh id, whose events will go to `sink`.
 
-        None if that takes long, its text to be tokenised or its grammar to be checked: `prepare` it then.
+        None: its text takes long to tokenise, or its grammar has to be checked first. Use `prepare` then.
 
         Raises:
             UnknownModel, PermissionDenied, BadRequest, PromptTooLong: the request is wrong; `param` names the field.
@@ -104,7 +104,7 @@ class Preparer:
 
     async def prepare(self, request: CompletionRequest, caller: Caller, sink: Sink) -> Submit:
         """As `prepare_nowait`, tokenising a long text in a thread and waiting for the verdict on a new grammar. A
-        checkpoint only then. Cancelled, it returns at once; the thread ends by itself, unheard."""
+        checkpoint only then. Cancelled, it returns at once; the thread ends later by itself."""
         submit = self.prepare_nowait(request, caller, sink)
         if submit is not None:
             return submit
@@ -215,7 +215,7 @@ class Preparer:
             raise BadRequest("the prompt is no valid Unicode text (a lone surrogate); send valid UTF-8") from None
 
     def _memory(self, model: str, tenant: Tenant) -> Memory:
-        """Return what is known of the texts that the tenant's sharing scope has sent to a model; nobody else's."""
+        """Return what is known of the texts that the tenant's sharing scope has sent to a model."""
         key = (model, tenant.scope)
         memory = self._memories.pop(key, None)
         if memory is None:
@@ -277,7 +277,7 @@ class Preparer:
         )
 
     def _sampling(self, request: CompletionRequest, model: str) -> Sampling:
-        """Return how to draw: what the options leave out is the model's default, else that of `Sampling`."""
+        """Return how to draw. An option that is left out has the model's default, else the default of `Sampling`."""
         text, options = self._texts.get(model), request.sampling
         fields = {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
         if options.min_tokens or options.allowed_token_ids or options.bad_words or request.grammar is not None:

@@ -21,7 +21,7 @@ from kvasir.protocol.tokens import TOKEN_BYTES, view_tokens
 
 
 def with_grammar(request: CompletionRequest, info: ModelInfo, text: ModelText | None) -> CompletionRequest:
-    """Return `request` with its grammar: also of tools whose calls are to be held to their schemas.
+    """Return `request` with the grammar of its answer, which holds calls of its tools to their schemas where needed.
 
     Raises:
         BadRequest: `call_grammars.call_grammar` says no, or answers of this model cannot be held to one.

@@ -82,7 +82,7 @@ def message_id(text: str) -> bytes:
 
 
 def parts_of(piece: Piece) -> Sequence[AnswerPart]:
-    """Return the parts of a piece, that of an answer which is not parsed too."""
+    """Return the parts of a piece. An answer that is not parsed has one part, its text."""
     return piece.parts or ([TextPart(piece.text)] if piece.text else [])
 
 

@@ -250,7 +250,7 @@ class ZmqEdge:
         self.outbox.remember(call.peer)
 
     def _close(self, call: _Call) -> None:
-        """Forget a call whose end is sent next; the core is told when that has arrived."""
+        """Forget a call: its end is sent next. The core is told when the end has arrived."""
         self.num_open -= 1
         call.closed = True
         routing_id, call_id = call.peer.routing_id, call.request.id

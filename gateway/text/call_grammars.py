@@ -27,7 +27,7 @@ _NOTES = {"title", "description", "default", "examples", "$comment"}  # hold an 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How calls go on from `ToolParser.opening`. `trigger`: what begins a call amidst `text`, a regular expression.
+    """How calls go on from `ToolParser.opening`. `trigger`: what begins a call inside `text`, a regular expression.
 
     A call after another begins with `joint`, in place of `opened` if its opening begins with that.
     """

@@ -54,7 +54,7 @@ class Detokenizer:
         return self._until_stop(text) if self._stop else text
 
     def _push_free(self, token_ids: Sequence[int]) -> str:
-        """Push tokens of which the first `_num_free` end nothing."""
+        """Push tokens; a stop string in the first `_num_free` of them ends nothing."""
         stop, num_free = self._stop, self._num_free
         self._stop, self._num_free = (), 0
         text = self.push(token_ids[:num_free])

@@ -1,8 +1,8 @@
 """The process that tries grammars: what a caller sends is compiled here first, where it can do no harm.
 
-A fork server. It has loaded the tokenizers; for each grammar it forks a child with bounds on memory, processor time and
-stack, which compiles the grammar and computes the first mask. A child that is too slow is killed, one that crashes is
-gone, and only its own grammar is refused.
+A fork server. It has loaded the tokenizers. For each grammar it forks a child with bounds on memory, processor time and
+stack. The child compiles the grammar and computes the first mask. If it is too slow or crashes, only this grammar is
+refused.
 
 Reads `Trial`s from standard input and writes `Verdict`s to standard output, each a line of JSON. Ends when its input
 does.
@@ -143,7 +143,7 @@ class _Server:
 
 
 def _try(tokenizer: LLTokenizer, grammar: Grammar, fd: int) -> NoReturn:
-    """In the child: compile `grammar`, write a zero byte and what is wrong with it, and be gone."""
+    """In the child: compile `grammar`, write a zero byte and what is wrong with it, and exit."""
     try:
         _bound()
         error = _error(tokenizer, grammar)

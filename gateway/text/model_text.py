@@ -269,7 +269,7 @@ class ModelText:
         options: ChatOptions | None,
         prompt_ids: Sequence[int],
     ) -> bool:
-        """Return whether the answer begins amidst reasoning: the prompt ends in its mark, or is a message with it."""
+        """Return whether the answer begins inside reasoning: the prompt has opened it and not closed it."""
         if self.decode_all(prompt_ids).rstrip().endswith(marks[0]):
             return True
         if options is None or not options.continue_final_message:

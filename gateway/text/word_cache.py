@@ -134,7 +134,7 @@ def make_word_cache(tokenizer: Tokenizer) -> WordCache | None:
 
 
 def _cut(step: dict[str, Any]) -> re.Pattern[str] | Literal[""] | None:
-    """Return one step of pre-tokenisation as a pattern whose matches are the pieces, "" if it cuts nothing, or None."""
+    """Return a pattern that matches the pieces of one step of pre-tokenisation; "": it cuts nothing; None: unknown."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": bool(use_regex)}:
             return _ascii_pattern(_GPT2) if use_regex else ""

@@ -15,7 +15,7 @@ LATE_EVENT_S = 1.0  # the event of an answer's last block may come after the ans
 
 
 class CachedBlocks:
-    """Both views, of which one is reported. `root` and `block_size` are the gateway's; `ratio` of its blocks are one of
+    """Both views; one of them is reported. `root` and `block_size` are the gateway's; `ratio` of its blocks are one of
     the upstream's.
 
     `is_exact`: the events are followed. When that changes, `snapshot` must be sent.
@@ -36,7 +36,7 @@ class CachedBlocks:
 
     def num_leading_tokens(self, prefix_hashes: bytes, num_tokens: int, coming: Iterable[bytes] = ()) -> int:
         """Return how many tokens of a prompt are cached now, or will be when its turn comes: `coming` are the chains of
-        the prompts before it. Its last token never counts: it is computed always."""
+        the prompts before it. Its last token never counts: it is always computed."""
         resident = self.resident
         num_blocks = min(len(prefix_hashes) // HASH_BYTES, (num_tokens - 1) // self.block_size)
         num_found = 0

@@ -69,7 +69,7 @@ class Front:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Why an incarnation is over. `bye`: what to say; None: nobody is listening. `exit_code`: and so is the worker."""
+    """Why an incarnation is over. `bye`: what to say (None: nobody listens). `exit_code`: the worker is over, too."""
 
     reason: str
     bye: Bye | None = None

@@ -69,7 +69,7 @@ class KvFollower:
     def is_following(self) -> bool:
         """Whether the index holds what the upstream does: connected, nothing missing, not overflowed.
 
-        False at first and whenever that is in doubt; the follower goes on trying.
+        False at first and in doubt; the follower goes on trying.
         """
         return self._is_connected and self.order.in_order and not self._index.is_overflowed
 
@@ -180,7 +180,7 @@ class KvFollower:
                 self._hear()
 
     def _hear(self) -> None:
-        """Something came: silence begins anew."""
+        """A message came: silence is counted from now on."""
         self._probe_s = FIRST_PROBE_S
         self._probe_at = trio.current_time() + self._probe_s
 

@@ -123,7 +123,7 @@ class BatchOrder:
         return self._asked[0] if self._asked is not None else self._next or 0
 
     def replayed(self, seq: int, payload: bytes) -> bool:
-        """Take the next batch of a replay. False: what was asked for is out of date; begin a replay anew."""
+        """Take the next batch of a replay. False: the replay is out of date; begin another one."""
         if not self._is_replaying:
             return False
         is_first, self._has_answer = not self._has_answer, True
@@ -161,7 +161,7 @@ class BatchOrder:
         self._ask_again_or_lose()
 
     def fail_replay(self) -> None:
-        """No end of the replay has come within its time. Nothing to say if it has ended, or is out of date."""
+        """The replay did not end in time. Without effect if it has ended or is out of date."""
         if self._is_replaying:
             self._is_replaying = False
             self.num_failed_replays += 1
@@ -222,7 +222,7 @@ class BatchOrder:
             self._wants_replay, self._num_tries = True, 0
 
     def _lose(self, next_seq: int | None) -> None:
-        """Give up what is missing before `next_seq` and go on from there, from whatever comes if it is None."""
+        """Give up what is missing before `next_seq` and go on from there. None: go on from the next that comes."""
         self._forget(next_seq)
         self._go_on()
 

@@ -44,7 +44,7 @@ class Reporter:
         self._is_progress = True
 
     def prefilled(self, num_tokens: int, sent_at: float) -> None:
-        """Note the first token of a request of which `num_tokens` prompt tokens had to be computed.
+        """Note the first token of a request; `num_tokens` of its prompt had to be computed.
 
         The engine computes prompts in the order in which they were sent: this one's turn began when it was sent, or
         when those before it were through. First tokens of one step come in any order.

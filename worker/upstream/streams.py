@@ -29,7 +29,7 @@ FULL_DELAYS_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # between tries while the 
 
 @dataclass(slots=True, eq=False)
 class Active:
-    """One request on the upstream. `generated`: packed, of this attempt. `is_aborted`: nobody wants the rest."""
+    """One request on the upstream. `generated`: packed, of this attempt. `is_aborted`: the rest is not wanted."""
 
     command: Generate
     request_id: str
@@ -114,7 +114,7 @@ class Streams:
     def abort(self, req_id: bytes, attempt: int) -> None:
         """Stop a request; its final output says "abort". Unknown ids are ignored.
 
-        The upstream is asked to end the stream, whose last word is what was cached; if it does not, it is cut.
+        The upstream is asked to end the stream: its last chunk says what was cached. If it does not end, it is cut.
         """
         active = self._active.get((req_id, attempt))
         if active is not None and not active.is_aborted:

@@ -134,7 +134,7 @@ class ServedModel(msgspec.Struct, frozen=True):
 
 
 class Metrics(msgspec.Struct, frozen=True):
-    """What we read of one rank's metrics. `progress` changes with whatever the engine does, and only then."""
+    """What we read of one rank's metrics. `progress` changes when the engine works, and only then."""
 
     started_at: float
     block_size: int
@@ -271,8 +271,8 @@ def generate_body(command: Generate, model: str, request_id: str, *, has_generat
 
 
 def probe_body(model: str, *, has_generate: bool, has_grammar: bool = False) -> bytes:
-    """Return the body of the smallest request there is: one token in, one out. Or, with `has_grammar`, of one whose
-    answer are the tokens `PROBED` where grammars are held to."""
+    """Return the body of the smallest request: one token in, one out. With `has_grammar` the answer is the tokens
+    `PROBED` if the server holds answers to grammars."""
     drawing: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0}
     if has_grammar:
         grammar = HEADER + f"start: {' '.join(f'<[{token_id}]>' for token_id in PROBED)}"
