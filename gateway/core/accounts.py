@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 
 from kvasir.gateway.core.gcra import Meter
-from kvasir.gateway.core.promises import Promises
+from kvasir.gateway.core.promises import Places
 from kvasir.protocol.terms import Budget
 
 MAX_DAYS = 100  # remembered one by one; of older ones only the sum
@@ -43,7 +43,7 @@ class Account:
     output_tokens: Meter = field(default_factory=Meter)
     num_running: int = 0  # API requests
     mean_stay_s: float = 1.0  # of those
-    promised: Promises = field(default_factory=Promises)  # of a place among them
+    places: Places = field(default_factory=Places)  # among them, where they are limited
     days: dict[int, Day] = field(default_factory=dict)
     tokens_before: int = 0  # spent before the first of `days`
     money_before: int = 0

@@ -15,7 +15,7 @@ import msgspec
 from kvasir.gateway.core.accounts import Account, Day, day_number, window_end
 from kvasir.gateway.core.api import Allowance, Finished, Standing, Submit
 from kvasir.gateway.core.gcra import MINUTE_NS, Meter
-from kvasir.gateway.core.promises import MARGIN, MAX_WAIT_S
+from kvasir.gateway.core.promises import MAX_WAIT_S
 from kvasir.protocol.errors import BadRequest, BudgetExceeded, KvasirError, RateLimited
 from kvasir.protocol.terms import MONEY_UNITS, NO_TERMS, Budget, Price, Terms
 
@@ -126,7 +126,7 @@ class Admission:
         least_money = _dearest(price, ask.num_prompt, ask.num_least)
         for payer in payers:
             if payer.terms is not NO_TERMS:
-                refusal = _limit_refusal(payer, ask, now_ns) or _budget_refusal(payer, ask, least_money, wall_s)
+                refusal = _limit_refusal(payer, first, ask, now_ns) or _budget_refusal(payer, ask, least_money, wall_s)
                 if refusal is not None:
                     return refusal
                 if ask.num_open_ended:
@@ -264,14 +264,15 @@ def _gauges(account: Account, terms: Terms) -> tuple[Gauge, ...]:
     return tuple((kind, meter, num) for kind, (meter, num) in limited if num is not None)
 
 
-def _limit_refusal(payer: Payer, ask: Ask, now: int) -> KvasirError | None:
+def _limit_refusal(payer: Payer, first: Submit, ask: Ask, now: int) -> KvasirError | None:
     """Return why a limit refuses what is asked for. If none does, each meter's `next_at` is set."""
     account, max_concurrent = payer.account, payer.terms.limits.max_concurrent
-    if max_concurrent is not None and account.num_running >= max_concurrent:
-        text = f"{account.num_running} requests are running, as many as may at once; wait for one to end"
-        stay_s = MARGIN * account.mean_stay_s
-        wait_s = account.promised.wait_s(now / 1e9, stay_s, stay_s / account.num_running)
-        return RateLimited(text, retry_after_s=wait_s)
+    if max_concurrent is not None:
+        places, stay_s, now_s = account.places, account.mean_stay_s, now / 1e9
+        if not places.is_free(first, account.num_running, max_concurrent, stay_s, now_s):
+            wait_s = places.promise_s(first, max_concurrent, stay_s, now_s)
+            text = f"{max_concurrent} requests may run at once and do, or are about to; try again in {wait_s:.1f} s"
+            return RateLimited(text, retry_after_s=wait_s)
     amounts = 1, ask.num_prompt, ask.num_least
     for kind, meter, per_min in payer.gauges:
         num = amounts[kind]

@@ -1,12 +1,14 @@
 """When who was refused is to come back: each at a time of its own, so that there is room for every one of them.
 
-If all were told when the next one can be served, all would come back then, and all but one be refused again. A promise
-keeps no room free, but a queue has some for those that were told to come back (`Tickets`). Beyond a load at which the
-next place is free in a minute more are told to come than can be served.
+If all were told when the next one can be served, all would come back then, and all but one be refused again. Newcomers
+do not take their places: a queue has more for those that were told to come back (`Tickets`), a limit of what runs at
+once keeps some free for them (`Places`). Beyond a load at which the next place is free in a minute more are told to
+come than can be served.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
@@ -15,6 +17,7 @@ from xxhash import xxh3_128_digest
 from kvasir.gateway.core.api import Submit
 
 EARLY_S = 0.1  # clocks and links differ
+KEPT_S = 0.5  # for so long a place waits for who is to have it
 MAX_WAIT_S = 60.0  # OpenAI's clients take no longer wait from a server
 MARGIN = 1.25  # rates are measured, and change
 _WINDOW_S = 0.5
@@ -51,21 +54,60 @@ class Tickets:
         while self._num > self._max_tickets:
             self._num -= len(self._due.popitem(last=False)[1])
 
-    def take(self, submit: Submit, now: float) -> bool:
-        """Return whether a request comes back when it was told to, or later; who has come is forgotten."""
+    def take(self, submit: Submit, now: float) -> float | None:
+        """Return when a request was told to come back that comes then, or later, None if it was not; who has come is
+        forgotten."""
+        if not self._num:
+            return None
         mark = _mark(submit)
         due = self._due.get(mark)
         if due is None or due[0] > now + EARLY_S:
-            return False
-        due.popleft()
+            return None
+        due_at = due.popleft()
         self._num -= 1
         if not due:
             del self._due[mark]
-        return True
+        return due_at
 
 
 def _mark(submit: Submit) -> bytes:
     return xxh3_128_digest(submit.tenant_id.encode() + b"\0" + submit.token_ids)
+
+
+class Places:
+    """Those of one payer that may run at once, and who was told to come for one. Stays are as long as lately."""
+
+    def __init__(self) -> None:
+        self._promises = Promises()
+        self._tickets = Tickets()
+        self._expected: list[float] = []  # when those come that were told to, ascending
+        self._share_obeying = 1.0  # of those that should have come, the latest count most
+
+    def is_free(self, submit: Submit, num_running: int, num_places: int, stay_s: float, now: float) -> bool:
+        """Return whether there is a place for `submit`: for one that comes when it was told to any that is free, for a
+        newcomer one that is not kept.
+
+        Kept are places for those that are to come within half a stay, or were `KEPT_S` ago; of them a share, as have
+        come of those before. Where nobody does as told none is kept."""
+        due_at = self._tickets.take(submit, now)
+        if due_at is not None:
+            index = bisect_left(self._expected, due_at)
+            if self._expected[index : index + 1] == [due_at]:
+                del self._expected[index]
+                self._share_obeying += _NEWEST * (1.0 - self._share_obeying)
+            return num_running < num_places
+        num_missing = bisect_left(self._expected, now - KEPT_S)
+        del self._expected[:num_missing]
+        self._share_obeying *= (1.0 - _NEWEST) ** num_missing
+        num_expected = bisect_left(self._expected, now + stay_s / 2)
+        return num_running + round(self._share_obeying * num_expected) < num_places
+
+    def promise_s(self, submit: Submit, num_places: int, stay_s: float, now: float) -> float:
+        """Return in how many seconds `submit`, for which there is no place, is to come back."""
+        wait_s = self._promises.wait_s(now, MARGIN * stay_s, MARGIN * stay_s / num_places)
+        self._tickets.give(submit, now + wait_s)
+        insort(self._expected, now + wait_s)
+        return wait_s
 
 
 @dataclass(slots=True)

@@ -253,7 +253,7 @@ class Requests:
         is_full = self.num_queued >= num_in_all
         if not is_full and tenant.num_waiting < num_of_tenant:
             return None
-        has_ticket = self._tickets.take(submit, now)
+        has_ticket = self._tickets.take(submit, now) is not None
         if has_ticket and self.num_queued < EXTRA * num_in_all and tenant.num_waiting < EXTRA * num_of_tenant:
             return None
         if is_full:

@@ -28,6 +28,7 @@ class Crowd:
     stay_s: float = 0.3
     num_slots: int = 8
     max_queued: int = 10_000
+    comes_back: bool = True
     outcomes: Counter[str] = field(default_factory=Counter)
     longest_wait_s: float = 0.0
 
@@ -77,7 +78,8 @@ class Crowd:
             assert sink.finished.error is not None and sink.finished.error.retry_after_s is not None
             wait_s = sink.finished.error.retry_after_s
             self.longest_wait_s = max(self.longest_wait_s, wait_s)
-            self._at(self.bench.now + wait_s, lambda: self._ask(tenant, tokens, is_second=True))
+            if self.comes_back:
+                self._at(self.bench.now + wait_s, lambda: self._ask(tenant, tokens, is_second=True))
 
     def _serve(self, req_id: bytes) -> None:
         self.bench.report(b"w1", output(req_id, 0, [1, 2], "stop", num_cached_tokens=0))
@@ -160,6 +162,29 @@ def test_a_burst_over_a_limit_at_once_is_told_when_others_will_have_ended() -> N
     crowd.run(70)
     assert crowd.outcomes["at once"] == 24
     assert crowd.share_admitted >= 0.9, crowd.outcomes
+
+
+@pytest.mark.parametrize(("load", "for_s"), [(1.1, 120), (1.5, 60)])
+def test_under_steady_overload_places_at_once_are_kept_for_those_that_were_told_to_come_back(
+    load: float, for_s: int
+) -> None:
+    crowd = Crowd(Terms(Limits(max_concurrent=8)), num_slots=64)
+    per_s = load * 8 / crowd.stay_s
+    crowd.come([i / per_s for i in range(int(for_s * per_s))])
+    crowd.run(for_s + 70)
+    assert crowd.outcomes["admitted"] > 0.1 * crowd.outcomes.total()
+    assert crowd.share_admitted >= 0.9, crowd.outcomes
+
+
+@pytest.mark.parametrize("stay_s", [0.1, 0.5, 3.0])
+def test_places_are_not_kept_for_clients_that_never_come_back(stay_s: float) -> None:
+    crowd = Crowd(Terms(Limits(max_concurrent=8)), stay_s, num_slots=64, comes_back=False)
+    per_s = 1.5 * 8 / stay_s
+    crowd.come([i / per_s for i in range(1_000)])
+    crowd.run(500 / per_s)  # so long it takes until they are known
+    crowd.outcomes.clear()
+    crowd.run(500 / per_s)
+    assert crowd.outcomes["at once"] > 0.9 * 500 / 1.5
 
 
 def test_promises_come_one_after_the_other_and_begin_anew_when_they_are_too_far_away() -> None:
