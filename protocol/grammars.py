@@ -89,6 +89,8 @@ def plain(error: str) -> str:
     for pattern, words in _WORDS:
         if found := re.search(pattern, error):
             return f"the JSON schema {words.format(*found.groups())}"[:500].replace('"', "")
+    if "NoExtensionBias" in error:
+        return "nothing can match the grammar: a part that has to match allows nothing, or has no end"
     return " ".join(error.replace("<non-verbose/>", "").split())[:500]
 
 

@@ -55,9 +55,10 @@ class FieldCheck:
             found = re.search(r"unknown field `(.*?)`$", str(error), re.DOTALL)
             if found is None:
                 raise
-            near = get_close_matches(found[1], self.honoured, 1)
+            name = found[1][:80]  # to compare a long one would take long
+            near = get_close_matches(name, self.honoured, 1)
             hint = f"did you mean {near[0]!r}?" if near else "leave it out; docs/api.md lists those there are"
-            param = where + found[1][:80]
+            param = where + name
             raise BadRequest(f"{param} is not known here: {hint}", param=param) from None
         kept = {}
         for name, row in self._rows.items():

@@ -136,8 +136,11 @@ class Preparer:
         Raises:
             UnknownModel, PermissionDenied, Unavailable: as `prepare_nowait`.
             BadRequest: a model without a tokenizer, or an id that is not in its vocabulary.
+            PromptTooLong: more ids than the model's window has.
         """
         info = self._find_model(model, tenant)
+        if len(token_ids) > info.max_context:
+            raise PromptTooLong(f"{window(info)}; these are {len(token_ids)}", param="tokens")
         text = self._texts.get(info.name)
         if text is None:
             raise BadRequest(f"model {info.name!r} has no tokenizer here", param="model")

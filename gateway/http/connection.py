@@ -25,12 +25,14 @@ STATUS_LINE = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".enco
 class HttpLimits(MessageLimits):
     """Bounds of what strangers can make the server hold, and for how long (seconds).
 
-    `max_connections`: beyond it a new one takes the place of the longest idle one, or is turned away if none is idle.
+    `max_connections`: beyond it a new one takes the place of the longest idle one; of the one that has been sending a
+    request for longest, for `crowd_s` at least, if none is idle; or is turned away.
     `max_total_body_bytes`: of all bodies that are held at one time.
     """
 
     max_connections: int = 1024
     max_total_body_bytes: int = 256 << 20
+    crowd_s: float = 1.0
     headers_s: float = 5.0
     body_s: float = 30.0
     idle_s: float = 75.0
@@ -157,6 +159,14 @@ class Connection:
         """When the client came in or got its last answer; None if it is in the midst of something, or being ended."""
         is_busy = self._answering or self._lingering or self.scope.cancel_called
         return self._since if self._parser.phase == "idle" and not is_busy else None
+
+    def spare_since(self, now: float) -> tuple[bool, float] | None:
+        """Return (whether it is in the midst of sending a request, since when it is waited for): who has the least is
+        given up first where there is no room for another connection. None: it is not given up."""
+        if self._answering or self._lingering or self.scope.cancel_called:
+            return None
+        is_sending = self._parser.phase != "idle"
+        return None if is_sending and now - self._since < self._limits.crowd_s else (is_sending, self._since)
 
     def is_late(self, now: float) -> bool:
         """Return whether the client has been too slow in whatever it is to do now."""

@@ -29,6 +29,7 @@ _GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _FULL = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 _PASSING = {errno.ECONNABORTED, errno.EINTR, errno.EPROTO, errno.EPERM, errno.ENETDOWN, errno.EHOSTUNREACH}
 MAX_ACCEPTS = 64
+SEARCH_EVERY_S = 0.1
 
 
 class HttpServer:
@@ -38,6 +39,8 @@ class HttpServer:
         self._state = ServerState(handler, limits or HttpLimits())
         self._connections: dict[int, Connection] = {}  # by file descriptor
         self._accepting = trio.CancelScope()
+        self._spare: list[tuple[tuple[bool, float], Connection]] = []  # of the last search, whoever goes first last
+        self._searched_at = -SEARCH_EVERY_S
 
     @property
     def statistics(self) -> HttpStatistics:
@@ -94,7 +97,7 @@ class HttpServer:
                             raise
 
     def _welcome(self, client: socket.socket, epoll: select.epoll, connections: trio.Nursery) -> None:
-        if len(self._connections) >= self._state.limits.max_connections and not self._close_idle():
+        if len(self._connections) >= self._state.limits.max_connections and not self._make_room():
             self.statistics.num_turned_away += 1
             _turn_away(client)
             return
@@ -108,12 +111,23 @@ class HttpServer:
         self.statistics.num_open += 1
         connections.start_soon(self._serve, connection, client)
 
-    def _close_idle(self) -> bool:
-        """End the connection that has been idle for longest; return False if none is idle."""
-        idle = [(since, each) for each in self._connections.values() if (since := each.idle_since) is not None]
-        if idle:
-            min(idle, key=lambda pair: pair[0])[1].scope.cancel()
-        return bool(idle)
+    def _make_room(self) -> bool:
+        """End the connection that can best be spared; return False if none can.
+
+        A search looks at all of them and serves many, so that a crowd does not cost one each.
+        """
+        now = trio.current_time()
+        while True:
+            while self._spare:
+                known, connection = self._spare.pop()
+                if connection.spare_since(now) == known:
+                    connection.scope.cancel()
+                    return True
+            if now - self._searched_at < SEARCH_EVERY_S:
+                return False
+            self._searched_at = now
+            found = [(since, each) for each in self._connections.values() if (since := each.spare_since(now))]
+            self._spare = sorted(found, key=lambda pair: pair[0], reverse=True)
 
     async def _serve(self, connection: Connection, plain: socket.socket) -> None:
         try:

@@ -60,7 +60,10 @@ def ask(command: AdminCommand, reply: type[R], *, path: Path | None = None, time
             raise Unavailable(
                 f"the gateway at {path} does not answer for {timeout_s:g} s; look at its log, then restart it"
             )
-        answer = ADMIN_REPLIES.decode(dealer.recv())
+        try:
+            answer = ADMIN_REPLIES.decode(dealer.recv())
+        except InvalidMessage as unread:
+            raise InvalidMessage(f"the gateway's answer is {unread.message}; is it of another version?") from None
     finally:
         context.destroy(linger=0)
     if isinstance(answer, AdminFailed):

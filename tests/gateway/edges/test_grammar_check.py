@@ -103,6 +103,22 @@ def test_hostile_grammars_are_refused_or_harmless_within_a_second_and_a_good_one
     run(body)
 
 
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        schema_grammar({"$ref": "#"}),
+        Grammar("regex", r"x[^\s\S]"),
+        Grammar("lark", "start: a\na: b\nb: a"),
+    ],
+    ids=lambda grammar: grammar.text,
+)
+def test_a_grammar_that_nothing_can_match_is_refused_in_our_words(grammar: Grammar) -> None:
+    async def body(check: GrammarCheck) -> None:
+        assert "nothing can match the grammar" in await refusal(check, grammar)
+
+    run(body)
+
+
 def test_a_refused_grammar_is_remembered_and_refused_at_once() -> None:
     async def body(check: GrammarCheck) -> None:
         bad = schema_grammar({"type": "array", "contains": {}})

@@ -48,6 +48,7 @@ def test_texts_and_chats_are_tokenised_as_their_prompts_and_back() -> None:
         ("/detokenize", {"tokens": [1 << 40]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": ["x"]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [1] * 2049}, "tokens"),
         ("/detokenize", {"model": "other", "tokens": [1]}, "model"),
         ("/detokenize", {}, None),
     ],

@@ -558,6 +558,32 @@ def test_a_newcomer_takes_the_place_of_the_longest_idle_and_of_nobody_busy() -> 
     run(main)
 
 
+def test_who_is_slow_at_sending_a_request_gives_way_where_there_is_no_room() -> None:
+    async def main() -> None:
+        get = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
+        post = b"POST /b HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+        async with (
+            open_server(say_path, HttpLimits(max_connections=3, crowd_s=0.2)) as (server, port),
+            contextlib.AsyncExitStack() as stack,
+        ):
+            slow = [await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", port)) for _ in range(3)]
+            for stream, begun in zip(slow, (get[:9], post, get[:9]), strict=True):
+                await stream.send_all(begun)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            assert (await talk(port, b"")).startswith(b"HTTP/1.1 503 ")  # those may be quick yet
+            await trio.sleep(0.3)
+            for gone in slow[:2]:
+                newcomer = await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", port))
+                await newcomer.send_all(get[:9])
+                assert await gone.receive_some() == b""
+            for stream in (slow[2], newcomer):
+                await stream.send_all(get[9:])
+                assert (await stream.receive_some()).endswith(b"/a")
+            assert (server.statistics.num_turned_away, server.statistics.num_open) == (1, 3)
+
+    run(main)
+
+
 def test_a_handler_that_fails_in_mid_stream_leaves_the_body_without_its_end() -> None:
     async def fail(request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
         exchange.begin(200, "text/plain")
