@@ -27,7 +27,7 @@ PackedHashes = Annotated[bytes, Meta(max_length=16 * MAX_TOKENS)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Reason = Annotated[str, Meta(max_length=4096)]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
-Seconds = Annotated[float, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]  # thirty years: sums stay finite
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
 
@@ -345,7 +345,7 @@ class Output(Struct, forbid_unknown_fields=True, omit_defaults=True):
     logprobs: Annotated[list[TokenLogprobs], Meta(max_length=4096)] = []
     error: Reason = ""
     guessed_cached_tokens: Count | None = None
-    num_rejected_tokens: Count = 0
+    num_rejected_tokens: Annotated[int, Meta(ge=0, le=1 << 16)] = 0
 
 
 class Drafts(Struct, frozen=True, forbid_unknown_fields=True):
@@ -404,7 +404,7 @@ class KvAccount(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=T
 
     tenant: Name
     num_held: Count = 0
-    block_s: Seconds = 0.0
+    block_s: Annotated[float, Meta(ge=0, le=1e18)] = 0.0
     num_looked_up: Count = 0
     num_hits: Count = 0
     num_evicted_own: Count = 0

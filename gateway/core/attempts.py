@@ -147,7 +147,7 @@ class Attempts:
                 return violation
             self._deliver(worker, attempt, output, now)
         elif output.num_cached_tokens is not None:  # cancelled, and only now told
-            self._matched(worker, attempt, output.num_cached_tokens, now)
+            self._matched(worker, attempt, min(output.num_cached_tokens, request.num_tokens), now)
         if output.finish_reason is None:
             return None
         self._give_back(worker, output.req_id, now)

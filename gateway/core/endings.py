@@ -37,6 +37,9 @@ def misfit(request: Request, output: Output) -> str | None:
         return f"output of {len(packed)} bytes at {output.seq}, expected whole tokens at {num_delivered}"
     if output.seq + num_tokens(packed) > request.submit.max_tokens:
         return f"more than the {request.submit.max_tokens} tokens asked for"
+    num_cached = max(output.num_cached_tokens or 0, output.guessed_cached_tokens or 0)
+    if num_cached > request.num_tokens:
+        return f"{num_cached} tokens cached of a prompt of {request.num_tokens}"
     if packed and (largest := max(view_tokens(packed))) >= request.submit.vocab_size:
         return f"token id {largest} of a vocabulary of {request.submit.vocab_size}"
     return None

@@ -21,8 +21,11 @@ from kvasir.protocol.prefix import HASH_BYTES
 DEFAULT_PREFILL_TOKENS_PER_S = 5_000.0
 _FORGET = 0.9  # weight of the past per report: rates follow a change within some ten steps
 _NEWEST = 0.1  # weight of the newest request's stay in their mean
+_LEAST_STEP_S = 1e-6  # a shorter step was not measured: its rate would be beyond all sense
 _FIRST_S = 0.01  # what is expected of a worker weighs as much as one so short prefill
 _MIN_PREFILL_SHARE = 0.1  # of a mixed step's time: what is left when the decode round is taken off is never nothing
+
+MAX_PROPOSERS = 8
 
 WorkerState = Literal["ready", "draining"]
 
@@ -49,7 +52,7 @@ class Rates:
 
     def learn(self, load: Load) -> None:
         """Take in what one step did."""
-        if load.step_s <= 0.0:
+        if load.step_s < _LEAST_STEP_S:
             return
         if load.num_prefill_tokens:
             step_s = load.step_s
@@ -228,6 +231,8 @@ class Worker:
         if load.num_prefill_tokens:
             self.backlog.advance(load.num_prefill_tokens)
         for new in load.drafts:
+            if new.proposer not in self.drafts and len(self.drafts) >= MAX_PROPOSERS:
+                continue
             old = self.drafts.get(new.proposer, Drafts(new.proposer, 0, 0, 0))
             counts = (old.num_runs + new.num_runs, old.num_drafted + new.num_drafted)
             self.drafts[new.proposer] = Drafts(new.proposer, *counts, old.num_accepted + new.num_accepted)

@@ -676,8 +676,16 @@ def test_stale_outputs_are_dropped_and_counted() -> None:
         output(b"r1", 0, [], "stop"),
         type(output(b"r1", 1))(b"r1", 1, 1, b"123"),
         output(b"r1", 1, [100]),
+        type(output(b"r1", 1))(b"r1", 1, 1, num_cached_tokens=1 << 53),
     ],
-    ids=["a gap", "more than asked for", "an end before the delivered", "half a token", "no token of the vocabulary"],
+    ids=[
+        "a gap",
+        "more than asked for",
+        "an end before the delivered",
+        "half a token",
+        "no token of the vocabulary",
+        "more cached than there is",
+    ],
 )
 def test_a_worker_that_breaks_the_protocol_is_lost_and_its_requests_go_on(bad) -> None:
     bench = Bench()
