@@ -32,6 +32,7 @@ _WORDS = (  # of llguidance's errors
     (r"Resource '(.*?)' is not present", "refers to {}, which is not within it; bring what is meant in $defs"),
     (r"Unsatisfiable schema", "allows nothing at all: a part that has to match is false or contradicts itself"),
 )
+_OF_SCHEMA = re.compile(r"failed to compile JSON schema: (.*?)(?=\n *1 \||\Z)", re.DOTALL)
 _BY_NAME = {"properties", "patternProperties", "$defs", "definitions"}  # keywords whose values are schemas by name
 _DATA = {"const", "enum", "default", "examples", "example"}  # keywords whose values are no schemas
 
@@ -68,24 +69,25 @@ def translate(grammar: Grammar) -> str:
     Raises:
         BadRequest: no valid JSON, no choice, or a keyword that cannot be honoured.
     """
-    text = lark_of(grammar)
     match grammar.kind:
         case "json_schema":
             _check_keywords(read_schema(grammar.text))
         case "lark":
             try:
-                text = any_to_lark(text)
+                return LLMatcher.grammar_from_lark(any_to_lark(grammar.text))
             except Exception as error:  # of a converter that names none
                 raise BadRequest(f"the grammar cannot be read: {error}", param="grammar") from None
         case "calls":
             calls = read_calls(grammar.text)
             for schema in [calls.content or {}, *(tool.schema for tool in calls.tools)]:
                 _check_keywords(schema)
-    return LLMatcher.grammar_from_lark(text)
+    return LLMatcher.grammar_from_lark(lark_of(grammar))
 
 
 def plain(error: str) -> str:
-    """Return what llguidance says, in our words and bounded."""
+    """Return what llguidance says, in our words and bounded; of a schema without the grammar that we put around it."""
+    if found := _OF_SCHEMA.search(error):
+        error = found[1]
     for pattern, words in _WORDS:
         if found := re.search(pattern, error):
             return f"the JSON schema {words.format(*found.groups())}"[:500].replace('"', "")

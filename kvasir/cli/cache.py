@@ -93,7 +93,7 @@ def _savings(tenant: records.CacheTenant) -> tuple[str, str]:
 
 
 def _prefixes(reply: am.CacheReply) -> RenderableType:
-    """Return the prefixes that saved most: published and private ones, of which only the tenant is known."""
+    """Return the prefixes that saved most. Of private ones only the tenant is known."""
     rows = [
         (
             prefix.saved_tokens,

@@ -11,7 +11,8 @@ import jsonschema
 import pytest
 
 from kvasir.protocol.errors import BadRequest
-from tests.grammar_helpers import accepts
+from kvasir.protocol.messages import Grammar
+from tests.grammar_helpers import accepts, matches
 
 SCALARS: list[Any] = [
     None,
@@ -143,3 +144,22 @@ def test_what_cannot_be_held_to_is_named_in_our_words(schema: Any, words: str) -
     with pytest.raises(BadRequest) as caught:
         accepts(schema, 1)
     assert f"the JSON schema {words}" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "foo"}, "Invalid type: foo"),
+        ({"type": "string", "pattern": "("}, "regex parse error: ( ^ error: unclosed group"),
+        ({"properties": 3}, "properties must be an object"),
+    ],
+)
+def test_what_is_wrong_with_a_schema_is_said_without_the_grammar_around_it(schema: Any, message: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        accepts(schema, 1)
+    assert caught.value.message == message
+
+
+def test_what_is_wrong_with_a_caller_s_grammar_is_said_in_the_lines_that_were_sent() -> None:
+    with pytest.raises(BadRequest, match=r"^at 1\(8\): unknown name"):
+        matches(Grammar("lark", "start: x\n"), "x")
