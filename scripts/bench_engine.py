@@ -61,6 +61,7 @@ class Times:
     call_s: float
     answers: list[list[int]]
     num_prefilled: int = 0  # prompt tokens computed
+    num_steps: int = 0
     idle_s: float = 0.0  # of the call, a step: in which its engine computed nothing
 
 
@@ -127,7 +128,9 @@ def run_engine(
             answers[output.req_id] += memoryview(output.token_ids).cast("I").tolist()
     end = time.perf_counter()
     idle_s = (end - begin - step_s) / num_steps
-    return Times(prefilled - begin, end - prefilled, end - begin, list(answers.values()), num_prefilled, idle_s)
+    return Times(
+        prefilled - begin, end - prefilled, end - begin, list(answers.values()), num_prefilled, num_steps, idle_s
+    )
 
 
 def compare_choices(engine: Engine, prompts: list[list[int]], count: int, num_tokens: int) -> dict[str, Times]:

@@ -89,13 +89,15 @@ def choose_graphs(
     step_bytes: int,
     meter: Meter,
     on_progress: Callable[[int, int], None] | None = None,
+    sizes: list[int] | None = None,
 ) -> tuple[DecodeGraphs | None, str]:
     """Return graphs of decode steps, captured and compared with a step without, or None and the reason.
 
-    They must leave `step_bytes` for a step that is none of theirs.
+    They must leave `step_bytes` for a step that is none of theirs. `sizes`: the numbers of rows, if not the usual ones.
     """
     try:
         graphs = DecodeGraphs(model, kv, num_rows, max_context)
+        graphs.sizes = sizes or graphs.sizes
         graphs.capture(on_progress)
         difference = graphs.largest_difference()
         if difference > _TOLERANCE.get(model.dtype, 1e-4):
@@ -127,14 +129,13 @@ def device_name(device: torch.device) -> str:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Return the least seconds that one call took, after one that does not count."""
-    best = float("inf")
-    for turn in range(repeats + 1):
+    """Return the least seconds that one call took, after one that counts only if there is no other."""
+    times = []
+    for _ in range(repeats + 1):
         begin = _now(device)
         work()
-        seconds = _now(device) - begin
-        best = min(best, seconds) if turn else best
-    return best
+        times.append(_now(device) - begin)
+    return min(times[1:] or times)
 
 
 def _now(device: torch.device) -> float:
