@@ -10,7 +10,8 @@ not padded to a long one and rows are at most a quarter longer than what they ho
 outgrows its shelf is copied anew. The set holds exactly the sequences that decode in this step: one that is absent, or
 has become longer elsewhere, has lost its row, so nothing stale can be read. Beyond `limit_bytes` sequences are
 gathered every step instead. What several sequences begin with is not in their rows but in a stem
-(`worker.model.cascade`), if that saves more than it costs; not where a layer has a sliding window.
+(`worker.model.cascade`), if that saves more than it costs; not where a layer has a sliding window. Chunks that go on
+from a stem read it there, too.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class WorkingSetAttention(GatherAttention):
         for shelf in self._active:
             shelf.begin_step(set(self._config.sliding_windows))
         self.begin_singles(self._overflow, kv)
-        self.begin_chunks(batch.chunks, kv)
+        self.begin_chunks(batch.chunks, kv, self._step_stems)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, kv: KvStore) -> Tensor:
         window, row, out = self._config.sliding_windows[layer], 0, []
