@@ -348,11 +348,11 @@ class Engine:
     def _learn(self, flight: Flight, device_s: float | None) -> None:
         """Measure the step that was collected just now."""
         now = self._clock()
-        step_s = now - max(flight.began, self._collected_at) if device_s is None else device_s
+        step_s = now - max(flight.began, self._collected_at) - flight.draft_s if device_s is None else device_s
         self._collected_at = now
-        self._collected.append((flight, step_s))
+        self._collected.append((flight, step_s + flight.draft_s))
         if self.speculator is not None and flight.num_decodes and not flight.num_prefill and step_s > 0:
-            self.speculator.costs.learn(flight.num_decodes, flight.num_drafts, step_s - flight.draft_s)
+            self.speculator.costs.learn(flight.num_decodes, flight.num_drafts, step_s)
         if flight.num_prefill >= MIN_CHUNK and step_s > 0:  # less says more about a step's fixed costs than the rate
             rate = flight.num_prefill / step_s
             self._rate = rate if self._rate == _FIRST_RATE else self._rate + _RATE_SHARE * (rate - self._rate)
