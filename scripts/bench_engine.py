@@ -234,6 +234,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18600, help="the first of the ports that a peer takes")
     parser.add_argument("--worker-args", default="", help="of our worker beside a peer")
     parser.add_argument("--speculate", action="store_true", help="drafts instead (bench_speculation.py), and no peers")
+    parser.add_argument("--cells", default="", metavar="CELLS", help="with --speculate: some, such as chat,random,0.0")
+    parser.add_argument(
+        "--draft-layers", type=int, metavar="N", help="with --speculate: a draft model for one of N layers"
+    )
     options = parser.parse_args()
     if options.peer is not None:
         if options.env is None:
@@ -261,7 +265,12 @@ def main() -> None:
     if options.speculate:
         from scripts import bench_speculation
 
-        rows = bench_speculation.compare(options.model, batches, options.prompt, options.tokens, options.repeats)
+        setting = (batches, options.prompt, options.tokens, options.repeats)
+        if options.draft_layers:
+            rows = bench_speculation.compare_draft_model(options.model, options.draft_layers, *setting)
+        else:
+            only = [name for name in options.cells.split(",") if name]
+            rows = bench_speculation.compare(options.model, *setting, only)
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1) + "\n")
         return

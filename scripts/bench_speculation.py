@@ -10,7 +10,12 @@ compared.
 Then drafts of a forced acceptance: each token proposed is the right one with that chance. Rates are tokens per second
 of CPU time (others may use the machine), from the moment on at which all sequences have their first token; "gain" is
 that with drafts over that without. "accepted" is a share of the tokens drafted, "per run" the tokens that a step with
-drafts gave a sequence, "per step" those that any step gave.
+drafts gave a sequence, "per step" those that any step gave. "±" is the standard error of the gain over the repeats.
+
+With `--draft-layers N` there is a draft model. The two agree naturally: the draft model is the bundled one; the model
+has its layers, and more after them up to N, of random weights scaled down, so that it says nearly the same. `agree`:
+answers are its own. Otherwise drafts are forced, and the draft model computes all the same. It catches up with every
+prompt anew in every run.
 """
 
 from __future__ import annotations
@@ -19,7 +24,9 @@ import importlib
 import inspect
 import json
 import random
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from kvasir.cache.kv_store import KvStore
@@ -41,10 +49,11 @@ from kvasir.worker.engine.step import Mask, Sampled, SampleRow
 from kvasir.worker.model.loader import load_model
 from kvasir.worker.model.sampling import sample
 from kvasir.worker.speculation.costs import StepCosts
+from kvasir.worker.speculation.draft_model import DraftModel
 from kvasir.worker.speculation.lookup import Lookup
 from kvasir.worker.speculation.proposer import Draft, Proposer, Text
 from kvasir.worker.speculation.speculator import Speculator
-from kvasir.worker.speculation.track import Counts
+from kvasir.worker.speculation.track import Counts, Experience
 
 BLOCK_SIZE = 16
 SPACE = derive_namespace(b"benchmark", "tenant")
@@ -127,6 +136,25 @@ class _ForcedReader:
         done = len(self.text.output_ids)
         right = self.answer_ids[done : done + limit]
         return Draft([token if self.rng.random() < self.chance else token ^ 1 for token in right], 4)
+
+
+@dataclass
+class ForcedSampler:
+    """Draws for a draft model: what the script says, with probability `chance`; without a script what it would say."""
+
+    scripts: dict[int, Script]
+    chance: float
+    rng: random.Random
+
+    def __call__(self, logits: Any, rows: Sequence[SampleRow], masks: Sequence[Mask] = ()) -> list[Sampled | None]:
+        drawn = sample(logits, rows, masks)
+        return [self._say(row) if self.scripts else draw for row, draw in zip(rows, drawn, strict=True)]
+
+    def _say(self, row: SampleRow) -> Sampled:
+        script = self.scripts[row.params.seed]
+        assert script.answer_ids is not None
+        right = script.answer_ids[(row.position - len(script.prompt_ids)) % len(script.answer_ids)]
+        return Sampled(right if self.rng.random() < self.chance else right ^ 1)
 
 
 def make_engine(folder: Path, num_tokens: int, max_requests: int) -> tuple[Engine, ScriptedSampler]:
@@ -270,14 +298,14 @@ _TEXTS: dict[str, Callable[[int, random.Random], tuple[str, str]]] = {
 
 
 def compare(
-    folder: Path, batches: Sequence[int], num_prompt: int, num_tokens: int, repeats: int
+    folder: Path, batches: Sequence[int], num_prompt: int, num_tokens: int, repeats: int, only: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Print and return a row per kind, temperature and batch."""
+    """Print and return a row per kind, temperature and batch; `only` names some: kinds, or forced chances."""
     torch.set_num_threads(1)
     engine, sampler = make_engine(folder, num_prompt + num_tokens, max(batches))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     costs, rows = StepCosts(), []
-    heads = ("script", "temp", "batch", "off", "on", "gain", "accepted", "per run", "per step")
+    heads = ("script", "temp", "batch", "off", "on", "gain", "±", "accepted", "per run", "per step")
     print("".join(f"{head:>9}" for head in heads))
     cells: list[tuple[str, float, float | None]] = [
         *((kind, t, None) for kind in ("edit", "json", "agent", "chat", "random") for t in (0.0, 0.7)),
@@ -285,6 +313,8 @@ def compare(
         *(("random", 0.0, chance) for chance in (0.0, 0.5, 0.8)),
     ]
     for kind, temperature, chance in cells:
+        if only and (kind if chance is None else f"{chance:.1f}") not in only:
+            continue
         for batch in batches:
             scripts = make_scripts(kind, batch, tokenizer, num_prompt, num_tokens)
             off, on, gains = [], [], []
@@ -306,7 +336,8 @@ def compare(
                 "batch": batch,
                 "off": statistics.median(r.tokens_per_s for r in off),
                 "on": statistics.median(r.tokens_per_s for r in on),
-                "gain": statistics.median(gains),
+                "gain": statistics.fmean(gains),
+                "gain_error": statistics.stdev(gains) / repeats**0.5 if repeats > 1 else None,
                 "drafted": counts.num_drafted,
                 "accepted": counts.num_accepted,
                 "runs": counts.num_runs,
@@ -317,7 +348,98 @@ def compare(
             share = f"{counts.num_accepted / counts.num_drafted:.0%}" if counts.num_drafted else "none"
             per_run = f"{1 + counts.num_accepted / counts.num_runs:.1f}" if counts.num_runs else ""
             shown = [row["script"], f"{temperature:.1f}", batch, f"{row['off']:.0f}", f"{row['on']:.0f}"]
-            shown += [f"{row['gain']:.2f}x", share, per_run, f"{on[-1].per_step:.2f}"]
+            error = "" if row["gain_error"] is None else f"{row['gain_error']:.3f}"
+            shown += [f"{row['gain']:.3f}x", error, share, per_run, f"{on[-1].per_step:.2f}"]
             note = f"  {num_different} answers differ" if num_different else ""
             print("".join(f"{value:>9}" for value in shown) + note, flush=True)
+    return rows
+
+
+# ---- a draft model ------------------------------------------------------------------------------------------------
+
+
+def write_larger(source: Path, folder: Path, num_layers: int, scale: float) -> Path:
+    """Write the model in `source` with layers added up to `num_layers`, which add `scale` times random values."""
+    folder.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.suffix != ".safetensors" and path.is_file():
+            shutil.copy(path, folder)
+    config = json.loads((source / "config.json").read_text())
+    first, config["num_hidden_layers"] = config["num_hidden_layers"], num_layers
+    (folder / "config.json").write_text(json.dumps(config))
+    weights, generator = load_file(source / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, tensor in list(weights.items()):
+        if name.startswith("model.layers.0."):
+            for i in range(first, num_layers):
+                added = torch.ones_like(tensor)
+                if tensor.dim() == 2:
+                    added = (torch.randn(tensor.shape, generator=generator) / tensor.shape[1] ** 0.5).to(tensor.dtype)
+                    if "o_proj" in name or "down_proj" in name:
+                        added *= scale
+                weights[name.replace(".0.", f".{i}.", 1)] = added
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def compare_draft_model(
+    source: Path, num_layers: int, batches: Sequence[int], num_prompt: int, num_tokens: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Print and return a row per kind of draft, temperature and batch: without drafts, with lookup, with both."""
+    torch.set_num_threads(1)
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    rows: list[dict[str, Any]] = []
+    heads = ("drafts", "temp", "batch", "off", "lookup", "both", "gain", "accepted", "per run", "per step")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_larger(source, Path(scratch) / "model", num_layers, scale=0.5)
+        engine, sampler = make_engine(folder, num_prompt + num_tokens, max(batches))
+        model, num_blocks = load_model(source, "cpu", "float32"), engine.cache.pool.num_blocks
+        config = model.config
+        shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+        executor = LocalExecutor(model, KvStore(*shape, dtype=model.dtype, device="cpu"), sample)
+        print(f"a model of {num_layers} layers, a draft model of {config.num_layers}")
+        print("".join(f"{head:>9}" for head in heads))
+        for chance, temperature in ((None, 0.0), (None, 0.7), (0.0, 0.0), (0.5, 0.0), (0.8, 0.0)):
+            for batch in batches:
+                kind = "own" if chance is None else "random"
+                scripts = make_scripts(kind, batch, tokenizer, num_prompt, num_tokens)
+                forced = {} if chance is None else dict(enumerate(scripts))
+                executor.sampler = ForcedSampler(forced, chance or 0.0, random.Random(1))
+                costs, experience = StepCosts(), Experience()
+                found: dict[str, list[Run]] = {"off": [], "lookup": [], "both": []}
+                for number in range(repeats + 1):
+                    for name, runs in found.items():
+                        engine.speculator = None if name == "off" else Speculator(Lookup())
+                        if engine.speculator is not None:
+                            engine.speculator.costs = costs
+                        if engine.speculator is not None and name == "both":
+                            engine.speculator.experience = experience
+                            engine.speculator.model = DraftModel(
+                                executor,
+                                num_blocks,
+                                BLOCK_SIZE,
+                                vocab_size=config.vocab_size,
+                                window=config.max_position,
+                                clock=time.process_time,
+                            )
+                        done = run(engine, sampler, scripts, num_tokens, temperature)
+                        if number:  # the first run caches prompts, and teaches what drafts cost and are worth
+                            runs.append(done)
+                counts = experience.counts.get("model", Counts())
+                rates = {name: statistics.median(r.tokens_per_s for r in runs) for name, runs in found.items()}
+                gains = [b.tokens_per_s / a.tokens_per_s for a, b in zip(found["off"], found["both"], strict=True)]
+                num_different = sum(
+                    a != b for a, b in zip(found["off"][-1].answers, found["both"][-1].answers, strict=True)
+                )
+                label = "agree" if chance is None else f"{chance:.1f}"
+                row = {"drafts": label, "temperature": temperature, "batch": batch, **rates}
+                row |= {"gain": statistics.median(gains), "drafted": counts.num_drafted}
+                row |= {"accepted": counts.num_accepted, "runs": counts.num_runs}
+                row |= {"per_step": found["both"][-1].per_step, "different_answers": num_different}
+                rows.append(row)
+                share = f"{counts.num_accepted / counts.num_drafted:.0%}" if counts.num_drafted else "none"
+                per_run = f"{1 + counts.num_accepted / counts.num_runs:.1f}" if counts.num_runs else ""
+                shown = [label, f"{temperature:.1f}", batch, *(f"{rate:.0f}" for rate in rates.values())]
+                shown += [f"{row['gain']:.2f}x", share, per_run, f"{row['per_step']:.2f}"]
+                note = f"  {num_different} answers differ" if num_different else ""
+                print("".join(f"{value:>9}" for value in shown) + note, flush=True)
     return rows
