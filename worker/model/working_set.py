@@ -32,7 +32,7 @@ from kvasir.worker.model.cascade import Stem, attend_with_lse, copy_blocks, find
 from kvasir.worker.model.config import ModelConfig
 
 _MIN_CAPACITY = 128  # tokens
-_MAX_PADDING = 1.5  # times the queries of a shelf's rows, so that all are attended in one call
+_CALL = 1 << 19  # multiplications that take as long as one more call of attention, some 40 us
 
 
 class WorkingSetAttention(GatherAttention):
@@ -277,11 +277,18 @@ class _Shelf:
         self.appends = (torch.tensor(slots, device=self.device)[:, None] + heads).view(-1)
         for piece, (_, end) in zip(self.pieces, spans, strict=True):
             self.lengths[piece.seq_key] = end
-        if count * width <= _MAX_PADDING * self.num_queries:
+        neighbours = _runs([n > 1 for n in counts])
+        widths = [max(counts[first:last]) - 1 for first, last in neighbours]
+        num_saved = count * (width - 1) - sum(w * (b - a) for w, (a, b) in zip(widths, neighbours, strict=True))
+        per_query = max(end for _, end in spans) * self.config.num_heads * self.config.head_dim
+        if num_saved * per_query <= len(neighbours) * _CALL:
             self.passes = [self._pass(spans, 0, count, 0, width, windows)]
-        else:  # the first query of every row, then by themselves those of rows that have more
+        else:  # the first query of every row, then those of neighbouring rows that have more
             self.passes = [self._pass(spans, 0, count, 0, 1, windows)]
-            self.passes += [self._pass(spans, row, row + 1, 1, n - 1, windows) for row, n in enumerate(counts) if n > 1]
+            self.passes += [
+                self._pass(spans, first, last, 1, w, windows)
+                for w, (first, last) in zip(widths, neighbours, strict=True)
+            ]
 
     def _pass(
         self, spans: list[tuple[int, int]], first: int, last: int, skip: int, width: int, windows: set[int | None]
@@ -346,6 +353,12 @@ class _Shelf:
             for x in attend_with_lse(queries, keys, values, mask)  # [count, num_kv_heads, width * group, ...]
         )
         return out, lse
+
+
+def _runs(has_more: Sequence[bool]) -> list[tuple[int, int]]:
+    """Return the first and the last but one of every run of True."""
+    edges = [i for i in range(len(has_more) + 1) if (i < len(has_more) and has_more[i]) != (i > 0 and has_more[i - 1])]
+    return [*zip(edges[::2], edges[1::2], strict=True)]
 
 
 def _capacity(num_tokens: int, block_size: int) -> int:

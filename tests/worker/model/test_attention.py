@@ -287,7 +287,12 @@ def test_sequence_crossing_its_shelf_keeps_all_it_had() -> None:
     assert attention.num_sequences == 2
 
 
-def test_drafts_stay_in_the_set_and_those_that_did_not_hold_are_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", [0, 1 << 40])
+def test_drafts_stay_in_the_set_and_those_that_did_not_hold_are_overwritten(
+    call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with more than one query are attended by themselves where calls cost nothing, else with all others."""
+    monkeypatch.setattr("kvasir.worker.model.working_set._CALL", call)
     attention = WorkingSetAttention(make_config())
     harness = Harness(make_config(), attention, num_sequences=3)
     harness.step({0: 30, 1: 40, 2: 50})
@@ -298,6 +303,21 @@ def test_drafts_stay_in_the_set_and_those_that_did_not_hold_are_overwritten(monk
     harness.step({0: 6, 1: 6, 2: 6}, {0: 2, 1: 1, 2: 6})
     harness.step({0: 1, 1: 2, 2: 1}, {1: 2})
     assert admitted == [] and harness.lengths == [35, 45, 61]
+
+
+@pytest.mark.parametrize("call", [0, 1 << 40])
+def test_rows_with_drafts_are_attended_right_wherever_they_stand(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvasir.worker.model.working_set._CALL", call)
+    attention = WorkingSetAttention(make_config())
+    harness = Harness(make_config(), attention, num_sequences=6)
+    harness.step({i: 30 + 3 * i for i in range(6)})
+    harness.step(dict.fromkeys(range(6), 1))
+    num_passes = []
+    for counts in ((1, 3, 2, 1, 4, 1), (2, 1, 1, 1, 1, 5), (1, 1, 1, 3, 3, 3), (4, 4, 4, 4, 4, 4), (1, 1, 1, 1, 1, 1)):
+        harness.step(dict(enumerate(counts)), {i: 1 + (i + n) % n for i, n in enumerate(counts) if n > 1})
+        [shelf] = attention._active
+        num_passes.append(len(shelf.passes))
+    assert num_passes == ([3, 3, 2, 1, 1] if call == 0 else [1] * 5)
 
 
 def test_a_shelf_grows_to_its_limit_and_not_only_to_half_of_it() -> None:
