@@ -43,8 +43,8 @@ class FixedCosts(StepCosts):
         super().__init__()
         self.cost = cost
 
-    def relative(self, num_sequences: int) -> float | None:
-        return self.cost
+    def relative(self, num_sequences: int) -> tuple[float, float] | None:
+        return 0.0, self.cost
 
     def relative_round(self, num_sequences: int, num_drafting: int) -> float:
         return self.cost

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kvasir.worker.speculation.draft_model import Round
 
-_FIRST_COST = 0.25
+_FIRST_COSTS = (0.1, 0.15)  # of a step without: what any drafts add, and each per sequence
 _FIRST_PLAIN = 3  # steps without drafts, before there are any
 _MAX_SINCE = 48  # steps with drafts, then one without
 _PLAIN_LEARNING = 0.2  # how much of a step's surprise is believed
@@ -22,12 +22,19 @@ _ROUND_FORGETTING = 0.003  # per sequence
 
 @dataclass(slots=True)
 class _Costs:
-    """Of batches of about one size. `plain_s`: a step without drafts. `draft_s`: what one draft per sequence adds."""
+    """Of batches of about one size. `plain_s`: a step without drafts. Any drafts add `any_s` (several tokens of a
+    sequence are computed otherwise than one), and one per sequence `draft_s` more."""
 
     plain_s: float
-    draft_s: float
+    any_s: float = 0.0
+    draft_s: float = 0.0
     num_plain: int = 1
     num_since: int = 0  # steps with drafts since the last without
+
+    def forget(self, share: float) -> None:
+        """Go some way back to what is thought of drafts that were never computed."""
+        self.any_s += share * (_FIRST_COSTS[0] * self.plain_s - self.any_s)
+        self.draft_s += share * (_FIRST_COSTS[1] * self.plain_s - self.draft_s)
 
 
 class StepCosts:
@@ -37,13 +44,13 @@ class StepCosts:
         self._by_size: dict[tuple[int, int], _Costs] = {}
         self.rounds = RoundCosts()
 
-    def relative(self, num_sequences: int) -> float | None:
-        """Return what one draft per sequence adds to a step, over the step without; None: the next step has to go
-        without, to see what that takes."""
+    def relative(self, num_sequences: int) -> tuple[float, float] | None:
+        """Return what any drafts add to a step, and what each per sequence adds, over the step without; None: the next
+        step has to go without, to see what that takes."""
         costs = self._by_size.get(_size_class(num_sequences))
         if costs is None or costs.num_plain < _FIRST_PLAIN or costs.num_since >= _MAX_SINCE:
             return None
-        return costs.draft_s / costs.plain_s
+        return costs.any_s / costs.plain_s, costs.draft_s / costs.plain_s
 
     def plain_s(self, num_sequences: int) -> float:
         """Return the seconds of a step without drafts, 0 if there has been none."""
@@ -64,18 +71,21 @@ class StepCosts:
             if costs is not None:
                 costs.num_since += 1
                 x = num_drafts / num_sequences
-                surprise = _surprise(step_s, costs.plain_s + costs.draft_s * x)
-                costs.draft_s = max(0.0, costs.draft_s + _DRAFT_LEARNING * surprise * x / (1 + x * x))
+                surprise = _surprise(step_s, costs.plain_s + costs.any_s + costs.draft_s * x)
+                step = _DRAFT_LEARNING * surprise / (1 + x * x)
+                costs.any_s = max(0.0, costs.any_s + step)
+                costs.draft_s = max(0.0, costs.draft_s + step * x)
         elif costs is None:
-            self._by_size[size] = _Costs(step_s, _FIRST_COST * step_s)
+            self._by_size[size] = _Costs(step_s)
+            self._by_size[size].forget(1.0)
         elif costs.num_plain < _FIRST_PLAIN:  # the first ones make room for what comes
             costs.num_plain += 1
             costs.plain_s = min(costs.plain_s, step_s)
-            costs.draft_s = _FIRST_COST * costs.plain_s
+            costs.forget(1.0)
         else:
             costs.num_since = 0
             costs.plain_s += _PLAIN_LEARNING * _surprise(step_s, costs.plain_s)
-            costs.draft_s += _FORGETTING * (_FIRST_COST * costs.plain_s - costs.draft_s)
+            costs.forget(_FORGETTING)
 
 
 class RoundCosts:

@@ -1,16 +1,17 @@
 """How many tokens to draft for each sequence, and by which proposer: as many as are likely enough for what they cost.
 
-Let a step of B sequences take the time a, and a draft for each of them b more. With N drafts, of which G will hold, the
-step gives B + G tokens in a + b * N/B. One more draft that holds with chance p makes that rate better if
+Let a step of B sequences take the time 1, any drafts f more, and a draft for each of them b more. With N drafts, of
+which G will hold, the step gives B + G tokens in 1 + f + b * N/B. One more draft that holds with chance p makes that
+rate better if
 
-    p  >  (b/a) * (1 + G/B) / (1 + (b/a) * N/B)
+    p  >  b * (1 + G/B) / (1 + f + b * N/B)
 
-The cost b/a is measured per size of the batch (`StepCosts`): near 0 where reading weights is what takes the time, 1 and
-more where computing is. A draft of the draft model costs its share of a round of that model besides. The chance that a
-draft holds is measured per sequence. For lookup it goes by the length of match (`Chances`), whether the draft is
-computed or not: so a sequence whose drafts are not worth it costs nothing but the looking, and is noticed when it
-begins to repeat something. For the draft model a sequence begins with how drafts have held lately in others. Of the two
-proposers that one proposes whose drafts gain more.
+and all are worth it if G/B > f + b * N/B. The costs are measured per size of the batch (`StepCosts`): b is near
+0 where reading weights is what takes the time, 1 and more where computing is. A draft of the draft model costs its share
+of a round of that model besides. The chance that a draft holds is measured per sequence. For lookup it goes by the
+length of match (`Chances`), whether the draft is computed or not: so a sequence whose drafts are not worth it costs
+nothing but the looking, and is noticed when it begins to repeat something. For the draft model a sequence begins with
+how drafts have held lately in others. Of the two proposers that one proposes whose drafts gain more.
 
 A sequence that the draft model has not followed has to be caught up with: if drafts will save more than that takes, in
 as many tokens as are likely to come.
@@ -32,6 +33,8 @@ MAX_DRAFT = 16
 MAX_PERIOD = 8  # steps from one look to the next at a sequence whose drafts are not worth it
 CATCH_UP_TOKENS = 256  # that the draft model computes of texts it has not seen, per step
 NEAR = 16  # tokens that it computes on its way, without asking whether that is worth it
+
+_MARGIN = 1.1  # by which drafts have to gain more than they are thought to cost
 
 
 @dataclass(slots=True)
@@ -95,9 +98,10 @@ class Speculator:
             if limit > 0 and track.looks_at(turn):
                 track.proposed = track.reader.propose(min(limit, MAX_DRAFT))
                 choices.append(_Choice(track, track.chances.of_run(track.proposed), self._model_run(track, limit)))
-        cost = self.costs.relative(num_sequences) if choices else None
-        if cost is None:
+        costs = self.costs.relative(num_sequences) if choices else None
+        if costs is None:
             return
+        any_cost, cost = costs
         num_drafting = sum(bool(choice.by_model) for choice in choices)
         if num_drafting:
             self._drop_dear(choices, cost, num_drafting, num_sequences)
@@ -106,11 +110,14 @@ class Speculator:
             model_cost = cost + self.costs.relative_round(num_sequences, max(1, num_drafting))
             for choice in choices:
                 choice.choose(cost, model_cost, factor)
+            num_gained, spent = (sum(getattr(choice, name) for choice in choices) for name in ("gain", "spent"))
             if not is_last:
-                num_gained, spent = (sum(getattr(choice, name) for choice in choices) for name in ("gain", "spent"))
-                factor = (1 + num_gained / num_sequences) / (1 + spent / num_sequences)
+                factor = (1 + num_gained / num_sequences) / (1 + any_cost + spent / num_sequences)
                 num_drafting = sum(choice.is_model for choice in choices)
-        self._plan(choices)
+        for choice in choices:
+            choice.track.period = 1 if choice.count else min(2 * choice.track.period, MAX_PERIOD)
+        if num_gained > _MARGIN * (spent + any_cost * num_sequences):
+            self._plan(choices)
 
     def compute(self, tracks: Sequence[tuple[Track, int]]) -> None:
         """Let the draft model do the jobs of `tracks`. Each has blocks for so many drafts, and gets no more."""
@@ -152,7 +159,6 @@ class Speculator:
         num_left = CATCH_UP_TOKENS
         for choice in choices:
             track = choice.track
-            track.period = 1 if choice.count else min(2 * track.period, MAX_PERIOD)
             if not choice.is_model or track.lead is None:
                 track.num_drafts = choice.count
                 track.draft_ids = [*track.proposed.token_ids[: choice.count]]

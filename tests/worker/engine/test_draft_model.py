@@ -104,8 +104,8 @@ class MoodyCosts(FixedCosts):
         super().__init__()
         self.dice = random.Random(seed)
 
-    def relative(self, num_sequences: int) -> float | None:
-        return None if self.dice.random() < 0.3 else 0.0
+    def relative(self, num_sequences: int) -> tuple[float, float] | None:
+        return None if self.dice.random() < 0.3 else (0.0, 0.0)
 
 
 class TwinRig(Rig):

@@ -35,14 +35,20 @@ class Scripted:
         return Draft([7 if self.rng.random() < self.chance else 0 for _ in range(limit)], self.match)
 
 
-def play(chance: float, cost: float, batch: int = 1, num_steps: int = 600) -> tuple[float, float, Speculator]:
-    """Return (tokens per second with drafts over those without, drafts per sequence and step), of the last half."""
+def play(
+    chance: float, cost: float, batch: int = 1, num_steps: int = 600, *, any_cost: float = 0.0, num_able: int = 99
+) -> tuple[float, float, Speculator]:
+    """Return (tokens per second with drafts over those without, drafts per sequence and step), of the last half.
+
+    Only `num_able` sequences have a chance at all.
+    """
     speculator = Speculator(Scripted(chance))
     tracks = [speculator.open(Text("a", b"", [], [])) for _ in range(batch)]
     num_tokens = num_drafts = seconds = 0.0
     for step in range(num_steps):
-        speculator.draft([(track, 100) for track in tracks], batch, step)
-        step_s = 0.01 * (1 + cost * sum(len(track.draft_ids) for track in tracks) / batch)
+        speculator.draft([(track, 100) for track in tracks[:num_able]], batch, step)
+        num_drafted = sum(len(track.draft_ids) for track in tracks)
+        step_s = 0.01 * (1 + cost * num_drafted / batch + any_cost * (num_drafted > 0))
         is_late = step >= num_steps // 2
         for track in tracks:
             held = next((i for i, token in enumerate(track.draft_ids) if token != 7), len(track.draft_ids))
@@ -67,6 +73,19 @@ def test_the_gain_is_near_the_best_and_never_a_loss(chance: float, cost: float, 
     gain, _, _ = play(chance, cost, batch)
     assert gain > 0.98
     assert gain > 0.85 * best_gain(chance, cost)
+
+
+@pytest.mark.parametrize(("chance", "num_able"), [*product([0.0, 0.5, 0.9], [1, 2, 8])])
+def test_a_few_drafts_in_a_large_batch_are_left_out_where_having_any_costs_more(chance: float, num_able: int) -> None:
+    gain, num_drafts, _ = play(chance, 0.05, 8, any_cost=0.15, num_able=num_able)
+    assert gain > 0.985
+    if (chance, num_able) == (0.9, 8):
+        assert gain > 2 and num_drafts > 4
+
+
+def test_where_any_draft_costs_and_more_cost_nothing_they_are_long() -> None:
+    gain, num_drafts, _ = play(0.9, 0.0, 1, any_cost=0.3)
+    assert gain > 0.85 * (1 + sum(0.9**i for i in range(1, MAX_DRAFT + 1))) / 1.3 and num_drafts > 10
 
 
 def test_likely_drafts_are_long_and_hopeless_or_dear_ones_are_none() -> None:
@@ -135,14 +154,15 @@ def test_costs_are_measured_per_size_of_batch_and_forget_what_was_too_high() -> 
     for step in range(500):
         drafts = rng.choice([0, 0, 4, 8]) if step > 5 else 0
         costs.learn(4, drafts, 0.01 * (1 + 0.4 * drafts / 4) * rng.choice([1, 1, 1, 1.02]))
-    assert costs.relative(4) == pytest.approx(0.4, abs=0.08)
+    any_cost, cost = costs.relative(4) or (9.0, 9.0)
+    assert any_cost + 1.5 * cost == pytest.approx(1.5 * 0.4, abs=0.08)
     assert costs.relative(5) is None and costs.relative(64) is None
     for _ in range(40):
         costs.learn(4, 8, 0.2)
-    assert (costs.relative(4) or 0) > 1
+    assert sum(costs.relative(4) or ()) > 1
     for _ in range(5_000):
         costs.learn(4, 0, 0.01)
-    assert (costs.relative(4) or 9) < 0.4
+    assert sum(costs.relative(4) or (9.0,)) < 0.4
 
 
 def test_a_step_without_drafts_is_asked_for_now_and_then() -> None:
