@@ -88,7 +88,6 @@ class Script:
 class Run:
     tokens_per_s: float
     answers: list[list[int]]
-    counts: Counts
     per_step: float  # tokens per sequence
 
 
@@ -207,9 +206,7 @@ def run(
             begin, num_before = time.process_time(), sum(map(len, answers.values()))
     num_after = sum(map(len, answers.values())) - num_before
     seconds = time.process_time() - begin
-    speculator = engine.speculator
-    counts = Counts() if speculator is None else next(iter(speculator.experience.counts.values()), Counts())
-    return Run(num_after / seconds, list(answers.values()), counts, num_after / num_turns)
+    return Run(num_after / seconds, list(answers.values()), num_after / num_turns)
 
 
 # ---- what is said -------------------------------------------------------------------------------------------------
@@ -304,7 +301,7 @@ def compare(
     torch.set_num_threads(1)
     engine, sampler = make_engine(folder, num_prompt + num_tokens, max(batches))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    costs, rows = StepCosts(), []
+    costs, experience, rows = StepCosts(), Experience(), []
     heads = ("script", "temp", "batch", "off", "on", "gain", "±", "accepted", "per run", "per step")
     print("".join(f"{head:>9}" for head in heads))
     cells: list[tuple[str, float, float | None]] = [
@@ -325,11 +322,12 @@ def compare(
                 off.append(run(engine, sampler, scripts, num_tokens, temperature))
                 proposer: Proposer = Lookup() if chance is None else Forced(scripts, chance)
                 engine.speculator = Speculator(proposer)  # remembers no answer of the run before
-                engine.speculator.costs = costs
+                engine.speculator.costs, engine.speculator.experience = costs, experience
+                before = experience.counts.get(proposer.name, Counts())
                 on.append(run(engine, sampler, scripts, num_tokens, temperature))
                 gains.append(on[-1].tokens_per_s / off[-1].tokens_per_s)
             num_different = sum(a != b for a, b in zip(off[-1].answers, on[-1].answers, strict=True))
-            counts = on[-1].counts
+            counts = experience.counts.get(proposer.name, Counts()) - before
             row = {
                 "script": kind if chance is None else f"{chance:.1f}",
                 "temperature": temperature,

@@ -6,8 +6,8 @@ rate better if
 
     p  >  b * (1 + G/B) / (1 + f + b * N/B)
 
-and all are worth it if G/B > f + b * N/B. The costs are measured per size of the batch (`StepCosts`): b is near
-0 where reading weights is what takes the time, 1 and more where computing is. A draft of the draft model costs its share
+and all are worth it if G/B > f + b * N/B. The costs are measured per size of the batch (`StepCosts`): b is near 0
+where reading weights is what takes the time, 1 and more where computing is. A draft of the draft model costs its share
 of a round of that model besides. The chance that a draft holds is measured per sequence. For lookup it goes by the
 length of match (`Chances`), whether the draft is computed or not: so a sequence whose drafts are not worth it costs
 nothing but the looking, and is noticed when it begins to repeat something. For the draft model a sequence begins with

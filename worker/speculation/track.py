@@ -9,6 +9,7 @@ from kvasir.worker.speculation.draft_model import DraftModel, Job, Lead
 from kvasir.worker.speculation.proposer import Draft, Proposer, Reader, Text
 
 _FIRST_CHANCES = ((0.9, 3.0), (1.5, 3.0), (2.2, 3.0), (2.7, 3.0))  # (held, tried) by match: 2, 4, 8, 16 and more
+_FIRST_TRIED = 3.0
 _MAX_TRIED = 32.0  # then the past counts half
 _LEAST_CHANCE = 0.02
 _FIRST_MODEL_CHANCE = 0.7
@@ -22,12 +23,14 @@ NOTHING = Draft()
 
 
 class Chances:
-    """How often the next token was as proposed, by how long a match spoke for it."""
+    """How often the next token was as proposed, by how long a match spoke for it. It begins with what `others` say."""
 
     __slots__ = ("_counts",)
 
-    def __init__(self) -> None:
+    def __init__(self, others: Chances | None = None) -> None:
         self._counts = [*_FIRST_CHANCES]
+        if others is not None:
+            self._counts = [(_FIRST_TRIED * held / tried, _FIRST_TRIED) for held, tried in others._counts]
 
     def of_run(self, draft: Draft) -> list[float]:
         """Return the chances that the first 1, 2, ... tokens of `draft` all hold, down to some percent."""
@@ -73,12 +76,13 @@ class Counts:
 
 
 class Experience:
-    """Of all sequences: `counts` by proposer since the start, the `model_chance` that a draft of the draft model holds,
-    and how long an answer is."""
+    """Of all sequences: `counts` by proposer since the start, the `chances` that drafts by lookup hold and the
+    `model_chance` that those of the draft model do, and how long an answer is."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Counts] = {}
         self._told: dict[str, Counts] = {}
+        self.chances = Chances()
         self.model_chance = _FIRST_MODEL_CHANCE
         self.answer_length = _FIRST_LENGTH
 
@@ -119,10 +123,13 @@ class Track:
     num_drafts: int = 0
     draft_ids: list[int] = field(default_factory=list)
     job: Job | None = None
-    chances: Chances = field(default_factory=Chances)
+    chances: Chances = field(init=False)
     model_chance: tuple[float, float] = (0.0, 1.0)  # (held, tried)
     proposed: Draft = NOTHING  # by lookup, for the next step
     period: int = 1  # it is looked at in steps whose numbers are multiples: the same ones for all that seldom are
+
+    def __post_init__(self) -> None:
+        self.chances = Chances(self.experience.chances)
 
     def looks_at(self, turn: int) -> bool:
         """Return whether to look for drafts in step `turn`."""
@@ -147,6 +154,7 @@ class Track:
         held = _held(self.proposed.token_ids, token_ids)
         for i, has_held in enumerate(held):
             self.chances.learn(self.proposed.match + i, has_held)
+            self.experience.chances.learn(self.proposed.match + i, has_held)
         if not num_drafted:
             return
         name = self.proposer.name

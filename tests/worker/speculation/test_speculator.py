@@ -177,3 +177,17 @@ def test_a_step_without_drafts_is_asked_for_now_and_then() -> None:
     assert 20 < num_drafted < 100
     costs.learn(2, 0, 0.01)
     assert costs.relative(2) is not None
+
+
+def test_a_sequence_begins_with_what_held_in_others() -> None:
+    speculator = Speculator(Scripted(0.0))
+    first, lengths = [], []
+    for _ in range(20):
+        track = speculator.open(Text("a", b"", [], []))
+        for turn in range(6):
+            speculator.costs.learn(1, 0, 0.01)
+            speculator.draft([(track, 100)], 1, turn)
+            track.drawn([7], track.num_drafts)
+            first.append(track.num_drafts)
+        lengths.append(sum(first[-6:]))
+    assert lengths[0] > 0 == max(lengths[10:])
