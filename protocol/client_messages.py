@@ -86,6 +86,11 @@ class ChatOptions(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the model is shown tools that it may call."""
+        return bool(self.tools) and self.tool_choice != "none"
+
 
 class Usage(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Tokens of one request: `cached_tokens` of the prompt were found in the worker's KV cache."""
@@ -222,7 +227,6 @@ class ModelCard(Struct, frozen=True, forbid_unknown_fields=True):
     name: Name
     max_context: int
     num_workers: int
-    created_s: int = 0
 
 
 class ModelList(GatewayMessage, tag="model_list"):

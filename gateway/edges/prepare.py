@@ -154,7 +154,7 @@ class Preparer:
             return None
         if request.chat is None and text.answers.reasoning is None:
             return None
-        return text.parser(request.messages, request.chat, _tail(submit.token_ids), submit.req_id)
+        return text.answers.parser(request.messages, request.chat, _tail(submit.token_ids), submit.req_id)
 
     def detokenizer(
         self, request: CompletionRequest, submit: Submit, parser: AnswerParser | None = None
@@ -240,7 +240,7 @@ class Preparer:
         chat = request.chat if "max_reasoning_tokens" not in info.lacks else None
         is_bounded = chat is not None and chat.max_reasoning_tokens is not None
         if text is not None and request.messages is not None and (is_bounded or request.grammar is not None):
-            budget = text.reasoning_budget(request.messages, chat, _tail(packed))
+            budget = text.answers.reasoning_budget(request.messages, chat, _tail(packed))
             if budget is not None:
                 constraint = msgspec.structs.replace(sampling.constraint or Constraint(), reasoning=budget)
                 sampling = msgspec.structs.replace(sampling, constraint=constraint)
@@ -296,7 +296,7 @@ def _parts(request: CompletionRequest) -> PromptParts | None:
     chat = request.chat
     return PromptParts(
         system=b"".join([digest for is_system, digest in digests if is_system]),
-        tools=b"" if chat is None or chat.tool_choice == "none" or not chat.tools else xxh3_128_digest(chat.tools),
+        tools=b"" if chat is None or not chat.offers_tools else xxh3_128_digest(chat.tools),
         messages=tuple([digest for is_system, digest in digests if not is_system]),
     )
 

@@ -30,11 +30,11 @@ def with_grammar(request: CompletionRequest, info: ModelInfo, text: ModelText | 
     if (
         chat is not None
         and text is not None
-        and (chat.tools and chat.tool_choice != "none")
+        and chat.offers_tools
         and (request.grammar is not None or chat.tool_choice == "required" or b"strict" in chat.tools)
     ):
         if "grammars" not in info.lacks:
-            request = msgspec.structs.replace(request, grammar=text.call_grammar(chat, request.grammar))
+            request = msgspec.structs.replace(request, grammar=text.answers.call_grammar(chat, request.grammar))
         elif is_strict(read_tools(chat.tools)):
             raise BadRequest(
                 f"calls of model {info.name!r}, which {info.engine} computes, cannot be held to a schema; "

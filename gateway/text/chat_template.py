@@ -64,7 +64,7 @@ class ChatTemplate:
         turns = [_turn(message) for message in messages]
         if options is None:
             return self._render(turns, None, _PLAIN, {})
-        if options.tools and options.tool_choice != "none" and not self._knows_tools:
+        if options.offers_tools and not self._knows_tools:
             raise BadRequest("the model's chat template knows no tools; leave them out", param="tools")
         documents = self._documents(options)
         more = self._more_variables(options)
@@ -77,7 +77,7 @@ class ChatTemplate:
         return self._render_open_ended(turns, documents, options, more)
 
     def _render(self, turns: list[dict[str, Any]], documents: Any, options: ChatOptions, more: dict[str, Any]) -> str:
-        tools = None if options.tool_choice == "none" or not options.tools else read_tools(options.tools) or None
+        tools = read_tools(options.tools) or None if options.offers_tools else None
         template = self._compiled if tools is None else self._with_tools
         try:
             return template.render(

@@ -14,8 +14,8 @@ from typing import Any
 import jinja2
 from tokenizers import Tokenizer
 
-from kvasir.gateway.text.answer_parser import AnswerFormat, AnswerParser, ReasoningParser, find_format
-from kvasir.gateway.text.call_grammars import call_grammar
+from kvasir.gateway.text.answer_parser import AnswerFormat, find_format
+from kvasir.gateway.text.answers import Answers
 from kvasir.gateway.text.chat_template import ChatTemplate
 from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.gateway.text.model_files import (
@@ -27,12 +27,9 @@ from kvasir.gateway.text.model_files import (
 )
 from kvasir.gateway.text.piece_cache import Memory
 from kvasir.gateway.text.token_bytes import token_bytes_by_id
-from kvasir.gateway.text.tool_calls import ToolParser
-from kvasir.gateway.text.tool_schemas import read_tools, schemas_of
 from kvasir.gateway.text.word_cache import make_word_cache
 from kvasir.protocol.client_messages import ChatMessage, ChatOptions
 from kvasir.protocol.errors import BadRequest, ModelError
-from kvasir.protocol.messages import MAX_TOKENS, Grammar, ReasoningBudget
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 
 QUICK_CHARS = 8_192  # longer texts belong into a thread: the library takes about 3 ms for so many
@@ -61,7 +58,7 @@ class ModelText:
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self.sampling = sampling or {}
-        self.answers = answers or AnswerFormat()
+        self.answers = Answers(tokenizer, answers or AnswerFormat(), self.decode_all)
 
     def max_chars(self, num_tokens: int) -> int:
         """Return a length in characters that no text of `num_tokens` tokens reaches.
@@ -107,7 +104,7 @@ class ModelText:
         """
         text = self.render_chat(messages, options)
         if options is not None:
-            text += self._forced(text, options)
+            text += self.answers.forced(text, options)
         packed = self._pack_known(text, memory)
         if packed is None:
             packed = pack_tokens(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -170,118 +167,6 @@ class ModelText:
         if not skip_special_tokens:
             token_bytes = self._all_token_bytes
         return Detokenizer(token_bytes, tuple(stop), tuple(end_token_ids), keep_stop=keep_stop, min_tokens=min_tokens)
-
-    def parser(
-        self,
-        messages: Sequence[ChatMessage],
-        options: ChatOptions | None,
-        prompt_ids: Sequence[int],
-        req_id: bytes = b"",
-    ) -> AnswerParser | None:
-        """Return what finds the parts of the answer to a conversation, None if it is all content.
-
-        `options` are those that `encode_chat` has taken, `prompt_ids` the last tokens of what came of it.
-        """
-        tools = None
-        if options is not None and options.tools and options.tool_choice != "none":
-            tools = self._tool_parser(options, req_id)
-        marks = self.answers.reasoning
-        if marks is None or (options is not None and not options.separate_reasoning):
-            return None if tools is None else AnswerParser(None, tools)
-        is_forced = options is not None and options.tool_choice == "required"
-        is_open = self._is_reasoning_open(marks, messages, options, prompt_ids)
-        reasoning = None if is_forced else ReasoningParser(*marks, is_open=is_open)
-        return AnswerParser(reasoning, tools, keep_reasoning=options is None or options.include_reasoning)
-
-    def call_grammar(self, options: ChatOptions, content: Grammar | None) -> Grammar | None:
-        """Return what holds the calls in an answer to their schemas, None if nothing does. `content`: the grammar of an
-        answer without calls.
-
-        Raises:
-            BadRequest: as `read_tools` and `call_grammars.call_grammar`; or how the model calls tools is not known.
-        """
-        tools = read_tools(options.tools)
-        if self.answers.tools is None or not tools:
-            return content  # if it has to call, rendering says why it cannot
-        return call_grammar(self.answers.tools, tools, options, content, self._special_ids)
-
-    def _tool_parser(self, options: ChatOptions, req_id: bytes) -> ToolParser | None:
-        schemas = schemas_of(read_tools(options.tools))
-        if self.answers.tools is None or not schemas:
-            return None
-        one_call = not options.parallel_tool_calls or bool(options.tool_name)
-        parser = self.answers.tools(schemas, one_call=one_call, req_id=req_id)
-        if options.tool_choice == "required":
-            parser.begin_with(parser.opening(options.tool_name))
-        return parser
-
-    def _forced(self, text: str, options: ChatOptions) -> str:
-        """Return what makes the answer to the prompt `text` a call of a tool: how one begins, after any reasoning.
-
-        Raises:
-            BadRequest: how the model calls tools is not known, there are none to call, or `tool_name` is none of them.
-        """
-        names = schemas_of(read_tools(options.tools)) if options.tools and options.tool_choice != "none" else {}
-        if names and self.answers.tools is None:
-            raise BadRequest(
-                "how this model calls tools is not known here; the operator can say so with --tool-parser",
-                param="tools",
-            )
-        if options.tool_choice != "required":
-            return ""
-        if self.answers.tools is None or not names or (options.tool_name and options.tool_name not in names):
-            known = ", ".join(names) or "none"
-            raise BadRequest(
-                f"tool_choice asks for {options.tool_name or 'a tool'!r}; the tools are: {known}", param="tool_choice"
-            )
-        start, end = self.answers.reasoning or ("", "")
-        closing = f"{end}\n\n" if start and text.rstrip().endswith(start) else ""
-        return closing + self.answers.tools.opening(options.tool_name)
-
-    def reasoning_budget(
-        self, messages: Sequence[ChatMessage], options: ChatOptions | None, prompt_ids: Sequence[int]
-    ) -> ReasoningBudget | None:
-        """Return where the reasoning of an answer begins and ends, and after how many tokens it is ended at the latest;
-        None: nothing is told apart, or not bounded where the options are lenient. Arguments as for `parser`.
-
-        Raises:
-            BadRequest: `options` bound the reasoning of a model that does none, or not between two tokens.
-        """
-        max_tokens = None if options is None else options.max_reasoning_tokens
-        marks = self.answers.reasoning
-        if options is not None and options.tool_choice == "required":
-            return None  # the call has begun in the prompt
-        start, end = (None, None) if marks is None else map(self._tokenizer.token_to_id, marks)
-        if marks is None or start is None or end is None:
-            if options is None or max_tokens is None or options.is_lenient:
-                return None
-            raise BadRequest(
-                "this model has no tokens that begin and end its reasoning; leave max_reasoning_tokens out",
-                param="max_reasoning_tokens",
-            )
-        is_open = self._is_reasoning_open(marks, messages, options, prompt_ids)
-        return ReasoningBudget(end, MAX_TOKENS if max_tokens is None else max_tokens, None if is_open else start)
-
-    def _is_reasoning_open(
-        self,
-        marks: tuple[str, str],
-        messages: Sequence[ChatMessage],
-        options: ChatOptions | None,
-        prompt_ids: Sequence[int],
-    ) -> bool:
-        """Return whether the answer begins inside reasoning: the prompt has opened it and not closed it."""
-        if self.decode_all(prompt_ids).rstrip().endswith(marks[0]):
-            return True
-        if options is None or not options.continue_final_message:
-            return False
-        content = messages[-1].content or ""
-        return content.rfind(marks[0]) > content.rfind(marks[1])
-
-    @cached_property
-    def _special_ids(self) -> dict[str, int]:
-        """The special tokens among the marks of the model's answers."""
-        added = self._tokenizer.get_added_tokens_decoder().items()
-        return {token.content: index for index, token in added if token.special and token.content in self.answers.marks}
 
     @cached_property
     def _all_token_bytes(self) -> list[bytes]:

@@ -80,7 +80,7 @@ def matcher(text: ModelText, grammar: Grammar | None) -> LLMatcher:
 
 def can_be(text: ModelText, given: ChatOptions, answer: str, content: Grammar | None = None) -> bool:
     """Return whether an answer may be `answer`, all of it."""
-    made = matcher(text, text.call_grammar(given, content))
+    made = matcher(text, text.answers.call_grammar(given, content))
     ids = text._tokenizer.encode(answer, add_special_tokens=False).ids
     return bool(made.try_consume_tokens(ids) == len(ids) and made.is_accepting())
 
@@ -119,9 +119,9 @@ def test_a_forced_call_is_held_unless_its_tool_says_otherwise(family: str) -> No
         bad = written(family, "far", BAD).removeprefix(parser.opening(name))
         assert can_be(text, options(**forced), rest) and not can_be(text, options(**forced), bad)
         assert not can_be(text, options(**forced), "No.")
-        assert text.call_grammar(options(strict=False, **forced), None) is None
+        assert text.answers.call_grammar(options(strict=False, **forced), None) is None
         assert can_be(text, options(strict=True, **forced), rest)
-    assert text.call_grammar(options(), None) is None, "nothing is asked for"
+    assert text.answers.call_grammar(options(), None) is None, "nothing is asked for"
 
 
 @pytest.mark.parametrize("family", [family for family in TEXTS if family != "llama3.1"])
@@ -134,9 +134,9 @@ def test_beside_tools_content_is_held_to_its_schema(family: str) -> None:
     assert not can_be(text, options(), written(family, "far", BAD), content)
     assert can_be(text, options(strict=False), written(family, "far", BAD), content)
     with pytest.raises(BadRequest, match="JSON schema only"):
-        text.call_grammar(options(), Grammar("regex", "a"))
+        text.answers.call_grammar(options(), Grammar("regex", "a"))
     with pytest.raises(BadRequest, match="cannot be told from content"):
-        TEXTS["llama3.1"].call_grammar(options(), content)
+        TEXTS["llama3.1"].answers.call_grammar(options(), content)
 
 
 @pytest.mark.parametrize("family", TEXTS)
@@ -149,7 +149,7 @@ def test_whatever_the_model_would_rather_write_what_is_parsed_is_valid(family: s
     given = msgspec.structs.replace(given, tools=msgspec.json.encode(tools))
     num_calls = 0
     for _ in range(20):
-        made = matcher(text, text.call_grammar(given, None))
+        made = matcher(text, text.answers.call_grammar(given, None))
         ids: list[int] = []
         while len(ids) < 400 and not made.is_stopped() and not (made.is_accepting() and len(ids) > 60):
             bits = np.unpackbits(np.frombuffer(made.compute_bitmask(), np.uint8), bitorder="little")
@@ -158,7 +158,7 @@ def test_whatever_the_model_would_rather_write_what_is_parsed_is_valid(family: s
             assert made.consume_token(ids[-1])
         if not made.is_accepting():
             continue  # one call after the other
-        parser = text.parser([ChatMessage("user", "x")], given, [])
+        parser = text.answers.parser([ChatMessage("user", "x")], given, [])
         assert parser is not None
         detokenizer = text.detokenizer(for_parser=True)
         parts = joined([*parser.push(detokenizer.push(ids)), *parser.push(detokenizer.finish()), *parser.finish()])
@@ -173,7 +173,7 @@ def test_whatever_the_model_would_rather_write_what_is_parsed_is_valid(family: s
 
 def test_what_a_schema_only_tells_the_model_takes_no_room_in_the_grammar() -> None:
     told = {"title": "T", "description": "D" * 70_000, "properties": {"description": {"type": "integer"}}}
-    grammar = TEXTS["qwen3"].call_grammar(options(strict=True, schema={"type": "object", **told}), None)
+    grammar = TEXTS["qwen3"].answers.call_grammar(options(strict=True, schema={"type": "object", **told}), None)
     assert grammar is not None and "DDD" not in grammar.text
     assert can_be(
         TEXTS["qwen3"],
@@ -181,7 +181,7 @@ def test_what_a_schema_only_tells_the_model_takes_no_room_in_the_grammar() -> No
         written("qwen3", "far", {"description": 3}),
     )
     with pytest.raises(BadRequest, match="strict: false"):
-        TEXTS["qwen3"].call_grammar(options(strict=True, schema={"enum": ["x" * 70_000]}), None)
+        TEXTS["qwen3"].answers.call_grammar(options(strict=True, schema={"enum": ["x" * 70_000]}), None)
 
 
 @pytest.mark.parametrize(
@@ -195,4 +195,4 @@ def test_what_a_schema_only_tells_the_model_takes_no_room_in_the_grammar() -> No
 )
 def test_what_calls_cannot_be_held_to_is_named(family: str, schema: dict[str, Any], words: str) -> None:
     with pytest.raises(BadRequest, match=words):
-        matcher(TEXTS[family], TEXTS[family].call_grammar(options(strict=True, schema=schema), None))
+        matcher(TEXTS[family], TEXTS[family].answers.call_grammar(options(strict=True, schema=schema), None))
