@@ -27,7 +27,8 @@ PackedHashes = Annotated[bytes, Meta(max_length=16 * MAX_TOKENS)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Reason = Annotated[str, Meta(max_length=4096)]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
-Seconds = Annotated[float, Meta(ge=0, le=1e9)]  # thirty years: sums stay finite
+MAX_SECONDS = 1e9  # thirty years: sums stay finite
+Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 
 

@@ -161,15 +161,15 @@ def _add_parts(piece: Piece, parts: list[AnswerPart]) -> str:
 
 
 class Waiter:
-    """Wakes one task about several answers: at every event, or only when all have ended.
+    """Wakes one task about several answers: whenever `num_events` have come, and when all have ended.
 
-    `overrun` is called when very many events wait for a task that is to see each: its client does not read.
+    `overrun` is called when very many events wait: the client does not read.
     """
 
-    def __init__(self, num_open: int, overrun: Callable[[], None], *, every_event: bool) -> None:
+    def __init__(self, num_open: int, overrun: Callable[[], None], *, num_events: int) -> None:
         self.num_open = num_open
         self._overrun = overrun
-        self._every_event = every_event
+        self._num_events = num_events
         self._num_waiting = 0
         self._has_news = False
         self._task: trio.lowlevel.Task | None = None
@@ -177,12 +177,10 @@ class Waiter:
     def wake(self, event: Event) -> None:
         if isinstance(event, Finished):
             self.num_open -= 1
-        elif not self._every_event:
-            return
         self._num_waiting += 1
         if self._num_waiting > MAX_WAITING_EVENTS:
             self._overrun()
-        if self._every_event or not self.num_open:
+        if self._num_waiting % self._num_events == 0 or not self.num_open:
             self._has_news = True
             if self._task is not None:
                 task, self._task = self._task, None

@@ -1,8 +1,9 @@
 """Runs what one HTTP request asks for, and writes what comes back in the client's dialect, whole or as it comes.
 
-A whole answer wakes its connection once, when the last choice has ended (or at every step if its text may end it,
-which must be looked for as it comes). A streamed one is woken at most once per engine step, and writes all that came
-meanwhile in one go. A client that goes away cancels the task that serves it, and with it its requests.
+A whole answer wakes its connection seldom: as often as there is some work, and when the last choice has ended (or at
+every step if its text may end it, which must be looked for as it comes). A streamed one is woken at most once per
+engine step, and writes all that came meanwhile in one go. A client that goes away cancels the task that serves it, and
+with it its requests.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from kvasir.gateway.tenants.directory import Caller
 from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import BadRequest
 
+WHOLE_EVENTS = 256  # of an answer that is not streamed are turned into text together
+QUICK_LOGPROBS = 2048  # more are written in a thread
+MAX_WHOLE_LOGPROBS = 1 << 18  # some five hundred bytes each while they are written
 MAX_PREPARED = 8  # prompts of one request, before others go first
 
 
@@ -34,6 +38,7 @@ class Completions:
     def __init__(self, core: CoreApi, preparer: Preparer) -> None:
         self._core = core
         self._preparer = preparer
+        self._threads = trio.CapacityLimiter(2)
 
     async def answer(
         self, asked: Asked, caller: Caller, writer_of: type[Writer], call: HttpCall
@@ -50,8 +55,8 @@ class Completions:
             requests = [msgspec.structs.replace(request, cache_hint="closing") for request in requests]
         if says_no_store(call.request.headers):
             requests = [msgspec.structs.replace(request, no_store=True) for request in requests]
-        every_event = asked.stream or _may_end_early(requests[0])
-        waiter = Waiter(len(requests), call.stream.cut, every_event=every_event)
+        num_events = 1 if asked.stream or _may_end_early(requests[0]) else WHOLE_EVENTS
+        waiter = Waiter(len(requests), call.stream.cut, num_events=num_events)
         answers = [Answer(self._core, waiter.wake) for _ in requests]
         submits: list[Submit] = []
         try:
@@ -91,15 +96,28 @@ class Completions:
 
     async def _whole(self, answers: list[Answer], waiter: Waiter, writer: Writer, call: HttpCall) -> HttpResponse:
         pieces = [Piece() for _ in answers]
+        num_logprobs = 0
         while any(piece.finished is None for piece in pieces):
             await waiter.wait()
             for piece, answer in zip(pieces, answers, strict=True):
-                piece.extend(answer.take())
+                more = answer.take()
+                num_logprobs += sum([1 + len(entry.top) for entry in more.logprobs])
+                piece.extend(more)
+            if num_logprobs > MAX_WHOLE_LOGPROBS:
+                raise BadRequest(
+                    f"more than {MAX_WHOLE_LOGPROBS} log probabilities; stream the answer", param="logprobs"
+                )
         ends = [_end(piece) for piece in pieces]
         for end in ends:
             if end.error is not None:
                 return call.error(end.error)
-        return json_response(200, writer.whole(pieces, ends), [("x-kvasir-worker", ends[0].worker_id)])
+
+        def write() -> HttpResponse:
+            return json_response(200, writer.whole(pieces, ends), [("x-kvasir-worker", ends[0].worker_id)])
+
+        if num_logprobs <= QUICK_LOGPROBS:
+            return write()
+        return await trio.to_thread.run_sync(write, limiter=self._threads)
 
     async def _stream(
         self, answers: list[Answer], waiter: Waiter, writer: Writer, call: HttpCall

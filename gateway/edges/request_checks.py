@@ -6,7 +6,6 @@ Every function raises `BadRequest`, whose `param` names the field in the words o
 from __future__ import annotations
 
 from collections.abc import Collection
-from math import inf
 
 import msgspec
 
@@ -16,7 +15,7 @@ from kvasir.gateway.text.model_text import ModelText
 from kvasir.gateway.text.tool_schemas import read_tools
 from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import BadRequest, PromptTooLong
-from kvasir.protocol.messages import MAX_TOKEN_ID
+from kvasir.protocol.messages import MAX_SECONDS, MAX_TOKEN_ID
 from kvasir.protocol.tokens import TOKEN_BYTES, view_tokens
 
 
@@ -98,8 +97,8 @@ def check_sampling(request: CompletionRequest, info: ModelInfo, text: ModelText 
         check_ids(text, request.sampling.allowed_token_ids, "allowed_token_ids")
     if request.no_store and request.retention:
         raise BadRequest("no_store leaves nothing that retention could keep; leave one out", param="retention")
-    if request.deadline_s is not None and not 0 < request.deadline_s < inf:
-        raise BadRequest("deadline_s must be a positive number of seconds", param="deadline_s")
+    if request.deadline_s is not None and not 0 < request.deadline_s <= MAX_SECONDS:
+        raise BadRequest("deadline_s must be a positive number of seconds, up to 1e9", param="deadline_s")
 
 
 def window(info: ModelInfo) -> str:

@@ -79,7 +79,7 @@ FIELDS: tuple[Row, ...] = (
         "vLLM's older names for the same",
     ),
     Row("stream stream_options", _BOTH, "honoured", "server-sent events"),
-    Row("logprobs top_logprobs", _CHAT, "honoured", "up to 20"),
+    Row("logprobs top_logprobs", _CHAT, "honoured", "up to 20; of an answer that is not streamed 262,144 in all"),
     Row("logprobs", _TEXT, "honoured", "up to 20"),
     Row("best_of", _TEXT, "honoured", "up to `n`, where it chooses nothing"),
     Row("deadline_s", _BOTH, "honoured", "ours: the request ends with an error after so many seconds"),

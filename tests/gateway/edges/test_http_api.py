@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 
 from kvasir.gateway.core.api import Delta, Finished, Submit
+from kvasir.gateway.edges import http_api, http_completions
 from kvasir.gateway.edges.answer import MAX_WAITING_EVENTS
+from kvasir.gateway.edges.openai_answers import ChatWriter
+from kvasir.gateway.edges.openai_requests import read_chat
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.protocol.errors import RequestFailed
 from kvasir.protocol.terms import Terms
@@ -169,6 +175,34 @@ def test_the_bytes_of_a_logprob_are_the_tokens_own_even_within_a_character() -> 
         assert all(bytes(entry["bytes"]) == bytes(entry["top_logprobs"][0]["bytes"]) for entry in content)
 
     run(main)
+
+
+def test_an_answer_with_very_many_logprobs_is_written_in_a_thread_or_has_to_be_streamed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written_by: list[threading.Thread] = []
+
+    class Noting(ChatWriter):
+        def whole(self, pieces: Any, ends: Any) -> dict[str, Any]:
+            written_by.append(threading.current_thread())
+            return super().whole(pieces, ends)
+
+    monkeypatch.setitem(http_api._ROUTES, "/v1/chat/completions", (read_chat, Noting))
+    monkeypatch.setattr(http_completions, "MAX_WHOLE_LOGPROBS", 10_000)  # each of these tokens has two
+    body = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 1}
+
+    async def main(house: House) -> None:
+        for n, max_tokens in ((1, 100), (4, 1000)):
+            response, _ = await house.ask("/v1/chat/completions", {**body, "n": n, "max_tokens": max_tokens})
+            choices = decoded(response)["choices"]
+            assert [len(choice["logprobs"]["content"]) for choice in choices] == [max_tokens] * n
+        assert [thread is threading.main_thread() for thread in written_by] == [True, False]
+        response, _ = await house.ask("/v1/chat/completions", {**body, "n": 8, "max_tokens": 1000})
+        assert response is not None and response.status == 400
+        assert decoded(response)["error"]["param"] == "logprobs" and len(written_by) == 2
+
+    ids = TEXT.encode(ANSWER) * 100
+    run(main, House(lambda submit: ids[: submit.max_tokens]))
 
 
 def test_all_tokens_that_came_since_the_last_write_go_out_in_one() -> None:

@@ -167,6 +167,7 @@ def test_a_request_without_a_hint_gets_its_tenants_default_and_one_with_a_hint_k
         ({"text": "x", "stop_token_ids": [99999]}, BadRequest, "99999", "stop_token_ids"),
         ({"text": "x", "sampling": SamplingOptions(logit_bias={-1: 1.0})}, BadRequest, "-1", "logit_bias"),
         ({"text": "x", "deadline_s": 0.0}, BadRequest, "positive", "deadline_s"),
+        ({"text": "x", "deadline_s": 1e300}, BadRequest, "up to 1e9", "deadline_s"),
         ({"text": "\ud800"}, BadRequest, "surrogate", None),
     ],
 )
