@@ -10,6 +10,7 @@ import msgspec
 
 from kvasir.protocol.client_messages import (
     MAX_CLIENT_FRAME_BYTES,
+    PLAIN_CHAT,
     ChatMessage,
     ChatOptions,
     CompletionRequest,
@@ -141,7 +142,7 @@ def make_request(
         deadline_s=options.get("deadline_s"),
         cache_hint=options.get("cache_hint"),
         retention=list(options.get("retention", ())),
-        chat=None if messages is None else _chat_options(options),
+        chat=PLAIN_CHAT if messages is None else _chat_options(options),
         grammar=_grammar(options),
         **{name: options[name] for name in _PASSED_ON if name in options},  # type: ignore[literal-required]
     )
@@ -173,7 +174,7 @@ def _grammar(options: Options) -> Grammar | None:
     return found[0] if found else None
 
 
-def _chat_options(options: Options) -> ChatOptions | None:
+def _chat_options(options: Options) -> ChatOptions:
     given: dict[str, Any] = {name: options[name] for name in _OF_CHATS if name in options}  # type: ignore[literal-required]
     for name in ("tools", "documents", "variables"):
         if value := options.get(name):
@@ -185,7 +186,7 @@ def _chat_options(options: Options) -> ChatOptions | None:
         given |= {"tool_choice": "required", "tool_name": choice}
     if options.get("continue_final_message"):
         given |= {"continue_final_message": True, "add_generation_prompt": False}
-    return ChatOptions(**given) if given else None
+    return ChatOptions(**given)
 
 
 def _encode_json(name: str, value: Any) -> bytes:

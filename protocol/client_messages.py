@@ -92,6 +92,9 @@ class ChatOptions(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
         return bool(self.tools) and self.tool_choice != "none"
 
 
+PLAIN_CHAT = ChatOptions()
+
+
 class Usage(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Tokens of one request: `cached_tokens` of the prompt were found in the worker's KV cache."""
 
@@ -132,7 +135,7 @@ class CompletionRequest(ClientMessage, tag="request"):
     deadline_s: Seconds | None = None
     cache_hint: CacheHint | None = None
     retention: Annotated[list[RetentionHint], Meta(max_length=16)] = []
-    chat: ChatOptions | None = None
+    chat: ChatOptions = PLAIN_CHAT
     include_stop: bool = False
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None

@@ -160,8 +160,7 @@ def _end_all(answers: list[Answer]) -> None:
 
 def _may_end_early(request: CompletionRequest) -> bool:
     """Return whether the text of an answer can end it."""
-    chat = request.chat
-    return bool(request.stop) or (chat is not None and (not chat.parallel_tool_calls or bool(chat.tool_name)))
+    return bool(request.stop or request.chat.tool_name) or not request.chat.parallel_tool_calls
 
 
 def _end(piece: Piece) -> Finished:

@@ -116,11 +116,11 @@ def _has_breakpoint(body: ChatBody) -> bool:
     return False
 
 
-def _chat_options(body: ChatBody, is_lenient: bool) -> ChatOptions | None:
-    """Return how the template is to be used; None where the request says nothing of it."""
+def _chat_options(body: ChatBody, is_lenient: bool) -> ChatOptions:
+    """Return how the template is to be used."""
     choice, is_continued = body.tool_choice, bool(body.continue_final_message)
     has_cue = body.add_generation_prompt
-    options = ChatOptions(
+    return ChatOptions(
         tools=_object(body.tools),
         tool_choice="required" if isinstance(choice, NamedTool) else choice or "auto",
         tool_name=choice.function.name[:256] if isinstance(choice, NamedTool) else "",
@@ -137,7 +137,6 @@ def _chat_options(body: ChatBody, is_lenient: bool) -> ChatOptions | None:
         add_generation_prompt=bool(has_cue) if is_continued else has_cue is not False,
         continue_final_message=is_continued,
     )
-    return None if options == _PLAIN_CHAT else options
 
 
 def _variables(body: ChatBody) -> bytes:
@@ -155,7 +154,6 @@ def _object(raw: Raw) -> bytes:
 
 
 _SAMPLING = ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"]
-_PLAIN_CHAT = ChatOptions()
 _CHAT, _COMPLETION = FieldCheck("chat"), FieldCheck("completions")
 _TURN, _OPTIONS = FieldCheck("message"), FieldCheck("stream_options")
 _turns = "messages", Annotated[list[_TURN.with_harmless(Turn)], Meta(max_length=MAX_TURNS)]  # type: ignore[misc]

@@ -152,8 +152,6 @@ class Preparer:
         text = self._texts.get(submit.model)
         if text is None or request.messages is None or not request.want_text:
             return None
-        if request.chat is None and text.answers.reasoning is None:
-            return None
         return text.answers.parser(request.messages, request.chat, _tail(submit.token_ids), submit.req_id)
 
     def detokenizer(
@@ -237,8 +235,10 @@ class Preparer:
         max_tokens = check_max_tokens(request, info, num_tokens)
         check_sampling(request, info, text, max_tokens)
         sampling = self._sampling(request, info.name)
-        chat = request.chat if "max_reasoning_tokens" not in info.lacks else None
-        is_bounded = chat is not None and chat.max_reasoning_tokens is not None
+        chat = request.chat
+        if "max_reasoning_tokens" in info.lacks:  # refused, or lenient
+            chat = msgspec.structs.replace(chat, max_reasoning_tokens=None)
+        is_bounded = chat.max_reasoning_tokens is not None
         if text is not None and request.messages is not None and (is_bounded or request.grammar is not None):
             budget = text.answers.reasoning_budget(request.messages, chat, _tail(packed))
             if budget is not None:
@@ -296,7 +296,7 @@ def _parts(request: CompletionRequest) -> PromptParts | None:
     chat = request.chat
     return PromptParts(
         system=b"".join([digest for is_system, digest in digests if is_system]),
-        tools=b"" if chat is None or not chat.offers_tools else xxh3_128_digest(chat.tools),
+        tools=xxh3_128_digest(chat.tools) if chat.offers_tools else b"",
         messages=tuple([digest for is_system, digest in digests if not is_system]),
     )
 
@@ -320,4 +320,4 @@ def _num_chars(request: CompletionRequest) -> int:
         if message.reasoning or message.tool_calls:
             num_chars += len(message.reasoning) + sum(len(call.arguments) for call in message.tool_calls)
     chat = request.chat
-    return num_chars if chat is None else num_chars + len(chat.tools) + len(chat.documents) + len(chat.variables)
+    return num_chars + len(chat.tools) + len(chat.documents) + len(chat.variables)

@@ -27,8 +27,7 @@ def with_grammar(request: CompletionRequest, info: ModelInfo, text: ModelText | 
     """
     chat = request.chat
     if (
-        chat is not None
-        and text is not None
+        text is not None
         and chat.offers_tools
         and (request.grammar is not None or chat.tool_choice == "required" or b"strict" in chat.tools)
     ):
@@ -132,7 +131,7 @@ def check_max_tokens(request: CompletionRequest, info: ModelInfo, num_tokens: in
     if request.max_tokens < 1:
         raise BadRequest(f"max_tokens must be at least 1, not {request.max_tokens}", param="max_tokens")
     if request.max_tokens > left:
-        if request.chat is not None and request.chat.is_lenient:
+        if request.chat.is_lenient:
             return left
         raise PromptTooLong(
             f"{window(info)}; the prompt has {num_tokens}, max_tokens is {request.max_tokens}: ask for at most {left}",
@@ -153,6 +152,5 @@ def _asks_for(request: CompletionRequest, field: str) -> bool:
         case "bad_words":
             return bool(request.sampling.bad_words)
         case "max_reasoning_tokens":
-            chat = request.chat
-            return chat is not None and chat.max_reasoning_tokens is not None and not chat.is_lenient
+            return request.chat.max_reasoning_tokens is not None and not request.chat.is_lenient
     return False

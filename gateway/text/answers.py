@@ -15,8 +15,6 @@ from kvasir.protocol.client_messages import ChatMessage, ChatOptions
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import MAX_TOKENS, Grammar, ReasoningBudget
 
-_PLAIN = ChatOptions()
-
 
 class Answers:
     """Reasoning and calls of tools in the answers of one model. Immutable.
@@ -33,7 +31,7 @@ class Answers:
     def parser(
         self,
         messages: Sequence[ChatMessage],
-        options: ChatOptions | None,
+        options: ChatOptions,
         prompt_ids: Sequence[int],
         req_id: bytes = b"",
     ) -> AnswerParser | None:
@@ -41,7 +39,6 @@ class Answers:
 
         `options` are those that the template has taken, `prompt_ids` the last tokens of what came of it.
         """
-        options = options or _PLAIN
         tools = self._tool_parser(options, req_id) if options.offers_tools else None
         marks = self.reasoning
         if marks is None or not options.separate_reasoning:
@@ -86,7 +83,7 @@ class Answers:
         return closing + self.tools.opening(options.tool_name)
 
     def reasoning_budget(
-        self, messages: Sequence[ChatMessage], options: ChatOptions | None, prompt_ids: Sequence[int]
+        self, messages: Sequence[ChatMessage], options: ChatOptions, prompt_ids: Sequence[int]
     ) -> ReasoningBudget | None:
         """Return where the reasoning of an answer begins and ends, and after how many tokens it is ended at the latest;
         None: nothing is told apart, or not bounded where the options are lenient. Arguments as for `parser`.
@@ -94,7 +91,6 @@ class Answers:
         Raises:
             BadRequest: `options` bound the reasoning of a model that does none, or not between two tokens.
         """
-        options = options or _PLAIN
         max_tokens, marks = options.max_reasoning_tokens, self.reasoning
         if options.tool_choice == "required":
             return None  # the call has begun in the prompt

@@ -22,11 +22,10 @@ import msgspec
 
 from kvasir.gateway.text.json_input import read_json
 from kvasir.gateway.text.tool_schemas import read_tools
-from kvasir.protocol.client_messages import ChatMessage, ChatOptions, ToolCall
+from kvasir.protocol.client_messages import PLAIN_CHAT, ChatMessage, ChatOptions, ToolCall
 from kvasir.protocol.errors import BadRequest
 
 _OURS = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
-_PLAIN = ChatOptions()
 _OPEN_END = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' mark; a template that trims takes the space away
 
 
@@ -52,7 +51,7 @@ class ChatTemplate:
         """Return whether the template reads `variable`."""
         return variable in self._variables
 
-    def render(self, messages: Sequence[ChatMessage], options: ChatOptions | None = None) -> str:
+    def render(self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN_CHAT) -> str:
         """Return the text of a conversation, by default with the cue for the assistant's answer.
 
         Raises:
@@ -62,8 +61,6 @@ class ChatTemplate:
         if not messages:
             raise BadRequest("messages is empty; send at least one message", param="messages")
         turns = [_turn(message) for message in messages]
-        if options is None:
-            return self._render(turns, None, _PLAIN, {})
         if options.offers_tools and not self._knows_tools:
             raise BadRequest("the model's chat template knows no tools; leave them out", param="tools")
         documents = self._documents(options)

@@ -28,7 +28,7 @@ from kvasir.gateway.text.model_files import (
 from kvasir.gateway.text.piece_cache import Memory
 from kvasir.gateway.text.token_bytes import token_bytes_by_id
 from kvasir.gateway.text.word_cache import make_word_cache
-from kvasir.protocol.client_messages import ChatMessage, ChatOptions
+from kvasir.protocol.client_messages import PLAIN_CHAT, ChatMessage, ChatOptions
 from kvasir.protocol.errors import BadRequest, ModelError
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 
@@ -75,7 +75,7 @@ class ModelText:
         """Return the token ids of `text`, with whatever the tokenizer puts around a text (a BOS token, say)."""
         return unpack_tokens(self.pack(text))
 
-    def encode_chat(self, messages: Sequence[ChatMessage], options: ChatOptions | None = None) -> list[int]:
+    def encode_chat(self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN_CHAT) -> list[int]:
         """Return the token ids of a conversation up to where the assistant's next answer begins.
 
         Raises:
@@ -95,7 +95,7 @@ class ModelText:
         return pack_tokens(self._tokenizer.encode(text).ids)
 
     def pack_chat(
-        self, messages: Sequence[ChatMessage], memory: Memory | None = None, options: ChatOptions | None = None
+        self, messages: Sequence[ChatMessage], memory: Memory | None = None, options: ChatOptions = PLAIN_CHAT
     ) -> bytes:
         """Return what `encode_chat` does, packed; `memory` and errors as `pack`.
 
@@ -103,8 +103,7 @@ class ModelText:
             BadRequest: as `render_chat`.
         """
         text = self.render_chat(messages, options)
-        if options is not None:
-            text += self.answers.forced(text, options)
+        text += self.answers.forced(text, options)
         packed = self._pack_known(text, memory)
         if packed is None:
             packed = pack_tokens(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -126,7 +125,7 @@ class ModelText:
         ids = self._words.encode(text, memory.words)
         return None if ids is None else pack_tokens(ids)
 
-    def render_chat(self, messages: Sequence[ChatMessage], options: ChatOptions | None = None) -> str:
+    def render_chat(self, messages: Sequence[ChatMessage], options: ChatOptions = PLAIN_CHAT) -> str:
         """Return the text of a conversation, by default with the cue for the assistant's answer.
 
         Raises:

@@ -99,7 +99,7 @@ def test_options_for_chats_reach_the_gateway(client: Client, gateway: FakeGatewa
     assert (sampling.min_tokens, sampling.allowed_token_ids, sampling.bad_words) == (1, [5], ["b"])
     assert (request.include_stop, request.skip_special_tokens) == (True, False)
     assert (request.truncate_prompt_tokens, request.cache_salt) == (9, "s")
-    for choice, expected in (("none", ChatOptions(tool_choice="none")), ("auto", None)):
+    for choice, expected in (("none", ChatOptions(tool_choice="none")), ("auto", ChatOptions())):
         client.chat(HI, tool_choice=choice)
         assert gateway.wait_for(CompletionRequest).chat == expected
 

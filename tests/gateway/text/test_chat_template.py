@@ -31,7 +31,7 @@ CHAT = [ChatMessage("user", "Hi "), ChatMessage("assistant", "Well, I ")]
 
 
 def render(source: str, messages: list[ChatMessage], **options: Any) -> str:
-    return ChatTemplate(source, TOKENS).render(messages, ChatOptions(**options) if options else None)
+    return ChatTemplate(source, TOKENS).render(messages, ChatOptions(**options))
 
 
 def expected(source: str, messages: list[ChatMessage], **options: Any) -> str:
