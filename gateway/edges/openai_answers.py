@@ -59,11 +59,12 @@ class OpenAiWriter(Writer):
 
     def progress(self, index: int, piece: Piece) -> list[bytes]:
         self.num_reasoning_tokens += piece.num_reasoning_tokens
-        ids = self._token_ids(piece) if piece.token_ids else {}
-        if not (piece.text or piece.parts or piece.logprobs or ids):
+        wants_ids = self.asked.wants_token_ids and piece.token_ids
+        if not (piece.text or piece.parts or piece.logprobs or wants_ids):
             return []
-        rest = {"logprobs": self._logprobs(piece), "finish_reason": None, **ids}
-        return [self._chunk({"index": index, **self._gained(index, piece), **rest})]
+        logprobs = self._logprobs(piece) if piece.logprobs else None
+        choice = {"index": index, **self._gained(index, piece), "logprobs": logprobs, "finish_reason": None}
+        return [self._chunk(choice | self._token_ids(piece) if wants_ids else choice)]
 
     def ending(self, index: int, end: Finished) -> bytes:
         rest = {"logprobs": None, "finish_reason": _FINISH.get(end.reason, end.reason)}
