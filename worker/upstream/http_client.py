@@ -110,17 +110,20 @@ class HttpStream:
         Raises:
             UpstreamUnreachable: as `receive`, or an event above its bound.
         """
+        num_searched = 0
         while True:
-            end = self._rest.find(b"\n\n")
+            end = self._rest.find(b"\n\n", num_searched)
             if end >= 0:
                 event = bytes(self._rest[:end])
                 del self._rest[: end + 2]
+                num_searched = 0
                 lines = [line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")]
                 if lines:
                     return b"\n".join(lines)
                 continue
             if len(self._rest) > MAX_EVENT_BYTES:
                 raise UpstreamUnreachable(f"an event of more than {MAX_EVENT_BYTES} bytes")
+            num_searched = max(0, len(self._rest) - 1)
             data = await self.receive()
             if data is None:
                 return None

@@ -181,12 +181,15 @@ class Streams:
         while (event := await next_event()) is not None and event != vllm.DONE:
             try:
                 chunk = vllm.CHUNKS.decode(event)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 return vllm.UpstreamError(f"an event that cannot be read: {error}", 500)
             if chunk.error is not None:
                 return chunk.error
             if chunk.num_cached_tokens is not None:
-                final.num_cached_tokens = chunk.num_cached_tokens
+                final.num_cached_tokens = min(chunk.num_cached_tokens, num_tokens(active.command.token_ids))
+            num_new = sum([len(choice.token_ids or ()) for choice in chunk.choices])
+            if active.num_generated + num_new > active.command.max_tokens:
+                return vllm.UpstreamError(f"more than the {active.command.max_tokens} tokens asked for")
             for choice in chunk.choices:
                 self._take(active, choice, final)
         if final.finish_reason is None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from kvasir.protocol.errors import BadRequest, ConfigurationError
 from kvasir.protocol.lark import HEADER, lark_of
-from kvasir.protocol.messages import MAX_TOKENS, Constraint, Generate, TokenLogprobs
+from kvasir.protocol.messages import MAX_TOKENS, Constraint, Generate, TokenId, TokenLogprobs
 from kvasir.protocol.tokens import num_tokens, unpack_tokens
 
 GENERATE = "/inference/v1/generate"
@@ -37,7 +37,7 @@ def route(has_generate: bool) -> str:
 
 
 class TopLogprob(msgspec.Struct, gc=False):
-    token_id: int
+    token_id: TokenId
     logprob: float
 
 
@@ -51,13 +51,13 @@ class ChoiceLogprobs(msgspec.Struct, gc=False):
 
 
 class Choice(msgspec.Struct, gc=False):
-    token_ids: list[int] | None = None
+    token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=4096)] | None = None
     finish_reason: str | None = None
     logprobs: ChoiceLogprobs | None = None
 
 
 class PromptDetails(msgspec.Struct, gc=False):
-    cached_tokens: int | None = None
+    cached_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
 class Usage(msgspec.Struct, gc=False):
@@ -168,7 +168,11 @@ def read_models(body: bytes, wanted: str | None) -> ServedModel:
 def read_event_sources(body: bytes) -> dict[int, EventSource]:
     """Return the event sources by data-parallel rank; none where events are off."""
     sources = msgspec.json.decode(body, type=dict[str, EventSource | None])
-    return {int(rank): source for rank, source in sources.items() if source and source.enable_kv_cache_events}
+    return {
+        int(rank): source
+        for rank, source in sources.items()
+        if rank.isdecimal() and source and source.enable_kv_cache_events
+    }
 
 
 def read_limits(body: bytes) -> SchedulerLimits:
@@ -219,7 +223,7 @@ def read_metrics(text: str, rank: int) -> Metrics:
             cache_usage=float(values["kv_cache_usage_perc"]),
             progress=tuple(value for name, value in sorted(values.items()) if name != "process_start_time_seconds"),
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, OverflowError) as error:
         raise ConfigurationError(
             f"the upstream's /metrics do not tell {error} of rank {rank}; is it a vLLM server of 0.20 or later?"
         ) from None

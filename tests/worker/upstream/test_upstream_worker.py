@@ -12,7 +12,7 @@ import trio
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.protocol.errors import ConfigurationError
 from kvasir.protocol.messages import Constraint, Grammar, Sampling
-from kvasir.worker.upstream import incarnation, server, streams
+from kvasir.worker.upstream import http_client, incarnation, server, streams
 from scripts.standin.engine import EngineOptions
 from scripts.standin.events import EventOptions
 from scripts.vllm_standin import StandinOptions, running_standin
@@ -113,6 +113,53 @@ def test_what_the_engine_refuses_fails_that_request_alone(tmp_path: Path) -> Non
             _, finished = await fleet.ask([999_999, *prompt(1)])
             assert finished.error is not None and "out of vocabulary" in finished.error.message
             assert (await other.end()).reason == "length" and not fleet.losses()
+
+    run(body)
+
+
+LIES = {
+    "a negative token": b'{"choices":[{"token_ids":[-1]}]}',
+    "a token of 33 bits": b'{"choices":[{"token_ids":[4294967296]}]}',
+    "more tokens than asked for": b'{"choices":[{"token_ids":[5,6,7]},{"token_ids":[5,6,7]}]}',
+    "no JSON": b"{",
+    "no UTF-8": b'{"choices":[{"finish_reason":"\xff"}]}',
+    "a deep nest": b'{"new":' + b"[" * 100_000,
+    "less than nothing cached": b'{"usage":{"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":-1}}}',
+    "more cached than there is": b'{"usage":{"completion_tokens":1,"prompt_tokens_details":{"cached_tokens":999999}}}',
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_event_that_cannot_be_true_fails_its_own_request_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    start, event = http_client.HttpStream.start, http_client.HttpStream.event
+    lying: list[http_client.HttpStream] = []
+
+    async def note(stream: http_client.HttpStream, request: bytes) -> None:
+        if b'"max_tokens":5' in request:
+            lying.append(stream)
+        await start(stream, request)
+
+    async def lie_first(stream: http_client.HttpStream) -> bytes | None:
+        if stream in lying:
+            lying.remove(stream)
+            return LIES[lie]
+        return await event(stream)
+
+    monkeypatch.setattr(http_client.HttpStream, "start", note)
+    monkeypatch.setattr(http_client.HttpStream, "event", lie_first)
+
+    async def body() -> None:
+        async with running_standin(slow()) as standin, running_fleet(tmp_path, standin) as fleet:
+            _, other = fleet.submit(prompt(2), max_tokens=40)
+            tokens, finished = await fleet.ask(prompt(1), max_tokens=5)
+            if lie == "more cached than there is":
+                assert (tokens, finished.num_cached_tokens) == (oracle(prompt(1), 5), 0)
+            else:
+                assert finished.error is not None and "the upstream" in finished.error.message
+            assert (await other.end()).reason == "length" and other.tokens == oracle(prompt(2), 40)
+            assert not fleet.losses()
 
     run(body)
 
