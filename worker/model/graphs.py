@@ -5,7 +5,7 @@ next size that was captured, and comes back in the same logits. A padded row has
 its keys and values go to the store's spare block. A step that is not one token each of a few sequences is computed as
 ever.
 
-But for capture and replay (`_capture`, `_replay`) all of it runs on a CPU as well, where tests compare it with steps
+But for capture and replay all of it runs on a CPU as well, where tests compare it with steps
 that are not padded. UNPROVEN ON A DEVICE.
 """
 
@@ -70,7 +70,9 @@ class DecodeGraphs:
         self._buffer = torch.zeros(self._base + plan_size, dtype=torch.int32, device=model.device)
         self._buffer[: self._base].view(_NUM_COLUMNS, -1)[2] = kv.spare_slot
         self._drawn = torch.zeros(num_rows, dtype=torch.int64, device=model.device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # with the logits that each writes
+        exact = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self._logits = torch.empty(num_rows, model.config.vocab_size, dtype=exact, device=model.device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         model.rotary.reserve(max_context)
         self.num_padded = 0  # rows computed for nobody
         self.num_steps = 0  # of those below
@@ -95,8 +97,11 @@ class DecodeGraphs:
         size = self.sizes[bisect_left(self.sizes, len(slices))]
         self.num_steps += 1
         self.num_padded += size - len(slices)
-        logits = self._replay(size) if self._graphs else self._compute(size)
-        return logits[: len(slices)]
+        if self._graphs:
+            self._graphs[size].replay()
+        else:
+            self._compute(size)
+        return self._logits[: len(slices)]
 
     @torch.inference_mode()
     def largest_difference(self) -> float:
@@ -142,14 +147,14 @@ class DecodeGraphs:
             self._drawn[: len(drawn)].copy_(drawn)
         return True
 
-    def _compute(self, size: int) -> Tensor:
-        """Return the logits [size, vocab] of what is in the buffer, padded; this is what is captured."""
+    def _compute(self, size: int) -> None:
+        """Compute the logits of the first `size` rows in the buffer; this is what is captured."""
         model = self._model
         token_ids, positions, slots, feed = self._buffer[: self._base].view(_NUM_COLUMNS, -1)[:, :size]
         self._attention.begin_fixed(self._buffer, self._base, size, self._num_partial_rows)
         token_ids = feed_tokens(token_ids, feed, self._drawn)
         rows = self._kv.rows(slots.long())
-        return model.compute(token_ids, model.rotary.rows(positions), rows, self._kv)
+        model.compute(token_ids, model.rotary.rows(positions), rows, self._kv, out=self._logits[:size])
 
     @torch.inference_mode()
     def _capture(self, size: int, pool: Any) -> Any:
@@ -158,11 +163,6 @@ class DecodeGraphs:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits = self._compute(size)
-        self._graphs[size] = graph, logits
+            self._compute(size)
+        self._graphs[size] = graph
         return graph.pool()
-
-    def _replay(self, size: int) -> Tensor:
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits

@@ -79,9 +79,15 @@ class Model:
         return self.compute(batch.token_ids, rotation, kv.rows(batch.slots), kv, batch.logit_rows)
 
     def compute(
-        self, token_ids: Tensor, rotation: Tensor, rows: Tensor, kv: KvStore, logit_rows: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        rotation: Tensor,
+        rows: Tensor,
+        kv: KvStore,
+        logit_rows: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Return the logits of `logit_rows`, by default of all; the attention has begun the step.
+        """Return the logits of `logit_rows`, by default of all, in `out` if given; the attention has begun the step.
 
         `token_ids` [num_tokens], their `rotation` (`RotaryTable`), and the `rows` of `kv` (`KvStore.rows`) that their
         keys and values are written to.
@@ -103,4 +109,6 @@ class Model:
             x = x.index_select(0, logit_rows)
         x = rms_norm(x, (config.hidden_size,), weights.final_norm, config.rms_norm_eps)
         logits = weights.lm_head(x)
+        if out is not None:
+            return out.copy_(logits)
         return logits if logits.dtype == torch.float64 else logits.float()
