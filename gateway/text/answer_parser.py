@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvasir.gateway.text.answer_parts import overlap
+from kvasir.gateway.text.answer_parts import MAX_SPACE, overlap
 from kvasir.gateway.text.tool_calls import HermesParser, LlamaParser, MistralParser, ToolParser
 from kvasir.gateway.text.tool_calls_xml import QwenCoderParser
 from kvasir.protocol.client_messages import AnswerPart, ReasoningPart, TextPart
@@ -69,6 +69,8 @@ class ReasoningParser:
         self._buffer += text
         if not self.is_inside:
             stripped = self._buffer.lstrip()
+            if len(self._buffer) - len(stripped) > MAX_SPACE:
+                return "", self._end()
             if not stripped.startswith(self.start):
                 return "", ("" if self.start.startswith(stripped) else self._end())
             self._buffer = stripped[len(self.start) :]

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 from kvasir.protocol.client_messages import AnswerPart, ReasoningPart, TextPart, ToolCallPart
 
+MAX_SPACE = (
+    4096  # characters of white space that are held back while they may be no content: to look at more would cost
+)
+
 
 def joined(parts: Sequence[AnswerPart]) -> list[AnswerPart]:
     """Return `parts` with neighbours that belong together in one. The beginning of a call stays by itself."""

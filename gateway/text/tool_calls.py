@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from typing import Any
 
-from kvasir.gateway.text.answer_parts import overlap
+from kvasir.gateway.text.answer_parts import MAX_SPACE, overlap
 from kvasir.gateway.text.call_object import CallObject, JsonValue
 from kvasir.protocol.client_messages import AnswerPart, TextPart, ToolCallPart
 
@@ -87,7 +87,8 @@ class ToolParser(ABC):
             self._buffer = buffer[len(buffer) - num_held :]
             return False
         at, opener = min(found)
-        content = buffer[:at].rstrip()
+        start = max(0, at - MAX_SPACE)
+        content = buffer[:start] + buffer[start:at].rstrip()
         self._given_back = buffer[len(content) : at + len(opener)]
         self._emit(content)
         self._buffer = buffer[at + len(opener) :]
@@ -234,9 +235,11 @@ class LlamaParser(ObjectParser):
     def _beginning(self) -> bool:
         """Nothing but white space has come, or a call has ended."""
         stripped = self._buffer.lstrip()
-        if not stripped and not self._ended:
+        if len(self._buffer) - len(stripped) > MAX_SPACE:
+            self._state = self._content
+        elif not stripped and not self._ended:
             return False
-        if stripped.startswith("{"):
+        elif stripped.startswith("{"):
             self._given_back = self._buffer[: len(self._buffer) - len(stripped)]
             self._buffer = stripped
             self._begin_object()
@@ -347,5 +350,6 @@ class MistralParser(ObjectParser):
 
 def _num_held(text: str, openers: Collection[str]) -> int:
     """Return how much of the end of `text` may yet not be content: a beginning of an opener, and white space before."""
-    num_held = max((overlap(text, opener) for opener in openers), default=0)
-    return len(text) - len(text[: len(text) - num_held].rstrip())
+    end = len(text) - max((overlap(text, opener) for opener in openers), default=0)
+    start = max(0, end - MAX_SPACE)
+    return len(text) - start - len(text[start:end].rstrip())

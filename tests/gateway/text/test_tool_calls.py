@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvasir.gateway.text.answer_parser import TOOL_PARSERS, AnswerParser, ReasoningParser, find_format
-from kvasir.gateway.text.answer_parts import joined
+from kvasir.gateway.text.answer_parts import MAX_SPACE, joined
 from kvasir.protocol.client_messages import AnswerPart, ReasoningPart, TextPart, ToolCallPart
 
 TOOLS: dict[str, dict[str, Any]] = {
@@ -265,6 +265,8 @@ def test_arguments_are_let_out_while_they_come(name: str, begun: str, rest: str)
         ("llama3", '{"', "key "),
         ("mistral", "[TOOL_CALLS]", "key "),
         ("mistral", "[TOOL_CALLS]add[ARGS]", "key "),
+        ("hermes", "x", " " * 24),
+        ("llama3", "", " " * 24),
     ],
 )
 def test_a_long_answer_costs_each_piece_about_the_same(name: str, begun: str, piece: str) -> None:
@@ -276,6 +278,27 @@ def test_a_long_answer_costs_each_piece_about_the_same(name: str, begun: str, pi
         parser.push(piece)
     parser.finish()
     assert time.process_time() - began < 6
+
+
+@pytest.mark.parametrize("cut", [1, 7, 4095, 100_000])
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [
+        ("hermes", '<tool_call>{"name": "now", "arguments": {}}</tool_call>'),
+        ("qwen3_coder", "<tool_call><function=now></function></tool_call>"),
+        ("mistral", "[TOOL_CALLS]now[ARGS]{}"),
+        ("llama3", '{"name": "now", "parameters": {}}'),
+    ],
+)
+def test_of_very_much_white_space_before_a_call_only_the_end_is_held_back(name: str, called: str, cut: int) -> None:
+    text = "x" * (name != "llama3") + "\n" * (2 * MAX_SPACE + 5) + called
+    parts = parse(name, [text[at : at + cut] for at in range(0, len(text), cut)])
+    assert parts == parse(name, [text])
+    content = "".join(part.text for part in parts if isinstance(part, TextPart))
+    if name == "llama3":  # a call is all of an answer there
+        assert content == text
+    else:
+        assert content == "x" + "\n" * (MAX_SPACE + 5) and isinstance(parts[1], ToolCallPart)
 
 
 @pytest.mark.parametrize("called", ["add", ""])
@@ -310,6 +333,8 @@ REASONED = [
     ("a</think>b", True, "a", "b"),
     ("<thin", False, "", "<thin"),
     (" <", False, "", " <"),
+    (" " * MAX_SPACE + "<think>a</think>b", False, "a", "b"),
+    (" " * MAX_SPACE + " <think>a</think>", False, "", " " * MAX_SPACE + " <think>a</think>"),
     ("<think>still</thi", False, "still</thi", ""),
     ("", True, "", ""),
 ]
