@@ -32,7 +32,7 @@ _WORDS = (  # of llguidance's errors
     (r"Resource '(.*?)' is not present", "refers to {}, which is not within it; bring what is meant in $defs"),
     (r"Unsatisfiable schema", "allows nothing at all: a part that has to match is false or contradicts itself"),
 )
-_OF_SCHEMA = re.compile(r"failed to compile JSON schema: (.*?)(?=\n *1 \||\Z)", re.DOTALL)
+_OURS = re.compile(r"at \d+\(\d+\): (?:failed to compile JSON schema: )?(.*?)\n *1 \| %llguidance", re.DOTALL)
 _BY_NAME = {"properties", "patternProperties", "$defs", "definitions"}  # keywords whose values are schemas by name
 _DATA = {"const", "enum", "default", "examples", "example"}  # keywords whose values are no schemas
 
@@ -85,8 +85,8 @@ def translate(grammar: Grammar) -> str:
 
 
 def plain(error: str) -> str:
-    """Return what llguidance says, in our words and bounded; of a schema without the grammar that we put around it."""
-    if found := _OF_SCHEMA.search(error):
+    """Return what llguidance says, in our words and bounded, without the grammar that we wrote around what was sent."""
+    if found := _OURS.match(error):
         error = found[1]
     for pattern, words in _WORDS:
         if found := re.search(pattern, error):

@@ -160,6 +160,14 @@ def test_what_is_wrong_with_a_schema_is_said_without_the_grammar_around_it(schem
     assert caught.value.message == message
 
 
+def test_what_is_wrong_with_a_regex_is_said_without_the_grammar_around_it() -> None:
+    with pytest.raises(BadRequest) as caught:
+        matches(Grammar("regex", "(["), "x")
+    assert (
+        caught.value.message == 'invalid regex "([" (in regex): regex parse error: ([ ^ error: unclosed character class'
+    )
+
+
 def test_what_is_wrong_with_a_caller_s_grammar_is_said_in_the_lines_that_were_sent() -> None:
     with pytest.raises(BadRequest, match=r"^at 1\(8\): unknown name"):
         matches(Grammar("lark", "start: x\n"), "x")
