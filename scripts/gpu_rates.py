@@ -188,7 +188,7 @@ def measure_engine(
     num_blocks = batch * (-(-(context + steps) // BLOCK_SIZE) + 2)
     shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
     kv = KvStore(*shape, dtype=model.dtype, device=model.device, has_spare=True)
-    executor = TimedExecutor(with_graphs(model, kv, batch, context + steps)[0], kv)
+    executor = TimedExecutor(with_graphs(model, kv, batch, context + steps)[0], kv, model.ops.race)
     engine = Engine(
         executor,
         PrefixCache(num_blocks, BLOCK_SIZE),

@@ -65,7 +65,7 @@ def open_on_gpu(
                 log("no_graphs", reason=reason)
         told = told or ("CUDA graphs" if graphs is not None else f"no CUDA graphs: {reason}")
         forward = model.forward if graphs is None else graphs.forward
-        executors.append(DeviceExecutor(forward, kv))
+        executors.append(DeviceExecutor(forward, kv, model.ops.race))
         log(
             "device",
             name=device_name(device),

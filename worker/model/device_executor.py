@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvasir.cache.kv_store import KvStore
 from kvasir.worker.engine.step import Mask, OutOfMemory, SampleRow, SequenceSlice, StepBatch, StepResult
+from kvasir.worker.model.draws import Race, race
 from kvasir.worker.model.memory import memory_errors
 from kvasir.worker.model.sampling import Draws, start_draws
 
@@ -32,10 +33,13 @@ class _Step:
 
 
 class DeviceExecutor:
-    """`worker.engine.step.Executor` over `forward`, `worker.model.model.Model`'s or what stands in for it."""
+    """`worker.engine.step.Executor` over `forward`, `worker.model.model.Model`'s or what stands in for it.
 
-    def __init__(self, forward: Forward, kv: KvStore) -> None:
-        self._forward, self._kv = forward, kv
+    `race` is that of its draws (`worker.model.draws`).
+    """
+
+    def __init__(self, forward: Forward, kv: KvStore, race: Race = race) -> None:
+        self._forward, self._kv, self._race = forward, kv, race
         self._last = _Step([], None)
 
     def launch(self, batch: StepBatch) -> _Step:
@@ -53,7 +57,7 @@ class DeviceExecutor:
             drawn = before.draws.ids if is_fed and before.draws is not None else None
             step.logits = self._forward(batch.slices, self._kv, drawn)
             if not batch.has_masks:
-                step.draws, step.logits = start_draws(step.logits, batch.rows), None
+                step.draws, step.logits = start_draws(step.logits, batch.rows, (), self._race), None
         except OutOfMemory as error:
             step.error = error
         return step
@@ -62,7 +66,7 @@ class DeviceExecutor:
         if handle.error is None and handle.draws is None:
             assert handle.logits is not None
             try:
-                handle.draws, handle.logits = start_draws(handle.logits, handle.rows, masks), None
+                handle.draws, handle.logits = start_draws(handle.logits, handle.rows, masks, self._race), None
             except OutOfMemory as error:
                 handle.error = error
         if handle.error is not None:

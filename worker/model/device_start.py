@@ -75,7 +75,7 @@ def largest_step_bytes(model: Model, block_size: int, max_step_tokens: int, max_
     rows = [SampleRow(Sampling(top_k=2, top_p=0.9), i, []) for i in range(max_requests)]
     model.forward(slices[-1:], kv)  # compiles and loads what stays
     meter.begin()
-    start_draws(model.forward(slices, kv), rows).read()
+    start_draws(model.forward(slices, kv), rows, (), model.ops.race).read()
     peak = meter.peak()
     model.forward([], kv)
     return peak

@@ -15,7 +15,7 @@ A block whose M / (its largest weight) is beyond the best time known has no winn
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,9 @@ _BLOCK = 64  # token ids; changing it changes every draw
 _FIRST_BLOCK = 1 << 40  # blocks are hashed with numbers that no token has
 _DIGIT_BITS = 16  # of a weight's pattern that `_floor` looks at in one pass
 _FEW = 1 << 15  # logits: less than that are raced all, which costs less than to find out which need not be
+
+
+Race = Callable[[Tensor, Tensor], Tensor]
 
 
 def draw_greedy(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
@@ -147,19 +150,24 @@ def _draw_by_rank(weights: Tensor, keys: Tensor, filters: _Filters) -> Tensor:
     return drawn
 
 
-def draw_at_once(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+def race(keys: Tensor, weights: Tensor) -> Tensor:
+    """Return which token arrives first [num_rows], for `keys` [num_rows, 1] and `weights` [num_rows, vocab] fp64."""
+    return all_exponentials(keys, weights.shape[1]).div_(weights).argmin(dim=1)
+
+
+def draw_at_once(logits: Tensor, rows: Sequence[SampleRow], race: Race = race) -> Tensor:
     """Draw [num_rows] int64, as the functions above do, on a device that is not waited for: no shape depends on values.
 
-    A row that is not finite draws anything.
+    A row that is not finite draws anything. `race` does what `race` above does.
     """
-    params, vocab, device = [row.params for row in rows], logits.shape[1], logits.device
+    params, device = [row.params for row in rows], logits.device
     likeliest = logits.argmax(dim=1)
     if all(p.temperature == 0 for p in params):
         return likeliest
     weights = _weights(logits, rows).nan_to_num_(0.0)
     if any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
         weights = _filtered(weights, rows)
-    drawn = all_exponentials(row_keys(rows, device), vocab).div_(weights).argmin(dim=1)
+    drawn = race(row_keys(rows, device), weights)
     return torch.where(_column([p.temperature for p in params], device)[:, 0] == 0, likeliest, drawn)
 
 

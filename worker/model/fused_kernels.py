@@ -1,4 +1,4 @@
-"""Triton kernels for what lies between a layer's matrices, each in place of several launches of torch's own.
+"""Triton kernels for what lies between a layer's matrices and for draws, each in place of several launches of torch.
 
 Norms need none (torch has one kernel for each), nor do residuals (they are added by the matrix product). `worker.model.
 ops` launches these. UNPROVEN ON A DEVICE: tested in Triton's interpreter, compiled for sm_90.
@@ -65,3 +65,45 @@ def multiply_silu(
     up = tl.load(gate_up + (token * 2 + 1) * size + column, mask=is_here, other=0.0).to(tl.float32)
     product = gate / (1 + tl.exp(-gate)) * up
     tl.store(out + token * size + column, product.to(out.dtype.element_ty), mask=is_here)
+
+
+@triton.jit
+def race_tiles(
+    weights,  # [num_rows, vocab] fp64
+    keys,  # [num_rows] int64
+    times,  # [num_rows, number of tiles] fp64: when the first token of each tile arrives
+    ids,  # the same, int64: which it is
+    vocab,
+    TILE: tl.constexpr,
+):
+    """Let the tokens of a tile run, see `worker.model.draws`; grid (num_rows, number of tiles)."""
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    is_here = token < vocab
+    weight = tl.load(weights + row * vocab + token, mask=is_here, other=0.0)
+    key = tl.load(keys + row).to(tl.uint64)
+    of_block = hash_bits(key, (token // 64).to(tl.uint64) + (1 << 40))
+    least = exponential_of(of_block) / 64
+    is_least = (of_block & 63) == (token & 63).to(tl.uint64)
+    noise = tl.where(is_least, least, least + exponential_of(hash_bits(key, token.to(tl.uint64))))
+    time = tl.where(weight > 0, noise / weight, float("inf"))
+    first = tl.argmin(time, 0)
+    at = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(times + at, tl.min(time, 0))
+    tl.store(ids + at, (tl.program_id(1) * TILE + first).to(tl.int64))
+
+
+@triton.jit
+def hash_bits(key, number):
+    """Return 64 bits of splitmix64 at `number`."""
+    x = number * 0x9E3779B97F4A7C15 + key
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def exponential_of(bits):
+    """Return -log(1 - u) for the uniform u that `bits` give; near 0 by its series, where 1 - u would be rounded."""
+    u = ((bits >> 11).to(tl.float64) + 0.5) * (2.0**-53)
+    return tl.where(u < 1e-5, u * (1 + u * (0.5 + u / 3)), -tl.log(1 - u))

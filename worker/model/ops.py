@@ -1,4 +1,4 @@
-"""What a layer does between its matrices, plainly, and by fused kernels where those prove right at start."""
+"""What is done between a layer's matrices and to draw: plainly, or by fused kernels that are right at start."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn.functional import silu
 
 from kvasir.cache.kv_store import KvStore
 from kvasir.worker.model.config import ModelConfig
+from kvasir.worker.model.draws import race
 from kvasir.worker.model.rope import rotate_
 
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2}  # 1e-5 for other types
@@ -37,15 +38,19 @@ class Ops:
         gate, up = gate_up.chunk(2, dim=-1)
         return silu(gate).mul_(up)
 
+    def race(self, keys: Tensor, weights: Tensor) -> Tensor:
+        """Do what `worker.model.draws.race` does."""
+        return race(keys, weights)
+
 
 class FusedOps(Ops):
     """One launch each (`worker.model.fused_kernels`), in fp16, bf16 and fp32."""
 
     def __init__(self, config: ModelConfig) -> None:
-        from kvasir.worker.model.fused_kernels import multiply_silu, rotate_and_store_heads
+        from kvasir.worker.model.fused_kernels import multiply_silu, race_tiles, rotate_and_store_heads
 
         super().__init__(config)
-        self._rotate, self._multiply = rotate_and_store_heads, multiply_silu
+        self._rotate, self._multiply, self._race = rotate_and_store_heads, multiply_silu, race_tiles
         self._half = 1 << (config.head_dim // 2 - 1).bit_length()
 
     def rotate_and_store(self, layer: int, heads: Tensor, rotation: Tensor, rows: Tensor, kv: KvStore) -> None:
@@ -69,6 +74,13 @@ class FusedOps(Ops):
         out = gate_up.new_empty((num_tokens, size))
         self._multiply[num_tokens, -(-size // _TILE)](gate_up, out, size, TILE=_TILE)
         return out
+
+    def race(self, keys: Tensor, weights: Tensor) -> Tensor:
+        num_rows, vocab = weights.shape
+        times = weights.new_empty((num_rows, -(-vocab // _TILE)))
+        ids = torch.empty(times.shape, dtype=torch.int64, device=weights.device)
+        self._race[times.shape](weights, keys, times, ids, vocab, TILE=_TILE)
+        return ids.gather(1, times.argmin(dim=1, keepdim=True))[:, 0]
 
 
 def choose_ops(
@@ -99,11 +111,13 @@ def largest_difference(ops: Ops, config: ModelConfig, device: torch.device, dtyp
     angles = torch.rand(num_tokens, 1, config.head_dim // 2, generator=generator).mul_(6).to(device)
     rotation = torch.polar(torch.ones_like(angles), angles)
     slots = torch.tensor([3, 17, 0, 31, 16], device=device)
+    keys = torch.randint(-(1 << 62), 1 << 62, (20, 1), generator=generator).to(device)
+    weights = torch.randn(20, 3000, generator=generator).exp_().double().to(device)
     results = []
     for each in (ops, Ops(config)):
         kv = KvStore(2, 2, 16, config.num_kv_heads, config.head_dim, dtype, device)
         turned = heads.clone()
         each.rotate_and_store(1, turned, rotation, kv.rows(slots), kv)
-        results.append((turned, kv.data, each.multiply_silu(gate_up.clone())))
+        results.append((turned, kv.data, each.multiply_silu(gate_up.clone()), each.race(keys, weights.clone())))
     differences = [(a.float() - b.float()).abs().max() for a, b in zip(*results, strict=True)]
     return torch.stack(differences).max().nan_to_num(torch.inf).item()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvasir.protocol.messages import Constraint, ReasoningBudget, Sampling
 from kvasir.worker.engine.step import Mask, Sampled, SampleRow, asks_for_counts
-from kvasir.worker.model.draws import draw_at_once, draw_filtered, draw_greedy, draw_plain
+from kvasir.worker.model.draws import Race, draw_at_once, draw_filtered, draw_greedy, draw_plain, race
 from kvasir.worker.model.memory import Readback, memory_errors
 
 
@@ -53,13 +53,16 @@ class Draws:
 
 
 @torch.inference_mode()
-def start_draws(logits: Tensor, rows: Sequence[SampleRow], masks: Sequence[Mask] = ()) -> Draws:
-    """Draw as `sample` does, on a device that is not waited for, unless there are masks, penalties or constraints."""
+def start_draws(logits: Tensor, rows: Sequence[SampleRow], masks: Sequence[Mask] = (), race: Race = race) -> Draws:
+    """Draw as `sample` does, on a device that is not waited for, unless there are masks, penalties or constraints.
+
+    `race` does what `worker.model.draws.race` does.
+    """
     with memory_errors():
         is_finite = logits.amax(dim=-1).isfinite()
         reported = _reported(logits, rows)
         _change(logits, rows, masks)
-        ids = draw_at_once(logits, rows)
+        ids = draw_at_once(logits, rows, race)
         return Draws(ids, is_finite, {i: _report(reported[i], ids[i], rows[i]) for i in reported})
 
 

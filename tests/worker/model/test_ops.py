@@ -25,12 +25,15 @@ class Wrong(Ops):
         if self.kind == "rotation":
             heads.copy_(given)
 
+    def race(self, keys: Tensor, weights: Tensor) -> Tensor:
+        return super().race(keys + (self.kind == "race"), weights)
+
     def multiply_silu(self, gate_up: Tensor) -> Tensor:
         product = super().multiply_silu(gate_up)
         return product * torch.nan if self.kind == "nan" else product + 1 if self.kind == "silu" else product
 
 
-@pytest.mark.parametrize("kind", ["", "rows", "rotation", "silu", "nan"])
+@pytest.mark.parametrize("kind", ["", "rows", "rotation", "silu", "nan", "race"])
 def test_ops_that_differ_from_the_plain_way_are_found(kind: str) -> None:
     ops = Wrong(CONFIG)
     ops.kind = kind

@@ -21,7 +21,7 @@ from kvasir.worker.model.config import ModelConfig, RopeConfig
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: its kernels are not tested")
 
-from kvasir.worker.model.fused_kernels import multiply_silu, rotate_and_store_heads  # noqa: E402
+from kvasir.worker.model.fused_kernels import multiply_silu, race_tiles, rotate_and_store_heads  # noqa: E402
 from kvasir.worker.model.paged_attention import (  # noqa: E402
     CHUNK_SPAN,
     MAX_CUT_QUERIES,
@@ -169,7 +169,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
     out = tmp_path_factory.mktemp("kernels") / "result.json"
     command = [sys.executable, str(SCRIPT), "--kernels-only", "--json", str(out)]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert out.exists(), done.stderr
     return {row["case"]: row for row in json.loads(out.read_text())["kernels"]}
 
@@ -181,6 +181,7 @@ def kernel_cases() -> list[str]:
     return [*gpu_check.KERNEL_CASES, *gpu_check.OPS_CASES, gpu_check.GRAPH_CASE]
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", kernel_cases())
 def test_kernels_equal_the_reference_in_the_interpreter(case: str, interpreted: dict[str, dict[str, Any]]) -> None:
     assert interpreted[case]["ok"], interpreted[case]
@@ -241,6 +242,9 @@ def test_fused_kernels_compile_for_sm_90_without_spilling(dtype: torch.dtype, tm
     sizes = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "PADDED_HALF": 64, "TILE": 8}
     registers, spilled, _ = compiled(rotate_and_store_heads, types, sizes, tmp_path)
     assert spilled == 0 and registers <= 128
+    types = {"weights": "*fp64", "keys": "*i64", "times": "*fp64", "ids": "*i64"}
+    registers, spilled, _ = compiled(race_tiles, types, {"TILE": 1024}, tmp_path)
+    assert spilled == 0 and registers <= 160
     registers, spilled, _ = compiled(multiply_silu, {"gate_up": kind, "out": kind}, {"TILE": 1024}, tmp_path)
     assert spilled == 0 and registers <= 128
 
