@@ -11,7 +11,9 @@ with prefill for a share `load` of the time if they had one infinite cache; `nat
 
 With tenants: how much later a tenant's slowest requests get their first token than if it were alone (the ratio of the
 99th percentiles), and Jain's index of what the tenants got in the middle half of the time over their max-min fair
-shares. With a flood the flooding tenant is no victim. Where some tenants are of the high class, those are the victims.
+shares; where they have weights, of what was computed for them over those, while every tenant had a request waiting (the
+longest such time). With a flood the flooding tenant is no victim. Where some tenants are of the high class, those are
+the victims.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ def measure(trace: Trace, cell: Cell) -> Row:
     victims = jain = None
     if cell.num_tenants > 1:
         victims = _victims(served, normal, flooder, cell.num_high or cell.num_tenants, run)
-        jain = _jain(served, cell, trace.block_tokens)
+        jain = jain_by_weight(served, cell) if len(cell.weights) > 1 else _jain(served, cell, trace.block_tokens)
     return Row(
         trace=trace.name,
         policy=cell.policy,
@@ -165,21 +167,50 @@ def _jain(served: Sequence[Served], cell: Cell, block_tokens: int) -> float:
             offered[one.arrival.tenant] += tokens
         if one.worker is not None and begin_s <= arrived_at + one.ttft_s < until_s:
             done[one.arrival.tenant] += tokens
-    shares = fair_shares(offered, cell.num_workers * PREFILL_TOKENS_PER_S * (until_s - begin_s), cell.weights)
+    shares = fair_shares(offered, cell.num_workers * PREFILL_TOKENS_PER_S * (until_s - begin_s))
     ratios = [done[tenant] / share for tenant, share in shares.items() if share > 0]
-    return sum(ratios) ** 2 / (len(ratios) * sum(ratio * ratio for ratio in ratios)) if any(ratios) else 1.0
+    return _index(ratios) if any(ratios) else 1.0
 
 
-def fair_shares(wanted: Counter[int], capacity: float, weights: Sequence[int] = (1,)) -> dict[int, float]:
-    """Return the max-min fair shares of `capacity`: nobody gets more than is wanted, the rest goes by weight."""
-    weight = {tenant: weights[tenant % len(weights)] for tenant in wanted}
-    rest = sum(weight.values())
+def fair_shares(wanted: Counter[int], capacity: float) -> dict[int, float]:
+    """Return the max-min fair shares of `capacity`: nobody gets more than is wanted, the rest goes in equal parts."""
     shares: dict[int, float] = {}
-    for tenant, amount in sorted(wanted.items(), key=lambda item: item[1] / weight[item[0]]):
-        shares[tenant] = min(amount, capacity * weight[tenant] / rest)
+    for num_served, (tenant, amount) in enumerate(sorted(wanted.items(), key=lambda item: item[1])):
+        shares[tenant] = min(amount, capacity / (len(wanted) - num_served))
         capacity -= shares[tenant]
-        rest -= weight[tenant]
     return shares
+
+
+def jain_by_weight(served: Sequence[Served], cell: Cell) -> float | None:
+    """Return Jain's index over tenants of what was computed for them, over their weights, while all had requests that
+    waited for their first tokens; None if that was never."""
+    answered = [one for one in served if one.worker is not None]
+    begin_s, until_s = _all_waiting(answered, cell.num_tenants)
+    computed: Counter[int] = Counter()
+    for one in answered:
+        if begin_s <= one.arrival.time_s + one.ttft_s < until_s:
+            computed[one.arrival.tenant] += one.num_computed
+    parts = [computed[tenant] / cell.weights[tenant % len(cell.weights)] for tenant in range(cell.num_tenants)]
+    return _index(parts) if any(parts) else None
+
+
+def _all_waiting(answered: Sequence[Served], num_tenants: int) -> tuple[float, float]:
+    """Return the longest time in which every tenant has a request that waits."""
+    changes = [(one.arrival.time_s, 1, one.arrival.tenant) for one in answered]
+    changes += [(one.arrival.time_s + one.ttft_s, -1, one.arrival.tenant) for one in answered]
+    num_waiting, longest, since = [0] * num_tenants, (0.0, 0.0), None
+    for time_s, change, tenant in sorted(changes):
+        num_waiting[tenant] += change
+        if min(num_waiting) > 0:
+            since = time_s if since is None else since
+        elif since is not None:
+            longest, since = max(longest, (since, time_s), key=lambda span: span[1] - span[0]), None
+    return longest
+
+
+def _index(parts: Sequence[float]) -> float:
+    """Return Jain's index: 1 if all are equal."""
+    return sum(parts) ** 2 / (len(parts) * sum(part * part for part in parts))
 
 
 def render(rows: Iterable[Row]) -> str:

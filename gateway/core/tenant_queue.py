@@ -10,7 +10,8 @@ it, is not owed.
 Workers order prompts by *leads*, of prompts alone. The *fair charge* is what a tenant would have been charged that
 always got its part of what is computed among those active (the virtual time of weighted fair queueing); what a tenant
 got more than that, wanted by others or not, is its lead. It lets the long prompts of those who ask for little go before
-the many short ones of a flood. A lead fades, or one that had a night for itself would be the last all day.
+the many short ones of a flood. A lead fades down to what the tag is above the least that waits, or one that had a night
+for itself would be the last all day.
 
 Requests of a higher class come first, whatever was charged. `CLASS_S` of waiting make up for a class, so that nothing
 waits for ever, but put nothing above the highest class that waits.
@@ -68,6 +69,7 @@ class TenantQueue:
         self._num_waiting = 0
         self._num_turns = 0
         self._highest_tag = 0.0
+        self._least_tag = 0.0
         self._fair_charge = 0.0
         self._sum_of_weights = 0  # of active tenants
         self.num_active = 0
@@ -115,6 +117,7 @@ class TenantQueue:
 
         The one yielded last may be removed and its tenant charged: then the turns go on with whoever has the least tag.
         """
+        self._least_tag = min([self._tenants[tenant_id].tag for tenant_id, _ in self._waiting], default=0.0)
         highest = min([rank for _, rank in self._waiting], default=0)
         turns = [self._turn(lane, own, now, highest) for lane, own in self._waiting.items()]
         heapq.heapify(turns)
@@ -204,8 +207,9 @@ class TenantQueue:
         Below 0: it has waited and got less."""
         tenant = self._tenants[tenant_id]
         lead = tenant.charged - self._fair_charge
-        if lead > 0:
-            lead *= math.exp((tenant.faded_at - now) / FADE_S)
+        left = max(0.0, tenant.tag - self._least_tag) if tenant.num_waiting else 0.0
+        if lead > left:
+            lead = left + (lead - left) * math.exp((tenant.faded_at - now) / FADE_S)
             tenant.charged = self._fair_charge + lead
         tenant.faded_at = now
         return lead * self._sum_of_weights / self.num_active if self.num_active else lead

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import replay_route
 import replay_trace
 from replay_cache import Request, Trace, load_trace
-from replay_route import Cell, Row, fair_shares
-from route_arrivals import PREFILL_TOKENS_PER_S, arrivals, flooded, tenants_of, uncached_tokens
-from route_peers import DECODE_S, MAX_RUNNING, FifoWorker, run_peer, run_pooled_optimum
+from replay_route import Cell, Row, fair_shares, jain_by_weight
+from route_arrivals import PREFILL_TOKENS_PER_S, Arrival, arrivals, flooded, tenants_of, uncached_tokens
+from route_peers import DECODE_S, MAX_RUNNING, FifoWorker, Served, run_peer, run_pooled_optimum
 from route_policies import Sglang, make_policy
 
 SIZE = 256  # tokens of a block
@@ -198,6 +198,19 @@ def test_a_flood_raises_the_whole_load_with_work_of_one_tenant(trace: Trace) -> 
 def test_fair_shares_are_max_min_fair() -> None:
     assert fair_shares(Counter({1: 10, 2: 50, 3: 100}), 90) == {1: 10, 2: 40, 3: 40}
     assert fair_shares(Counter({1: 10, 2: 20}), 90) == {1: 10, 2: 20}
+
+
+def test_by_weight_counts_what_is_computed_while_all_wait() -> None:
+    def answer(tenant: int, at_s: float, until_s: float, num_tokens: int) -> Served:
+        return Served(Arrival(at_s, tenant, Request(at_s, num_tokens, [0])), 0, 0, until_s - at_s)
+
+    cell = Cell("kvasir", 1, 0.5, 1.5, num_tenants=2, weights=(1, 2))
+    alone = [answer(0, 0.0, 9.0, 900), answer(0, 1.0, 20.0, 900)]
+    both = [answer(1, 10.0, 12.0, 200), answer(0, 10.0, 13.0, 100), answer(1, 10.0, 19.0, 300)]
+    assert jain_by_weight(alone, cell) is None
+    assert jain_by_weight([*alone, *both], cell) == 1.0
+    assert jain_by_weight([*alone, *both, answer(1, 10.0, 14.0, 800)], cell) < 0.9
+    assert jain_by_weight([*alone, *both, answer(1, 20.0, 21.0, 800)], cell) == 1.0
 
 
 def test_a_flood_is_measured_by_its_victims(trace: Trace) -> None:

@@ -196,6 +196,21 @@ def test_a_lead_fades_and_what_a_tenant_has_got_too_little_does_not() -> None:
     assert queue.lead("alpha", 1e6) == pytest.approx(0.0)
 
 
+def test_a_lead_over_those_that_wait_does_not_fade() -> None:
+    queue = TenantQueue()
+    for i in range(2):
+        for tenant in ("alpha", "beta"):
+            queue.push(make_request(b"%s%d" % (tenant.encode(), i), tenant))
+    queue.charge("alpha", 1_000.0)
+    list(queue.turns(0.0))
+    assert queue.lead("alpha", 1e6) == pytest.approx(500.0) == -queue.lead("beta", 1e6)
+    [beta] = [request for request in queue if request.submit.req_id == b"beta0"]
+    queue.take(beta)
+    queue.charge("beta", 900.0)
+    list(queue.turns(1e6))
+    assert queue.lead("alpha", 2e6) == pytest.approx(50.0)
+
+
 def test_what_was_charged_too_much_is_given_back() -> None:
     queue = TenantQueue()
     for tenant in ("alpha", "beta"):
