@@ -140,6 +140,63 @@ def test_whatever_is_no_plain_decode_step_is_computed_as_ever(model: Model) -> N
     assert graphs.num_steps == short.num_steps == 0
 
 
+class FakeGraph:
+    """Computes anew what was computed while it was captured."""
+
+    size = 0
+
+    def replay(self) -> None:
+        FakeCuda.replayed.append(self.size)
+        FakeCuda.compute(self.size)
+
+    def pool(self) -> str:
+        return "pool"
+
+
+class FakeCuda:
+    """Stands for what `torch.cuda` does for a capture."""
+
+    captured: list[tuple[int, str | None]] = []
+    replayed: list[int] = []
+    compute: Any = None
+    computed: list[int] = []
+
+    def __init__(self, graph: FakeGraph, pool: str | None = None) -> None:
+        self._graph, self._pool = graph, pool
+
+    def __enter__(self) -> None:
+        self._num_computed = len(self.computed)
+
+    def __exit__(self, *error: object) -> None:
+        (self._graph.size,) = self.computed[self._num_computed :]
+        self.captured.append((self._graph.size, self._pool))
+
+
+def test_every_size_is_captured_once_warm_in_one_pool_and_replayed_for_its_rows(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv, slices = prefilled(model, [4, 9, 20, 3, 1])
+    twin, _ = prefilled(model, [4, 9, 20, 3, 1])
+    graphs, progress = DecodeGraphs(model, kv, 10, 512), []
+    compute = FakeCuda.compute = graphs._compute
+    monkeypatch.setattr(graphs, "_compute", lambda size: FakeCuda.computed.append(size) or compute(size))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", FakeCuda)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    before = kv.data[:NUM_BLOCKS].clone()
+    graphs.capture(lambda *done: progress.append(done))
+    torch.testing.assert_close(kv.data[:NUM_BLOCKS], before, rtol=0, atol=0, equal_nan=True)  # of empty steps
+    assert graphs.sizes == [1, 2, 3, 4, 6, 8, 10]
+    assert FakeCuda.captured == [(10, None), *((size, "pool") for size in (8, 6, 4, 3, 2, 1))]
+    assert FakeCuda.computed == [size for size in (10, 8, 6, 4, 3, 2, 1) for _ in range(2)]
+    assert progress == [(i, 7) for i in range(1, 8)]
+    for count in (5, 1, 4):
+        torch.testing.assert_close(
+            graphs.forward(slices[:count], kv), model.forward(slices[:count], twin), rtol=0, atol=1e-9
+        )
+    assert FakeCuda.replayed == [6, 1, 4]
+
+
 @pytest.mark.parametrize("num_blocks", [64, 12])
 def test_an_engine_over_padded_steps_gives_the_same_answers(model: Model, num_blocks: int) -> None:
     plain, padded = Run(model, None, num_blocks), Run(model, model.forward, num_blocks)
