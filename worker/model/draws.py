@@ -28,6 +28,7 @@ from kvasir.worker.model.memory import to_device
 
 _BLOCK = 64  # token ids; changing it changes every draw
 _FIRST_BLOCK = 1 << 40  # blocks are hashed with numbers that no token has
+_ROWS_AT_ONCE = 32  # on a device: with filters, each takes some ten numbers of 8 bytes a token
 _DIGIT_BITS = 16  # of a weight's pattern that `_floor` looks at in one pass
 _FEW = 1 << 15  # logits: less than that are raced all, which costs less than to find out which need not be
 
@@ -160,6 +161,10 @@ def draw_at_once(logits: Tensor, rows: Sequence[SampleRow], race: Race = race) -
 
     A row that is not finite draws anything. `race` does what `race` above does.
     """
+    if len(rows) > _ROWS_AT_ONCE:
+        starts = range(0, len(rows), _ROWS_AT_ONCE)
+        parts = [(logits[i : i + _ROWS_AT_ONCE], rows[i : i + _ROWS_AT_ONCE]) for i in starts]
+        return torch.cat([draw_at_once(*part, race) for part in parts])
     params, device = [row.params for row in rows], logits.device
     likeliest = logits.argmax(dim=1)
     if all(p.temperature == 0 for p in params):
