@@ -265,8 +265,8 @@ def test_arguments_are_let_out_while_they_come(name: str, begun: str, rest: str)
         ("llama3", '{"', "key "),
         ("mistral", "[TOOL_CALLS]", "key "),
         ("mistral", "[TOOL_CALLS]add[ARGS]", "key "),
-        ("hermes", "x", " " * 24),
-        ("llama3", "", " " * 24),
+        ("hermes", "x", " " * 300),
+        ("llama3", "", " " * 300),
     ],
 )
 def test_a_long_answer_costs_each_piece_about_the_same(name: str, begun: str, piece: str) -> None:
