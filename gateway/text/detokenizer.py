@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from kvasir.gateway.text.answer_parts import overlap
+from kvasir.gateway.text.stop_strings import StopStrings
 
 
 class Detokenizer:
@@ -18,7 +18,7 @@ class Detokenizer:
     """
 
     __slots__ = (
-        *("_held", "_keep_stop", "_num_free", "_rest", "_stop", "_token_bytes"),
+        *("_held", "_keep_stop", "_num_free", "_rest", "_stops", "_token_bytes"),
         *("end_token_ids", "stop_string", "stopped"),
     )
 
@@ -34,7 +34,7 @@ class Detokenizer:
         self._token_bytes = token_bytes
         self.end_token_ids = end_token_ids
         self._rest = b""  # the beginning of a character
-        self._stop = stop
+        self._stops = StopStrings(stop) if stop else None
         self._keep_stop = keep_stop
         self._num_free = min_tokens if stop else 0  # tokens still to come that end nothing
         self._held = ""
@@ -51,14 +51,14 @@ class Detokenizer:
         data = self._rest + b"".join([token_bytes[token_id] for token_id in token_ids if token_id < len(token_bytes)])
         text, num_used = codecs.utf_8_decode(data, "replace", False)
         self._rest = data[num_used:]
-        return self._until_stop(text) if self._stop else text
+        return self._until_stop(self._stops, text) if self._stops else text
 
     def _push_free(self, token_ids: Sequence[int]) -> str:
         """Push tokens; a stop string in the first `_num_free` of them ends nothing."""
-        stop, num_free = self._stop, self._num_free
-        self._stop, self._num_free = (), 0
+        stops, num_free = self._stops, self._num_free
+        self._stops, self._num_free = None, 0
         text = self.push(token_ids[:num_free])
-        self._stop, self._num_free = stop, max(0, num_free - len(token_ids))
+        self._stops, self._num_free = stops, max(0, num_free - len(token_ids))
         return text + (self.push(token_ids[num_free:]) if len(token_ids) > num_free else "")
 
     def finish(self) -> str:
@@ -66,22 +66,23 @@ class Detokenizer:
         if self.stopped:
             return ""
         rest, self._rest = self._rest.decode("utf-8", "replace"), b""
-        text = self._until_stop(rest) if self._stop else rest
+        text = self._until_stop(self._stops, rest) if self._stops else rest
         if not self.stopped:
             text, self._held = text + self._held, ""
         return text
 
-    def _until_stop(self, text: str) -> str:
+    def _until_stop(self, stops: StopStrings, text: str) -> str:
         """Return the part of held + `text` that is sure to stay; keep the rest."""
+        num_before = len(self._held)
+        found = stops.push(text)
         text = self._held + text
-        # (end, begin): the stop string that is complete first ends the answer, in whatever pieces it came.
-        found = [(index + len(stop), index) for stop in self._stop if (index := text.find(stop)) >= 0]
-        if found:
+        if found is not None:
             self.stopped = True
             self._held = ""
-            end, begin = min(found)
+            end = num_before + found[0]
+            begin = end - found[1]
             self.stop_string = text[begin:end]
             return text[: end if self._keep_stop else begin]
-        num_held = max(overlap(text, stop) for stop in self._stop)
-        self._held = text[len(text) - num_held :]
-        return text[: len(text) - num_held]
+        num_sure = len(text) - stops.num_open
+        self._held = text[num_sure:]
+        return text[:num_sure]
