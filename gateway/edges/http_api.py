@@ -55,6 +55,8 @@ MAX_READERS = 2
 T = TypeVar("T")
 
 
+_UNLOGGED = ("/health", "/metrics")  # asked every few seconds, and telling nothing
+
 _NOT_SERVED = {  # routes of other servers, by how they begin
     "/v1/embeddings": "models generate text here, and embed none",
     "/v1/images": "models generate text here, and no images",
@@ -123,7 +125,8 @@ class HttpApi:
             status = response.status if response else 200 if exchange.has_begun else None
             ms = round((trio.current_time() - began) * 1000)
             method, path = request.method, request.path[:120]
-            self._access("request", edge="http", method=method, path=path, status=status, **call.facts, ms=ms)
+            if status != 200 or path not in _UNLOGGED:
+                self._access("request", edge="http", method=method, path=path, status=status, **call.facts, ms=ms)
         if response is not None:
             response.headers = [*response.headers, *call.id_headers(), *call.headers]
         return response

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from kvasir.gateway.log import AccessLog, log
+from kvasir.gateway.log import MAX_STRANGERS, AccessLog, log
 
 
 def test_lines_of_the_access_log_are_written_together_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +34,29 @@ def test_lines_of_the_access_log_are_written_together_and_none_is_lost(monkeypat
     assert len(writes) == 2
     lines = "".join(writes).splitlines()
     assert [line.split()[-1] for line in lines] == [f"number={number}" for number in range(4)]
+
+
+def test_who_has_no_key_cannot_fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[str] = []
+    monkeypatch.setattr(sys.stderr, "write", writes.append)
+
+    async def main() -> None:
+        access = AccessLog()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(access.run)
+            for _ in range(3):
+                for number in range(1000):
+                    access("request", status=401)
+                    access("request", status=200, tenant=f"t{number}")
+                await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    lines = "".join(writes).splitlines()
+    assert len([line for line in lines if "tenant=" in line]) == 3000
+    assert len([line for line in lines if "status=401" in line]) <= 4 * MAX_STRANGERS
+    left_out = [int(line.split("num=")[1]) for line in lines if "requests_without_a_line" in line]
+    assert sum(left_out) + len([line for line in lines if "status=401" in line]) == 3000
 
 
 @pytest.mark.parametrize(

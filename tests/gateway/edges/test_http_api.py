@@ -55,6 +55,7 @@ def test_each_request_is_one_line_in_the_access_log() -> None:
         await house.ask("/v1/completions", {"model": "demo", "prompt": "x", "max_tokens": 99})
         await house.ask("/v1/completions", {"prompt": {}})
         await house.ask("/v1/models", method="GET", key="wrong")
+        await house.ask("/health", method="GET", key=None)  # has none
         await house.ask("/v1/completions", {"model": "demo", "prompt": "x", "max_tokens": 99, "stream": True})
 
     run(main, house)
