@@ -96,6 +96,8 @@ class Places:
                 del self._expected[index]
                 self._share_obeying += _NEWEST * (1.0 - self._share_obeying)
             return num_running < num_places
+        if not self._expected:
+            return num_running < num_places
         num_missing = bisect_left(self._expected, now - KEPT_S)
         del self._expected[:num_missing]
         self._share_obeying *= (1.0 - _NEWEST) ** num_missing

@@ -92,9 +92,12 @@ class TenantQueue:
         tenant_id = request.submit.tenant_id
         tenant = self._active(tenant_id)
         if not tenant.num_waiting:
-            least_tag = min([self._tenants[other].tag for other, _ in self._waiting], default=self._highest_tag)
-            tenant.tag = max(tenant.tag, least_tag)
-            tenant.charged = max(tenant.charged, self._fair_charge)
+            others = self._waiting
+            least_tag = min([self._tenants[other].tag for other, _ in others]) if others else self._highest_tag
+            if tenant.tag < least_tag:
+                tenant.tag = least_tag
+            if tenant.charged < self._fair_charge:
+                tenant.charged = self._fair_charge
         lane = tenant_id, request.rank
         own = self._waiting.get(lane)
         if own is None:
@@ -117,11 +120,13 @@ class TenantQueue:
 
         The one yielded last may be removed and its tenant charged: then the turns go on with whoever has the least tag.
         """
-        self._least_tag = min([self._tenants[tenant_id].tag for tenant_id, _ in self._waiting], default=0.0)
-        highest = min([rank for _, rank in self._waiting], default=0)
+        if not self._waiting:
+            return
+        highest = min([rank for _, rank in self._waiting])
         turns = [self._turn(lane, own, now, highest) for lane, own in self._waiting.items()]
+        self._least_tag = min([turn[1] for turn in turns])
         heapq.heapify(turns)
-        looks = max(FEWEST_LOOKS, LOOKS // (len(turns) or 1))
+        looks = max(FEWEST_LOOKS, LOOKS // len(turns))
         while turns:
             lane = heapq.heappop(turns)[-1]
             own = self._waiting.get(lane, {})
@@ -200,17 +205,19 @@ class TenantQueue:
 
     def _advance(self, tenant: _Tenant, num_tokens: float) -> None:
         tenant.tag += num_tokens / tenant.weight
-        self._highest_tag = max(self._highest_tag, tenant.tag)
+        if tenant.tag > self._highest_tag:
+            self._highest_tag = tenant.tag
 
     def lead(self, tenant_id: str, now: float) -> float:
         """Return how many tokens more than fair the tenant was charged lately, as a tenant of mean weight counts them.
         Below 0: it has waited and got less."""
         tenant = self._tenants[tenant_id]
         lead = tenant.charged - self._fair_charge
-        left = max(0.0, tenant.tag - self._least_tag) if tenant.num_waiting else 0.0
-        if lead > left:
-            lead = left + (lead - left) * math.exp((tenant.faded_at - now) / FADE_S)
-            tenant.charged = self._fair_charge + lead
+        if lead > 0 and tenant.faded_at != now:
+            left = max(0.0, tenant.tag - self._least_tag) if tenant.num_waiting else 0.0
+            if lead > left:
+                lead = left + (lead - left) * math.exp((tenant.faded_at - now) / FADE_S)
+                tenant.charged = self._fair_charge + lead
         tenant.faded_at = now
         return lead * self._sum_of_weights / self.num_active if self.num_active else lead
 

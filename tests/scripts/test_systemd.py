@@ -61,7 +61,7 @@ def test_a_worker_before_vllm_takes_its_unit_s_command_line() -> None:
     values = {"KVASIR_UPSTREAM": "http://127.0.0.1:8300", "KVASIR_NAME": "qwen", "KVASIR_UPSTREAM_ARGS": ""}
     options = parse_upstream_options(command_of(UPSTREAM, **values))
     assert (options.gateway, options.worker_id) == ("ipc:///run/kvasir/workers/workers.sock", "box-gpu0")
-    assert [upstream.url for upstream in options.upstreams] == ["http://127.0.0.1:8300"]
+    assert [(one.address.host, one.address.port) for one in options.upstreams] == [("127.0.0.1", 8300)]
     assert options.drain_s < seconds_to_stop(UPSTREAM)
 
 
