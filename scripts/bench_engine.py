@@ -10,7 +10,8 @@ by its own time stamps of the tokens. "call" counts generated tokens over the wh
 continuous batching, what `generate_batch` needs to start and to stop.
 
 `--peer vllm --env DIR` compares whole servers instead, see `scripts/engine_peer.py`, and `--speculate` decoding with
-and without drafts (`scripts/bench_speculation.py`).
+and without drafts (`scripts/bench_speculation.py`); both together compare drafts with those of the other server
+(`scripts/peer_speculation.py`).
 
 Last come `--choices` choices of one prompt (`n` of the HTTP edge): forked, and as requests of as many tenants that
 share a namespace, who can share full blocks but not fork.
@@ -245,6 +246,15 @@ def main() -> None:
         from scripts import engine_peer
 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
+        if options.speculate:
+            from scripts import peer_speculation
+
+            batches = [int(size) for size in options.batch.split(",")]
+            sizes = (options.prompt, options.tokens, options.repeats, options.peer_requests, options.port)
+            rows = peer_speculation.compare(options.env, batches, *sizes)
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1) + "\n")
+            return
         cells = [engine_peer.Cell.parse(text) for text in options.peer_cells.split(",")]
         found = engine_peer.compare(
             options.model,

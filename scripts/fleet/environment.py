@@ -125,6 +125,10 @@ class Server:
         assert self._process is not None
         return self._process.pid
 
+    def preload(self, library: Path) -> None:
+        """Let the process be started with `library`."""
+        self._env["LD_PRELOAD"] = str(library)
+
     def start(self) -> None:
         """Start the process and return at once; `wait_up` is next."""
         for port in range(self.settings.port, self.settings.port + 3):
@@ -165,9 +169,13 @@ class Server:
         self.kill()
         self._process = None
 
+    def metrics(self) -> list[str]:
+        """Return the lines of /metrics."""
+        return self._open("/metrics").splitlines()
+
     def cache_figures(self) -> CacheFigures:
         found = {}
-        for line in self._open("/metrics").splitlines():
+        for line in self.metrics():
             for name in ("queries", "hits"):
                 if line.startswith(f"vllm:prefix_cache_{name}_total{{"):
                     found[name] = int(float(line.rpartition(" ")[2]))
