@@ -277,13 +277,13 @@ def _limit_refusal(payer: Payer, first: Submit, ask: Ask, now: int) -> KvasirErr
     for kind, meter, per_min in payer.gauges:
         num = amounts[kind]
         meter.next_at = meter.after(num, per_min, now)
-        if meter.next_at <= now + MINUTE_NS:
+        if meter.next_at + meter.kept_ns(first, num, per_min, now) <= now + MINUTE_NS:
             continue
         what, param = _KINDS[kind]
         if num > per_min:
             text = f"this request asks for {num} {what}, and {per_min} are allowed per minute; it can never be served"
             return BadRequest(f"{text}: make it smaller", param=param)
-        wait_s = meter.promise_s(num, per_min, now)
+        wait_s = meter.promise_s(first, num, per_min, now)
         text = f"the limit of {per_min} {what} per minute is reached; try again in {wait_s:.1f} s"
         return RateLimited(text, param=param, retry_after_s=wait_s)
     return None

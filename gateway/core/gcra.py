@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvasir.gateway.core.promises import Promises
+from kvasir.gateway.core.api import Submit
+from kvasir.gateway.core.promises import EARLY_S, Expected, Promises
 
 MINUTE_NS = 60_000_000_000
 
@@ -21,6 +22,7 @@ class Meter:
     full_at: int = 0
     next_at: int = 0
     promised: Promises = field(default_factory=Promises)
+    expected: Expected = field(default_factory=Expected)
 
     def after(self, num: int, per_min: int, now: int) -> int:
         """Return when all of it could be taken again if `num` were taken now: more than a minute from now, they are not
@@ -32,9 +34,21 @@ class Meter:
         """Return for how long `num` cannot be taken yet, 0 if it can. `num` is at most `per_min`."""
         return max(0, self.after(num, per_min, now) - now - MINUTE_NS)
 
-    def promise_s(self, num: int, per_min: int, now: int) -> float:
-        """Return in how many seconds who was refused `num` is to come back, after those refused before."""
-        return self.promised.wait_s(now / 1e9, self.wait_ns(num, per_min, now) / 1e9, cost_ns(num, per_min) / 1e9)
+    def kept_ns(self, submit: Submit, num: int, per_min: int, now: int) -> int:
+        """Return how much later `num` can be taken by a newcomer, because others were told to come for theirs by now,
+        each taken for as large; 0 for one of those."""
+        if not self.expected.tickets.num:
+            return 0
+        now_s = now / 1e9
+        num_kept = 0 if self.expected.take(submit, now_s) else self.expected.num_before(now_s + EARLY_S, now_s)
+        return num_kept * cost_ns(num, per_min)
+
+    def promise_s(self, submit: Submit, num: int, per_min: int, now: int) -> float:
+        """Return in how many seconds `submit`, which was refused `num`, is to come back, after those refused before."""
+        now_s, cost_s = now / 1e9, cost_ns(num, per_min) / 1e9
+        wait_s = self.promised.wait_s(now_s, self.wait_ns(num, per_min, now) / 1e9 or cost_s, cost_s)
+        self.expected.give(submit, now_s + wait_s)
+        return wait_s
 
     def take(self, num: int, per_min: int, now: int) -> None:
         """Take `num`, which is there to be taken."""

@@ -1,9 +1,9 @@
 """When who was refused is to come back: each at a time of its own, so that there is room for every one of them.
 
 If all were told when the next one can be served, all would come back then, and all but one be refused again. Newcomers
-do not take their places: a queue has more for those that were told to come back (`Tickets`), a limit of what runs at
-once keeps some free for them (`Places`). Beyond a load at which the next place is free in a minute more are told to
-come than can be served.
+do not take their places: a queue has more for those that were told to come back (`Tickets`), a limit keeps for them
+what will be theirs (`Expected`). Beyond a load at which the next place is free in a minute more are told to come than
+can be served.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ class Tickets:
     def __init__(self, max_tickets: int = 20_000) -> None:
         self._max_tickets = max_tickets
         self._due: OrderedDict[bytes, deque[float]] = OrderedDict()  # the oldest first; of equal requests in turn
-        self._num = 0
+        self.num = 0
 
     def give(self, submit: Submit, due: float) -> None:
         """Remember that a request was told to come back at `due`."""
         self._due.setdefault(_mark(submit), deque()).append(due)
-        self._num += 1
-        while self._num > self._max_tickets:
-            self._num -= len(self._due.popitem(last=False)[1])
+        self.num += 1
+        while self.num > self._max_tickets:
+            self.num -= len(self._due.popitem(last=False)[1])
 
     def take(self, submit: Submit, now: float) -> float | None:
         """Return when a request was told to come back that comes then, or later, None if it was not; who has come is
         forgotten."""
-        if not self._num:
+        if not self.num:
             return None
         mark = _mark(submit)
         due = self._due.get(mark)
         if due is None or due[0] > now + EARLY_S:
             return None
         due_at = due.popleft()
-        self._num -= 1
+        self.num -= 1
         if not due:
             del self._due[mark]
         return due_at
@@ -74,41 +74,58 @@ def _mark(submit: Submit) -> bytes:
     return xxh3_128_digest(submit.tenant_id.encode() + b"\0" + submit.token_ids)
 
 
+class Expected:
+    """Those that one payer was told to come back for one thing, and how many of them do."""
+
+    def __init__(self) -> None:
+        self.tickets = Tickets()
+        self._due: list[float] = []  # ascending
+        self._share_obeying = 1.0  # of those that should have come, the latest count most
+
+    def give(self, submit: Submit, due: float) -> None:
+        """Expect a request again at `due`."""
+        self.tickets.give(submit, due)
+        insort(self._due, due)
+
+    def take(self, submit: Submit, now: float) -> bool:
+        """Return whether a request was told to come now, or before; it is not expected any more."""
+        due_at = self.tickets.take(submit, now)
+        if due_at is None:
+            return False
+        index = bisect_left(self._due, due_at)
+        if self._due[index : index + 1] == [due_at]:
+            del self._due[index]
+            self._share_obeying += _NEWEST * (1.0 - self._share_obeying)
+        return True
+
+    def num_before(self, until: float, now: float) -> int:
+        """Return how many will probably come before `until`, those counted that are late by less than `KEPT_S`: of all
+        that are to a share, as have come of those before. Where nobody does as told it is none."""
+        if not self._due:
+            return 0
+        num_missing = bisect_left(self._due, now - KEPT_S)
+        del self._due[:num_missing]
+        self._share_obeying *= (1.0 - _NEWEST) ** num_missing
+        return round(self._share_obeying * bisect_left(self._due, until))
+
+
 class Places:
     """Those of one payer that may run at once, and who was told to come for one. Stays are as long as lately."""
 
     def __init__(self) -> None:
         self._promises = Promises()
-        self._tickets = Tickets()
-        self._expected: list[float] = []  # when those come that were told to, ascending
-        self._share_obeying = 1.0  # of those that should have come, the latest count most
+        self._expected = Expected()
 
     def is_free(self, submit: Submit, num_running: int, num_places: int, stay_s: float, now: float) -> bool:
         """Return whether there is a place for `submit`: for one that comes when it was told to any that is free, for a
-        newcomer one that is not kept.
-
-        Kept are places for those that are to come within half a stay, or were `KEPT_S` ago; of them a share, as have
-        come of those before. Where nobody does as told none is kept."""
-        due_at = self._tickets.take(submit, now)
-        if due_at is not None:
-            index = bisect_left(self._expected, due_at)
-            if self._expected[index : index + 1] == [due_at]:
-                del self._expected[index]
-                self._share_obeying += _NEWEST * (1.0 - self._share_obeying)
-            return num_running < num_places
-        if not self._expected:
-            return num_running < num_places
-        num_missing = bisect_left(self._expected, now - KEPT_S)
-        del self._expected[:num_missing]
-        self._share_obeying *= (1.0 - _NEWEST) ** num_missing
-        num_expected = bisect_left(self._expected, now + stay_s / 2)
-        return num_running + round(self._share_obeying * num_expected) < num_places
+        newcomer one that is not kept for those to come within half a stay."""
+        num_kept = 0 if self._expected.take(submit, now) else self._expected.num_before(now + stay_s / 2, now)
+        return num_running + num_kept < num_places
 
     def promise_s(self, submit: Submit, num_places: int, stay_s: float, now: float) -> float:
         """Return in how many seconds `submit`, for which there is no place, is to come back."""
         wait_s = self._promises.wait_s(now, MARGIN * stay_s, MARGIN * stay_s / num_places)
-        self._tickets.give(submit, now + wait_s)
-        insort(self._expected, now + wait_s)
+        self._expected.give(submit, now + wait_s)
         return wait_s
 
 

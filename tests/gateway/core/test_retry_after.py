@@ -176,6 +176,30 @@ def test_under_steady_overload_places_at_once_are_kept_for_those_that_were_told_
     assert crowd.share_admitted >= 0.9, crowd.outcomes
 
 
+@pytest.mark.parametrize("limits", [Limits(requests_per_min=480), Limits(prompt_tokens_per_min=4_800)])
+@pytest.mark.parametrize(("load", "for_s"), [(1.1, 120), (1.5, 60)])
+def test_under_steady_overload_a_limit_per_minute_is_used_up_by_those_that_were_told_to_come_back(
+    limits: Limits, load: float, for_s: int
+) -> None:
+    crowd = Crowd(Terms(limits), stay_s=0.01)
+    per_s = load * 8
+    crowd.come([0.0] * 480)  # what may come at once is gone
+    crowd.come([0.1 + i / per_s for i in range(int(for_s * per_s))])
+    crowd.run(for_s)
+    assert crowd.outcomes["admitted"] > 0.9 * 8 * for_s, crowd.outcomes
+    assert crowd.share_admitted >= 0.9, crowd.outcomes
+
+
+def test_a_limit_per_minute_is_used_up_where_nobody_comes_back() -> None:
+    crowd = Crowd(Terms(Limits(requests_per_min=480)), stay_s=0.01, comes_back=False)
+    crowd.come([0.0] * 480)
+    crowd.come([i / 12 for i in range(12 * 120)])
+    crowd.run(60)
+    crowd.outcomes.clear()
+    crowd.run(60)
+    assert crowd.outcomes["at once"] > 0.9 * 480
+
+
 @pytest.mark.parametrize("stay_s", [0.1, 0.5, 3.0])
 def test_places_are_not_kept_for_clients_that_never_come_back(stay_s: float) -> None:
     crowd = Crowd(Terms(Limits(max_concurrent=8)), stay_s, num_slots=64, comes_back=False)
