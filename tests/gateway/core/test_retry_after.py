@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class Crowd:
     num_slots: int = 8
     max_queued: int = 10_000
     comes_back: bool = True
+    most_late_s: float = 0.0  # they come back so much later than told at most
     outcomes: Counter[str] = field(default_factory=Counter)
     longest_wait_s: float = 0.0
 
@@ -38,6 +40,7 @@ class Crowd:
         self.bench.join(max_requests=self.num_slots, num_blocks=100_000)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = itertools.count()
+        self._rng = random.Random(1)
 
     def come(self, times: Sequence[float], tenant: str = "alpha") -> None:
         """Have a client come at each of `times`, from now."""
@@ -79,7 +82,8 @@ class Crowd:
             wait_s = sink.finished.error.retry_after_s
             self.longest_wait_s = max(self.longest_wait_s, wait_s)
             if self.comes_back:
-                self._at(self.bench.now + wait_s, lambda: self._ask(tenant, tokens, is_second=True))
+                late_s = self._rng.uniform(0.0, self.most_late_s)
+                self._at(self.bench.now + wait_s + late_s, lambda: self._ask(tenant, tokens, is_second=True))
 
     def _serve(self, req_id: bytes) -> None:
         self.bench.report(b"w1", output(req_id, 0, [1, 2], "stop", num_cached_tokens=0))
@@ -181,10 +185,9 @@ def test_under_steady_overload_places_at_once_are_kept_for_those_that_were_told_
 def test_under_steady_overload_a_limit_per_minute_is_used_up_by_those_that_were_told_to_come_back(
     limits: Limits, load: float, for_s: int
 ) -> None:
-    crowd = Crowd(Terms(limits), stay_s=0.01)
-    per_s = load * 8
+    crowd = Crowd(Terms(limits), stay_s=0.01, most_late_s=0.2)
     crowd.come([0.0] * 480)  # what may come at once is gone
-    crowd.come([0.1 + i / per_s for i in range(int(for_s * per_s))])
+    crowd.come([i / (8 * load) for i in range(int(8 * load * for_s))])
     crowd.run(for_s)
     assert crowd.outcomes["admitted"] > 0.9 * 8 * for_s, crowd.outcomes
     assert crowd.share_admitted >= 0.9, crowd.outcomes
