@@ -103,7 +103,8 @@ def compare(
 
 @contextlib.contextmanager
 def contenders(model: Path, folder: Path, home: Path, port: int, worker_args: str) -> Iterator[list[Contender]]:
-    settings = ServerSettings("vllm", port, None, 340, max_model_len=2560, model=model)  # 1 GiB
+    window = min(2560, json.loads((model / "config.json").read_text())["max_position_embeddings"])
+    settings = ServerSettings("vllm", port, None, 340, max_model_len=window, model=model)  # 1 GiB
     server = vllm_server(make_vllm(folder), settings, home / "vllm.log")
     with running([server]), running_gateway([], port + 10, model, worker_args) as gateway:
         ours = Contender("kvasir", port + 10, gateway.key("bench"), gateway.pid)
