@@ -10,8 +10,9 @@ been written to the store. Grouped queries never repeat keys: the queries of one
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,12 +21,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvasir.cache.kv_store import KvStore
 from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.batch import Batch
-from kvasir.worker.model.cascade import Stem, attend_with_lse
+from kvasir.worker.model.cascade import Stem, attend_heads, attend_with_lse
 from kvasir.worker.model.config import ModelConfig
 
 _MASK_ELEMENTS = 1 << 24  # of one prefill mask; longer chunks are attended in pieces
 _GATHER_BYTES = 1 << 28  # gathered at a time
 _LONG_PAST = 512  # tokens before a chunk, from which on a CPU attends to them by themselves
+
+
+Attend = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Attention of queries [num_kv_heads, rows, head_dim] to something, with its log-sum-exps [num_kv_heads, rows]."""
 
 
 class Attention(ABC):
@@ -221,7 +226,7 @@ class GatherAttention(Attention):
         window, row, out = self._config.sliding_windows[layer], 0, []
         for piece, table, stem in zip(self._chunks, self._chunk_tables, self._chunk_stems, strict=True):
             rows = slice(row, row + len(piece.token_ids))
-            shared, num_shared = (None, 0) if stem is None else (stem.data[layer], stem.length)
+            shared, num_shared = (None, 0) if stem is None else (partial(stem.attend, layer), stem.length)
             keys, values = k[rows], v[rows]
             if piece.start > num_shared:
                 keys, values = gather(kv, layer, table[num_shared // kv.block_size :], piece.end - num_shared)
@@ -231,11 +236,11 @@ class GatherAttention(Attention):
 
 
 def chunk_attend(
-    q: Tensor, keys: Tensor, values: Tensor, start: int, window: int | None, shared: Tensor | None = None
+    q: Tensor, keys: Tensor, values: Tensor, start: int, window: int | None, shared: Attend | None = None
 ) -> Tensor:
     """Fused causal attention of one prefill chunk; arguments as of `reference_attend`.
 
-    `shared` [2, num_kv_heads, length, head_dim]: keys and values that come before all of those; on a CPU, no window.
+    `shared` attends to what comes before all of that; on a CPU, no window.
     Returns [num_new, num_heads * head_dim]. Works through the chunk in pieces, which keep the mask small and leave out
     the keys that no query of a piece can see.
     """
@@ -245,9 +250,9 @@ def chunk_attend(
     queries = q.reshape(num_new, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     if shared is not None or (start >= _LONG_PAST and window is None and q.device.type == "cpu"):
-        pasts = [] if shared is None else [(shared[0], shared[1])]
+        pasts: list[Attend] = [] if shared is None else [shared]
         if start:
-            pasts.append((keys[:, :start], values[:, :start]))
+            pasts.append(partial(attend_heads, keys=keys[:, :start], values=values[:, :start]))
         out = _attend_part_by_part(queries, pasts, keys[:, start:], values[:, start:])
         return out.permute(2, 0, 1, 3).reshape(num_new, -1)
     keys = keys[:, None].expand(-1, group, -1, -1)
@@ -269,19 +274,18 @@ def chunk_attend(
     return out.permute(2, 0, 1, 3).reshape(num_new, -1)
 
 
-def _attend_part_by_part(q: Tensor, pasts: Sequence[tuple[Tensor, Tensor]], keys: Tensor, values: Tensor) -> Tensor:
+def _attend_part_by_part(q: Tensor, pasts: Sequence[Attend], keys: Tensor, values: Tensor) -> Tensor:
     """Return causal attention [num_kv_heads, group, num_new, head_dim], merged from that to each past and to the chunk.
 
-    `q` is of that shape, the chunk's `keys` and `values` are [num_kv_heads, num_new, head_dim], and so are those of a
-    past, but for its length. Without a mask, and a past is read once for all query heads of a key head: 1.1 to 1.4
-    times as fast on a CPU.
+    `q` is of that shape, the chunk's `keys` and `values` are [num_kv_heads, num_new, head_dim]. Without a mask, and a
+    past is read once for all query heads of a key head: 1.1 to 1.4 times as fast on a CPU.
     """
     own_keys, own_values = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (keys, values))
     out, lse = attend_with_lse(q, own_keys, own_values, is_causal=True)
-    for past_keys, past_values in pasts:
-        past, past_lse = attend_with_lse(q.flatten(1, 2)[None], past_keys[None], past_values[None])
-        past_lse = past_lse.view(lse.shape)
+    for attend in pasts:
+        past, past_lse = attend(q.flatten(1, 2))
+        past_lse = past_lse.reshape(lse.shape)
         share = (past_lse - lse).sigmoid_().to(out.dtype)
-        out = torch.lerp(out, past.view(out.shape), share[..., None])
+        out = torch.lerp(out, past.reshape(out.shape), share[..., None])
         lse = torch.logaddexp(lse, past_lse)
     return out

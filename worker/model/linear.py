@@ -52,14 +52,14 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """Return [num_rows, out] for `x` [num_rows, in]."""
         if self.packed is not None and (x.shape[0] > _FEW_ROWS or self.plain is None):
-            return _apply_packed(x, self.packed, self.bias)
+            return apply_packed(x, self.packed, self.bias)
         assert self.plain is not None
         return torch.mm(x, self.plain) if self.bias is None else torch.addmm(self.bias, x, self.plain)
 
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """Add the map of `x` to `residual` [num_rows, out] in place."""
         if self.packed is not None and (x.shape[0] > _FEW_ROWS or self.plain is None):
-            residual.add_(_apply_packed(x, self.packed, self.bias))
+            residual.add_(apply_packed(x, self.packed, self.bias))
             return
         assert self.plain is not None
         residual.addmm_(x, self.plain)
@@ -70,7 +70,7 @@ class Linear:
 def make_linear(weight: Tensor, bias: Tensor | None, packing: Packing) -> Linear:
     """Return the map of a checkpoint's `weight` [out, in]."""
     plain = weight.t().contiguous() if packing.keeps_plain else None
-    return Linear(plain, bias, _pack(weight) if packing.packs else None)
+    return Linear(plain, bias, pack(weight) if packing.packs else None)
 
 
 def choose_packing(dtype: torch.dtype, device: torch.device, size_bytes: int) -> Packing:
@@ -94,13 +94,13 @@ def probe_packing(dtype: torch.dtype) -> Packing:
     )
     plain = Linear(weight.t().contiguous())
     try:
-        packed = Linear(None, None, _pack(weight))
+        packed = Linear(None, None, pack(weight))
         error = (packed(x) - plain(x)).abs().max().item()
     except (RuntimeError, AttributeError, NotImplementedError):  # no oneDNN, or not for this dtype
         return Packing()
     if not error < (1e-5 if dtype == torch.float32 else 2e-2):
         return Packing()
-    if _gain(lambda: plain(x), lambda: packed(x)) < 1.1:
+    if gain(lambda: plain(x), lambda: packed(x)) < 1.1:
         return Packing()
     return Packing(packs=True, keeps_plain=dtype == torch.float32)
 
@@ -115,10 +115,10 @@ def gain_over_fp32(dtype: torch.dtype) -> float:
     weight = torch.ones(_PROBE_SIZE, _PROBE_SIZE)
     full, narrow = (make_linear(weight.to(kind), None, probe_packing(kind)) for kind in (torch.float32, dtype))
     narrow_x = x.to(dtype)
-    return _gain(lambda: full(x), lambda: narrow(narrow_x))
+    return gain(lambda: full(x), lambda: narrow(narrow_x))
 
 
-def _gain(before: Callable[[], object], after: Callable[[], object]) -> float:
+def gain(before: Callable[[], object], after: Callable[[], object]) -> float:
     """Return how many times as fast as `before` `after` is: medians, taken in turns."""
     times: list[list[float]] = [[], []]
     for _ in range(_PROBE_TURNS):
@@ -130,11 +130,13 @@ def _gain(before: Callable[[], object], after: Callable[[], object]) -> float:
     return medians[0] / medians[1]
 
 
-def _pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor) -> Tensor:
+    """Return `weight` [out, in] as `apply_packed` takes it. Raises: RuntimeError and others, see `probe_packing`."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PROBE_ROWS)
     return packed
 
 
-def _apply_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+def apply_packed(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x @ weight.T + bias`, of shape [num_rows, out]."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return out

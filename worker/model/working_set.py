@@ -28,7 +28,14 @@ from kvasir.cache.kv_store import KvStore, bytes_per_block
 from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.attention import GatherAttention
 from kvasir.worker.model.batch import Batch
-from kvasir.worker.model.cascade import Stem, attend_with_lse, copy_blocks, find_group, make_stem
+from kvasir.worker.model.cascade import (
+    Stem,
+    attend_with_lse,
+    copy_blocks,
+    find_group,
+    make_stem,
+    probe_packed_attention,
+)
 from kvasir.worker.model.config import ModelConfig
 
 _MIN_CAPACITY = 128  # tokens
@@ -129,6 +136,7 @@ class WorkingSetAttention(GatherAttention):
         Those that had a row with all that they hold, and share now, are among them.
         """
         config, block_size = self._config, kv.block_size
+        packs = kv.data.device.type == "cpu" and probe_packed_attention(kv.data.dtype)
         block_bytes = bytes_per_block(1, block_size, config.num_kv_heads, config.head_dim, kv.data.dtype)
         alone = {key: piece for key, piece in present.items() if key not in self.stem_of}
         coming = {piece.seq_key: piece for piece in new}
@@ -140,10 +148,11 @@ class WorkingSetAttention(GatherAttention):
             if stem is None:
                 others = [other for key, other in alone.items() if key != piece.seq_key]
                 num_shared, sharing = find_group(piece, others, block_size, block_bytes)
-                size_bytes = num_shared * block_bytes * config.num_layers
+                size_bytes = num_shared * block_bytes * config.num_layers * (1 + packs)
                 if not num_shared or size_bytes > self.limit_bytes - self.allocated_bytes:
                     continue
-                stem, group = make_stem(kv, piece.block_table[:num_shared]), [piece, *sharing]
+                stem = make_stem(kv, piece.block_table[:num_shared], packs=packs)
+                group = [piece, *sharing]
             for member in group:
                 if member.seq_key in self._rows:
                     self._drop(member.seq_key)

@@ -18,7 +18,9 @@ from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.attention import Attention, GatherAttention, ReferenceAttention, chunk_attend, reference_attend
 from kvasir.worker.model.attention_paths import choose_attention
 from kvasir.worker.model.batch import pack
+from kvasir.worker.model.cascade import Stem
 from kvasir.worker.model.config import ModelConfig, RopeConfig
+from kvasir.worker.model.linear import probe_packing
 from kvasir.worker.model.working_set import WorkingSetAttention, _capacity
 
 BLOCK_SIZE = 5  # divides no power of two
@@ -144,12 +146,13 @@ def test_random_schedules_equal_the_reference(limit_bytes: int, seed: int) -> No
 
 
 @pytest.mark.parametrize("limit_bytes", [60_000, 1 << 30], ids=["some gathered", "all in the set"])
+@pytest.mark.parametrize("packs", [False, True], ids=["plain stems", "packed stems"])
 @pytest.mark.parametrize("seed", range(4))
 def test_sequences_that_begin_alike_equal_the_reference(
-    limit_bytes: int, seed: int, monkeypatch: pytest.MonkeyPatch
+    limit_bytes: int, packs: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They come and go, with drafts and without, and share 0 to 40 blocks."""
-    monkeypatch.setattr("kvasir.worker.model.cascade._SAVED_BYTES", 2000)
+    use_stems(packs, monkeypatch)
     rng, config = random.Random(seed), make_config((None, None))
     num_shared = [200, 200, *(rng.choice([0, 3, 50, 120, 200]) for _ in range(6))]
     attention = WorkingSetAttention(config, limit_bytes)
@@ -167,11 +170,36 @@ def test_sequences_that_begin_alike_equal_the_reference(
         assert attention.allocated_bytes <= limit_bytes
         num_with_stem += len(attention.stem_of)
         num_stems = max(num_stems, len(set(attention.stem_of.values())))
-    assert num_with_stem > 20 and num_stems > 0
+    assert num_with_stem > (5 if packs else 20) and num_stems > 0  # packed ones take twice the room
+
+
+def use_stems(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have even short stems, packed or not, for any number of queries."""
+    if packs and not probe_packing(torch.float32).packs:
+        pytest.skip("this CPU packs no matrices")
+    monkeypatch.setattr("kvasir.worker.model.cascade._SAVED_BYTES", 2000)
+    monkeypatch.setattr("kvasir.worker.model.cascade._FEW_ROWS", 1)
+    monkeypatch.setattr("kvasir.worker.model.working_set.probe_packed_attention", lambda dtype: packs)
+
+
+@pytest.mark.parametrize("num_rows", [1, 15, 16, 64, 65, 130])
+def test_attention_to_a_packed_stem_equals_that_to_a_plain_one(num_rows: int) -> None:
+    if not probe_packing(torch.float32).packs:
+        pytest.skip("this CPU packs no matrices")
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(2, 3, 200, 32, generator=generator)
+    q = torch.randn(3, num_rows, 32, generator=generator)
+    q[0] *= 30  # scores far apart: nearly all weight is on one key
+    plain, packed = Stem([0], [data]), Stem([0], [data], packs=True)
+    with torch.inference_mode():
+        expected, actual = plain.attend(0, q), packed.attend(0, q)
+    for one, other in zip(expected, actual, strict=True):
+        torch.testing.assert_close(other, one, atol=5e-5, rtol=1e-5)
+    assert bool(packed._heads) == (num_rows >= 24) and packed.size_bytes == 2 * plain.size_bytes
 
 
 def test_what_several_begin_with_is_held_once_and_by_who_comes_later_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvasir.worker.model.cascade._SAVED_BYTES", 2000)
+    use_stems(False, monkeypatch)
     config = make_config((None, None))
     attention, plain = WorkingSetAttention(config), WorkingSetAttention(config, has_stems=False)
     for path in (attention, plain):

@@ -22,7 +22,7 @@ def fresh_probe() -> Iterator[None]:
 
 def is_packable(dtype: torch.dtype) -> bool:
     try:
-        linear._pack(torch.ones(16, 16, dtype=dtype))
+        linear.pack(torch.ones(16, 16, dtype=dtype))
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return True
@@ -50,10 +50,10 @@ def test_every_way_to_keep_a_matrix_gives_the_same_map(
 def test_what_the_probe_measures_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     if not is_packable(torch.float32):
         pytest.skip("this torch has no packed linears")
-    monkeypatch.setattr(linear, "_gain", lambda *args: 1.0)
+    monkeypatch.setattr(linear, "gain", lambda *args: 1.0)
     assert choose_packing(torch.float32, CPU, 1 << 20) == Packing()
     probe_packing.cache_clear()
-    monkeypatch.setattr(linear, "_gain", lambda *args: 1.8)
+    monkeypatch.setattr(linear, "gain", lambda *args: 1.8)
     assert choose_packing(torch.float32, CPU, 1 << 20) == Packing(True, True)
     assert choose_packing(torch.float32, CPU, 1 << 40) == Packing(True, False), "a large model is kept once"
 
@@ -65,7 +65,7 @@ def test_the_gain_of_a_type_is_that_of_the_same_map_over_fp32(monkeypatch: pytes
         seen[:] = before(), after()
         return 0.5
 
-    monkeypatch.setattr(linear, "_gain", gain)
+    monkeypatch.setattr(linear, "gain", gain)
     assert linear.gain_over_fp32(torch.bfloat16) == 0.5
     assert [x.dtype for x in seen] == [torch.float32, torch.bfloat16]
     assert torch.equal(seen[0], seen[1].float())
@@ -73,15 +73,15 @@ def test_the_gain_of_a_type_is_that_of_the_same_map_over_fp32(monkeypatch: pytes
 
 @pytest.mark.parametrize("fault", ["differs", "gives NaN", "raises"])
 def test_packing_that_is_wrong_is_not_taken(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    apply = linear._apply_packed
+    apply = linear.apply_packed
 
     def faulty(*args: torch.Tensor) -> torch.Tensor:
         if fault == "raises":
             raise RuntimeError("no such operator")
         return apply(*args) + (float("nan") if fault == "gives NaN" else 0.01)
 
-    monkeypatch.setattr(linear, "_gain", lambda *args: 9.0)
-    monkeypatch.setattr(linear, "_apply_packed", faulty)
+    monkeypatch.setattr(linear, "gain", lambda *args: 9.0)
+    monkeypatch.setattr(linear, "apply_packed", faulty)
     assert probe_packing(torch.float32) == Packing()
 
 
