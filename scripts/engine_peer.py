@@ -117,21 +117,33 @@ def measure(one: Contender, cell: Cell, num_tokens: int, number: int, vocab_size
     draw: Callable[[int], list[int]] = lambda n: torch.randint(10, vocab_size, (n,), generator=generator).tolist()  # noqa: E731
     shared = draw(cell.num_shared)
     prompts = [shared + draw(cell.num_prompt - cell.num_shared) for _ in range(cell.num_connections * per_connection)]
-    firsts: list[float] = []
+    if shared:
+        complete(one, [*shared, *draw(8)], 1)
+    firsts, wall_s, cpu_s = send_all(
+        one, prompts, cell.num_connections, lambda prompt: complete(one, prompt, num_tokens)
+    )
+    return Figures(len(prompts) * num_tokens / wall_s, cpu_s / len(prompts), statistics.median(firsts))
+
+
+def send_all(
+    one: Contender, prompts: list[list[int]], num_connections: int, send: Callable[[list[int]], Any]
+) -> tuple[list[Any], float, float]:
+    """Send `prompts` on so many connections, each the next one when `send` returns. Return what it returned, and the
+    seconds that passed, and of CPU.
+
+    Raises:
+        RuntimeError: one of them failed.
+    """
+    answers: list[Any] = []
     errors: list[str] = []
 
-    def send_all(mine: list[list[int]]) -> None:
+    def send_some(mine: list[list[int]]) -> None:
         try:
-            firsts.extend([complete(one, prompt, num_tokens) for prompt in mine])
+            answers.extend([send(prompt) for prompt in mine])
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}")
 
-    if shared:
-        complete(one, [*shared, *draw(8)], 1)
-    threads = [
-        threading.Thread(target=send_all, args=(prompts[i :: cell.num_connections],))
-        for i in range(cell.num_connections)
-    ]
+    threads = [threading.Thread(target=send_some, args=(prompts[i::num_connections],)) for i in range(num_connections)]
     cpu_s, begin = cpu_seconds(one.pid), time.perf_counter()
     for thread in threads:
         thread.start()
@@ -140,7 +152,7 @@ def measure(one: Contender, cell: Cell, num_tokens: int, number: int, vocab_size
     wall_s, cpu_s = time.perf_counter() - begin, cpu_seconds(one.pid) - cpu_s
     if errors:
         raise RuntimeError(f"{one.name}: {errors[0]}")
-    return Figures(len(prompts) * num_tokens / wall_s, cpu_s / len(prompts), statistics.median(firsts))
+    return answers, wall_s, cpu_s
 
 
 def complete(one: Contender, prompt: list[int], num_tokens: int) -> float:

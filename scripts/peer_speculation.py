@@ -23,8 +23,6 @@ import random
 import secrets
 import statistics
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +31,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from scripts.engine_peer import Contender, cpu_seconds, write_random_model
+from scripts.engine_peer import Contender, send_all, write_random_model
 from scripts.fleet.environment import MODEL_NAME, Server, ServerSettings, make_vllm, running, vllm_server
 from scripts.fleet.gateway import Gateway, running_gateway
 
@@ -186,24 +184,7 @@ def complete(one: Contender, prompt: list[int], num_tokens: int) -> str:
 
 
 def measure(one: Contender, prompts: list[list[int]], num_tokens: int, num_connections: int) -> Figures:
-    errors: list[str] = []
-
-    def send_all(mine: list[list[int]]) -> None:
-        try:
-            for prompt in mine:
-                complete(one, prompt, num_tokens)
-        except Exception as error:
-            errors.append(f"{type(error).__name__}: {error}")
-
-    threads = [threading.Thread(target=send_all, args=(prompts[i::num_connections],)) for i in range(num_connections)]
-    cpu_s, begin = cpu_seconds(one.pid), time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    wall_s, cpu_s = time.perf_counter() - begin, cpu_seconds(one.pid) - cpu_s
-    if errors:
-        raise RuntimeError(f"{one.name}: {errors[0]}")
+    _, wall_s, cpu_s = send_all(one, prompts, num_connections, lambda prompt: complete(one, prompt, num_tokens))
     return Figures(len(prompts) * num_tokens / wall_s, cpu_s / len(prompts))
 
 

@@ -19,6 +19,7 @@ from kvasir.gateway.core.api import Submit
 EARLY_S = 0.1  # clocks and links differ
 KEPT_S = 0.5  # for so long a place waits for who is to have it
 MAX_WAIT_S = 60.0  # OpenAI's clients take no longer wait from a server
+MAX_TICKETS = 20_000  # of one payer for one thing, or of a queue: the oldest are forgotten
 MARGIN = 1.25  # rates are measured, and change
 _WINDOW_S = 0.5
 _NEWEST = 0.3
@@ -42,8 +43,7 @@ class Promises:
 class Tickets:
     """Who was told to come back when. A request that comes again is known by its tenant and its tokens."""
 
-    def __init__(self, max_tickets: int = 20_000) -> None:
-        self._max_tickets = max_tickets
+    def __init__(self) -> None:
         self._due: OrderedDict[bytes, deque[float]] = OrderedDict()  # the oldest first; of equal requests in turn
         self.num = 0
 
@@ -51,7 +51,7 @@ class Tickets:
         """Remember that a request was told to come back at `due`."""
         self._due.setdefault(_mark(submit), deque()).append(due)
         self.num += 1
-        while self.num > self._max_tickets:
+        while self.num > MAX_TICKETS:
             self.num -= len(self._due.popitem(last=False)[1])
 
     def take(self, submit: Submit, now: float) -> float | None:
@@ -86,6 +86,7 @@ class Expected:
         """Expect a request again at `due`."""
         self.tickets.give(submit, due)
         insort(self._due, due)
+        del self._due[:-MAX_TICKETS]
 
     def take(self, submit: Submit, now: float) -> bool:
         """Return whether a request was told to come now, or before; it is not expected any more."""

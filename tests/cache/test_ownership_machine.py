@@ -326,3 +326,4 @@ def test_what_was_in_use_when_a_cap_was_set_goes_when_quotas_are_set_again() -> 
     machine.end(live)
     machine.lift_quota("a")
     machine.nothing_contradicts()
+    assert machine.cache.statistics().num_published == 1

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvasir.gateway.core.billing import Billing
-from kvasir.gateway.core.promises import MAX_WAIT_S, Promises
+from kvasir.gateway.core.promises import MAX_WAIT_S, Expected, Promises
 from kvasir.gateway.core.requests import QueueConfig
 from kvasir.protocol.messages import Generate
 from kvasir.protocol.terms import NO_TERMS, Limits, Terms
-from tests.core_helpers import Bench, output
+from tests.core_helpers import Bench, make_submit, output
 
 TICK_S = 0.1
 
@@ -218,3 +218,12 @@ def test_promises_come_one_after_the_other_and_begin_anew_when_they_are_too_far_
     promises = Promises()
     waits = [promises.wait_s(10.0, 1.0, 20.0) for _ in range(5)]
     assert waits == [1.0, 21.0, 41.0, 1.0, 21.0] and max(waits) <= MAX_WAIT_S
+
+
+def test_of_a_crowd_that_was_told_to_come_back_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvasir.gateway.core.promises.MAX_TICKETS", 3)
+    expected, submits = Expected(), [make_submit(b"%d" % i, tokens=[i])[0] for i in range(5)]
+    for i, submit in enumerate(submits):
+        expected.give(submit, 10.0 + i)
+    assert expected.tickets.num == 3 and expected.num_before(100.0, 0.0) == 3
+    assert [expected.take(submit, 20.0) for submit in submits] == [False, False, True, True, True]

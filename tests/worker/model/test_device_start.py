@@ -123,13 +123,14 @@ def start(model: Model, meter: FakeMeter, *args: str) -> tuple[DeviceExecutor, i
 
 @pytest.mark.usefixtures("captures")
 def test_a_start_leaves_room_for_the_largest_step_and_says_what_it_found(
-    model: Model, capsys: pytest.CaptureFixture[str]
+    model: Model, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kvasir.worker.startup_gpu.share_of_bandwidth", lambda *given: 0.4242)
     executor, num_blocks, graphs = start(model, FakeMeter(64 << 20, 16 << 20))
     assert graphs == "CUDA graphs"
     told = capsys.readouterr().err
     assert f"device name=cpu attention=reference graphs=6 graph_bytes=0 step_bytes={16 << 20} pool_bytes=" in told
-    assert float(told.split("decode_share_of_copy_bandwidth=")[1]) >= 0
+    assert told.split("decode_share_of_copy_bandwidth=")[1].strip() == "0.42"
     plain, run = Run(model, None, num_blocks), Run(model, model.forward, num_blocks)
     run.engine._executor = executor
     for each in (plain, run):
