@@ -1,10 +1,10 @@
 """The lab: what eviction policies and routing rules make of traces of requests, beside what no rule can beat.
 
     python scripts/replay_trace.py cache --trace FILE... [--policy lru,optimum] [--capacity 1%,5%,10%,25%,50%]
-                                         [--jobs N] [--json OUT] [--plot OUT.png]
+                                         [--jobs N] [--json OUT]
     python scripts/replay_trace.py route --trace FILE... [--policy kvasir,sglang,dynamo] [--workers 4,8,16]
                                          [--capacity 25%] [--load 0.5] [--spread 5] [--tenants 16] [--flood]
-                                         [--weights 1:2:4] [--high 2] [--jobs N] [--json OUT] [--plot OUT.png]
+                                         [--weights 1:2:4] [--high 2] [--jobs N] [--json OUT]
 
 `route` is described in `scripts/replay_route.py`; the rest of this page is about `cache`.
 
@@ -77,8 +77,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"replay_trace: {error}")
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    if args.plot:
-        (plot if args.command == "cache" else plot_routes)(rows, args.plot)
 
 
 def run_all(cells: Sequence[Callable[[], Any]], num_jobs: int = 1) -> list[Any]:
@@ -146,60 +144,6 @@ def render(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw block hit rate over capacity, one panel per trace, one line per policy, into the image `path`."""
-    pyplot = _pyplot()
-    traces = list(dict.fromkeys(row.trace for row in rows))
-    figure, panels = pyplot.subplots(1, len(traces), figsize=(5.5 * len(traces), 4.2), squeeze=False, sharey=True)
-    for panel, trace in zip(panels[0], traces, strict=True):
-        for policy in dict.fromkeys(row.policy for row in rows):
-            line = sorted(
-                (100 * row.capacity_share, 100 * row.block_hit_rate)
-                for row in rows
-                if (row.trace, row.policy) == (trace, policy)
-            )
-            style = "--" if policy == OPTIMUM else "-"
-            panel.plot([x for x, _ in line], [y for _, y in line], style, marker="o", markersize=3, label=policy)
-        panel.set(title=trace, xscale="log", xlabel="capacity, % of the distinct blocks")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("block hit rate, %")
-    panels[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
-def plot_routes(rows: Sequence[replay_route.Row], path: Path) -> None:
-    """Draw the mean time to the first token over the hit rate, one panel per trace, a point per cell, into `path`."""
-    pyplot = _pyplot()
-    traces = list(dict.fromkeys(row.trace for row in rows))
-    figure, panels = pyplot.subplots(1, len(traces), figsize=(5.5 * len(traces), 4.2), squeeze=False)
-    for panel, trace in zip(panels[0], traces, strict=True):
-        for policy in dict.fromkeys(row.policy for row in rows):
-            of_policy = [row for row in rows if (row.trace, row.policy) == (trace, policy)]
-            hits, times = [100 * row.token_hit_rate for row in of_policy], [row.ttft_mean_s for row in of_policy]
-            marker = "x" if policy in replay_route.BOUNDS else "o"
-            panel.plot(hits, times, marker, markersize=6, label=policy)
-            for row, x, y in zip(of_policy, hits, times, strict=True):
-                panel.annotate(f"{row.workers}", (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        panel.set(title=trace, yscale="log", xlabel="token hit rate, %")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("mean time to first token, s (numbers: workers)")
-    panels[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        sys.exit("replay_trace: --plot needs matplotlib; pip install matplotlib, or leave --plot out")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
-
-    return pyplot
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="replay_trace.py", description="Replay traces of requests.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -231,12 +175,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         add = command.add_argument
         add("--jobs", type=_count, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)")
         add("--json", type=Path, metavar="OUT", help="write the rows as a JSON list")
-        add("--plot", type=Path, metavar="OUT.png", help="draw them (needs matplotlib)")
     args = parser.parse_args(argv)
     if args.command == "route" and args.flood and args.tenants < 2:
         parser.error("--flood needs several tenants: give --tenants 16")
-    if args.plot:
-        _pyplot()  # before the work, not after it
     return args
 
 

@@ -104,11 +104,12 @@ class Stream:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     num_cached: int | None = None
+    num_logprobs: int = 0
     error: str = ""
 
 
 class Rig:
-    """An engine with everything around it visible. `run` steps it and collects the streams, checking their order."""
+    """An engine with everything around it visible. A step checks its books, and the order of what it reports."""
 
     def __init__(
         self,
@@ -152,6 +153,7 @@ class Rig:
 
     def step(self) -> StepReport:
         report = self.engine.step()
+        self.engine.check_integrity()
         self.reports.append(report)
         for output in report.outputs:
             self._take(output)
@@ -168,7 +170,6 @@ class Rig:
         """Step until nothing is left, which must happen within `max_steps`."""
         for _ in range(max_steps):
             if not self.engine.has_work:
-                self.engine.check_integrity()
                 return
             self.step()
         raise AssertionError(f"{self.engine.num_unfinished} requests are unfinished after {max_steps} steps")
@@ -180,6 +181,7 @@ class Rig:
         assert output.seq == self.next_seq[output.req_id]
         self.next_seq[output.req_id] += len(tokens)
         stream.token_ids += tokens
+        stream.num_logprobs += len(output.logprobs)
         stream.finish_reason = output.finish_reason
         stream.error = output.error
         if output.num_cached_tokens is not None:

@@ -236,12 +236,3 @@ def test_a_file_that_is_no_trace_is_refused_with_the_line(tmp_path: Path, conten
 def test_ids_that_are_not_chained_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="block 1 has two parents"):
         make_trace(tmp_path, [[0, 1], [2, 1]])
-
-
-def test_the_plot_is_an_image(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    rows = [
-        replay_trace.Row("t", name, 10, share, share, share, 1.0) for name in ("lru", "optimum") for share in (0.1, 0.2)
-    ]
-    replay_trace.plot(rows, tmp_path / "out.png")
-    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"

@@ -4,11 +4,9 @@ With 4 to 64 rows (decoding in batches) packed weights give 1.3 to 2.5 times the
 0.7 to 1 times. So a small model keeps both; a large one that is packed is packed only. The operators are torch's own
 but private, which is one more reason to probe.
 
-oneDNN compiles for every number of rows anew, half a millisecond and half a megabyte each, and keeps the last 1,024:
-some 450 MB. With 8,192 a worker came to 2.5 GB.
-
-oneDNN compiles for every number of rows, which takes as long as half a step of a small model, and keeps the last 1,024
-results. Chunks and drafts have so many numbers of rows that this is not enough.
+oneDNN compiles for every number of rows anew, which takes as long as half a step of a small model (half a millisecond)
+and half a megabyte, and keeps the last 1,024 results: some 450 MB. Chunks and drafts have more numbers of rows than
+that, but with 8,192 kept a worker came to 2.5 GB.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,12 +22,12 @@ from tests.engine_helpers import (
     SIZE,
     FixedCosts,
     Rig,
-    Stream,
     WatchedStore,
     expected_tokens,
     make_generate,
     make_prompt,
 )
+from tests.engine_loads import run_random_load
 
 SEEDED = Sampling(temperature=0.7, seed=12345)
 
@@ -109,7 +108,7 @@ class MoodyCosts(FixedCosts):
 
 
 class TwinRig(Rig):
-    """Checks integrity after every step, and every draft."""
+    """Checks every draft."""
 
     def __init__(
         self, wrong_of: int = 0, *, lookup: bool = False, window: int = 1 << 20, vocab: int = 4096, **options: Any
@@ -125,14 +124,6 @@ class TwinRig(Rig):
         self.draft_model.twin = self.twin
         self.speculator = self.engine.speculator = Speculator(Lookup() if lookup else Blind(), self.draft_model)
         self.speculator.costs = FixedCosts()
-        self.logprobs: Counter[bytes] = Counter()
-
-    def step(self) -> Any:
-        report = super().step()
-        self.engine.check_integrity()
-        for output in report.outputs:
-            self.logprobs[output.req_id] += len(output.logprobs)
-        return report
 
     @property
     def counts(self) -> Counts:
@@ -161,45 +152,13 @@ def test_a_draft_model_of_the_same_mind_is_always_right_and_computes_each_token_
 def test_random_loads_over_tiny_pools_have_the_same_tokens_and_no_draft_is_wrong_but_those_meant_to_be(
     seed: int, is_ahead: bool
 ) -> None:
-    """Preemptions, forks, conversations that come back, two tenants, aborts, stop ids, logprobs, lookup beside it."""
     dice = random.Random(seed)
+    options = {"max_requests": dice.choice([3, 8]), "max_step_tokens": dice.choice([16, 40])}
     rig = TwinRig(
-        dice.choice([0, 0, 2]),
-        lookup=seed % 2 == 1,
-        num_blocks=dice.choice([14, 24, 40]),
-        max_requests=dice.choice([3, 8]),
-        max_step_tokens=dice.choice([16, 40]),
-        is_ahead=is_ahead,
+        dice.choice([0, 0, 2]), lookup=seed % 2 == 1, num_blocks=dice.choice([14, 24, 40]), is_ahead=is_ahead, **options
     )
     rig.speculator.costs = MoodyCosts(seed)
-    submitted: list[tuple[Any, list[int], Stream]] = []
-    prompts = [make_prompt(dice.randrange(1, 26), salt=i + 100 * seed) for i in range(8)]
-    for i in range(60):
-        prompt = dice.choice(prompts)
-        if submitted and dice.random() < 0.4:  # the next turn of a conversation
-            _, before, stream = dice.choice(submitted)
-            prompt = (before + stream.token_ids + make_prompt(2, salt=i))[:40]
-        sampling = Sampling(temperature=0.7, seed=len(prompt), logprobs=dice.choice([None, 2]))
-        stop = expected_tokens(prompt, 16, sampling)[dice.randrange(16)]
-        options = {"tenant": dice.choice("ab"), "sampling": sampling, "stop_token_ids": [stop]}
-        command = make_generate(
-            prompt, dice.randrange(1, 16), req_id=b"%d" % i, no_store=dice.random() < 0.1, **options
-        )
-        submitted.append((command, prompt, rig.submit(command)))
-        for _ in range(dice.randrange(3)):
-            rig.step()
-        if dice.random() < 0.1:
-            rig.engine.abort(dice.choice(submitted)[0].req_id, 1)
-    rig.run()
-    for command, prompt, stream in submitted:
-        whole = expected_tokens(prompt, command.max_tokens, command.sampling)
-        stop = command.stop_token_ids[0]
-        whole = whole[: whole.index(stop) + 1] if stop in whole else whole
-        if stream.finish_reason == "abort":
-            assert whole[: len(stream.token_ids)] == stream.token_ids
-        elif stream.finish_reason != "error":
-            assert stream.token_ids == whole
-        assert rig.logprobs[command.req_id] == (0 if command.sampling.logprobs is None else len(stream.token_ids))
+    run_random_load(rig, dice, 50)
     assert rig.counts.num_accepted > 20 and rig.draft_model.num_checked >= rig.counts.num_drafted
 
 

@@ -8,10 +8,11 @@ from collections import Counter
 
 import pytest
 
-from kvasir.protocol.messages import Generate, Quota, Sampling, StepReport
+from kvasir.protocol.messages import Generate, Quota, Sampling
 from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.oracle_model import OracleStore
 from tests.engine_helpers import SIZE, Rig, Stream, expected_tokens, make_generate, make_prompt
+from tests.engine_loads import run_random_load
 
 N = 4
 
@@ -31,11 +32,6 @@ class ForkRig(Rig):
             return forward(slices, kv)
 
         self.model.forward = watch  # type: ignore[method-assign]
-
-    def step(self) -> StepReport:
-        report = super().step()
-        self.engine.check_integrity()
-        return report
 
     def num_computed(self, num_prompt: int, first_step: int = 0) -> int:
         """How many tokens at the first `num_prompt` positions were computed, from `first_step` on."""
@@ -231,39 +227,10 @@ def test_a_fork_whose_original_cannot_publish_computes_its_prompt_itself() -> No
 
 @pytest.mark.parametrize("is_ahead", [False, True])
 def test_random_choices_over_tiny_pools_all_get_their_tokens_or_a_reason(is_ahead: bool) -> None:
-    """Preemption, aborts, caps and floors while forks are made: each stream is a prefix of what it is alone."""
-    rigs = [run_random_choices(random.Random(seed), is_ahead) for seed in range(8)]
+    rigs = []
+    for seed in range(8):
+        dice = random.Random(seed)
+        rigs.append(ForkRig(dice.choice([12, 20, 36]), max_requests=8, max_step_tokens=9, is_ahead=is_ahead))
+        run_random_load(rigs[-1], dice, 40, has_quotas=True)
     assert sum(rig.num_forked for rig in rigs) > 50
     assert sum(rig.engine.num_preempted for rig in rigs) > 50
-
-
-def run_random_choices(dice: random.Random, is_ahead: bool) -> ForkRig:
-    rig = ForkRig(
-        num_blocks=dice.choice([12, 20, 36]),
-        max_requests=dice.choice([3, 8]),
-        max_step_tokens=9,
-        is_ahead=is_ahead,
-    )
-    prompts = [make_prompt(dice.randrange(1, 26), salt=i) for i in range(6)]
-    submitted: list[tuple[Generate, list[int], Stream]] = []
-    for i in range(40):
-        if dice.random() < 0.2:
-            rig.cache.set_quotas({t: Quota(dice.randrange(4), dice.choice([None, 8, 12])) for t in "ab"})
-        prompt, tenant = dice.choice(prompts), dice.choice("ab")
-        for j in range(dice.randrange(1, 5)):
-            sampling = Sampling(seed=dice.randrange(99))
-            command = make_generate(
-                prompt, dice.randrange(1, 16), req_id=b"%d-%d" % (i, j), tenant=tenant, sampling=sampling
-            )
-            submitted.append((command, prompt, rig.submit(command)))
-        for _ in range(dice.randrange(12)):
-            rig.clock.now += 0.1
-            rig.step()
-        if dice.random() < 0.3:
-            rig.engine.abort(dice.choice(submitted)[0].req_id, 1)
-    rig.run()
-    for command, prompt, stream in submitted:
-        assert stream.finish_reason in ("length", "abort", "error")
-        assert stream.finish_reason != "error" or "KV" in stream.error or "credits" in stream.error
-        assert stream.token_ids == expected_tokens(prompt, len(stream.token_ids), command.sampling)
-    return rig

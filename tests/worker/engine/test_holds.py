@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvasir.cache.prefix_cache import PrefixCache
-from kvasir.protocol.messages import Generate, Quota, Sampling, StepReport
+from kvasir.protocol.messages import Generate, Quota
 from kvasir.worker.engine.scheduler import EngineLimits, Plan, schedule
 from kvasir.worker.engine.sequence import Sequence, make_sequence
 from tests.engine_helpers import PUBLIC_SPACE, SIZE, Rig, Stream, expected_tokens, make_generate, make_prompt
+from tests.engine_loads import run_random_load
 
 _keys = count(1)
 
@@ -45,11 +46,6 @@ class HoldRig(Rig):
         if not self.holds:
             self.engine._sequences.waiting[-1].may_hold = False
         return stream
-
-    def step(self) -> StepReport:
-        report = super().step()
-        self.engine.check_integrity()
-        return report
 
     def run_one(self, prompt: list[int], tenant: str = "a") -> None:
         self.submit(make_generate(prompt, 1, tenant=tenant, req_id=b"%d" % len(self.streams)))
@@ -252,50 +248,15 @@ def test_who_ends_while_it_holds_gives_everything_back(end: str) -> None:
 @pytest.mark.parametrize("is_ahead", [False, True])
 @pytest.mark.parametrize("has_quotas", [False, True])
 def test_random_loads_over_tiny_pools_finish_with_holds(has_quotas: bool, is_ahead: bool) -> None:
-    """Conversations that come back, floors and caps, aborts: each stream is a prefix of what it is alone."""
-    rigs = [run_random_load(random.Random(seed), has_quotas=has_quotas, is_ahead=is_ahead) for seed in range(12)]
+    rigs = []
+    for seed in range(12):
+        dice = random.Random(seed)
+        options = {"max_requests": dice.choice([2, 3, 6]), "max_step_tokens": dice.choice([6, 24])}
+        rigs.append(HoldRig(dice.choice([14, 20, 32]), is_ahead=is_ahead, **options))
+        run_random_load(rigs[-1], dice, 60, has_quotas=has_quotas)
     for name in ("num_held", "num_let_go", "num_preempted"):
         assert sum(getattr(rig, name) for rig in rigs) > 15
     assert has_quotas or not any(rig.num_broken_promises for rig in rigs)
-
-
-def run_random_load(dice: random.Random, *, has_quotas: bool, is_ahead: bool) -> HoldRig:
-    rig = HoldRig(
-        dice.choice([14, 20, 32]),
-        max_requests=dice.choice([2, 3, 6]),
-        max_step_tokens=dice.choice([6, 24]),
-        is_ahead=is_ahead,
-    )
-    longest = rig.engine.limits.max_context - 12
-    submitted: list[tuple[Generate, list[int], Stream]] = []
-    for i in range(60):
-        if has_quotas and dice.random() < 0.2:
-            rig.cache.set_quotas({t: Quota(dice.randrange(4), dice.choice([None, 7, 12])) for t in "ab"})
-        finished = [prompt + stream.token_ids for _, prompt, stream in submitted if stream.finish_reason == "length"]
-        prompt = make_prompt(dice.randrange(1, 26), salt=dice.randrange(4))
-        if finished and dice.random() < 0.7:
-            prompt = dice.choice(finished) + make_prompt(dice.randrange(4), salt=i)
-        prompt = prompt[:longest]
-        command = make_generate(
-            prompt,
-            dice.randrange(1, 12),
-            req_id=b"%d" % i,
-            tenant=dice.choice("ab"),
-            num_public=dice.randrange(3) if has_quotas and len(prompt) >= 2 * SIZE else 0,
-            sampling=Sampling(seed=dice.randrange(9)),
-        )
-        submitted.append((command, prompt, rig.submit(command)))
-        for _ in range(dice.randrange(8)):
-            rig.clock.now += 0.1
-            rig.step()
-        if dice.random() < 0.1:
-            rig.engine.abort(b"%d" % dice.randrange(i + 1), 1)
-    rig.run()
-    for command, prompt, stream in submitted:
-        assert stream.finish_reason in ("length", "abort", "error")
-        assert stream.finish_reason != "error" or "KV" in stream.error or "credits" in stream.error
-        assert stream.token_ids == expected_tokens(prompt, len(stream.token_ids), command.sampling)
-    return rig
 
 
 # ---- plans
