@@ -99,6 +99,10 @@ class Expected:
             self._share_obeying += _NEWEST * (1.0 - self._share_obeying)
         return True
 
+    def num_kept(self, submit: Submit, until: float, now: float) -> int:
+        """Return how many come before `until` for whom to keep what `submit` asks for; 0 for one of those."""
+        return 0 if not self.tickets.num or self.take(submit, now) else self.num_before(until, now)
+
     def num_before(self, until: float, now: float) -> int:
         """Return how many will probably come before `until`, those counted that are late by less than `KEPT_S`: of all
         that are to a share, as have come of those before. Where nobody does as told it is none."""
@@ -120,8 +124,7 @@ class Places:
     def is_free(self, submit: Submit, num_running: int, num_places: int, stay_s: float, now: float) -> bool:
         """Return whether there is a place for `submit`: for one that comes when it was told to any that is free, for a
         newcomer one that is not kept for those to come within half a stay."""
-        num_kept = 0 if self._expected.take(submit, now) else self._expected.num_before(now + stay_s / 2, now)
-        return num_running + num_kept < num_places
+        return num_running + self._expected.num_kept(submit, now + stay_s / 2, now) < num_places
 
     def promise_s(self, submit: Submit, num_places: int, stay_s: float, now: float) -> float:
         """Return in how many seconds `submit`, for which there is no place, is to come back."""

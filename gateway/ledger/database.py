@@ -47,7 +47,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 
 
-class Row(msgspec.Struct, frozen=True):
+class Row(msgspec.Struct, frozen=True, gc=False):
     """One API request as far as it has come. `settled_at` None: it runs. Times are seconds since the epoch."""
 
     admitted_at: float
@@ -63,7 +63,7 @@ class Row(msgspec.Struct, frozen=True):
     cost: int = 0
 
 
-class DaySum(msgspec.Struct):
+class DaySum(msgspec.Struct, gc=False):
     """What one key of one tenant used of one model on one day (its number since 1 January 1970, UTC)."""
 
     day: int

@@ -110,7 +110,7 @@ class PrefixIndex:
         reserved = self._reserved
         cached = start
         for prompt in reserved.get(prefix_hashes[start * HASH_BYTES : (start + 1) * HASH_BYTES], ())[:MAX_COMPARED]:
-            cached = max(cached, _num_common(prefix_hashes, prompt, start + 1, num_blocks))
+            cached = _extended(prefix_hashes, prompt, cached, num_blocks)
         low, high = cached // STRIDE, num_blocks // STRIDE  # of the marks at the ends of strides
         while low < high:
             middle = (low + high) // 2
@@ -121,9 +121,9 @@ class PrefixIndex:
                 high = middle
         marked = low * STRIDE
         if marked > cached:
-            digest = prefix_hashes[(marked - 1) * HASH_BYTES : marked * HASH_BYTES]
-            for prompt in reserved.get(digest, ())[:MAX_COMPARED]:
-                cached = max(cached, _num_common(prefix_hashes, prompt, marked, min(num_blocks, marked + STRIDE)))
+            cached = marked
+            for prompt in reserved[prefix_hashes[(marked - 1) * HASH_BYTES : marked * HASH_BYTES]][:MAX_COMPARED]:
+                cached = _extended(prefix_hashes, prompt, cached, min(num_blocks, marked + STRIDE))
         return cached
 
     def reserve(self, prefix_hashes: bytes, start: int) -> None:
@@ -186,9 +186,13 @@ def _marks(prefix_hashes: bytes, start: int) -> list[bytes]:
     return marks
 
 
-def _num_common(ours: bytes, theirs: bytes, low: int, high: int) -> int:
-    """Return how many leading blocks two chains have in common: `low` at least, `high` at most."""
-    high = min(high, len(theirs) // HASH_BYTES)
+def _extended(ours: bytes, theirs: bytes, low: int, high: int) -> int:
+    """Return how many leading blocks two chains have in common, `high` at most, if that is more than `low`; else
+    `low`."""
+    start = low * HASH_BYTES
+    if low >= high or ours[start : start + HASH_BYTES] != theirs[start : start + HASH_BYTES]:
+        return low  # the usual case, seen at once
+    low, high = low + 1, min(high, len(theirs) // HASH_BYTES)
     while low < high:
         middle = (low + high) // 2
         start, end = middle * HASH_BYTES, (middle + 1) * HASH_BYTES
