@@ -23,7 +23,6 @@ from kvasir.gateway.sql.sql import Sql
 LEDGER_NAME = "ledger.db"
 DAY_S = 86_400
 MARK_EVERY_S = 10.0
-SPARE_BYTES = 1 << 20  # given up when the disk is full, so that what runs can still be settled
 
 # Schema version n is what the first n entries make. Released entries are never edited, only followed by new ones.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -44,6 +43,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (day, tenant_id, key_id, model)) STRICT, WITHOUT ROWID""",
         "CREATE TABLE spare (room BLOB NOT NULL) STRICT",
     ),
+    ("DROP TABLE spare",),
 )
 
 
@@ -208,23 +208,18 @@ class Database:
             return done.rowcount
 
     def use_spare(self) -> None:
-        """Give up the spare room, for rows that must be settled on a full disk.
-
-        Raises:
-            StoreError: not even that could be written.
-        """
-        with self._sql.transaction():
-            self._sql.run("DELETE FROM spare")
+        """Give up the room that was put aside, for rows that must be settled on a full disk."""
+        self._sql.use_spare()
 
     def renew_spare(self) -> None:
-        """Have spare room, written anew beside the old: if there is room for both, there is room for rows.
+        """Have room put aside, and see that something can be written.
 
         Raises:
-            StoreError: there is no room.
+            StoreError: there is no room, or the database cannot be used.
         """
+        self._sql.renew_spare()
         with self._sql.transaction():
-            self._sql.run("INSERT INTO spare VALUES (?)", (bytes(SPARE_BYTES),))
-            self._sql.run("DELETE FROM spare WHERE rowid < (SELECT max(rowid) FROM spare)")
+            self._sql.run("UPDATE mark SET running_since = running_since")
 
     def close(self) -> None:
         self._sql.close()

@@ -7,8 +7,8 @@ hidden behind the prefill. A commit costs some 0.2 ms of CPU however many rows i
 The core's thread only appends to deques, which both threads may touch at any time. What was settled is taken before
 what is new: then every settled row is there already, or in the same commit.
 
-When the disk is full, what is new is refused (503) and what runs goes on: what it came to is kept and written as soon
-as that is possible, into room that was put aside.
+When the disk is full, what is new is refused (503) and what runs goes on: what it came to is written into room that was
+put aside, or kept until there is some.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ class LedgerWriter:
         self._settled: deque[Row] = deque()
         self._saved: deque[Row] = deque()
         self._refused: deque[tuple[int, str, str, str]] = deque()
+        self._num_refused: Counter[tuple[int, str, str, str]] = Counter()  # taken, and not written yet
         self._error: StoreError | None = None
         self._wake = threading.Event()
-        self._is_stopping = False
+        self._stopping = threading.Event()
         self._dropped_at = 0.0
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self.num_commits = 0
@@ -107,7 +108,7 @@ class LedgerWriter:
 
     def stop(self, timeout_s: float) -> None:
         """Have what is left written and the thread ended. Blocks for at most `timeout_s`."""
-        self._is_stopping = True
+        self._stopping.set()
         self._wake.set()
         self._thread.join(timeout_s)
         left = len(self._settled)
@@ -121,32 +122,35 @@ class LedgerWriter:
         counts = {row.id: row for row in _take(self._saved)}
         settled = _take(self._settled)
         counts.update((row.id, row) for row in settled)
-        refused, new = _take(self._refused), _take(self._new)
-        if not (counts or refused or new):
+        self._num_refused.update(_take(self._refused))
+        new = _take(self._new)
+        if not (counts or self._num_refused or new):
             return
         try:
-            self._write(Batch([_new_row(bill) for bill in new], list(counts.values()), _refusals(refused)))
+            if self._error is not None:
+                raise self._error
+            refused = [DaySum(*key, num_refused=count) for key, count in self._num_refused.items()]
+            self._write(Batch([_new_row(bill) for bill in new], list(counts.values()), refused))
+            self._num_refused.clear()
         except Exception as error:  # whatever it is: requests wait for this thread
             self._close(error)
             lost = {bill.bill_id for bill in new}  # they have no row, and their requests end with an error
             for bill in new:
                 bill.is_lost = True
             self._settled.extendleft(row for row in reversed(settled) if row.id not in lost)
-            self._refused.extendleft(refused)
         if new:
             self._tell(new, self.refusal())
 
     def _run(self) -> None:
-        while not self._is_stopping:
+        while not self._stopping.is_set():
             self._wake.wait(RETRY_EVERY_S)
             self._wake.clear()
             began = time.monotonic()
             self.commit()
             if self._error is None and began - self._dropped_at >= DROP_EVERY_S:
                 self.drop_rows()
-            pause_s = began + COMMIT_EVERY_S - time.monotonic()
-            if pause_s > 0 and not self._is_stopping:
-                time.sleep(pause_s)
+            every_s = COMMIT_EVERY_S if self._error is None else RETRY_EVERY_S
+            self._stopping.wait(max(0.0, began + every_s - time.monotonic()))
         self.commit()
 
     def _try_again(self) -> None:
@@ -155,11 +159,12 @@ class LedgerWriter:
             self._database.renew_spare()
         except Exception:
             settled = _take(self._settled)
-            try:
-                self._database.use_spare()
-                self._write(Batch((), settled))
-            except Exception:
-                self._settled.extendleft(reversed(settled))
+            if settled:
+                try:
+                    self._database.use_spare()
+                    self._write(Batch((), settled))
+                except Exception:
+                    self._settled.extendleft(reversed(settled))
         else:
             self._error = None
             log("ledger_open")
@@ -191,10 +196,6 @@ class LedgerWriter:
 def _take(waiting: deque[Any]) -> list[Any]:
     """Take out what waits now; the other thread may append meanwhile."""
     return [waiting.popleft() for _ in range(len(waiting))]
-
-
-def _refusals(refused: Sequence[tuple[int, str, str, str]]) -> list[DaySum]:
-    return [DaySum(*key, num_refused=count) for key, count in Counter(refused).items()]
 
 
 def _new_row(bill: Bill) -> Row:

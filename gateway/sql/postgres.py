@@ -87,6 +87,12 @@ class Postgres:
         with self._connection.cursor() as cursor:
             cursor.executemany(_translated(statement), rows)
 
+    def renew_spare(self) -> None:
+        """Nothing: the disk is the server's."""
+
+    def use_spare(self) -> None:
+        """Nothing."""
+
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()

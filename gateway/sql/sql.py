@@ -48,4 +48,14 @@ class Sql(Protocol):
     def run_many(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
         """Run a statement that returns nothing once for each of `rows`."""
 
+    def renew_spare(self) -> None:
+        """Have room put aside on the disk, if this process writes to it: what is written until `use_spare` lies beside.
+
+        Raises:
+            StoreError: there is no room, or none to work with beside it.
+        """
+
+    def use_spare(self) -> None:
+        """Give up the room that was put aside, so that little can be written on a full disk until `renew_spare`."""
+
     def close(self) -> None: ...

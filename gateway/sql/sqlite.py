@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ from kvasir.gateway.sql.sql import Migrations
 from kvasir.protocol.errors import StoreError
 
 CHECKED_BYTES = 64 << 20  # a larger file is not read through at every start
+SPARE_BYTES = 1 << 20
+ROOM_BYTES = 6 << 20  # the WAL takes four before it is copied into the file
 _NEEDS_ACCESS = "the gateway's user needs read and write access to it and its directory"
 
 
@@ -23,6 +27,7 @@ class Sqlite:
 
     def __init__(self, path: Path, *, is_reader: bool = False) -> None:
         self.name = str(path)
+        self._spare = path.with_suffix(".spare")
         with explained(path):
             if is_reader:
                 target = f"{path.resolve().as_uri()}?mode=ro"
@@ -53,6 +58,24 @@ class Sqlite:
 
     def run_many(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
         self.connection.executemany(statement, rows)
+
+    def renew_spare(self) -> None:
+        fresh = self._spare.with_suffix(".fresh")  # beside the old one: if there is room for both, there is some for us
+        with explained(self.name):
+            try:
+                if shutil.disk_usage(fresh.parent).free < ROOM_BYTES:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                fresh.write_bytes(os.urandom(SPARE_BYTES))  # zeros may take no room
+                fresh.replace(self._spare)
+            finally:
+                fresh.unlink(missing_ok=True)
+            self.connection.execute("PRAGMA wal_autocheckpoint = 1000")
+
+    def use_spare(self) -> None:
+        with explained(self.name):
+            # All writes go to the WAL first. Copied from there into the file they would need their room twice.
+            self.connection.execute("PRAGMA wal_autocheckpoint = 0")
+            self._spare.unlink(missing_ok=True)
 
     def close(self) -> None:
         self.connection.close()
@@ -120,6 +143,8 @@ def explained(path: Path | str) -> Iterator[None]:
                 text = "is locked by another process; stop whatever has it open"
             case sqlite3.SQLITE_FULL:
                 text = f"cannot be written ({said}); make room on the disk"
+            case _ if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                text = f"cannot be written ({error.strerror}); make room on the disk"
             case _ if isinstance(error, OSError):
                 text = f"cannot be written ({error.strerror}); {_NEEDS_ACCESS}"
             case _ if isinstance(error, (ValueError, msgspec.MsgspecError)):

@@ -307,6 +307,21 @@ def test_on_a_full_disk_what_is_new_is_refused_and_what_runs_finishes_and_settle
     main()
 
 
+def test_refusals_on_a_full_disk_take_no_more_room_the_more_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    till = Till(tmp_path)
+    disk = FullDisk(till.database, monkeypatch)
+    disk.is_full, disk.has_spare = True, False
+    for number in range(300):
+        till.submit(b"%d" % number)
+        till.commit()
+    assert len(till.ledger._refused) == 0 and len(till.ledger._num_refused) == 1
+    monkeypatch.undo()
+    till.commit()
+    assert [day.num_refused for day in till.database.days()] == [299]  # the first was admitted, and lost its row
+
+
 def test_the_thread_writes_what_comes_and_the_rest_when_it_is_stopped(tmp_path: Path) -> None:
     async def main() -> None:
         till = Till(tmp_path)
