@@ -21,6 +21,7 @@ from kvasir.protocol.errors import BadRequest, NotFound, StoreError
 
 T = TypeVar("T")
 DAY_S = 86_400
+MAX_DAY = 1 << 31
 
 
 class Books:
@@ -34,13 +35,15 @@ class Books:
         """Return what was used, summed up as `query` wants it, as far as it has been settled.
 
         Raises:
-            NotFound: no such tenant.
+            NotFound: no such tenant or key.
             StoreError: the ledger cannot be read.
         """
         first = int(now // DAY_S) - 30 if query.first_day is None else query.first_day
         last = int(now // DAY_S) if query.last_day is None else query.last_day
         wanted = None if query.tenant is None else self._tenant_ids(query.tenant)
-        days = await self._on_thread(lambda: read_days(self._store.state_dir, self._store.url, first, last))
+        days = await self._days(first, last)
+        if query.key is not None and not any(day.key_id == query.key for day in days):
+            await self._check_key(query.key)
         sums: dict[tuple[str, ...], records.UsageRow] = {}
         for day in days:
             if (wanted is None or day.tenant_id in wanted) and query.key in (None, day.key_id):
@@ -114,6 +117,17 @@ class Books:
         if not found:
             raise NotFound(f"no tenant is or was called {name[:80]!r}; `kvasir tenant list` shows those there are")
         return found
+
+    async def _check_key(self, key_id: str) -> None:
+        """Refuse a key that neither is there nor, since deleted with its tenant, ever was used."""
+        try:
+            self._directory.key(key_id)
+        except NotFound:
+            if not any(day.key_id == key_id for day in await self._days(0, MAX_DAY)):
+                raise
+
+    async def _days(self, first: int, last: int) -> list[DaySum]:
+        return await self._on_thread(lambda: read_days(self._store.state_dir, self._store.url, first, last))
 
     def _group(self, day: DaySum, by: str) -> tuple[str, str, str, str]:
         """Return tenant, key, model and day, those that are summed over empty."""

@@ -6,6 +6,7 @@ import getpass
 import os
 import re
 import socket
+import struct
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,7 +49,7 @@ def ask(command: AdminCommand, reply: type[R], *, path: Path | None = None, time
         raise BadRequest("what was given is not UTF-8") from None
     if len(frame) > MAX_ADMIN_FRAME_BYTES:
         raise TooLarge(f"this is {len(frame)} bytes, at most {MAX_ADMIN_FRAME_BYTES} bytes fit; send a shorter text")
-    _check_listening(path)
+    pid = listener(path)
     # Not the shared context: a process that forks or threads must not inherit an admin socket.
     context = zmq.Context()
     try:
@@ -63,7 +64,7 @@ def ask(command: AdminCommand, reply: type[R], *, path: Path | None = None, time
         try:
             answer = ADMIN_REPLIES.decode(dealer.recv())
         except InvalidMessage as unread:
-            raise InvalidMessage(f"the gateway's answer is {unread.message}; is it of another version?") from None
+            raise _other_version(path, pid, f"its answer is {unread.message}") from None
     finally:
         context.destroy(linger=0)
     if isinstance(answer, AdminFailed):
@@ -71,31 +72,48 @@ def ask(command: AdminCommand, reply: type[R], *, path: Path | None = None, time
         misfit = re.search(r"Expected (.*) - at ", error.message) if isinstance(error, InvalidMessage) else None
         if misfit and error.param:  # the operator's own words
             raise BadRequest(f"{error.param}: expected {misfit[1].replace('`str`', 'a text')}")
+        if isinstance(error, InvalidMessage):
+            raise _other_version(path, pid, f"it finds the command {error.message}")
         raise error
     if not isinstance(answer, reply):
-        raise InvalidMessage(f"the gateway answered {type(answer).__name__}; is it of another version?")
+        raise _other_version(path, pid, f"it answered {type(answer).__name__}")
     return answer
 
 
 def is_listening(path: Path) -> bool:
     """Return whether somebody listens on the socket: a file left by a dead gateway does not count."""
     try:
-        _check_listening(path)
+        listener(path)
     except (ConnectionLost, PermissionDenied):
         return False
     return True
 
 
-def _check_listening(path: Path) -> None:
+def listener(path: Path) -> int | None:
+    """Return the id of the process that listens on the socket; None if the system does not say.
+
+    Raises:
+        ConnectionLost: no gateway is running there.
+        PermissionDenied: the socket belongs to another user.
+    """
     # ZeroMQ would keep trying to connect for as long as we wait; a plain socket knows at once.
     try:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(2.0)
             probe.connect(str(path))
+            if not hasattr(socket, "SO_PEERCRED"):
+                return None
+            pid, _, _ = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            return pid or None  # 0: in another container
     except PermissionError:
         raise PermissionDenied(f"{path} belongs to another user; run this as the gateway's user") from None
     except OSError:  # missing, refused, too long, not a socket
         raise ConnectionLost(f"no gateway is running at {path}; start one with `kvasir up`") from None
+
+
+def _other_version(path: Path, pid: int | None, reason: str) -> InvalidMessage:
+    stop = f"stop process {pid} (`kvasir down`, or `kill {pid}`)" if pid else "stop it (`kvasir down`)"
+    return InvalidMessage(f"the gateway at {path} is of another version: {stop} and start it again; {reason}")
 
 
 def _actor() -> str:

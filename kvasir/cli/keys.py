@@ -66,8 +66,8 @@ def key_set(key_id: str, valid_s: float | Literal["none"] | None, terms: TermsCh
     """Change a key's own limits and budgets, or when it expires, at once."""
     if valid_s is None and terms == TermsChange():
         raise BadRequest("say what to change, such as --requests-per-min 60 or --expires 30d; see --help")
-    reply = ask(am.KeySet(key_id=_id(key_id), valid_s=valid_s, terms=terms), am.Done)
-    print_done(reply, as_json, f"key {_id(key_id)} is set")
+    reply = ask(am.KeySet(key_id=key_id_of(key_id), valid_s=valid_s, terms=terms), am.Done)
+    print_done(reply, as_json, f"key {key_id_of(key_id)} is set")
 
 
 @key.command("rotate")
@@ -82,7 +82,7 @@ def key_rotate(key_id: str, overlap_s: float | Literal["none"], as_json: bool) -
 
     Its id, limits, budgets and usage stay.
     """
-    command = am.KeyRotate(key_id=_id(key_id), overlap_s=0.0 if overlap_s == "none" else overlap_s)
+    command = am.KeyRotate(key_id=key_id_of(key_id), overlap_s=0.0 if overlap_s == "none" else overlap_s)
     _print_key(ask(command, am.KeyCreated), as_json)
 
 
@@ -92,7 +92,7 @@ def key_rotate(key_id: str, overlap_s: float | Literal["none"], as_json: bool) -
 @example("kvasir key revoke 3f9a1c20b7de")
 def key_revoke(key_id: str, as_json: bool) -> None:
     """Revoke a key for good: it stops working with the next request, and what it runs ends at once."""
-    print_done(ask(am.KeyRevoke(key_id=_id(key_id)), am.Done), as_json, f"key {_id(key_id)} is revoked")
+    print_done(ask(am.KeyRevoke(key_id=key_id_of(key_id)), am.Done), as_json, f"key {key_id_of(key_id)} is revoked")
 
 
 def print_keys(keys: list[records.KeyInfo]) -> None:
@@ -117,7 +117,7 @@ def _print_key(reply: am.KeyCreated, as_json: bool) -> None:
         make_console(stderr=True).print("[yellow]Keep it now: only a hash is stored, it is never shown again.[/yellow]")
 
 
-def _id(key: str) -> str:
+def key_id_of(key: str) -> str:
     """Return a key's id. Given a whole key, only its id is sent on: the secret has no business in another process."""
     return (key.split("_")[1] if key.startswith("kv_") else key) or key
 

@@ -17,12 +17,12 @@ from rich.markup import escape
 from rich.text import Text
 
 from kvasir.cli import processes
-from kvasir.cli.admin_client import ask, is_listening
+from kvasir.cli.admin_client import ask, is_listening, listener
 from kvasir.cli.demo import run_demo
 from kvasir.cli.demo_keys import key_path, obtain_key
 from kvasir.cli.output import example, harmless, json_option, make_console, plain, print_json
 from kvasir.cli.up_plan import UpPlan, count_gpus, plan_models
-from kvasir.paths import home_dir, local_admin_socket, local_client_endpoint
+from kvasir.paths import admin_socket, home_dir, local_admin_socket, local_client_endpoint
 from kvasir.protocol.address import is_loopback
 from kvasir.protocol.admin_messages import Done, DrainGateway, StatusQuery, StatusReply
 from kvasir.protocol.errors import BadRequest, ConfigurationError, ConnectionLost, KvasirError, Unavailable
@@ -69,12 +69,12 @@ def up(with_demo: bool, **plan: Any) -> None:
 @example("kvasir down")
 def down(as_json: bool) -> None:
     """Stop the running gateway as Ctrl-C does: it takes nothing new, finishes what runs, then leaves."""
-    pid = ask(StatusQuery(), StatusReply).pid
+    pid = listener(admin_socket())  # not asked of the gateway: it may be of another version
     reply = ask(DrainGateway(), Done)
     if as_json:
         print_json(reply)
     else:
-        click.echo(f"the gateway (process {pid}) finishes what runs and stops")
+        click.echo(f"the gateway (process {pid or '?'}) finishes what runs and stops")
 
 
 def serve(plan: UpPlan, console: Console, *, then: Callable[[], None] | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import click
 
 from kvasir.cli.admin_client import ask
+from kvasir.cli.keys import key_id_of
 from kvasir.cli.output import Rows, count, example, json_option, make_console, percent, plain, print_done, print_json
 from kvasir.cli.terms import money, parse_price, price_text
 from kvasir.protocol import admin_messages as am
@@ -70,6 +71,7 @@ def usage(
     """
     if as_csv and as_json:
         raise BadRequest("--csv and --json do not go together; choose one")
+    key = None if key is None else key_id_of(key)
     reply = ask(am.UsageQuery(by=by, tenant=tenant, key=key, first_day=since, last_day=until), am.UsageReply)
     if as_json:
         print_json(reply)

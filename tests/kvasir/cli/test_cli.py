@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import click
 import pytest
+import zmq
 from click.testing import CliRunner
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
@@ -28,8 +30,18 @@ from kvasir.cli import demo_keys, processes, up, up_plan
 from kvasir.cli.chat import Chat, choose_model, line_reader
 from kvasir.cli.main import cli, run
 from kvasir.cli.output import Rows, age, bar, count, duration, harmless, percent, plain
+from kvasir.paths import admin_socket
+from kvasir.protocol.admin_messages import AdminFailed, Done
 from kvasir.protocol.client_messages import ModelCard, Usage
-from kvasir.protocol.errors import AuthenticationFailed, BadRequest, ConfigurationError, Overloaded, PromptTooLong
+from kvasir.protocol.codec import encode
+from kvasir.protocol.errors import (
+    AuthenticationFailed,
+    BadRequest,
+    ConfigurationError,
+    InvalidMessage,
+    Overloaded,
+    PromptTooLong,
+)
 from tests.box import open_box
 from tests.gateway.admin.test_admin import Office, open_office
 
@@ -325,6 +337,35 @@ def test_up_refuses_a_start_beside_a_gateway_that_the_environment_names(
 def test_down_asks_the_gateway_to_drain(office: Office, capsys: Any) -> None:
     assert str(os.getpid()) in kvasir(capsys, "down")[0]
     assert office.house.drained
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\x82\xa4type\xa6status\xaaof_old\x01",  # {"type": "status", "of_old": 1}
+        b"\xa5hello",
+        encode(AdminFailed(InvalidMessage("not a valid message: Invalid value 'status' - at `$.type`").info())),
+    ],
+)
+def test_a_gateway_of_another_version_can_be_stopped_and_that_is_said(home: Path, capsys: Any, answer: bytes) -> None:
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.linger = 0
+    admin_socket().parent.mkdir(parents=True)
+    router.bind(f"ipc://{admin_socket()}")
+
+    def serve() -> None:
+        for reply in (answer, encode(Done())):
+            router.send_multipart([router.recv_multipart()[0], reply])
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    pid = str(os.getpid())
+    assert_one_line(kvasir(capsys, "status", code=2)[1], "another version", f"kill {pid}", "kvasir down")
+    assert pid in kvasir(capsys, "down")[0]
+    thread.join(10)
+    router.close()
+    context.term()
 
 
 def test_chat_without_a_key_says_where_to_get_one(home: Path, capsys: Any) -> None:

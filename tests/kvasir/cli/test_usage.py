@@ -72,6 +72,12 @@ def test_a_bill_by_tenant_key_model_and_day(office: Office, capsys: Any) -> None
     assert [row["money"] for row in table] == ["0.00105", "0.00035", "0.00035"] and table[0]["tenant"] == "acme"
     assert "nothing was used" in kvasir(capsys, "usage", "--until", "2020-01-01", "--since", "2020-01-01")[0]
     assert_one_line(kvasir(capsys, "usage", "--tenant", "nobody", code=2)[1], "nobody")
+    assert_one_line(
+        kvasir(capsys, "usage", "--key", "kv_nonsense_verysecret", code=2)[1], "no key has the id 'nonsense'"
+    )
+    assert kvasir_json(capsys, "usage", "--key", "k3", "--until", "2020-01-01", "--since", "2020-01-01")["rows"] == []
+    unused = kvasir_json(capsys, "key", "create", "acme")
+    assert "nothing was used" in kvasir(capsys, "usage", "--key", unused["key"])[0]
     assert_one_line(kvasir(capsys, "usage", "--csv", "--json", code=2)[1], "--csv")
     assert_one_line(kvasir(capsys, "usage", "--since", "yesterday", code=2)[1], "2026-01-31")
 
