@@ -6,7 +6,9 @@ import secrets
 
 import zmq
 
-from kvasir.protocol.errors import ConfigurationError
+from kvasir.protocol.codec import encode
+from kvasir.protocol.errors import ConfigurationError, InvalidMessage
+from kvasir.protocol.messages import REPORTS, Hello
 from kvasir.protocol.profile import LinkProfile, apply_profile
 
 
@@ -26,3 +28,17 @@ def open_socket(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.S
         socket.close()
         raise ConfigurationError(f"--gateway {endpoint}: {error}; give ipc://PATH.") from None
     return socket
+
+
+def check_hello(hello: Hello) -> None:
+    """Refuse to say what no gateway could read: it would pass over it, and the worker say it for ever.
+
+    Raises:
+        ConfigurationError: a name that is too long, a number beyond the protocol's bounds.
+    """
+    try:
+        REPORTS.decode(encode(hello))
+    except InvalidMessage as error:
+        raise ConfigurationError(
+            f"a gateway could not read what worker {hello.worker_id[:64]!r} would say of itself: {error.message}"
+        ) from None

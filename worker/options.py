@@ -16,6 +16,7 @@ from kvasir.worker.events.kv_events import WireForm
 from kvasir.worker.events.publisher import PublisherOptions
 from kvasir.worker.model.oracle_model import PREFIX
 
+MAX_THREADS = 1024  # many more, and the machine has none left
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -96,6 +97,10 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         args.device, args.dtype = "cpu", "float64"
     if args.draft_model and (args.speculate == "off" or args.model.startswith(PREFIX)):
         raise ConfigurationError("--draft-model drafts for a real model, and not with --speculate off; leave one out.")
+    if args.threads > MAX_THREADS:
+        raise ConfigurationError(
+            f"--threads {args.threads} is more than {MAX_THREADS}; give as many as there are cores."
+        )
     if not args.name:
         args.name = "oracle" if args.model.startswith(PREFIX) else Path(args.model).resolve().name
     args.kv_form = WireForm(args.kv_events_form, args.kv_events_hashes, args.publish_token_ids)
@@ -151,8 +156,9 @@ def _event_options(args: argparse.Namespace, worker_id: str) -> PublisherOptions
 
 def _memory_size(text: str) -> MemorySize:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT]?)(?:i?B)?|(%))", text.strip(), re.IGNORECASE)
-    if match is None or float(match[1]) <= 0 or (match[3] and float(match[1]) > 95):
+    value = float(match[1]) if match is not None else 0.0
+    if match is None or not 0 < value < 1e15 or (match[3] and value > 95):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; give 512M, 4G, or a share of up to 95%")
     if match[3]:
-        return MemorySize(share=float(match[1]) / 100)
-    return MemorySize(size_bytes=int(float(match[1]) * _UNITS[match[2].upper()]))
+        return MemorySize(share=value / 100)
+    return MemorySize(size_bytes=int(value * _UNITS[match[2].upper()]))

@@ -60,7 +60,10 @@ def build(options: Options) -> tuple[Engine, Hello]:
     Raises:
         ConfigurationError: a folder that is no model, too little memory, arguments that contradict the model.
     """
-    loaded = _load_oracle(options) if options.model.startswith(PREFIX) else _load_torch(options)
+    try:
+        loaded = _load_oracle(options) if options.model.startswith(PREFIX) else _load_torch(options)
+    except OSError as error:  # a folder that this user may not read, a path that is too long, a disk that fails
+        raise ConfigurationError(f"{options.model[:256]} cannot be read: {error.strerror or error}") from None
     limits = loaded.limits
     make_policy = POLICIES[options.eviction_policy](loaded.num_blocks)
     cache = PrefixCache(loaded.num_blocks, options.block_size, make_policy)

@@ -38,7 +38,9 @@ from kvasir.protocol.messages import (
 )
 from kvasir.protocol.prefix import split_hashes
 from kvasir.protocol.tokens import unpack_tokens
-from kvasir.worker.process import Worker, main, open_socket
+from kvasir.worker.dial import open_socket
+from kvasir.worker.loop import Worker
+from kvasir.worker.process import main
 from tests.engine_helpers import PUBLIC_SPACE, Rig, expected_tokens, make_generate, make_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -399,6 +401,11 @@ def test_a_worker_without_a_gateway_can_be_stopped() -> None:
         (["--model", "oracle:", "--gateway", "ipc:///tmp/x", "--max-context", "999999"], "window of 131072 tokens"),
         (["--model", "oracle:", "--gateway", "ipc:///tmp/x", "--max-step-tokens", "3"], "less than the 32 requests"),
         (["--model", "oracle:", "--gateway", "ipc:///tmp/x", "--deterministic", "--dtype", "float16"], "float64"),
+        (["--model", "oracle:", "--gateway", "ipc:///tmp/x", "--kv-memory", "9" * 400], "is no size"),
+        (["--model", "oracle:", "--gateway", "ipc:///tmp/x", "--threads", "1000000"], "is more than 1024"),
+        (["--model", "oracle:", "--gateway", "ipc:///tmp/x", "--block-size", "5000"], "<= 1024 - at `$.block_size`"),
+        (["--model", "oracle:", "--gateway", "ipc:///tmp/x", "--name", "x" * 300], "at `$.model`"),
+        (["--model", "x" * 5000, "--gateway", "ipc:///tmp/x", "--device", "cpu"], "cannot be read: File name too long"),
         (["--model", "oracle:", "--gateway", "ipc:///tmp/x", "--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
