@@ -46,11 +46,6 @@ class Account:
     num_suffered: int = 0
     num_caused: int = 0
 
-    def hold(self, count: int, now: float) -> None:
-        """Count `count` blocks more (fewer, if negative) from `now` on."""
-        self.settle(now)
-        self.num_held += count
-
     def settle(self, now: float) -> None:
         self.block_s += self.num_held * (now - self.settled_at)
         self.settled_at = now
@@ -100,9 +95,17 @@ class Order:
         return min(self.num_evictable, self.num_above_floor)
 
     @property
-    def is_over_cap(self) -> bool:
-        cap = self.quota.cap
-        return cap is not None and self.account is not None and self.account.num_held > cap
+    def room(self) -> int | None:
+        """Blocks that its owner may still allocate, counting its own that can go; None: it has no cap."""
+        if self.quota.cap is None or self.account is None:
+            return None
+        return max(0, self.quota.cap - self.account.num_held + self.num_evictable)
+
+    def num_over_cap(self, num_more: int = 0) -> int:
+        """Blocks by which its owner would exceed its cap with `num_more`; 0 or less: it would not."""
+        if self.quota.cap is None or self.account is None:
+            return 0
+        return self.account.num_held + num_more - self.quota.cap
 
     @property
     def is_below_floor(self) -> bool:
@@ -122,6 +125,7 @@ class Owners:
         self.orders = [self.commons]
         self._own: dict[str, Order] = {}  # by owner: those that have a quota
         self._accounts: dict[str, Account] = {}
+        self.now = 0.0  # as the cache was told
 
     @property
     def total_floor(self) -> int:
@@ -141,10 +145,17 @@ class Owners:
         """The same with those that are unblocked when their descendants go."""
         return sum(min(order.num_idle, order.num_above_floor) for order in self.orders)
 
-    def account(self, owner: str, now: float = 0.0) -> Account:
+    def account(self, owner: str) -> Account:
         account = self._accounts.get(owner)
         if account is None:
-            account = self._accounts[owner] = Account(owner, settled_at=now)
+            account = self._accounts[owner] = Account(owner, settled_at=self.now)
+        return account
+
+    def hold(self, owner: str, num_blocks: int) -> Account:
+        """Count `num_blocks` blocks more of `owner` (fewer, if negative); return its account."""
+        account = self.account(owner)
+        account.settle(self.now)
+        account.num_held += num_blocks
         return account
 
     def order_of(self, owner: str) -> Order:
@@ -165,7 +176,7 @@ class Owners:
         for order in self.orders:
             if not order.may_give(own) or (run := order.policy.victim()) is None:
                 continue
-            key = (not order.is_over_cap, run.released_at)
+            key = (order.num_over_cap() <= 0, run.released_at)
             if key < best_key:
                 best, best_key = (order, run), key
         if best is None:
@@ -173,8 +184,9 @@ class Owners:
             return None if run is None else (run, 1)
         order, run = best
         max_blocks = min(len(run), order.num_above_floor + (order is own))
-        if order.is_over_cap and order.account is not None and order.quota.cap is not None:
-            max_blocks = min(max_blocks, order.account.num_held - order.quota.cap)
+        num_over_cap = order.num_over_cap()
+        if num_over_cap > 0:
+            max_blocks = min(max_blocks, num_over_cap)
         return run, max_blocks
 
     def are_apart(self, parent: Run, run: Run) -> bool:
@@ -192,7 +204,7 @@ class Owners:
                 self.order_of(run.owner).num_blocked += sign * len(run)
             run = None if run.parent is None or self.are_apart(run.parent, run) else run.parent
 
-    def set_quotas(self, quotas: Mapping[str, Quota], runs: Sequence[Run], now: float) -> list[Order]:
+    def set_quotas(self, quotas: Mapping[str, Quota], runs: Sequence[Run]) -> list[Order]:
         """Put `quotas`, which fit, in the place of all before; return the orders that have one now.
 
         `runs`: all there are. O(len(runs)) when an owner gets its first quota or loses it.
@@ -203,7 +215,7 @@ class Owners:
             del self._own[owner]
         for owner, quota in wanted.items():
             if owner not in self._own:
-                self._own[owner] = Order(self._make_policy(), self.account(owner, now))
+                self._own[owner] = Order(self._make_policy(), self.account(owner))
             self._own[owner].quota = quota
         self.orders = [self.commons, *self._own.values()]
         if before.keys() != wanted.keys():
@@ -232,9 +244,9 @@ class Owners:
             if run.parent is not None and self.are_apart(run.parent, run):
                 self.block(run.parent)
 
-    def statements(self, now: float) -> list[KvAccount]:
-        """Return the accounts of all owners there ever were, as of `now`."""
-        return [account.statement(now) for account in self._accounts.values()]
+    def statements(self) -> list[KvAccount]:
+        """Return the accounts of all owners there ever were."""
+        return [account.statement(self.now) for account in self._accounts.values()]
 
     def check_integrity(self, runs: Sequence[Run], private_owners: Iterable[str]) -> None:
         """Check accounts, orders and policies against `runs`, all there are, whose tree is sound, and the owners of all

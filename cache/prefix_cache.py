@@ -7,8 +7,8 @@ reference goes stays resident, *idle*, until its room is needed.
 Consecutive blocks that have always been used together are kept as one run (`cache.run`). Every operation works on runs
 or slices of them, so its cost hardly depends on the number of blocks.
 
-Every block that is not free has an owner; floors and caps (`cache.ownership`) decide which owner gives blocks up.
-Pinned blocks are referenced by the cache itself.
+Every block that is not free has an owner; floors and caps (`cache.ownership`) decide which owner gives blocks up, and
+`cache.eviction` lets them go. Pinned blocks are referenced by the cache itself.
 
 Knows nothing of tensors or scheduling; what time it is, `advance` says. Not thread-safe.
 """
@@ -24,7 +24,8 @@ from math import inf
 from kvasir.cache.block_pool import PUBLIC, BlockPool, IntegrityError
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.cache.events import EventLog, Stored
-from kvasir.cache.ownership import Account, Owners, check_quotas
+from kvasir.cache.eviction import Eviction
+from kvasir.cache.ownership import Owners, check_quotas
 from kvasir.cache.policies.lru import Lru
 from kvasir.cache.policy import Observer, PolicyFactory
 from kvasir.cache.run import BLOCK_IDS, Run
@@ -61,12 +62,11 @@ class PrefixCache:
         self.block_size = block_size
         self._owners = Owners(make_policy)
         self._observer = make_policy if isinstance(make_policy, Observer) else None
-        self._pins: dict[str, BlockTable] = {}
-        self._now = 0.0
-        self._num_releases = 0
         self._tree = RunTree()
         self._events = EventLog()
-        self._num_matched = self._num_inserted = self._num_duplicates = self._num_evicted = self._num_collisions = 0
+        self._eviction = Eviction(self.pool, self._tree, self._owners, self._events)
+        self._pins: dict[str, BlockTable] = {}
+        self._num_matched = self._num_inserted = self._num_duplicates = self._num_collisions = 0
 
     @property
     def num_available(self) -> int:
@@ -91,26 +91,23 @@ class PrefixCache:
 
         None: it has no cap.
         """
-        order = self._owners.order_of(owner)
-        if order.quota.cap is None or order.account is None:
-            return None
-        return max(0, order.quota.cap - order.account.num_held + order.num_evictable)
+        return self._owners.order_of(owner).room
 
     def quota_of(self, owner: str) -> Quota:
         return self._owners.order_of(owner).quota
 
     def num_above_floor(self, owner: str) -> int:
         """Return how many of the blocks that `owner` holds are above its floor."""
-        return max(0, self._account(owner).num_held - self._owners.order_of(owner).quota.floor)
+        return max(0, self._owners.account(owner).num_held - self._owners.order_of(owner).quota.floor)
 
     def is_below_floor(self, owner: str) -> bool:
         return self._owners.order_of(owner).is_below_floor
 
     def advance(self, now: float) -> None:
         """Say what time it is, in seconds of any clock that does not go back. Here a policy that learns does so."""
-        self._now = max(self._now, now)
+        self._owners.now = max(self._owners.now, now)
         if self._observer is not None:
-            self._observer.on_advance(self._now)
+            self._observer.on_advance(self._owners.now)
 
     def match(self, chain: Chain, table: BlockTable, max_blocks: int, *, again: bool = False) -> int:
         """Fill the empty `table` with the longest resident run of `chain`, referenced; return its length in blocks.
@@ -130,7 +127,7 @@ class PrefixCache:
         table.last, table.num_published = last, start
         self._num_matched += start
         if not again:
-            account = self._account(chain.owner)
+            account = self._owners.account(chain.owner)
             account.num_looked_up += end
             account.num_hits += start
             if self._observer is not None:
@@ -164,7 +161,7 @@ class PrefixCache:
         """
         num_public = min(max(0, chain.num_public_blocks - len(table.block_ids)), num_blocks)
         num_own = num_blocks - num_public
-        if not self._make_room(chain.owner, num_blocks, num_own):
+        if not self._eviction.make_room(chain.owner, num_blocks, num_own):
             return None
         return self._hand_out(PUBLIC, num_public, table) + self._hand_out(chain.owner, num_own, table)
 
@@ -197,11 +194,11 @@ class PrefixCache:
         if self._observer is not None:
             self._observer.on_free(table)
         for run in table.runs():  # the deepest first: children before parents
-            self._release(run)
+            self._eviction.release(run)
         private_ids = table.private_ids()
         for owner, num_blocks in Counter(map(self.pool.owners.__getitem__, private_ids)).items():
             assert owner is not None
-            self._account(owner).hold(-num_blocks, self._now)
+            self._owners.hold(owner, -num_blocks)
         self.pool.free(private_ids)
         table.block_ids = []  # a new list: slices of the last step may still show the old one
         table.duplicates = []
@@ -213,22 +210,11 @@ class PrefixCache:
 
         `owner` None: for no owner in particular; all floors hold.
         """
-        num_evicted = 0
-        while num_evicted < num_blocks and (choice := self._owners.choose(owner)) is not None:
-            run, max_blocks = choice
-            num_gone = min(max_blocks, num_blocks - num_evicted)
-            self._evict(run, num_gone, owner)
-            num_evicted += num_gone
-        return num_evicted
+        return self._eviction.evict(num_blocks, owner)
 
     def clear(self, owner: str) -> int:
         """Evict all idle blocks of `owner` on which no other block builds, and return how many went."""
-        num_evicted = 0
-        for run in reversed(self._tree.by_depth()):
-            if run.owner == owner and not run.ref_count and not run.num_children:
-                num_evicted += len(run)
-                self._evict(run, len(run), owner)
-        return num_evicted
+        return self._eviction.clear(owner)
 
     def set_quotas(self, quotas: Mapping[str, Quota]) -> None:
         """Replace all quotas by these, at once: an owner above its new cap loses idle blocks.
@@ -239,9 +225,9 @@ class PrefixCache:
             BadRequest: the floors do not fit together, or published blocks were given a quota; nothing has changed.
         """
         check_quotas(quotas, self.pool.num_blocks, self._num_pinned)
-        for order in self._owners.set_quotas(quotas, list(self._tree), self._now):
-            if order.account is not None and order.quota.cap is not None:
-                self._evict_own(order.account.owner, order.account.num_held - order.quota.cap)
+        for order in self._owners.set_quotas(quotas, list(self._tree)):
+            if order.account is not None:
+                self._eviction.evict_own(order.account.owner, order.num_over_cap())
 
     def pin(self, name: str, chain: Chain) -> int:
         """Keep what is resident of `chain` until `unpin(name)`; return how many blocks that are now.
@@ -288,18 +274,18 @@ class PrefixCache:
             num_blocks=self.pool.num_blocks,
             num_free=self.pool.num_free,
             num_idle=self._owners.num_idle,
-            num_published=self._num_inserted - self._num_evicted,
+            num_published=self._num_inserted - self._eviction.num_evicted,
             num_matched=self._num_matched,
             num_inserted=self._num_inserted,
             num_duplicates=self._num_duplicates,
-            num_evicted=self._num_evicted,
+            num_evicted=self._eviction.num_evicted,
             num_collisions=self._num_collisions,
             num_pinned=self._num_pinned,
         )
 
     def accounts(self) -> list[KvAccount]:
         """Return the accounts of all owners there ever were."""
-        return self._owners.statements(self._now)
+        return self._owners.statements()
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Check pool, index, tree and policy against each other and against `tables`, all that exist. O(num_blocks).
@@ -337,7 +323,7 @@ class PrefixCache:
             return None
         if num_blocks < len(run):
             run = self._tree.split(run, num_blocks)
-        self._reference(run)
+        self._eviction.reference(run)
         return run
 
     def _publish(self, chain: Chain, table: BlockTable, end: int) -> Run:
@@ -374,84 +360,11 @@ class PrefixCache:
         for run in self._own_runs(table):
             if start <= run.start and run.end <= end:
                 run.priority = hint.priority
-                run.retained_until = inf if hint.duration_s is None else self._now + hint.duration_s
+                run.retained_until = inf if hint.duration_s is None else self._owners.now + hint.duration_s
 
     def _own_runs(self, table: BlockTable) -> Iterator[Run]:
         """Yield the runs of `table` whose owners have a quota, and with it an order of their own."""
         return (run for run in table.runs() if self._owners.order_of(run.owner).account is not None)
-
-    def _reference(self, run: Run) -> None:
-        order = self._owners.order_of(run.owner)
-        run.ref_count += 1
-        run.is_open = False
-        order.policy.on_hit(run)
-        if run.ref_count == 1:
-            order.num_idle -= len(run)
-            if run.num_blocking:
-                order.num_blocked -= len(run)
-
-    def _release(self, run: Run) -> None:
-        run.ref_count -= 1
-        if run.ref_count:
-            return
-        order = self._owners.order_of(run.owner)
-        run.is_open = False
-        run.released_at = self._num_releases + 1
-        self._num_releases += len(run)
-        order.num_idle += len(run)
-        if run.num_blocking:
-            order.num_blocked += len(run)
-        order.policy.on_release(run)
-
-    def _evict(self, run: Run, num_blocks: int, requester: str | None) -> None:
-        """Let the last `num_blocks` blocks of `run`, a leaf, go for `requester`."""
-        order, parent = self._owners.order_of(run.owner), run.parent
-        order.policy.on_evict(run, num_blocks)
-        order.num_idle -= num_blocks
-        is_whole = num_blocks == len(run)
-        if is_whole:
-            self._tree.remove(run)
-        block_ids, hashes = run.trim(num_blocks)
-        self.pool.free(block_ids)
-        self._events.remove(hashes)
-        self._num_evicted += num_blocks
-        account = self._account(run.owner)
-        account.hold(-num_blocks, self._now)
-        if requester == run.owner:
-            account.num_evicted_own += num_blocks
-        else:
-            account.num_suffered += num_blocks
-            if requester is not None:
-                self._account(requester).num_caused += num_blocks
-        if is_whole and parent is not None:
-            if self._owners.are_apart(parent, run):
-                self._owners.block(parent, -1)
-            if not parent.num_children and not parent.ref_count:
-                self._owners.order_of(parent.owner).policy.on_leaf(parent)
-
-    def _make_room(self, owner: str, num_blocks: int, num_own: int) -> bool:
-        """Evict until `num_blocks` are free and the cap of `owner` leaves room for `num_own` of them."""
-        room = self.room_of(owner)
-        num_idle = self._owners.num_takable_at_most + self.reserve_of(owner)
-        if (room is not None and room < num_own) or num_blocks > self.pool.num_free + num_idle:
-            return False
-        order = self._owners.order_of(owner)
-        if room is not None and order.account is not None and order.quota.cap is not None:
-            num_over = order.account.num_held + num_own - order.quota.cap
-            if self._evict_own(owner, num_over) < num_over:
-                return False
-        num_missing = num_blocks - self.pool.num_free
-        return num_missing <= 0 or self.evict(num_missing, owner) == num_missing
-
-    def _evict_own(self, owner: str, num_blocks: int) -> int:
-        """Evict up to `num_blocks` blocks of the order of `owner` for itself; return how many went."""
-        order = self._owners.order_of(owner)
-        num_evicted = 0
-        while num_evicted < num_blocks and (run := order.policy.victim()) is not None:
-            num_gone = min(len(run), num_blocks - num_evicted)
-            self._evict(run, num_gone, owner)
-            num_evicted += num_gone
-        return num_evicted
 
     def _hand_out(self, owner: str, num_blocks: int, table: BlockTable) -> list[int]:
         """Append free blocks to `table`; return the ids of those to be zeroed."""
@@ -459,14 +372,9 @@ class PrefixCache:
             return []
         block_ids, to_zero = self.pool.allocate(owner, num_blocks)
         table.block_ids += block_ids
-        self._account(owner).hold(num_blocks, self._now)
+        self._owners.hold(owner, num_blocks)
         return to_zero
-
-    # ---- owners
 
     @property
     def _num_pinned(self) -> int:
         return sum(len(table.block_ids) for table in self._pins.values())
-
-    def _account(self, owner: str) -> Account:
-        return self._owners.account(owner, self._now)
