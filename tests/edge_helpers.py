@@ -156,15 +156,19 @@ def make_text(template: str, special: Sequence[str] = (), tool_parser: str = "au
 
 
 class FakeExchange:
-    """Collects what is streamed."""
+    """Has the body of a request, and collects what is streamed."""
 
-    def __init__(self) -> None:
+    def __init__(self, body: bytes = b"") -> None:
+        self._body = body
         self.status: int | None = None
         self.has_begun = False
         self.headers: dict[str, str] = {}
         self.pieces: list[bytes] = []
         self.ended = False
         self.was_cut = False
+
+    async def body(self) -> bytes:
+        return self._body
 
     def begin(self, status: int, content_type: str, headers: Sequence[tuple[str, str]] = ()) -> None:
         self.has_begun = True
@@ -214,7 +218,7 @@ class House:
     ) -> tuple[HttpResponse | None, FakeExchange]:
         headers = {"host": "x"} if key is None else {"host": "x", "authorization": f"Bearer {key}"}
         content = b"" if body is None else json.dumps(body).encode()
-        exchange = FakeExchange()
+        exchange = FakeExchange(content)
         request = HttpRequest(method, path, headers, content, keep_alive=True)
         return await self.api(request, exchange), exchange  # type: ignore[arg-type]
 

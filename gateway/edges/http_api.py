@@ -1,4 +1,4 @@
-"""The HTTP routes: bind a request to its tenant, read its body, and have it answered."""
+"""The HTTP routes: bind a request to its tenant, then read its body, and have it answered."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kvasir.gateway.edges.responses_requests import read_responses
 from kvasir.gateway.edges.token_routes import DetokenizeBody, read_tokenize, tokenized
 from kvasir.gateway.edges.writer import Writer
 from kvasir.gateway.http.connection import Exchange, HttpResponse
-from kvasir.gateway.http.content_coding import unpack
+from kvasir.gateway.http.content_coding import read_coding, unpack
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.gateway.log import no_log
 from kvasir.gateway.tenants.directory import Caller, Tenant, TenantDirectory
@@ -118,7 +118,7 @@ class HttpApi:
         except KvasirError as error:
             more = [("allow", ", ".join(error.methods))] if isinstance(error, _WrongMethod) else []
             response = call.error(error.info(), more)
-        except trio.Cancelled:
+        except (trio.Cancelled, trio.BrokenResourceError):
             call.facts["cut"] = True
             raise
         finally:
@@ -139,10 +139,10 @@ class HttpApi:
             _only(request, "POST")
             caller = self._authenticate(call)
             read, writer_of = _ROUTES[path]
-            return await self._completions.answer(await self._read(read, request), caller, writer_of, call)
+            return await self._completions.answer(await self._read(read, call), caller, writer_of, call)
         if path in _TOKEN_ROUTES:
             _only(request, "POST")
-            return await self._tokens(self._authenticate(call).tenant, request)
+            return await self._tokens(self._authenticate(call).tenant, call)
         question = self._questions.get(path.rstrip("/"))
         if question is None and path.startswith("/v1/models/"):
             question = self._model
@@ -154,13 +154,16 @@ class HttpApi:
             raise NotFound(f"{path[:120]!r} is not supported: {refused}")
         raise NotFound(f"there is nothing at {path[:120]!r}; see /v1/models and docs/api.md")
 
-    async def _read(self, read: Callable[[bytes], T], request: HttpRequest) -> T:
-        """Return what `read` makes of the body, a large one in a thread, and so one that may become large."""
-        body, coding = request.body, request.headers.get("content-encoding", "")
-        if not coding and len(body) <= QUICK_BODY_BYTES:
+    async def _read(self, read: Callable[[bytes], T], call: HttpCall) -> T:
+        """Return what `read` makes of the body, a large one in a thread, and so one that may become large.
+
+        The caller is known by now: whoever has no key is not waited for."""
+        is_packed = read_coding(call.request.headers)
+        body = await call.stream.body()
+        if not is_packed and len(body) <= QUICK_BODY_BYTES:
             return read(body)
         return await trio.to_thread.run_sync(
-            lambda: read(unpack(body, coding)), limiter=self._readers, abandon_on_cancel=True
+            lambda: read(unpack(body) if is_packed else body), limiter=self._readers, abandon_on_cancel=True
         )
 
     def _authenticate(self, call: HttpCall) -> Caller:
@@ -206,16 +209,16 @@ class HttpApi:
     def _show_api(self, call: HttpCall) -> HttpResponse:
         return HttpResponse(200, openapi(self._version))
 
-    async def _tokens(self, tenant: Tenant, request: HttpRequest) -> HttpResponse:
+    async def _tokens(self, tenant: Tenant, call: HttpCall) -> HttpResponse:
         """Answer what asks for tokens only."""
-        if request.path == "/detokenize":
-            body: DetokenizeBody = await self._read(partial(read_json, kind=DetokenizeBody), request)
+        if call.request.path == "/detokenize":
+            body: DetokenizeBody = await self._read(partial(read_json, kind=DetokenizeBody), call)
             return json_response(200, {"prompt": self._preparer.detokenize(body.model, body.tokens, tenant)})
-        if request.path == "/tokenize":
-            wanted, wants_texts = await self._read(read_tokenize, request)
+        if call.request.path == "/tokenize":
+            wanted, wants_texts = await self._read(read_tokenize, call)
             info, packed = await self._preparer.tokenize(wanted, tenant)
             return json_response(200, tokenized(packed, info, self._preparer.text(info.name), wants_texts=wants_texts))
-        asked = await self._read(read_count, request)
+        asked = await self._read(read_count, call)
         _, packed = await self._preparer.tokenize(asked.requests[0], tenant)
         return json_response(200, {"input_tokens": len(packed) // TOKEN_BYTES})
 

@@ -14,10 +14,13 @@ from http import HTTPStatus
 
 import trio
 
-from kvasir.gateway.http.parser import HttpRequest, MessageLimits, RequestParser
+from kvasir.gateway.http.parser import HttpRequest, MessageLimits, Refusal, RequestParser
 from kvasir.gateway.log import log
+from kvasir.protocol.errors import BadRequest, KvasirError, TooLarge, Unavailable
 
 READ_BYTES = 16 << 10  # bounds what pipelined requests come to before they are answered
+_DROPPED = bytearray(1 << 20)  # nothing is written there: with MSG_TRUNC the kernel discards what TCP has received
+_BODY_ERRORS: dict[int, type[KvasirError]] = {413: TooLarge, 503: Unavailable}
 STATUS_LINE = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 
@@ -66,7 +69,8 @@ class HttpStatistics:
 
 
 class Exchange:
-    """The answering side of one request, for handlers that stream: `begin`, any number of `write`s, `end`."""
+    """One request under way: `body` is what may still have to come of it. To stream an answer `begin`, any number of
+    `write`s, `end`."""
 
     def __init__(self, connection: Connection, request: HttpRequest) -> None:
         self._connection = connection
@@ -74,6 +78,16 @@ class Exchange:
         self._chunked = not request.is_http_10
         self._head = b""
         self.has_begun = False
+
+    async def body(self) -> bytes:
+        """Return the body, waiting for it where it has not come yet: until then nothing of it is asked for.
+
+        Raises:
+            BadRequest, TooLarge, Unavailable: it is malformed, too large, or there is no room for it now. Whatever the
+                answer says, the connection is closed after it.
+            trio.BrokenResourceError: the client is gone.
+        """
+        return await self._connection.read_body(self._request)
 
     def begin(self, status: int, content_type: str, headers: Sequence[tuple[str, str]] = ()) -> None:
         """Set the status and headers of a streamed answer; they leave with the first piece of its body."""
@@ -110,7 +124,9 @@ class Exchange:
 Handler = Callable[[HttpRequest, Exchange], Awaitable[HttpResponse | None]]
 """Answers a request: returns a whole response, or None after having streamed one through the exchange.
 
-It is cancelled when the client goes away. Whatever it raises is logged and answered as a plain 500."""
+It is called when the request's headers are there. Who needs the body asks the exchange for it; after an answer to a
+request whose body was not read the connection is closed. What is wrong with a body it has to answer. It is cancelled
+when the client goes away. Whatever it raises is logged and answered as a plain 500."""
 
 
 @dataclass(slots=True)
@@ -160,13 +176,13 @@ class Connection:
         is_busy = self._answering or self._lingering or self.scope.cancel_called
         return self._since if self._parser.phase == "idle" and not is_busy else None
 
-    def spare_since(self, now: float) -> tuple[bool, float] | None:
-        """Return (whether it is in the midst of sending a request, since when it is waited for): who has the least is
-        given up first where there is no room for another connection. None: it is not given up."""
-        if self._answering or self._lingering or self.scope.cancel_called:
+    def spare_since(self, now: float) -> tuple[int, float] | None:
+        """Return (0: it was refused, 1: it is idle, 2: it is in the midst of sending a request; since when it is waited
+        for): who has the least is given up first where there is no room for another. None: it is not given up."""
+        if self._answering or self.scope.cancel_called:
             return None
-        is_sending = self._parser.phase != "idle"
-        return None if is_sending and now - self._since < self._limits.crowd_s else (is_sending, self._since)
+        rank = 0 if self._lingering else 1 if self._parser.phase == "idle" else 2
+        return None if rank == 2 and now - self._since < self._limits.crowd_s else (rank, self._since)
 
     def is_late(self, now: float) -> bool:
         """Return whether the client has been too slow in whatever it is to do now."""
@@ -225,7 +241,7 @@ class Connection:
         """Return an answer's status line and headers, and count it."""
         by_status = self._server.statistics.by_status
         by_status[status] = by_status.get(status, 0) + 1
-        if self._server.draining:
+        if self._server.draining or not request.is_complete:
             request.keep_alive = False
         more = "".join([f"{name}: {' '.join(value.split())}\r\n" for name, value in headers])  # no line breaks
         kind = f"content-type: {content_type}\r\n{more}".encode("latin-1", "replace")
@@ -240,32 +256,63 @@ class Connection:
         parser = self._parser
         while True:
             while parser.requests:
-                request = parser.requests.popleft()
+                request = parser.requests[0]  # held, and counted, while it is answered
                 await self._answer(request)
+                if not request.is_complete:
+                    await self._linger()
+                    return
                 if not request.keep_alive or self._server.draining:
                     return
+                parser.requests.popleft()
                 del request  # and its body, which would stay until the next one comes
+                if self._num_held:
+                    self._hold(parser.num_held_bytes)
                 if parser.requests:
                     await trio.lowlevel.checkpoint()  # pipelined ones let others go first
             if parser.refusal is not None:
-                await self._refuse(parser.refusal.status, parser.refusal.reason)
+                await self._refuse(parser.refusal)
                 return
-            if parser.take_continue():
-                await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            phase = parser.phase
-            data = await self._receive()
-            if not data:
+            if not await self._read():
                 return
-            parser.feed(data)
-            if parser.phase != phase:
-                self._since = trio.current_time()
-            if self._num_held or parser.phase == "body" or len(parser.requests) > 1:
-                self._hold(parser.num_held_bytes)
-                if self._server.statistics.num_body_bytes > self._limits.max_total_body_bytes:
-                    await self._refuse(503, "too many large requests are being read; try again in a moment")
-                    return
-            if len(data) == READ_BYTES:
-                await trio.lowlevel.checkpoint()  # one that sends without a pause lets others go first
+
+    async def _read(self) -> bool:
+        """Have the parser take what the client sends next; False: it sends no more."""
+        parser = self._parser
+        phase = parser.phase
+        data = await self._receive()
+        if not data:
+            return False
+        parser.feed(data)
+        if parser.phase != phase:
+            self._since = trio.current_time()
+        if self._num_held or parser.phase == "body" or len(parser.requests) > 1:
+            self._hold(parser.num_held_bytes)
+            if self._server.statistics.num_body_bytes > self._limits.max_total_body_bytes:
+                parser.refusal = Refusal(503, "too many large requests are being read; try again in a moment")
+        if len(data) == READ_BYTES:
+            await trio.lowlevel.checkpoint()  # one that sends without a pause lets others go first
+        return True
+
+    async def read_body(self, request: HttpRequest) -> bytes:
+        """Return the body of the request that is being answered. As `Exchange.body`."""
+        if request.is_complete:
+            return request.body
+        parser = self._parser
+        self._answering = False  # the client is waited for
+        try:
+            while not request.is_complete:
+                if parser.refusal is not None:
+                    self._server.statistics.num_malformed += 1
+                    raise _BODY_ERRORS.get(parser.refusal.status, BadRequest)(parser.refusal.reason)
+                if parser.take_continue():
+                    await self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                if not await self._read():
+                    raise trio.BrokenResourceError("the client is gone")
+        finally:
+            self._answering = True
+        if self._is_gone:
+            self.scope.cancel()  # as in `_answer`
+        return request.body
 
     async def _receive(self) -> bytes:
         """Return what the client has sent, waiting for some; nothing at its end."""
@@ -315,24 +362,37 @@ class Connection:
                     response.on_sent()
         self._answering = False
         self._since = trio.current_time()
-        if self._num_held:
-            self._hold(self._parser.num_held_bytes)
 
-    async def _refuse(self, status: int, reason: str) -> None:
-        """Answer what is no request, then wait for the client's end: closing now could destroy the answer."""
-        self._let_go()
+    async def _refuse(self, refusal: Refusal) -> None:
+        """Answer what is no request."""
         self._server.statistics.num_malformed += 1
-        response = _error(status, "server_error" if status >= 500 else "invalid_request_error", "bad_http", reason)
+        kind = "server_error" if refusal.status >= 500 else "invalid_request_error"
+        response = _error(refusal.status, kind, "bad_http", refusal.reason)
         nothing = HttpRequest("", "", {}, b"", keep_alive=False)
         length = b"content-length: %d\r\n" % len(response.body)
-        await self.send(self.head(nothing, status, response.content_type, (), length) + response.body)
+        await self.send(self.head(nothing, refusal.status, response.content_type, (), length) + response.body)
+        await self._linger()
+
+    async def _linger(self) -> None:
+        """Wait for the end of a client that was refused: to close while it sends could destroy the answer.
+
+        What it goes on sending is dropped in the kernel, ten times a second: a crowd of them costs little.
+        """
+        self._let_go()
         self._lingering, self._since = True, trio.current_time()
         try:
             self._socket.shutdown(socket.SHUT_WR)
+            while self._drop():
+                await trio.sleep(0.1)
         except OSError:
             return
-        while await self._receive():
-            await trio.lowlevel.checkpoint()
+
+    def _drop(self) -> bool:
+        """Drop what has come; False: the client has ended."""
+        try:
+            return self._socket.recv_into(_DROPPED, flags=socket.MSG_TRUNC) > 0
+        except (BlockingIOError, InterruptedError):
+            return True
 
     def _send_now(self, data: bytes | memoryview) -> int:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 from kvasir.gateway.http.parser import MAX_BODY_BYTES
 from kvasir.protocol.errors import BadRequest, TooLarge
@@ -10,20 +11,25 @@ from kvasir.protocol.errors import BadRequest, TooLarge
 _GZIP = 16 + zlib.MAX_WBITS
 
 
-def unpack(body: bytes, coding: str) -> bytes:
-    """Return `body` as it was before the client packed it by `coding`, the value of its `content-encoding`.
-
-    Takes milliseconds where much comes of little: call it in a thread.
+def read_coding(headers: Mapping[str, str]) -> bool:
+    """Return whether the body to these headers is packed by gzip.
 
     Raises:
-        BadRequest: another coding than gzip, or no gzip.
+        BadRequest: by another coding.
+    """
+    coding = headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity", "gzip", "x-gzip"):
+        raise BadRequest(f"content-encoding {coding[:40]!r} is not known here; send gzip, or the body as it is")
+    return coding.endswith("gzip")
+
+
+def unpack(body: bytes) -> bytes:
+    """Return what was packed by gzip. Takes milliseconds where much comes of little: call it in a thread.
+
+    Raises:
+        BadRequest: it is no gzip.
         TooLarge: more comes of it than a body may have.
     """
-    coding = coding.strip().lower()
-    if coding in ("", "identity"):
-        return body
-    if coding not in ("gzip", "x-gzip"):
-        raise BadRequest(f"content-encoding {coding[:40]!r} is not known here; send gzip, or the body as it is")
     whole = b""
     while body or not whole:  # several packed one after the other are one body
         packed = zlib.decompressobj(_GZIP)

@@ -29,9 +29,10 @@ class MessageLimits:
 
 @dataclass(slots=True)
 class HttpRequest:
-    """One request, complete. `headers` by lower-case name; a repeated header's values are joined with commas.
+    """One request, of which at least the head is here. `headers` by lower-case name; a repeated header's values are
+    joined with commas.
 
-    `path` as it was sent, percent-encoding and all.
+    `path` as it was sent, percent-encoding and all. `is_complete`: `body` is all of it; until then it is empty.
     """
 
     method: str
@@ -40,6 +41,7 @@ class HttpRequest:
     body: bytes
     keep_alive: bool
     is_http_10: bool = False
+    is_complete: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class Refusal:
 
 
 class RequestParser:
-    """Feed it bytes; take `requests` from the left. Once `refusal` is set it must not be fed any more.
+    """Feed it bytes; take `requests` from the left, of which the last may lack its body. Once `refusal` is set it must
+    not be fed any more.
 
     `phase` is that of the request which is still incomplete. Call `close` at the end: the C parser and its callbacks
     refer to each other, so that without it everything would stay until the garbage collector comes.
@@ -94,8 +97,8 @@ class RequestParser:
 
     @property
     def num_held_bytes(self) -> int:
-        """Bytes of all bodies that are here, and what the requests that wait take besides."""
-        return len(self._body) + sum(len(request.body) + REQUEST_BYTES for request in self.requests)
+        """Bytes of all bodies that are here, and what the complete requests take besides."""
+        return len(self._body) + sum([len(each.body) + REQUEST_BYTES for each in self.requests if each.is_complete])
 
     def close(self) -> None:
         """Let go of everything. Idempotent; `feed` must not be called any more."""
@@ -109,6 +112,7 @@ class RequestParser:
         self._num_headers = 0
         self._num_header_bytes = 0
         self._num_fed = 0
+        self._request: HttpRequest | None = None  # whose body is coming
         self._body = bytearray()  # not a list: thousands of tiny chunks would take twenty times their length
 
     def _refuse(self, status: int, reason: str) -> None:
@@ -153,8 +157,21 @@ class RequestParser:
         expected = headers.get("expect")
         if expected is not None and expected.lower() != "100-continue":
             self._refuse(417, "only `Expect: 100-continue` is known here")
-        self._wants_continue = expected is not None
+        self._wants_continue = expected is not None and version != "1.0"
         self.phase = "body"
+        parser = self._parser
+        if parser.should_upgrade() and "upgrade" in headers:
+            return
+        self._request = HttpRequest(
+            parser.get_method().decode("ascii"),
+            self._path(),
+            headers,
+            b"",
+            parser.should_keep_alive(),
+            version == "1.0",
+            is_complete=False,
+        )
+        self.requests.append(self._request)
 
     def on_body(self, body: bytes) -> None:
         if len(self._body) + len(body) > self._limits.max_body_bytes:
@@ -162,18 +179,10 @@ class RequestParser:
         self._body += body
 
     def on_message_complete(self) -> None:
-        parser = self._parser
-        if parser.should_upgrade() and "upgrade" in self._headers:
-            return  # the parser has left the body out and stops; `feed` begins anew
-        request = HttpRequest(
-            parser.get_method().decode("ascii"),
-            self._path(),
-            self._headers,
-            bytes(self._body),
-            parser.should_keep_alive(),
-            parser.get_http_version() == "1.0",
-        )
-        self.requests.append(request)
+        request = self._request
+        if request is None:
+            return  # of a wish for another protocol: the parser has left the body out and stops; `feed` begins anew
+        request.body, request.is_complete = bytes(self._body), True
         self._clear()
         self.phase = "idle"
 

@@ -39,7 +39,7 @@ class HttpServer:
         self._state = ServerState(handler, limits or HttpLimits())
         self._connections: dict[int, Connection] = {}  # by file descriptor
         self._accepting = trio.CancelScope()
-        self._spare: list[tuple[tuple[bool, float], Connection]] = []  # of the last search, whoever goes first last
+        self._spare: list[tuple[tuple[int, float], Connection]] = []  # of the last search, whoever goes first last
         self._searched_at = -SEARCH_EVERY_S
 
     @property

@@ -61,7 +61,7 @@ def hint_of(path: str, body: dict[str, Any], **headers: str) -> str | None:
         all_headers = {"host": "x", "authorization": f"Bearer {KEYS['alpha']}", **headers}
         content = json.dumps({"model": "demo", **body}).encode()
         request = HttpRequest("POST", path, all_headers, content, keep_alive=True)
-        response = await house.api(request, FakeExchange())  # type: ignore[arg-type]
+        response = await house.api(request, FakeExchange(content))  # type: ignore[arg-type]
         assert response is not None and response.status == 200, response and response.body
         hints.append(house.core.submits[0].cache_hint)
 
@@ -101,7 +101,7 @@ def test_a_request_may_ask_to_leave_nothing_behind(
     async def main(house: House) -> None:
         known = {"host": "x", "authorization": f"Bearer {KEYS['alpha']}", **headers}
         body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "x " * 40}], **fields}).encode()
-        response = await house.api(HttpRequest("POST", PATH, known, body, keep_alive=True), FakeExchange())  # type: ignore[arg-type]
+        response = await house.api(HttpRequest("POST", PATH, known, body, keep_alive=True), FakeExchange(body))  # type: ignore[arg-type]
         assert house.core.submits[0].no_store == no_store
         assert (decoded(response)["usage"]["prompt_tokens_details"]["cache_write_tokens"] == 0) == no_store
         memories = house.api._preparer._memories

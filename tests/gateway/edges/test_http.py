@@ -15,7 +15,7 @@ from kvasir.gateway.core.api import Allowance, Finished, Standing
 from kvasir.gateway.http.connection import HttpLimits
 from kvasir.protocol.errors import BudgetExceeded, Overloaded, RateLimited
 from tests.edge_helpers import ANSWER, FakeCore
-from tests.http_helpers import open_edge, post_bytes, with_openai
+from tests.http_helpers import KEY, open_edge, post_bytes, with_openai
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -209,6 +209,10 @@ def test_wrong_bodies_and_paths_are_answered_with_an_error_object() -> None:
     run(main)
 
 
+WITH_KEY = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + KEY.encode() + b"\r\n"
+CHUNKED = WITH_KEY + b"transfer-encoding: chunked\r\n\r\n"
+
+
 @pytest.mark.parametrize(
     ("data", "status"),
     [
@@ -217,7 +221,7 @@ def test_wrong_bodies_and_paths_are_answered_with_an_error_object() -> None:
         (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello!", 400),
         (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: -5\r\n\r\n", 400),
-        (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n", 400),
+        (CHUNKED + b"xyz\r\n", 400),
         (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip, chunked, identity\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nhost: x\r\na: b\r\n folded\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nhost: x\r\na: b\x00c\r\n\r\n", 400),
@@ -225,7 +229,7 @@ def test_wrong_bodies_and_paths_are_answered_with_an_error_object() -> None:
         (b"GET / HTTP/1.1\r\na: " + b"b" * 40_000 + b"\r\n\r\n", 431),
         (b"GET /" + b"b" * 40_000 + b" HTTP/1.1\r\n\r\n", 431),
         (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n", 413),
-        (b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5000\r\n" + b"x" * 0x5000 + b"\r\n", 413),
+        (CHUNKED + b"5000\r\n" + b"x" * 0x5000 + b"\r\n", 413),
         (b"GET / HTTP/1.1\r\nhost: x\r\nexpect: tea\r\n\r\n", 417),
     ],
 )
@@ -236,6 +240,59 @@ def test_what_could_be_read_in_two_ways_is_refused_and_the_connection_closed(dat
                 answer = await edge.raw(data, pieces=pieces)
                 assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
                 assert answer.count(b"HTTP/1.1") == 1
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/detokenize",
+    ],
+)
+def test_a_stranger_is_refused_before_it_has_sent_a_body(path: str) -> None:
+    async def main() -> None:
+        async with open_edge() as edge:
+            for key in ("", "kv_no_key"):
+                head = f"POST {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {key}\r\ncontent-length: 8000000\r\n\r\n"
+                answer = await edge.raw(head.encode())
+                head_, _, body = answer.partition(b"\r\n\r\n")
+                assert answer.startswith(b"HTTP/1.1 401 ") and b"\r\nwww-authenticate: Bearer\r\n" in head_
+                error = json.loads(body)
+                assert error["error"]["type"] == "authentication_error"
+                assert ("request_id" in error) == path.startswith("/v1/messages"), "in the form of its dialect"
+            assert edge.server.statistics.num_body_bytes == 0
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "kinds"),
+    [
+        (b"content-encoding: br\r\ncontent-length: 10\r\n\r\n", 400, ("invalid_request_error",) * 2),
+        (b"transfer-encoding: chunked\r\n\r\nxyz\r\n", 400, ("invalid_request_error",) * 2),
+        (
+            b"transfer-encoding: chunked\r\n\r\n5000\r\n" + b"x" * 0x5000,
+            413,
+            ("invalid_request_error", "request_too_large"),
+        ),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_refused_in_the_form_of_its_dialect(
+    more: bytes, status: int, kinds: tuple[str, str]
+) -> None:
+    async def main() -> None:
+        async with open_edge(HttpLimits(max_body_bytes=10_000)) as edge:
+            for path, kind in zip((b"/v1/completions", b"/v1/messages"), kinds, strict=True):
+                answer = await edge.raw(WITH_KEY.replace(b"/v1/completions", path) + more)
+                assert answer.startswith(b"HTTP/1.1 %d " % status)
+                assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == kind
 
     run(main)
 
@@ -294,7 +351,7 @@ def test_a_client_that_goes_away_cancels_its_request(stream: bool) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"GET /health HT", b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nabc", b""],
+    [b"GET /health HT", WITH_KEY + b"content-length: 10\r\n\r\nabc", b""],
     ids=["headers", "body", "idle"],
 )
 def test_a_slow_client_is_cut_and_others_are_served_meanwhile(data: bytes) -> None:

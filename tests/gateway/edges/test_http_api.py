@@ -276,7 +276,7 @@ def test_a_stream_tells_the_core_how_much_was_written_and_a_cancelled_one_pays_f
             "POST", "/v1/completions", {"authorization": f"Bearer {KEYS['alpha']}"}, body, keep_alive=True
         )
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(house.api, request, Slow())
+            nursery.start_soon(house.api, request, Slow(body))
             await trio.testing.wait_all_tasks_blocked()
             [submit] = submits
             for num in (2, 3):  # the first are written, the others not
@@ -299,10 +299,10 @@ def test_a_stream_whose_client_does_not_read_is_cut_before_it_grows_without_boun
                 blocked.set()
                 await trio.sleep_forever()
 
-        stuck = Stuck()
+        body = json.dumps({"model": "demo", "prompt": "x", "stream": True}).encode()
+        stuck = Stuck(body)
         submits: list[Submit] = []
         house.core.submit = submits.append  # type: ignore[method-assign]
-        body = json.dumps({"model": "demo", "prompt": "x", "stream": True}).encode()
         headers = {"host": "x", "authorization": f"Bearer {KEYS['alpha']}"}
         request = HttpRequest("POST", "/v1/completions", headers, body, keep_alive=True)
         async with trio.open_nursery() as nursery:

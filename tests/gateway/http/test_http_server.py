@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kvasir.gateway.http.connection import READ_BYTES, Exchange, Handler, HttpLimits, HttpResponse
 from kvasir.gateway.http.parser import REQUEST_BYTES, HttpRequest, MessageLimits, RequestParser
 from kvasir.gateway.http.server import HttpServer, open_listeners
-from kvasir.protocol.errors import ConfigurationError
+from kvasir.protocol.errors import ConfigurationError, KvasirError
 
 pytestmark = pytest.mark.timeout(60)
 LIMITS = MessageLimits(max_header_bytes=1000, max_headers=20, max_body_bytes=100)
@@ -222,6 +222,10 @@ def test_what_is_held_is_counted_however_small_its_pieces() -> None:
 
 
 async def say_path(request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
+    try:
+        await exchange.body()
+    except KvasirError as error:
+        return HttpResponse(error.http_status, error.message.encode())
     return HttpResponse(200, request.path.encode(), "text/plain")
 
 
@@ -416,6 +420,7 @@ def test_bodies_of_clients_that_leave_are_freed_at_once_and_counted_until_then()
         handled: list[weakref.ref[Witness]] = []
 
         async def note(request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
+            await exchange.body()
             request.headers = witness = Witness()
             handled.append(weakref.ref(witness))
             return HttpResponse(200, b"")
@@ -454,6 +459,7 @@ def test_held_bodies_are_counted_while_they_are_answered_and_with_those_behind_t
     go_on = trio.Event()
 
     async def wait(request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
+        await exchange.body()
         await go_on.wait()
         return HttpResponse(200, b"")
 
@@ -464,8 +470,7 @@ def test_held_bodies_are_counted_while_they_are_answered_and_with_those_behind_t
                 await trio.open_tcp_stream("127.0.0.1", port) as second,
             ):
                 await first.send_all(POST_HEAD + b"x" * 1_000_000)
-                await until(lambda: server.statistics.num_requests == 1)
-                assert server.statistics.num_body_bytes == 1_000_000 + REQUEST_BYTES
+                await until(lambda: server.statistics.num_body_bytes == 1_000_000 + REQUEST_BYTES)
                 await first.send_all(POST_HEAD + b"y" * 30_000)  # not read before the first is answered
                 await second.send_all(POST_HEAD + b"x" * 100)
                 await until(lambda: server.statistics.num_body_bytes == 1_000_100 + REQUEST_BYTES)
@@ -529,6 +534,77 @@ def test_one_that_sends_without_a_pause_lets_others_go_first() -> None:
                     await until(lambda: server.statistics.num_body_bytes == 50_000)
                     nursery.cancel_scope.cancel()
             assert turns >= 50_000 // READ_BYTES - 1  # tasks of one turn run in any order
+
+    run(main)
+
+
+async def refuse_all(request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
+    return HttpResponse(401, b"no")
+
+
+@pytest.mark.parametrize("coding", [b"Content-Length: 1000000", b"Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("more", [b"", b"Expect: 100-continue\r\n"])
+def test_a_body_that_its_handler_does_not_want_is_neither_asked_for_nor_held(coding: bytes, more: bytes) -> None:
+    async def main() -> None:
+        async with open_server(refuse_all, HttpLimits(linger_s=0.3)) as (server, port):
+            head = b"POST / HTTP/1.1\r\nHost: x\r\n%b%b\r\n\r\n" % (more, coding)
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                await stream.send_all(head)
+                answer = b"".join([chunk async for chunk in stream])  # at once; then there is no more
+                assert answer.startswith(b"HTTP/1.1 401 ") and answer.endswith(b"\r\n\r\nno")
+                assert b"\r\nconnection: close\r\n" in answer and answer.count(b"HTTP/1.1") == 1
+                await stream.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 100)  # passes for the body, is dropped
+                assert server.statistics.num_body_bytes == 0
+                await until(lambda: server.statistics.num_open == 0)  # also if the client stays
+            assert server.statistics.by_status == {401: 1} and server.statistics.num_requests == 1
+
+    run(main)
+
+
+def test_a_connection_goes_on_after_a_refusal_whose_body_was_there_already() -> None:
+    async def main() -> None:
+        async with open_server(refuse_all) as (server, port):
+            post = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
+            answer = await talk(port, (post + b"hello") * 2 + post + b"hel")
+            assert answer.count(b"HTTP/1.1 401 ") == 3 and answer.count(b"connection: close") == 1
+            assert server.statistics.num_requests == 3
+
+    run(main)
+
+
+def test_a_client_is_told_to_continue_once_its_body_is_wanted() -> None:
+    async def main() -> None:
+        async with open_server(say_path) as (_, port):
+            head = b"POST /%b HTTP/1.%d\r\nHost: x\r\nExpect: 100-Continue\r\nContent-Length: 3\r\n\r\n"
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                for path in (b"a", b"b"):
+                    await stream.send_all(head % (path, 1))
+                    assert await stream.receive_some() == b"HTTP/1.1 100 Continue\r\n\r\n"
+                    await stream.send_all(b"abc")
+                    assert (await stream.receive_some()).endswith(b"/" + path)
+            assert (await talk(port, head % (b"c", 0) + b"abc")).startswith(b"HTTP/1.1 200 ")  # knows no 100
+
+    run(main)
+
+
+def test_a_refused_client_is_the_first_to_give_way() -> None:
+    async def main() -> None:
+        async def choose(request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
+            return await (refuse_all if request.method == "POST" else say_path)(request, exchange)
+
+        async with (
+            open_server(choose, HttpLimits(max_connections=2)) as (_, port),
+            await trio.open_tcp_stream("127.0.0.1", port) as idle,
+            await trio.open_tcp_stream("127.0.0.1", port) as refused,
+        ):
+            get = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
+            await idle.send_all(get)
+            assert await idle.receive_some()
+            await refused.send_all(POST_HEAD)
+            assert (await refused.receive_some()).startswith(b"HTTP/1.1 401 ")
+            assert (await talk(port, get.replace(b"Host", b"Connection: close\r\nHost"))).endswith(b"/a")
+            await idle.send_all(get)
+            assert (await idle.receive_some()).endswith(b"/a")
 
     run(main)
 
