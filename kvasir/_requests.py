@@ -241,6 +241,8 @@ def _chat_message(message: Mapping[str, Any] | ChatMessage) -> ChatMessage:
 
 def _pack(token_ids: Sequence[int]) -> bytes:
     try:
+        if isinstance(token_ids, bytes | bytearray):
+            raise TypeError("bytes are neither")
         return pack_tokens(token_ids)
     except (OverflowError, TypeError) as error:
         raise BadRequest(f"a prompt is text or a list of token ids: {error}", param="prompt") from None

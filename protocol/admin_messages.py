@@ -32,6 +32,8 @@ from kvasir.protocol.terms import Price, TermsChange
 
 MAX_ADMIN_FRAME_BYTES = 8 << 20
 Label = Annotated[str, Meta(max_length=256)]
+MIN_DAY, MAX_DAY = -719_162, 2_932_896  # 1 January of the year 1, 31 December of the year 9999
+Day = Annotated[int, Meta(ge=MIN_DAY, le=MAX_DAY)]
 Names = Annotated[list[Name], Meta(max_length=1024)]
 
 
@@ -165,8 +167,8 @@ class UsageQuery(AdminCommand, tag="usage", kw_only=True):
     by: Literal["tenant", "key", "model", "day"] = "tenant"
     tenant: Name | None = None
     key: Name | None = None
-    first_day: int | None = None
-    last_day: int | None = None
+    first_day: Day | None = None
+    last_day: Day | None = None
 
 
 class AuditQuery(AdminCommand, tag="audit_log", kw_only=True):

@@ -21,7 +21,6 @@ from kvasir.protocol.errors import BadRequest, NotFound, StoreError
 
 T = TypeVar("T")
 DAY_S = 86_400
-MAX_DAY = 1 << 31
 
 
 class Books:
@@ -35,11 +34,15 @@ class Books:
         """Return what was used, summed up as `query` wants it, as far as it has been settled.
 
         Raises:
+            BadRequest: the first day is after the last.
             NotFound: no such tenant or key.
             StoreError: the ledger cannot be read.
         """
         first = int(now // DAY_S) - 30 if query.first_day is None else query.first_day
         last = int(now // DAY_S) if query.last_day is None else query.last_day
+        if first > last:
+            span = f"{records.date_of_day(first)} is after {records.date_of_day(last)}"
+            raise BadRequest(f"{span}: no day is between them; give an earlier first day or a later last one")
         wanted = None if query.tenant is None else self._tenant_ids(query.tenant)
         days = await self._days(first, last)
         if query.key is not None and not any(day.key_id == query.key for day in days):
@@ -123,7 +126,7 @@ class Books:
         try:
             self._directory.key(key_id)
         except NotFound:
-            if not any(day.key_id == key_id for day in await self._days(0, MAX_DAY)):
+            if not any(day.key_id == key_id for day in await self._days(am.MIN_DAY, am.MAX_DAY)):
                 raise
 
     async def _days(self, first: int, last: int) -> list[DaySum]:

@@ -53,7 +53,7 @@ def chat(
     endpoint: str | None,
     api_key: str | None,
 ) -> None:
-    """Chat with a model in the terminal; /help shows the commands.
+    """Chat with a model in the terminal.
 
     What comes through a pipe is one message: its answer goes to stdout, the line of figures to stderr.
     """
@@ -63,13 +63,16 @@ def chat(
         except (OSError, UnicodeDecodeError) as error:
             raise BadRequest(f"cannot read {system_file} as text: {error}; name a readable UTF-8 file") from None
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    message = "" if interactive else sys.stdin.read().strip()
+    if not interactive and not message:
+        raise BadRequest("there is no message on stdin; pipe some text in, or chat in a terminal")
     console = make_console()
     notes = make_console(stderr=not interactive)
     with Client(endpoint, find_key(api_key)) as client:
         name, max_context = choose_model(client, model)
         talk = Chat(client, console, notes, name, system, temperature, max_tokens)
         if not interactive:
-            talk.say(sys.stdin.read().strip())
+            talk.say(message)
             return
         notes.print(f"{plain(name)}, {max_context} tokens of context. /help shows the commands.", style="dim")
         talk.run(line_reader())

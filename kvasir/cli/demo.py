@@ -36,7 +36,10 @@ TIMEOUT_S = 120.0
 @json_option
 @example("kvasir demo")
 def demo(model: str | None, as_json: bool) -> None:
-    """Show cold against warm, and shared against private, with six requests of two tenants."""
+    """Show what shared prefixes save.
+
+    Cold against warm, shared against private: six requests of two tenants.
+    """
     rows = run_demo(make_console(), model=model, quiet=as_json)
     if as_json:
         print_json({"rows": [asdict(row) for row in rows]})

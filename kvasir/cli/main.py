@@ -76,7 +76,7 @@ def run(args: Sequence[str] | None = None) -> int:
         return 0
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "kvasir"
-        return _fail(f"{where}: {error.format_message()} See `{where} --help`.")
+        return _fail(f"{where}: {error.format_message().rstrip('.')}; see `{where} --help`")
     except click.ClickException as error:
         return _fail(f"kvasir: {error.format_message()}")
     except KvasirError as error:

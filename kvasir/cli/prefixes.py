@@ -17,7 +17,7 @@ from kvasir.protocol.errors import BadRequest
 @click.group()
 @example("kvasir prefix publish support --file system-prompt.txt")
 def prefix() -> None:
-    """Publish texts whose cached blocks several tenants share."""
+    """Publish texts that tenants share."""
 
 
 @prefix.command("publish")

@@ -52,7 +52,9 @@ class PassThrough(click.Command):
     "kvasir gateway --http 0.0.0.0:8000 --workers 0        # workers dial in by themselves"
 )
 def gateway(args: tuple[str, ...]) -> None:
-    """Run the gateway in the foreground, as a service does. All options are those of `python -m kvasir.gateway`."""
+    """Run the gateway in the foreground.
+
+    As a service does. All options are those of `python -m kvasir.gateway`."""
     defaults: list[str] = []
     if not _has(args, "--state-dir"):
         defaults += ["--state-dir", str(state_dir())]
@@ -68,7 +70,9 @@ def gateway(args: tuple[str, ...]) -> None:
     "kvasir worker --engine vllm --upstream http://10.0.0.5:8000 --name qwen        # fronts a vLLM server"
 )
 def worker(args: tuple[str, ...]) -> None:
-    """Run one worker in the foreground; it dials the gateway. All options are those of `python -m kvasir.worker`."""
+    """Run one worker in the foreground.
+
+    It dials the gateway. All options are those of `python -m kvasir.worker`."""
     defaults = [] if _has(args, "--gateway") else ["--gateway", worker_endpoint()]
     run_in_place("worker", [*defaults, *args])
 

@@ -79,7 +79,7 @@ _STATE_COLOURS = {"ready": "green", "starting": "yellow", "draining": "yellow", 
 @json_option
 @example("kvasir status\nkvasir status --watch\nkvasir status --json | jq '.workers[].state'")
 def status(watch: bool, interval: float, as_json: bool) -> None:
-    """Show workers, their caches and rates, models and tenants."""
+    """Show workers, models and tenants."""
     if as_json:
         print_json(ask(am.StatusQuery(), am.StatusReply))
     elif not watch:
@@ -109,7 +109,9 @@ def models(as_json: bool) -> None:
 @json_option
 @example("kvasir explain chatcmpl-5f0c6d1e9a7b4c3d")
 def explain(request: str, as_json: bool) -> None:
-    """Show why a recent REQUEST went to the worker it went to, and what every worker would have cost, in seconds.
+    """Show why a REQUEST went where it went.
+
+    With what every worker would have cost, in seconds. Only recent requests are remembered.
 
     REQUEST is the id of an HTTP answer or its x-request-id, `request_id` in the SDK, or what chat and demo print: the
     beginning of an id is enough.

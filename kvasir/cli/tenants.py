@@ -35,7 +35,7 @@ from kvasir.protocol.terms import TermsChange
 @click.group()
 @example("kvasir tenant create acme")
 def tenant() -> None:
-    """Make, list, show, change, rename, disable, enable and delete tenants."""
+    """Make, show, change and delete tenants."""
 
 
 @tenant.command("create")

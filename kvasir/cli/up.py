@@ -51,7 +51,9 @@ HOPELESS_RESTARTS = 3  # a model none of whose workers has ever come up after so
     "kvasir up --upstream qwen=http://127.0.0.1:8300      # a vLLM server that is running already"
 )
 def up(with_demo: bool, **plan: Any) -> None:
-    """Start everything on this machine: a gateway and its workers, by default on the bundled model. Ctrl-C stops.
+    """Start everything on this machine.
+
+    That is a gateway and its workers, by default on the bundled model. Ctrl-C stops them.
 
     The first start makes a demonstration tenant and prints its API key. State is kept in $KVASIR_HOME, or
     ~/.local/state/kvasir.
@@ -68,7 +70,10 @@ def up(with_demo: bool, **plan: Any) -> None:
 @json_option
 @example("kvasir down")
 def down(as_json: bool) -> None:
-    """Stop the running gateway as Ctrl-C does: it takes nothing new, finishes what runs, then leaves."""
+    """Stop the running gateway, as Ctrl-C does.
+
+    It takes nothing new, finishes what runs, then leaves.
+    """
     pid = listener(admin_socket())  # not asked of the gateway: it may be of another version
     reply = ask(DrainGateway(), Done)
     if as_json:

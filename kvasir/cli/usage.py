@@ -64,9 +64,9 @@ def usage(
     as_csv: bool,
     as_json: bool,
 ) -> None:
-    """Show what tenants have used, from the ledger: requests, refusals, tokens and money, as far as they are settled.
+    """Show what tenants have used, from the ledger.
 
-    A prompt counts with its first token; output tokens are those that clients were sent. Money goes by the price that
+    Requests, refusals, tokens and money, as far as they are settled. A prompt counts with its first token; output tokens are those that clients were sent. Money goes by the price that
     was in force when a request came.
     """
     if as_csv and as_json:
@@ -126,7 +126,7 @@ def _cells(row: records.UsageRow) -> tuple[str, ...]:
 @click.group()
 @example("kvasir price set qwen --prompt 0.25 --cached 0.025 --output 1.00")
 def price() -> None:
-    """Set what models cost, for bills and money budgets."""
+    """Set what models cost."""
 
 
 @price.command("set")
@@ -172,7 +172,7 @@ def price_list(as_json: bool) -> None:
 @click.group()
 @example("kvasir audit log")
 def audit() -> None:
-    """Show and check the trail of what operators changed."""
+    """Show and check what operators changed."""
 
 
 @audit.command("log")
@@ -214,9 +214,9 @@ def audit_verify(as_json: bool) -> None:
 @json_option
 @example("kvasir backup /var/backups/kvasir-monday")
 def backup(folder: Path, as_json: bool) -> None:
-    """Copy tenants, keys, ledger, audit trail and the deployment's secret into FOLDER, while the gateway runs.
+    """Copy what the gateway keeps into FOLDER.
 
-    FOLDER is made; it is a state directory that a gateway can be started on. Keep it as safe as the one in use: with
+    Tenants, keys, ledger, audit trail and the deployment's secret, while it runs. FOLDER is made; it is a state directory that a gateway can be started on. Keep it as safe as the one in use: with
     its secret and a key's hash, keys can be tested.
     """
     command = am.Backup(folder=str(folder.resolve()))

@@ -372,6 +372,11 @@ def test_chat_without_a_key_says_where_to_get_one(home: Path, capsys: Any) -> No
     assert_one_line(kvasir(capsys, "chat", code=2)[1], "no API key", "kvasir up")
 
 
+def test_chat_with_nothing_in_the_pipe_says_so(home: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert_one_line(kvasir(capsys, "chat", "--api-key", "kv_x_y", code=2)[1], "no message")
+
+
 def test_as_processes_exit_codes_and_streams_are_kept(home: Path) -> None:
     def call(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -76,6 +76,7 @@ def test_a_bill_by_tenant_key_model_and_day(office: Office, capsys: Any) -> None
         kvasir(capsys, "usage", "--key", "kv_nonsense_verysecret", code=2)[1], "no key has the id 'nonsense'"
     )
     assert kvasir_json(capsys, "usage", "--key", "k3", "--until", "2020-01-01", "--since", "2020-01-01")["rows"] == []
+    assert_one_line(kvasir(capsys, "usage", "--since", "2020-01-02", "--until", "2020-01-01", code=2)[1], "is after")
     unused = kvasir_json(capsys, "key", "create", "acme")
     assert "nothing was used" in kvasir(capsys, "usage", "--key", unused["key"])[0]
     assert_one_line(kvasir(capsys, "usage", "--csv", "--json", code=2)[1], "--csv")
