@@ -62,13 +62,14 @@ def chat(
             system = system_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BadRequest(f"cannot read {system_file} as text: {error}; name a readable UTF-8 file") from None
+    key = find_key(api_key)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     message = "" if interactive else sys.stdin.read().strip()
     if not interactive and not message:
         raise BadRequest("there is no message on stdin; pipe some text in, or chat in a terminal")
     console = make_console()
     notes = make_console(stderr=not interactive)
-    with Client(endpoint, find_key(api_key)) as client:
+    with Client(endpoint, key) as client:
         name, max_context = choose_model(client, model)
         talk = Chat(client, console, notes, name, system, temperature, max_tokens)
         if not interactive:

@@ -66,8 +66,8 @@ def usage(
 ) -> None:
     """Show what tenants have used, from the ledger.
 
-    Requests, refusals, tokens and money, as far as they are settled. A prompt counts with its first token; output tokens are those that clients were sent. Money goes by the price that
-    was in force when a request came.
+    Requests, refusals, tokens and money, as far as they are settled. A prompt counts with its first token; output
+    tokens are those that clients were sent. Money goes by the price that was in force when a request came.
     """
     if as_csv and as_json:
         raise BadRequest("--csv and --json do not go together; choose one")
@@ -216,8 +216,9 @@ def audit_verify(as_json: bool) -> None:
 def backup(folder: Path, as_json: bool) -> None:
     """Copy what the gateway keeps into FOLDER.
 
-    Tenants, keys, ledger, audit trail and the deployment's secret, while it runs. FOLDER is made; it is a state directory that a gateway can be started on. Keep it as safe as the one in use: with
-    its secret and a key's hash, keys can be tested.
+    Tenants, keys, ledger, audit trail and the deployment's secret, while it runs. FOLDER is made; it is a state
+    directory that a gateway can be started on. Keep it as safe as the one in use: with its secret and a key's hash,
+    keys can be tested.
     """
     command = am.Backup(folder=str(folder.resolve()))
     print_done(ask(command, am.Done, timeout_s=BACKUP_TIMEOUT_S), as_json, f"everything is in {folder}")
