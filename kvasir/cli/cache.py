@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from kvasir.cli.admin_client import ask
-from kvasir.cli.output import Rows, bar, count, example, json_option, make_console, percent, plain, print_json
+from kvasir.cli.output import Rows, bar, count, example, json_option, percent, plain, show
 from kvasir.cli.prefixes import pinned_on
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol import admin_records as records
@@ -35,13 +35,9 @@ def cache_show(as_json: bool) -> None:
     Private prompts that begin alike count as one prefix; nothing of their text is kept.
     """
     reply = ask(am.CacheQuery(), am.CacheReply)
-    if as_json:
-        print_json(reply)
-    elif not reply.workers:
-        click.echo("no workers yet; see `kvasir status`")
-    else:
-        legend = Text(" ".join(_LEGEND.splitlines()), "dim")
-        make_console().print(Group(*[_worker(worker) for worker in reply.workers], legend, Text(), _prefixes(reply)))
+    legend = Text(" ".join(_LEGEND.splitlines()), "dim")
+    pools = Group(*[_worker(worker) for worker in reply.workers], legend, Text(), _prefixes(reply))
+    show(reply, as_json, pools if reply.workers else "no workers yet; see `kvasir status`")
 
 
 @cache.command("clear")
@@ -51,10 +47,7 @@ def cache_show(as_json: bool) -> None:
 def cache_clear(tenant: str, as_json: bool) -> None:
     """Drop what is cached of a tenant on all workers. Blocks of requests that are running stay till they end."""
     reply = ask(am.CacheClear(tenant=tenant), am.Done)
-    if as_json:
-        print_json(reply)
-    else:
-        click.echo(f"the workers drop what is cached of tenant {tenant}")
+    show(reply, as_json, f"the workers drop what is cached of tenant {tenant}")
 
 
 def _worker(worker: records.CacheWorker) -> RenderableType:

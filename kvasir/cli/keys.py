@@ -8,7 +8,7 @@ from typing import Literal
 import click
 
 from kvasir.cli.admin_client import ask
-from kvasir.cli.output import Rows, age, duration, example, json_option, make_console, plain, print_done, print_json
+from kvasir.cli.output import Rows, age, duration, example, json_option, make_console, plain, print_done, show
 from kvasir.cli.terms import DurationType, terms_lines, terms_options
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol import admin_records as records
@@ -50,10 +50,7 @@ def key_create(
 def key_list(tenant: str | None, as_json: bool) -> None:
     """List the keys of TENANT, or of all tenants."""
     reply = ask(am.KeyList(tenant=tenant), am.KeysReply)
-    if as_json:
-        print_json(reply)
-    else:
-        print_keys(reply.keys)
+    show(reply, as_json, key_table(reply.keys))
 
 
 @key.command("set")
@@ -95,25 +92,22 @@ def key_revoke(key_id: str, as_json: bool) -> None:
     print_done(ask(am.KeyRevoke(key_id=key_id_of(key_id)), am.Done), as_json, f"key {key_id_of(key_id)} is revoked")
 
 
-def print_keys(keys: list[records.KeyInfo]) -> None:
-    """Print keys as a table."""
+def key_table(keys: list[records.KeyInfo]) -> Rows | str:
+    """Return keys as a table, or what to do when there are none."""
     if not keys:
-        click.echo("no keys yet; make one with: kvasir key create TENANT")
-        return
+        return "no keys yet; make one with: kvasir key create TENANT"
     table = Rows("key id", "tenant", "label", "state", "created", "limits", minor=("limits",))
     for info in keys:
         terms = ", ".join(text for _, text in terms_lines(info.terms)) or "–"
         table.add_row(
             plain(info.id), plain(info.tenant), plain(info.label), _state(info), f"{age(info.created_at)} ago", terms
         )
-    make_console().print(table)
+    return table
 
 
 def _print_key(reply: am.KeyCreated, as_json: bool) -> None:
-    if as_json:
-        print_json(reply)
-    else:
-        click.echo(reply.key)
+    show(reply, as_json, reply.key)
+    if not as_json:
         make_console(stderr=True).print("[yellow]Keep it now: only a hash is stored, it is never shown again.[/yellow]")
 
 

@@ -23,11 +23,12 @@ except ModuleNotFoundError as missing:  # the SDK alone installs neither
 from kvasir.cli.cache import cache
 from kvasir.cli.chat import chat
 from kvasir.cli.demo import demo
+from kvasir.cli.explain import explain
 from kvasir.cli.keys import key
 from kvasir.cli.output import example, harmless
 from kvasir.cli.prefixes import prefix
 from kvasir.cli.processes import gateway, worker
-from kvasir.cli.status import explain, models, status
+from kvasir.cli.status import models, status
 from kvasir.cli.tenants import tenant
 from kvasir.cli.up import down, up
 from kvasir.cli.usage import audit, backup, price, usage

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -79,12 +79,19 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(plain, indent=2, ensure_ascii=False))
 
 
-def print_done(reply: Done, as_json: bool, text: str) -> None:
-    """Print that a command took effect."""
+def show(reply: Any, as_json: bool, shown: RenderableType) -> None:
+    """Print a reply, as JSON or as it is `shown` to people; a text as it is."""
     if as_json:
         print_json(reply)
+    elif isinstance(shown, str):
+        click.echo(shown)
     else:
-        click.echo(text + ("" if reply.changed else " (it was already)"))
+        make_console().print(shown)
+
+
+def print_done(reply: Done, as_json: bool, text: str) -> None:
+    """Print that a command took effect."""
+    show(reply, as_json, text + ("" if reply.changed else " (it was already)"))
 
 
 class Rows:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from kvasir.cli.admin_client import ask
-from kvasir.cli.output import Rows, age, example, json_option, make_console, plain, print_done, print_json
+from kvasir.cli.output import Rows, age, example, json_option, plain, print_done, show
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import BadRequest
@@ -39,11 +39,8 @@ def prefix_publish(name: str, path: Path, tenants: tuple[str, ...], replace: boo
         raise BadRequest(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
     command = am.PrefixPublish(name=name, text=text, tenants=list(tenants) or None, replace=replace)
     reply = ask(command, am.PrefixReply)
-    if as_json:
-        print_json(reply)
-    else:
-        what = "is published" if reply.changed else "was published already"
-        click.echo(f"prefix {name} {what}: {_tokens(reply.prefix)}")
+    what = "is published" if reply.changed else "was published already"
+    show(reply, as_json, f"prefix {name} {what}: {_tokens(reply.prefix)}")
 
 
 @prefix.command("list")
@@ -52,17 +49,13 @@ def prefix_publish(name: str, path: Path, tenants: tuple[str, ...], replace: boo
 def prefix_list(as_json: bool) -> None:
     """List the published prefixes and how many tokens of each are shared, per model."""
     reply = ask(am.PrefixList(), am.PrefixesReply)
-    if as_json:
-        print_json(reply)
-    elif not reply.prefixes:
-        click.echo("nothing is published; publish a text with: kvasir prefix publish NAME --file FILE")
-    else:
-        table = Rows("prefix", "tenants", "chars", "shared tokens", "pinned on", "published", numbers=("chars",))
-        for info in reply.prefixes:
-            names = "all" if info.tenants is None else ", ".join(info.tenants)
-            tokens, when = _tokens(info), f"{age(info.created_at)} ago"
-            table.add_row(plain(info.name), plain(names), str(info.num_chars), plain(tokens), pinned_on(info), when)
-        make_console().print(table)
+    table = Rows("prefix", "tenants", "chars", "shared tokens", "pinned on", "published", numbers=("chars",))
+    for info in reply.prefixes:
+        names = "all" if info.tenants is None else ", ".join(info.tenants)
+        tokens, when = _tokens(info), f"{age(info.created_at)} ago"
+        table.add_row(plain(info.name), plain(names), str(info.num_chars), plain(tokens), pinned_on(info), when)
+    nothing = "nothing is published; publish a text with: kvasir prefix publish NAME --file FILE"
+    show(reply, as_json, table if reply.prefixes else nothing)
 
 
 @prefix.command("pin")

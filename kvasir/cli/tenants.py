@@ -6,9 +6,10 @@ from typing import Literal, get_args
 
 import click
 from msgspec import structs
+from rich.console import Group
 
 from kvasir.cli.admin_client import ask
-from kvasir.cli.keys import print_keys
+from kvasir.cli.keys import key_table
 from kvasir.cli.output import (
     Rows,
     age,
@@ -21,7 +22,7 @@ from kvasir.cli.output import (
     percent,
     plain,
     print_done,
-    print_json,
+    show,
     yes_option,
 )
 from kvasir.cli.terms import AliasType, terms_lines, terms_options
@@ -48,11 +49,9 @@ def tenant_create(name: str, group: str | None, models: tuple[str, ...], as_json
     """Make a tenant called NAME and print its id. By default it shares its cache with nobody."""
     command = am.TenantCreate(name=name, group=group, allowed_models=list(models) or None)
     reply = ask(command, am.TenantReply)
-    if as_json:
-        print_json(reply)
-        return
-    click.echo(reply.tenant.id)
-    make_console(stderr=True).print(f"[dim]next: kvasir key create {plain(name)}[/dim]")
+    show(reply, as_json, reply.tenant.id)
+    if not as_json:
+        make_console(stderr=True).print(f"[dim]next: kvasir key create {plain(name)}[/dim]")
 
 
 @tenant.command("list")
@@ -61,12 +60,8 @@ def tenant_create(name: str, group: str | None, models: tuple[str, ...], as_json
 def tenant_list(as_json: bool) -> None:
     """List all tenants, their settings and what they have used since the gateway started."""
     reply = ask(am.TenantList(), am.TenantsReply)
-    if as_json:
-        print_json(reply)
-    elif not reply.tenants:
-        click.echo("no tenants yet; make one with: kvasir tenant create NAME")
-    else:
-        make_console().print(tenant_table(reply.tenants))
+    nothing = "no tenants yet; make one with: kvasir tenant create NAME"
+    show(reply, as_json, tenant_table(reply.tenants) if reply.tenants else nothing)
 
 
 def tenant_table(tenants: list[records.TenantInfo], *, is_live: bool = False) -> Rows:
@@ -100,9 +95,6 @@ def tenant_table(tenants: list[records.TenantInfo], *, is_live: bool = False) ->
 def tenant_show(name: str, as_json: bool) -> None:
     """Show one tenant, its keys and what it has used since the gateway started."""
     reply = ask(am.TenantShow(name=name), am.TenantReply)
-    if as_json:
-        print_json(reply)
-        return
     info, usage = reply.tenant, reply.tenant.usage
     lines = (
         ("tenant", info.name),
@@ -118,9 +110,7 @@ def tenant_show(name: str, as_json: bool) -> None:
         ("prompt tokens", f"{usage.prompt_tokens}, {percent(usage.cached_tokens, usage.prompt_tokens)} cached"),
         ("output tokens", str(usage.output_tokens)),
     )
-    make_console().print(facts(lines))
-    click.echo()
-    print_keys(reply.keys)
+    show(reply, as_json, Group(facts(lines), "", key_table(reply.keys)))
 
 
 @tenant.command("set")

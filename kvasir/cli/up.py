@@ -20,7 +20,7 @@ from kvasir.cli import processes
 from kvasir.cli.admin_client import ask, is_listening, listener
 from kvasir.cli.demo import run_demo
 from kvasir.cli.demo_keys import key_path, obtain_key
-from kvasir.cli.output import example, harmless, json_option, make_console, plain, print_json
+from kvasir.cli.output import example, harmless, json_option, make_console, plain, show
 from kvasir.cli.up_plan import UpPlan, count_gpus, plan_models
 from kvasir.paths import admin_socket, home_dir, local_admin_socket, local_client_endpoint
 from kvasir.protocol.address import is_loopback
@@ -76,10 +76,7 @@ def down(as_json: bool) -> None:
     """
     pid = listener(admin_socket())  # not asked of the gateway: it may be of another version
     reply = ask(DrainGateway(), Done)
-    if as_json:
-        print_json(reply)
-    else:
-        click.echo(f"the gateway (process {pid or '?'}) finishes what runs and stops")
+    show(reply, as_json, f"the gateway (process {pid or '?'}) finishes what runs and stops")
 
 
 def serve(plan: UpPlan, console: Console, *, then: Callable[[], None] | None = None) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import click
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from kvasir.cli.admin_client import ask
 from kvasir.cli.keys import key_id_of
-from kvasir.cli.output import Rows, count, example, json_option, make_console, percent, plain, print_done, print_json
+from kvasir.cli.output import Rows, count, example, json_option, percent, plain, print_done, show
 from kvasir.cli.terms import money, parse_price, price_text
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol import admin_records as records
@@ -73,12 +75,10 @@ def usage(
         raise BadRequest("--csv and --json do not go together; choose one")
     key = None if key is None else key_id_of(key)
     reply = ask(am.UsageQuery(by=by, tenant=tenant, key=key, first_day=since, last_day=until), am.UsageReply)
-    if as_json:
-        print_json(reply)
-    elif as_csv:
+    if as_csv:
         _print_csv(reply.rows, by)
     else:
-        _print_usage(reply, by)
+        show(reply, as_json, _usage(reply, by))
 
 
 def _print_csv(rows: list[records.UsageRow], by: str) -> None:
@@ -91,11 +91,10 @@ def _print_csv(rows: list[records.UsageRow], by: str) -> None:
         )
 
 
-def _print_usage(reply: am.UsageReply, by: str) -> None:
+def _usage(reply: am.UsageReply, by: str) -> RenderableType:
     span = f"{records.date_of_day(reply.first_day)} to {records.date_of_day(reply.last_day)}"
     if not reply.rows:
-        click.echo(f"nothing was used from {span}")
-        return
+        return f"nothing was used from {span}"
     numbers = ("requests", "refused", "prompt", "cached", "output", "money")
     first = ("tenant",) if by == "tenant" else ("tenant", by)
     table = Rows(*first, *numbers, numbers=numbers, minor=("refused",))
@@ -107,9 +106,7 @@ def _print_usage(reply: am.UsageReply, by: str) -> None:
             for name in records.UsageRow.__struct_fields__[4:]:
                 setattr(total, name, getattr(total, name) + getattr(row, name))
         table.add_row("all", *[""] * (len(first) - 1), *_cells(total), style="bold")
-    console = make_console()
-    console.print(f"[dim]{span}, UTC[/dim]")
-    console.print(table)
+    return Group(Text(f"{span}, UTC", "dim"), table)
 
 
 def _cells(row: records.UsageRow) -> tuple[str, ...]:
@@ -157,16 +154,12 @@ def price_remove(model: str, as_json: bool) -> None:
 def price_list(as_json: bool) -> None:
     """List what a million tokens of each model cost."""
     reply = ask(am.PriceList(), am.PricesReply)
-    if as_json:
-        print_json(reply)
-    elif not reply.prices:
-        click.echo("no model has a price; set one with: kvasir price set MODEL --prompt P --output P")
-    else:
-        numbers = ("prompt", "cached", "output")
-        table = Rows("model", *numbers, numbers=numbers)
-        for info in reply.prices:
-            table.add_row(plain(info.model), *(price_text(getattr(info.price, name)) for name in numbers))
-        make_console().print(table)
+    numbers = ("prompt", "cached", "output")
+    table = Rows("model", *numbers, numbers=numbers)
+    for info in reply.prices:
+        table.add_row(plain(info.model), *(price_text(getattr(info.price, name)) for name in numbers))
+    nothing = "no model has a price; set one with: kvasir price set MODEL --prompt P --output P"
+    show(reply, as_json, table if reply.prices else nothing)
 
 
 @click.group()
@@ -182,16 +175,11 @@ def audit() -> None:
 def audit_log(last: int, as_json: bool) -> None:
     """Show the last changes, oldest first: who did what to whom. With --json also how it was before and after."""
     reply = ask(am.AuditQuery(last=last), am.AuditReply)
-    if as_json:
-        print_json(reply)
-    elif not reply.rows:
-        click.echo("nothing was changed yet")
-    else:
-        table = Rows("no.", "time", "command", "subject", "by", numbers=("no.",), minor=("by",))
-        for row in reply.rows:
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.time))
-            table.add_row(str(row.seq), when, plain(row.command), plain(row.subject), plain(row.actor))
-        make_console().print(table)
+    table = Rows("no.", "time", "command", "subject", "by", numbers=("no.",), minor=("by",))
+    for row in reply.rows:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.time))
+        table.add_row(str(row.seq), when, plain(row.command), plain(row.subject), plain(row.actor))
+    show(reply, as_json, table if reply.rows else "nothing was changed yet")
 
 
 @audit.command("verify")
@@ -203,10 +191,7 @@ def audit_verify(as_json: bool) -> None:
     Rows cut off its end are noticed by their number only: keep it elsewhere.
     """
     reply = ask(am.AuditVerify(), am.AuditVerified)
-    if as_json:
-        print_json(reply)
-    else:
-        click.echo(f"the audit trail is whole: {reply.num_rows} rows")
+    show(reply, as_json, f"the audit trail is whole: {reply.num_rows} rows")
 
 
 @click.command()
