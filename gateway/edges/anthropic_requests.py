@@ -114,8 +114,11 @@ def _asked(body: MessagesBody) -> Asked:
     choice = body.tool_choice or ToolChoice("auto")
     output = body.output_config or OutputConfig()
     thinking = body.thinking
+    turns = _turns(body)
+    last = turns[-1] if turns else Turn("")
     chat = ChatBody(
-        messages=_turns(body),
+        messages=turns,
+        continue_final_message=last.role == "assistant" and bool(last.content) and not last.tool_calls,
         max_completion_tokens=body.max_tokens,
         tools=_tools(body.tools or ()),
         tool_choice=NamedTool(NamedFunction(choice.name)) if choice.type == "tool" else _CHOICES[choice.type],
@@ -131,6 +134,7 @@ def _asked(body: MessagesBody) -> Asked:
         structured = AskedGrammar(grammar, "output_config.format")
     hint = hint_of(None, None, has_breakpoint=_has_breakpoint(body))
     asked = asked_of_chat(chat, hint, structured, is_lenient=True)
+    asked.names["continue_final_message"] = "messages"
     if body.diagnostics is None:
         return asked
     return msgspec.structs.replace(asked, previous=body.diagnostics.previous_message_id or "")

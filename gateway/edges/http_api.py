@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import unquote
@@ -152,7 +153,9 @@ class HttpApi:
         refused = next((what for start, what in _NOT_SERVED.items() if path.startswith(start)), None)
         if refused is not None:
             raise NotFound(f"{path[:120]!r} is not supported: {refused}")
-        raise NotFound(f"there is nothing at {path[:120]!r}; see /v1/models and docs/api.md")
+        near = get_close_matches(path[:120], [*_ROUTES, *_TOKEN_ROUTES, *self._questions], 1)
+        hint = f"did you mean {near[0]!r}?" if near else "see /v1/models and docs/api.md"
+        raise NotFound(f"there is nothing at {path[:120]!r}: {hint}")
 
     async def _read(self, read: Callable[[bytes], T], call: HttpCall) -> T:
         """Return what `read` makes of the body, a large one in a thread, and so one that may become large.

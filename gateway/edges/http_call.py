@@ -32,8 +32,8 @@ class HttpCall:
         """The API key that the request brings, as OpenAI's or as Anthropic's clients send it."""
         headers = self.request.headers
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        if key and scheme.lower() != "bearer":
-            raise AuthenticationFailed(f"authorization scheme {scheme[:20]!r} is not known; send `Bearer KEY`")
+        if scheme and scheme.lower() != "bearer":
+            raise AuthenticationFailed("the authorization header has another form than `Bearer KEY`; send that")
         return key.strip() or headers.get("x-api-key", "").strip()
 
     @property

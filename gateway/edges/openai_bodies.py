@@ -12,6 +12,7 @@ from kvasir.protocol.messages import MAX_TOKENS, CacheHint, Priority, RetentionH
 
 MAX_TURNS = 4096
 NumTokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+NumLogprobs = Annotated[int, Meta(ge=0, le=20)]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 StopStrings = Annotated[list[StopString], Meta(max_length=16)]
 
@@ -76,7 +77,7 @@ class ChatBody(Body, kw_only=True):
     messages: Annotated[list[Turn], Meta(max_length=MAX_TURNS)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: NumLogprobs | None = None
     chat_template_kwargs: Raw = Raw()
     documents: Raw = Raw()
     reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None
@@ -97,5 +98,5 @@ class ChatBody(Body, kw_only=True):
 
 class CompletionBody(Body, kw_only=True):
     prompt: Raw  # by its shape, see `_prompts`
-    logprobs: int | None = None
+    logprobs: NumLogprobs | None = None
     best_of: int | None = None

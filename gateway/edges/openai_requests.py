@@ -17,7 +17,7 @@ from kvasir.gateway.edges.chat_turns import NamedTool, Turn, message_of
 from kvasir.gateway.edges.field_check import FieldCheck, decode_body
 from kvasir.gateway.edges.grammar_fields import AskedGrammar, read_grammar
 from kvasir.gateway.edges.openai_bodies import MAX_TURNS, Body, ChatBody, CompletionBody, StreamOptions
-from kvasir.gateway.text.json_input import read_json
+from kvasir.gateway.text.json_input import read_by, read_json
 from kvasir.protocol.client_messages import ChatOptions, CompletionRequest
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import CacheHint, Priority, SamplingOptions
@@ -51,8 +51,10 @@ class Asked(Struct, frozen=True):
         ours = error.param
         if ours in self.names:
             error.param = self.names[ours]
-            if ours != "grammar":  # a word of its own
+            if ours != "grammar":
                 error.message = re.sub(rf"\b{ours}\b", error.param, error.message)
+            elif error.param not in error.message:  # a grammar's own words
+                error.message = f"{error.param}: {error.message}"
         return error
 
 
@@ -265,11 +267,11 @@ def _sampling(body: Body, num_logprobs: int | None) -> SamplingOptions:
     if body.bad_words:
         given["bad_words"] = body.bad_words
     try:
-        return msgspec.convert(given, SamplingOptions, strict=False)
-    except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `")
-        param = path.rstrip("`").removeprefix("$.").removeprefix("key in $.").split("[")[0] or None
-        raise BadRequest(f"{param or 'sampling'}: {message}", param=param) from None
+        options: SamplingOptions = read_by(lambda: msgspec.convert(given, SamplingOptions, strict=False))
+    except BadRequest as error:
+        error.param = (error.param or "").partition("[")[0] or None  # the field, not a place in it
+        raise
+    return options
 
 
 def _prompts(raw: Raw) -> list[dict[str, Any]]:

@@ -181,7 +181,12 @@ FIELDS: tuple[Row, ...] = (
     Row("input", _RESPONSES, "honoured", "a text, or messages, reasoning, function calls and their outputs; text only"),
     Row("instructions", _RESPONSES, "honoured", "a system message before the input"),
     Row("max_output_tokens", _RESPONSES, "honoured", "no more than the window allows, which is the default"),
-    Row("messages system", _ANTHROPIC, "honoured", "text, thinking, uses of tools and their results"),
+    Row(
+        "messages system",
+        _ANTHROPIC,
+        "honoured",
+        "text, thinking, uses of tools and their results; the answer goes on with a last one of the assistant",
+    ),
     Row("max_tokens", _ANTHROPIC, "honoured", "required, but to count tokens; no more than the window allows"),
     Row("stop_sequences", _ANTHROPIC, "honoured", "up to 16 strings; not part of the answer"),
     Row("tools tool_choice", _DIALECTS, "honoured", "functions of the client's own, as for chats"),

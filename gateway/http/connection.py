@@ -382,7 +382,7 @@ class Connection:
         self._lingering, self._since = True, trio.current_time()
         try:
             self._socket.shutdown(socket.SHUT_WR)
-            while self._drop():
+            while self._drop():  # noqa: ASYNC110 to be told of every packet is what would cost
                 await trio.sleep(0.1)
         except OSError:
             return

@@ -152,8 +152,6 @@ class RequestParser:
             self._refuse(400, "no Host header")
         if coding is not None and (version == "1.0" or coding.strip().lower() != "chunked"):
             self._refuse(501, f"transfer coding {coding[:40]!r} is not known here; use chunked, over HTTP/1.1")
-        if length is not None and int(length) > limit:
-            self._refuse(413, f"a body of {length} bytes exceeds the bound of {limit} bytes")
         expected = headers.get("expect")
         if expected is not None and expected.lower() != "100-continue":
             self._refuse(417, "only `Expect: 100-continue` is known here")
@@ -172,10 +170,12 @@ class RequestParser:
             is_complete=False,
         )
         self.requests.append(self._request)
+        if length is not None and int(length) > limit:
+            self._refuse(413, f"a body of {length} bytes exceeds the bound of {limit} bytes; send less at a time")
 
     def on_body(self, body: bytes) -> None:
         if len(self._body) + len(body) > self._limits.max_body_bytes:
-            self._refuse(413, f"the body exceeds the bound of {self._limits.max_body_bytes} bytes")
+            self._refuse(413, f"the body exceeds the bound of {self._limits.max_body_bytes} bytes; send less at a time")
         self._body += body
 
     def on_message_complete(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,9 @@ import msgspec
 from msgspec import Raw
 
 from kvasir.protocol.errors import BadRequest
+
+_PLACE = re.compile(r"(.*?)(?: - at `(key` in `)?\$(.*)`)?", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
 def read_json(raw: bytes | str | Raw, kind: Any, param: str = "") -> Any:
@@ -26,9 +30,15 @@ def read_by(decode: Callable[[], Any], param: str = "") -> Any:
     try:
         return decode()
     except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$")
-        where = f"{param}{path.rstrip('`')}".lstrip(".")
-        raise BadRequest(f"{where}: {message}" if where else message, param=where or None) from None
+        found = _PLACE.fullmatch(str(error))
+        assert found is not None
+        message, of_key, path = found.groups("")
+        where = f"{param}{path}".lstrip(".")
+        if missing := _MISSING.fullmatch(message):
+            where = f"{where}.{missing[1]}".lstrip(".")
+            raise BadRequest(f"{where} is missing, and required", param=where) from None
+        shown = f"a key of {where}" if of_key else where
+        raise BadRequest(f"{shown}: {message}" if where else message, param=where or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"{what} is no valid JSON: {error}", param=param or None) from None
     except RecursionError:

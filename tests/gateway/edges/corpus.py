@@ -111,7 +111,7 @@ CASES: dict[str, Case] = {
         {"include_usage": True}, {"include_usge": 1}, "stream_options.include_usge", {"stream": True}
     ),
     "logprobs": Case(True, "x"),
-    "top_logprobs": Case(2, 99, "logprobs", {"logprobs": True}),
+    "top_logprobs": Case(2, 99, beside={"logprobs": True}),
     "deadline_s": Case(9, -1),
     "no_store": Case(True, "x"),
     "priority": Case("low", "urgent"),
@@ -135,7 +135,7 @@ CASES: dict[str, Case] = {
     "role": Case("system", ""),
     "content": Case([{"type": "text", "text": "No."}], IMAGE),
     "name": Case("bob", 3),
-    "tool_calls": Case([CALL], [{"id": "c1"}], "tool_calls[0]", {"role": "assistant"}),
+    "tool_calls": Case([CALL], [{"id": "c1"}], "tool_calls[0].function", {"role": "assistant"}),
     "tool_call_id": Case("c1", 3, beside={"role": "tool"}),
     "reasoning_content": Case("Hm.", 3, beside={"role": "assistant"}),
     "include_usage": Case(True, "x"),

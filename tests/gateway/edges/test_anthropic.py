@@ -209,6 +209,23 @@ def test_tokens_are_counted_as_the_prompt_will_have_them() -> None:
     with_anthropic(work, text=QWEN3)
 
 
+def test_an_answer_goes_on_with_a_last_message_of_the_assistant() -> None:
+    """A prefill: the answer is what follows it."""
+
+    def work(api: Any, core: FakeCore) -> None:
+        messages = [*ASKED["messages"], {"role": "assistant", "content": [{"type": "text", "text": "The sum is"}]}]
+        whole = api.messages.create(**{**ASKED, "messages": messages})
+        assert prompt_of(core).endswith("</think>\n\nThe sum is") and whole.content[0].text == ANSWER
+        counted = api.messages.count_tokens(model="demo", messages=messages).input_tokens
+        assert counted == core.submits[0].num_prompt_tokens
+        use = {"type": "tool_use", "id": "t1", "name": "add", "input": ARGUMENTS}
+        messages[-1] = {"role": "assistant", "content": [{"type": "text", "text": "The sum is"}, use]}
+        api.messages.create(**{**ASKED, "messages": messages, "tools": [FUNCTION]})
+        assert prompt_of(core).endswith("<|im_start|>assistant\n"), "a call is no text to go on with"
+
+    with_anthropic(work, text=QWEN3, script=lambda submit: QWEN3.encode(ANSWER))
+
+
 def test_what_this_dialect_requires_or_refuses_is_named() -> None:
     async def main(house: House) -> None:
         for fields, words in (

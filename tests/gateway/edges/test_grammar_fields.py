@@ -77,7 +77,10 @@ def test_what_asks_for_nothing_leaves_the_answer_free(fields: dict[str, Any]) ->
         ({"response_format": {"type": "grammar"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "text", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+        ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}},
             "response_format.json_schema.schema",

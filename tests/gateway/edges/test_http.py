@@ -228,7 +228,7 @@ CHUNKED = WITH_KEY + b"transfer-encoding: chunked\r\n\r\n"
         (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n", 431),
         (b"GET / HTTP/1.1\r\na: " + b"b" * 40_000 + b"\r\n\r\n", 431),
         (b"GET /" + b"b" * 40_000 + b" HTTP/1.1\r\n\r\n", 431),
-        (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n", 413),
+        (WITH_KEY + b"content-length: 99999999\r\n\r\n", 413),
         (CHUNKED + b"5000\r\n" + b"x" * 0x5000 + b"\r\n", 413),
         (b"GET / HTTP/1.1\r\nhost: x\r\nexpect: tea\r\n\r\n", 417),
     ],
@@ -277,11 +277,7 @@ def test_a_stranger_is_refused_before_it_has_sent_a_body(path: str) -> None:
     [
         (b"content-encoding: br\r\ncontent-length: 10\r\n\r\n", 400, ("invalid_request_error",) * 2),
         (b"transfer-encoding: chunked\r\n\r\nxyz\r\n", 400, ("invalid_request_error",) * 2),
-        (
-            b"transfer-encoding: chunked\r\n\r\n5000\r\n" + b"x" * 0x5000,
-            413,
-            ("invalid_request_error", "request_too_large"),
-        ),
+        (b"content-length: 10001\r\n\r\n", 413, ("invalid_request_error", "request_too_large")),
     ],
 )
 def test_a_body_that_cannot_be_read_is_refused_in_the_form_of_its_dialect(

@@ -52,10 +52,10 @@ def test_texts_and_chats_are_tokenised_as_their_prompts_and_back() -> None:
         ("/detokenize", {"tokens": ["x"]}, "tokens[0]"),
         ("/detokenize", {"tokens": [1] * 2049}, "tokens"),
         ("/detokenize", {"model": "other", "tokens": [1]}, "model"),
-        ("/detokenize", {}, None),
+        ("/detokenize", {}, "tokens"),
     ],
 )
-def test_what_cannot_be_tokenised_is_refused_with_its_field(path: str, body: dict[str, Any], param: str | None) -> None:
+def test_what_cannot_be_tokenised_is_refused_with_its_field(path: str, body: dict[str, Any], param: str) -> None:
     async def main(house: House) -> None:
         response, _ = await house.ask(path, {"model": "demo", **body})
         assert response is not None and response.status == 400
@@ -219,5 +219,51 @@ def test_streams_carry_the_headers_too_and_odd_header_names_are_not_repeated() -
         odd = {**PREFLIGHT, "access-control-request-headers": 'x"<script>'}
         response = await send(house, "OPTIONS", "/v1/chat/completions", odd)
         assert response.status == 204 and "access-control-allow-headers" not in dict(response.headers)
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/messages", "/v1/messages"),
+        ("/v1/completions/", "/v1/completions"),
+    ],
+)
+def test_a_path_that_is_nearly_one_is_told(path: str, near: str) -> None:
+    async def main(house: House) -> None:
+        response, _ = await house.ask(path, {})
+        assert response is not None and response.status == 404
+        assert f"did you mean {near!r}?" in decoded(response)["error"]["message"]
+
+    run(main)
+
+
+@pytest.mark.parametrize("header", ["Basic x", KEYS["alpha"]])
+def test_a_key_without_its_scheme_is_told_from_none(header: str) -> None:
+    async def main(house: House) -> None:
+        response = await send(house, "GET", "/v1/models", {"authorization": header})
+        assert response is not None and response.status == 401
+        message = decoded(response)["error"]["message"]
+        assert "`Bearer KEY`" in message and KEYS["alpha"] not in message
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"logit_bias": {"hello": 1}}, "logit_bias", "a key of logit_bias: Expected `int`, got `str`"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs: Expected `int` <= 20"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role", "messages[0].role is missing, and required"),
+    ],
+)
+def test_what_is_wrong_in_a_body_is_told_by_its_field(fields: dict[str, Any], param: str, words: str) -> None:
+    async def main(house: House) -> None:
+        chat = {"model": "demo", "messages": [{"role": "user", "content": "x"}]}
+        response, _ = await house.ask("/v1/chat/completions", {**chat, **fields})
+        error = decoded(response)["error"]
+        assert (error["param"], error["message"]) == (param, words)
 
     run(main)

@@ -117,7 +117,6 @@ def test_damaged_requests_never_raise_and_are_judged_alike_however_they_arrive(
         ("POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n", 501),
         ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n", 501),
         ("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n", 501),
-        ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 101\r\n", 413),
         ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5, 5\r\n", 400),
         ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length : 5\r\n", 400),
         ("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999999\r\n", 400),
@@ -130,6 +129,11 @@ def test_damaged_requests_never_raise_and_are_judged_alike_however_they_arrive(
 def test_what_the_parser_alone_would_let_through_is_refused(head: str, status: int) -> None:
     for cuts in ([], list(range(0, 2000, 7))):
         assert outcome(feed(head.encode() + b"\r\n", cuts)) == ([], status)
+
+
+def test_a_body_announced_too_large_is_refused_after_its_head() -> None:
+    requests, status = outcome(feed(b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 101\r\n\r\n"))
+    assert [(each.path, each.is_complete) for each in requests] == [("/x", False)] and status == 413
 
 
 def test_a_header_or_chunk_line_without_end_is_refused_while_it_comes() -> None:
@@ -375,7 +379,7 @@ def test_a_refused_client_that_goes_on_sending_can_still_read_why() -> None:
                 nursery.start_soon(read)
                 await stream.send_all(head + b"x" * 4_000_000)
             assert answer.startswith(b"HTTP/1.1 413 ") and b"4000000 bytes" in answer
-            assert server.statistics.num_requests == 0
+            assert server.statistics.num_body_bytes == 0
 
     run(main)
 
