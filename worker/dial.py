@@ -38,7 +38,7 @@ def check_hello(hello: Hello) -> None:
     """
     try:
         REPORTS.decode(encode(hello))
-    except InvalidMessage as error:
+    except (InvalidMessage, ValueError, OverflowError) as error:  # also text that is none, numbers beyond 64 bits
         raise ConfigurationError(
-            f"a gateway could not read what worker {hello.worker_id[:64]!r} would say of itself: {error.message}"
+            f"a gateway could not read what worker {hello.worker_id[:64]!r} would say of itself: {error}"
         ) from None

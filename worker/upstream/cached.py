@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from kvasir.protocol.prefix import HASH_BYTES
 from kvasir.worker.upstream.kv_index import UpstreamIndex
 from kvasir.worker.upstream.resident import ResidentHashes
-from kvasir.worker.upstream.sent_index import SentIndex
 
 MAX_BLOCKS = 1 << 20  # of the upstream's, all media together
 LATE_EVENT_S = 1.0  # the event of an answer's last block may come after the answer
@@ -26,7 +26,7 @@ class CachedBlocks:
         self.block_size = block_size
         self._ratio = ratio
         self.followed = UpstreamIndex(root, block_size, block_size * ratio, lora, max_blocks=MAX_BLOCKS)
-        self._sent = SentIndex(block_size, block_size * ratio, num_blocks)
+        self._sent = SentIndex(ratio, num_blocks)
         self.is_exact = False
 
     @property
@@ -60,6 +60,40 @@ class CachedBlocks:
         num_whole = len(hashes) // size
         if num_whole * self._ratio * self.block_size > num_prompt_tokens:
             self.followed.expect(hashes[(num_whole - 1) * size : num_whole * size], now + LATE_EVENT_S)
+
+
+class SentIndex:
+    """The last `num_blocks` upstream blocks that were sent, as hashes of our own blocks, `ratio` each: `resident`.
+
+    An upstream keeps full blocks and evicts the least recently used, the end of a prompt before its beginning. So does
+    this index. It knows neither what others send there nor what the upstream evicts while requests run: the audit of
+    predicted against actual cached tokens shows how far it is off.
+    """
+
+    def __init__(self, ratio: int, num_blocks: int) -> None:
+        self._num_blocks = num_blocks
+        self._chunk_bytes = HASH_BYTES * ratio
+        # A block's last hash of ours -> all of them. Least recently used first.
+        self._blocks: OrderedDict[bytes, bytes] = OrderedDict()
+        self.resident = ResidentHashes()
+
+    def computed(self, prefix_hashes: bytes) -> None:
+        """Count the full upstream blocks of a chain (packed hashes, from its root on) as resident and just used.
+
+        Of a chain longer than the whole index, only the beginning is kept.
+        """
+        size = self._chunk_bytes
+        num_blocks = min(len(prefix_hashes) // size, self._num_blocks)
+        for start in range((num_blocks - 1) * size, -1, -size):  # so that the end of a chain goes first
+            hashes = prefix_hashes[start : start + size]
+            name = hashes[-HASH_BYTES:]
+            if name in self._blocks:
+                self._blocks.move_to_end(name)
+            else:
+                self._blocks[name] = hashes
+                self.resident.hold(hashes)
+        while len(self._blocks) > self._num_blocks:
+            self.resident.release(self._blocks.popitem(last=False)[1])
 
 
 def _num_common(one: bytes, other: bytes) -> int:

@@ -48,7 +48,8 @@ def parse_url(text: str) -> Address:
         port = parts.port
     except ValueError as error:
         raise ConfigurationError(f"--upstream {text!r}: {error}; give http://HOST:PORT.") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
+    has_more = parts.username or parts.query or parts.fragment or " " in text or not text.isascii()
+    if parts.scheme not in ("http", "https") or not parts.hostname or has_more:
         raise ConfigurationError(f"--upstream {text!r} is no URL of a server; give http://HOST:PORT.")
     is_tls = parts.scheme == "https"
     return Address(parts.hostname, port or (443 if is_tls else 80), is_tls, parts.path.rstrip("/"))

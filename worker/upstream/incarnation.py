@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 import zmq
 
-from kvasir.protocol import PROTOCOL_VERSION
 from kvasir.protocol.codec import encode
 from kvasir.protocol.errors import ConfigurationError
 from kvasir.protocol.link import Link, LinkClosed
@@ -20,10 +17,7 @@ from kvasir.protocol.messages import (
     Bye,
     Drain,
     Generate,
-    Hello,
     Identify,
-    Lack,
-    Limits,
     Refused,
     Report,
     Resync,
@@ -31,20 +25,14 @@ from kvasir.protocol.messages import (
 )
 from kvasir.worker.log import log
 from kvasir.worker.upstream.cached import CachedBlocks
+from kvasir.worker.upstream.hello import event_feed, make_hello
 from kvasir.worker.upstream.http_client import UpstreamUnreachable
 from kvasir.worker.upstream.kv_follower import KvFollower
 from kvasir.worker.upstream.options import Options, UpstreamOptions
 from kvasir.worker.upstream.reporter import Reporter
-from kvasir.worker.upstream.server import Facts, Server, event_endpoints
+from kvasir.worker.upstream.server import Facts, Server
 from kvasir.worker.upstream.streams import Streams
 
-LACKS: tuple[Lack, ...] = (
-    *("public_zone", "owners", "pins", "retention", "no_store"),  # of the cache
-    *("resumed_penalties", "resumed_draws", "resumed_grammars", "bad_words", "max_reasoning_tokens"),  # of drawing
-    "order",
-)
-DEFAULT_MAX_REQUESTS = 128
-DEFAULT_STEP_TOKENS = 2048
 HELLO_RETRY_S = 2.0
 WATCH_S = 1.0
 MAX_SILENT = 3  # answers of /health or /metrics in a row that did not come
@@ -80,11 +68,11 @@ class Incarnation:
     """The worker from `Hello` to its end: tasks in one nursery, commands taken as they come."""
 
     def __init__(self, front: Front, facts: Facts) -> None:
-        """Raises ConfigurationError as `make_hello` does."""
-        self._options, self._upstream = front.options, front.upstream
+        """Raises ConfigurationError as `make_hello` and `event_feed` do."""
         self._server, self._link, self._context = front.server, front.link, front.context
         self._facts = facts
         self._hello = make_hello(front.options, front.worker_id, facts)
+        self._feed = event_feed(front.options, front.upstream, facts)
         self._end: End | None = None
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery
@@ -113,7 +101,9 @@ class Incarnation:
         return self._end
 
     def take(self, command: AnyCommand) -> None:
-        """Carry out a command of the gateway."""
+        """Carry out a command of the gateway. What comes after the end is for nobody."""
+        if self._end is not None:
+            return
         match command:
             case Welcome():
                 self._on_welcome(command)
@@ -244,18 +234,13 @@ class Incarnation:
 
     async def _follow(self) -> None:
         """Follow the upstream's block events, and say which of both views of its cache is reported."""
-        source, address = self._facts.events, self._upstream.address
-        events, replay, topic = self._upstream.events, self._upstream.replay, ""
-        if events is None and source is not None:
-            events, replay = event_endpoints(source, address.host, insecure=self._options.insecure)
-            topic = source.topic
-        if events is None or events == "off":
-            why = "switched off here" if events else "the upstream publishes none"
-            log("no_kv_events", worker=self._hello.worker_id, reason=why, effect="cached prefixes are predicted")
+        feed = self._feed
+        if feed is None:
+            log("no_kv_events", worker=self._hello.worker_id, effect="cached prefixes are predicted")
             return
         index, rank = self._cached.followed, self._server.rank
-        self._follower = KvFollower(self._context, events, replay, topic, index, self._wake, rank=rank)
-        log("kv_events", worker=self._hello.worker_id, endpoint=events, replay=replay or "none")
+        self._follower = KvFollower(self._context, feed, index, self._wake, rank=rank)
+        log("kv_events", worker=self._hello.worker_id, endpoint=feed.endpoint, replay=feed.replay or "none")
         self._followed_at = trio.current_time()
         await self._follower.run()
 
@@ -299,44 +284,3 @@ class Incarnation:
                 self._streams.hand_back("handed back: the worker leaves")
             await trio.sleep(0.02)
         self._finish_with(End("drained", Bye("drained") if self._streams is not None else None, exit_code=0))
-
-
-def make_hello(options: Options, worker_id: str, facts: Facts) -> Hello:
-    """Return what the worker says of itself.
-
-    Raises:
-        ConfigurationError: the upstream's blocks are no whole number of the gateway's.
-    """
-    metrics, model = facts.metrics, facts.model
-    ratio, rest = divmod(metrics.block_size, options.block_size)
-    if rest or not 1 <= ratio <= 1024:
-        raise ConfigurationError(
-            f"the upstream has blocks of {metrics.block_size} tokens, which is no multiple of the gateway's "
-            f"{options.block_size}; start one of them with another --block-size."
-        )
-    limits, default = facts.limits, DEFAULT_MAX_REQUESTS
-    lacks = [*LACKS]
-    if not facts.has_generate:
-        lacks.append("logprobs")
-    if not facts.has_grammars:
-        lacks.append("grammars")
-    return Hello(
-        protocol_version=PROTOCOL_VERSION,
-        worker_id=worker_id,
-        incarnation=secrets.token_bytes(16),
-        model=options.name,
-        fingerprint=(options.fingerprint or f"vllm:{model.root}{f':{model.lora}' if model.lora else ''}")[:256],
-        dtype="vllm",
-        block_size=options.block_size,
-        num_blocks=metrics.num_blocks * ratio,
-        limits=Limits(
-            max_requests=min(options.max_requests or limits.max_num_seqs or default, 1 << 16),
-            max_context=model.max_context,
-            max_step_tokens=limits.max_num_batched_tokens or DEFAULT_STEP_TOKENS,
-        ),
-        device="upstream",
-        pid=os.getpid(),
-        engine=f"vllm {facts.version}"[:256],
-        hit_blocks=ratio,
-        lacks=lacks,
-    )

@@ -20,6 +20,7 @@ from zmq.utils.monitor import parse_monitor_message
 from kvasir.protocol.errors import ConfigurationError, InvalidMessage
 from kvasir.protocol.link import Link
 from kvasir.protocol.profile import LinkProfile, apply_profile
+from kvasir.worker.upstream.hello import EventFeed
 from kvasir.worker.upstream.kv_index import UpstreamIndex
 from kvasir.worker.upstream.kv_order import BatchOrder
 from kvasir.worker.upstream.kv_wire import END_SEQ, make_replay_request, split_live, split_replayed
@@ -41,9 +42,7 @@ class KvFollower:
     def __init__(
         self,
         context: zmq.Context[Any],
-        endpoint: str,
-        replay_endpoint: str | None,
-        topic: str,
+        feed: EventFeed,
         index: UpstreamIndex,
         on_change: Callable[[], None],
         *,
@@ -51,13 +50,13 @@ class KvFollower:
     ) -> None:
         """`on_change` is called, and must not wait, after `index` has changed or `is_following` has.
 
-        Without `replay_endpoint` the index begins empty, and empties itself at every gap and reconnect. `rank`: the
+        Without `feed.replay` the index begins empty, and empties itself at every gap and reconnect. `rank`: the
         data-parallel rank to follow, where several publish on one endpoint.
         """
         self._context = context
-        self._endpoint, self._replay_endpoint, self._topic = endpoint, replay_endpoint, topic
+        self._feed = feed
         self._index, self._on_change = index, on_change
-        self.order = BatchOrder(index, has_replay=replay_endpoint is not None, rank=rank)
+        self.order = BatchOrder(index, has_replay=feed.replay is not None, rank=rank)
         self._is_connected = False
         self._was_following = False
         self._probe_s, self._probe_at = FIRST_PROBE_S, 0.0
@@ -83,8 +82,8 @@ class KvFollower:
         monitor = Link(socket.get_monitor_socket(_CONNECTION_EVENTS))
         live = Link(socket)
         try:
-            socket.setsockopt(zmq.SUBSCRIBE, self._topic.encode())
-            _connect(socket, self._endpoint)
+            socket.setsockopt(zmq.SUBSCRIBE, self._feed.topic.encode())
+            _connect(socket, self._feed.endpoint)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(monitor.run)
                 nursery.start_soon(live.run)
@@ -122,14 +121,14 @@ class KvFollower:
             with trio.move_on_at(self._probe_at if self._is_connected else float("inf")):
                 await self._wake.wait()
             self._wake = trio.Event()
-            if self._replay_endpoint is None or not self._is_connected:
+            if self._feed.replay is None or not self._is_connected:
                 continue
             if trio.current_time() >= self._probe_at:
                 self._probe_s = min(LAST_PROBE_S, 2 * self._probe_s)
                 self._probe_at = trio.current_time() + self._probe_s
                 self.order.want_replay()
             while self.order.wants_replay and self._is_connected:
-                await self._replay(self._replay_endpoint)
+                await self._replay(self._feed.replay)
                 self._after_news()
                 await trio.sleep(REPLAY_PAUSE_S)
 

@@ -24,7 +24,7 @@ from kvasir.protocol.messages import MAX_TOKENS
 from kvasir.protocol.prefix import HASH_BYTES, extend_chain, split_hashes
 from kvasir.protocol.tokens import TOKEN_BYTES
 from kvasir.worker.upstream.kv_wire import Batch, Cleared, Hash, Removed, Stored
-from kvasir.worker.upstream.resident import ResidentHashes, blocks_per_block
+from kvasir.worker.upstream.resident import ResidentHashes
 
 MAX_MEDIA = 16
 MAX_EXPECTED = 1 << 16
@@ -63,17 +63,13 @@ class UpstreamIndex:
         *,
         max_blocks: int,
     ) -> None:
-        """`root` and `block_size` are the gateway's, `lora_name` the adapter that the model is, or None.
+        """`root` and `block_size` are the gateway's, `lora_name` the adapter that the model is, or None. A block of the
+        upstream's is a whole number of the gateway's.
 
         At most `max_blocks` of the upstream's blocks are held, all media together, foreign ones too, and at most
         `MAX_HASHES` of ours.
-
-        Raises:
-            ValueError: `upstream_block_size` is no multiple of `block_size`, or `max_blocks` is below 1.
         """
-        if max_blocks < 1:
-            raise ValueError(f"an index of {max_blocks} blocks follows nothing")
-        self._ratio = blocks_per_block(block_size, upstream_block_size)
+        self._ratio = upstream_block_size // block_size
         self._root, self._lora_name = root, lora_name
         self._block_size, self._upstream_block_size = block_size, upstream_block_size
         self._max_blocks = min(max_blocks, MAX_HASHES // self._ratio)

@@ -7,8 +7,10 @@ Exit codes as those of our own workers: 0 drained or left alone, 2 not able to s
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -25,6 +27,7 @@ from kvasir.worker.upstream.server import Server, wait_until_up
 from kvasir.worker.upstream.worker import UpstreamWorker
 
 STDIN_FD = 0
+DESCRIPTORS, DESCRIPTORS_PER_UPSTREAM = 32, 16  # kept for what is no stream: links, events, questions
 MAX_COMMANDS = 1 << 16  # in one message of the gateway's, which packs all that it has for us: credits bound it
 
 
@@ -48,7 +51,8 @@ def _first(error: BaseException) -> BaseException:
 
 
 async def _run(options: Options, context: zmq.Context[Any]) -> int:
-    servers = [_Ranks(options, upstream, number, context) for number, upstream in enumerate(options.upstreams)]
+    slots = trio.CapacityLimiter(_max_streams(len(options.upstreams)))
+    servers = [_Ranks(options, upstream, number, context, slots) for number, upstream in enumerate(options.upstreams)]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_watch_signals, servers, options.drain_s)
         if options.exit_with_stdin:
@@ -60,14 +64,36 @@ async def _run(options: Options, context: zmq.Context[Any]) -> int:
     return max(code for ranks in servers for code in ranks.codes or [0])
 
 
+def _max_streams(num_upstreams: int) -> int:
+    """Raise the bound of open descriptors as far as we may; return how many of them streams may take.
+
+    Without that bound a process that has none left would take its servers for dead.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # "unlimited" can be more than the kernel gives
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        limit = 1 << 20
+    return limit - min(limit // 2, DESCRIPTORS + DESCRIPTORS_PER_UPSTREAM * num_upstreams)
+
+
 class _Ranks:
     """One upstream: waited for, then a worker for each of its ranks. `codes`: their exit codes."""
 
-    def __init__(self, options: Options, upstream: UpstreamOptions, number: int, context: zmq.Context[Any]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        upstream: UpstreamOptions,
+        number: int,
+        context: zmq.Context[Any],
+        slots: trio.CapacityLimiter,
+    ) -> None:
         self._options = options
         self._upstream = upstream
         self._number = number
         self._context = context
+        self._slots = slots
         self._workers: list[UpstreamWorker] = []
         self._waiting = trio.CancelScope()
         self.codes: list[int] = []
@@ -84,7 +110,7 @@ class _Ranks:
         async with trio.open_nursery() as nursery:
             for rank in ranks:
                 link = Link(open_socket(self._context, options.gateway), max_parts=MAX_COMMANDS)
-                server = Server(client, options.upstream_model, rank)
+                server = Server(client, options.upstream_model, rank, slots=self._slots)
                 worker_id = base if rank is None else f"{base}-rank{rank}"
                 worker = UpstreamWorker(Front(options, self._upstream, server, worker_id, link, self._context))
                 self._workers.append(worker)

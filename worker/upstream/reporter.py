@@ -63,7 +63,7 @@ class Reporter:
         self._load = Load(
             num_running=metrics.num_running,
             num_waiting=metrics.num_waiting,
-            num_free_blocks=round(self._num_blocks * (1.0 - min(1.0, metrics.cache_usage))),
+            num_free_blocks=round(self._num_blocks * (1.0 - metrics.cache_usage)),
         )
 
     def take(self) -> StepReport:

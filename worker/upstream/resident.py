@@ -66,21 +66,6 @@ class ResidentHashes:
         assert not self._removed & holders.keys()
 
 
-def blocks_per_block(block_size: int, upstream_block_size: int) -> int:
-    """Return how many blocks of ours one of the upstream's is.
-
-    Raises:
-        ValueError: not a whole number, or none.
-    """
-    ratio, rest = divmod(upstream_block_size, block_size)
-    if rest or ratio < 1:
-        raise ValueError(
-            f"the upstream's block size of {upstream_block_size} tokens is no multiple of the gateway's, {block_size}; "
-            "start the upstream or the gateway with another one"
-        )
-    return ratio
-
-
 def _cross(digest: bytes, now: set[bytes], before: set[bytes]) -> None:
     """Note a change in `now`, or that it undoes the one in `before`."""
     if digest in before:

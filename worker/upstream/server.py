@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,7 +15,6 @@ from kvasir.protocol.errors import ConfigurationError
 from kvasir.worker.log import log
 from kvasir.worker.upstream import vllm
 from kvasir.worker.upstream.http_client import HttpClient, HttpStream, UpstreamUnreachable
-from kvasir.worker.upstream.options import check_endpoint
 from kvasir.worker.upstream.vllm import EventSource, Metrics, SchedulerLimits, ServedModel
 
 ASK_TIMEOUT_S = 5.0
@@ -42,13 +42,24 @@ class Facts:
 
 
 class Server:
-    """One data-parallel rank of a vLLM server. `rank` None: the server has one only."""
+    """One data-parallel rank of a vLLM server. `rank` None: the server has one only.
 
-    def __init__(self, client: HttpClient, upstream_model: str | None, rank: int | None = None) -> None:
+    `slots`: how many streams may be open, of all servers that have the same; further ones wait.
+    """
+
+    def __init__(
+        self,
+        client: HttpClient,
+        upstream_model: str | None,
+        rank: int | None = None,
+        *,
+        slots: trio.CapacityLimiter | None = None,
+    ) -> None:
         if rank is not None:
             client = HttpClient(client.address, {**client.headers, "X-data-parallel-rank": str(rank)})
         self._client = client
         self._wanted = upstream_model
+        self._slots = slots or trio.CapacityLimiter(math.inf)
         self.rank = rank
 
     @property
@@ -70,7 +81,7 @@ class Server:
             sources = vllm.read_event_sources(await self._get("/kv_event_sources", default=b"{}"))
             limits = vllm.read_limits(await self._get("/server_info?config_format=json", default=b"{}"))
             version = msgspec.json.decode(await self._get("/version", default=b"{}"), type=dict[str, str])
-        except msgspec.MsgspecError as error:
+        except vllm.UNREADABLE as error:
             raise ConfigurationError(f"{self.name} answers what no vLLM server does: {error}.") from None
         has_generate = await self._probe(model.id)
         events = sources.get(self.rank or 0)
@@ -98,9 +109,11 @@ class Server:
             return str(error)
         return None if status == 200 else f"{self.name} answers /health with {status}"
 
-    def generate(self, body: bytes, facts: Facts) -> AbstractAsyncContextManager[HttpStream]:
-        """Open the stream of one request."""
-        return self._client.open("POST", vllm.route(facts.has_generate), body)
+    @asynccontextmanager
+    async def generate(self, body: bytes, facts: Facts) -> AsyncIterator[HttpStream]:
+        """Open the stream of one request, when there is a slot for it."""
+        async with self._slots, self._client.open("POST", vllm.route(facts.has_generate), body) as stream:
+            yield stream
 
     async def abort(self, facts: Facts, request_id: str) -> bool:
         """Ask the server to stop a request: its stream then ends by itself. False: it takes no such request."""
@@ -130,7 +143,7 @@ class Server:
             return False
         try:
             choices = vllm.CHUNKS.decode(answer).choices
-        except msgspec.MsgspecError:
+        except vllm.UNREADABLE:
             return False
         return bool(choices) and tuple(choices[0].token_ids or ()) == vllm.PROBED
 
@@ -150,37 +163,22 @@ class Server:
         return default
 
 
-async def wait_until_up(server: Server, ask: Callable[[], Awaitable[T]]) -> T:
+async def wait_until_up(server: Server, ask: Callable[[], Awaitable[T]], *, was_up: bool = False) -> T:
     """Return what `ask` does, as soon as the server answers it. Says now and then that it does not.
 
     Raises:
-        ConfigurationError: out of `ask`: what waiting cannot mend.
+        ConfigurationError: out of `ask`: what waiting cannot mend. Not if the server `was_up` before: whoever starts it
+            anew may mend it, and the other servers of this process go on meanwhile.
     """
     complain_at = trio.current_time()
     while True:
         try:
             return await ask()
-        except (UpstreamUnreachable, trio.TooSlowError) as error:
+        except (UpstreamUnreachable, trio.TooSlowError, ConfigurationError) as error:
+            if isinstance(error, ConfigurationError) and not was_up:
+                raise
             if trio.current_time() >= complain_at:
                 reason = str(error) or "it does not answer in time"
                 log("upstream_not_ready", upstream=server.name, reason=reason, hint="still trying")
                 complain_at = trio.current_time() + COMPLAIN_S
         await trio.sleep(LOOK_AGAIN_S)
-
-
-def event_endpoints(source: EventSource, host: str, *, insecure: bool) -> tuple[str, str | None]:
-    """Return what to dial for a source that the server itself has told: its wildcard is the server's own host.
-
-    Raises:
-        ConfigurationError: that is no private address, and not `insecure`.
-    """
-
-    def dialled(endpoint: str) -> str:
-        for wildcard in ("*", "0.0.0.0", "[::]"):
-            endpoint = endpoint.replace(f"tcp://{wildcard}:", f"tcp://{f'[{host}]' if ':' in host else host}:")
-        if not insecure:
-            check_endpoint(f"--kv-events {endpoint}, told by the upstream,", endpoint)
-        return endpoint
-
-    replay = source.replay_endpoint
-    return dialled(source.endpoint), None if replay is None else dialled(replay)

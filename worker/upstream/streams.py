@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from math import inf
 
-import msgspec
 import trio
 
 from kvasir.protocol.errors import BadRequest
@@ -20,7 +19,7 @@ from kvasir.worker.upstream import vllm
 from kvasir.worker.upstream.cached import CachedBlocks
 from kvasir.worker.upstream.http_client import UpstreamUnreachable
 from kvasir.worker.upstream.reporter import Reporter
-from kvasir.worker.upstream.server import Facts, Server
+from kvasir.worker.upstream.server import ASK_TIMEOUT_S, Facts, Server
 
 ABORT_S = 2.0  # until a stream that was aborted must have ended
 _ENDS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
@@ -153,7 +152,9 @@ class Streams:
             try:
                 async with self._server.generate(active.body, self._facts) as stream:
                     if stream.status != 200:
-                        body = await stream.receive() or b""
+                        body = b""
+                        with trio.move_on_after(ASK_TIMEOUT_S):
+                            body = await stream.receive() or b""
                         error = vllm.UpstreamError(body.decode(errors="replace")[:1000], stream.status)
                     else:
                         error = await self._follow(active, stream.event, final)
@@ -181,7 +182,7 @@ class Streams:
         while (event := await next_event()) is not None and event != vllm.DONE:
             try:
                 chunk = vllm.CHUNKS.decode(event)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            except vllm.UNREADABLE as error:
                 return vllm.UpstreamError(f"an event that cannot be read: {error}", 500)
             if chunk.error is not None:
                 return chunk.error

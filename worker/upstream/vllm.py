@@ -28,6 +28,8 @@ ABORT = "/inference/v1/abort_requests"
 QUEUE_FULL = 503
 PROBED = (7, 3, 7)
 DONE = b"[DONE]"
+MAX_RANKS = 1024
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding an answer may raise
 _PASSED_ON = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
 
 
@@ -136,7 +138,7 @@ class ServedModel(msgspec.Struct, frozen=True):
 class Metrics(msgspec.Struct, frozen=True):
     """What we read of one rank's metrics. `progress` changes when the engine works, and only then."""
 
-    started_at: float
+    started_at: str
     block_size: int
     num_blocks: int
     num_running: int
@@ -190,9 +192,16 @@ _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 def read_ranks(text: str) -> list[int]:
-    """Return the data-parallel ranks that a server's metrics speak of."""
+    """Return the data-parallel ranks that a server's metrics speak of.
+
+    Raises:
+        ConfigurationError: more than a server can have.
+    """
     engines = {dict(_LABEL.findall(found[2] or "")).get("engine", "0") for found in _METRIC.finditer(text) if found[1]}
-    return sorted(int(engine) for engine in engines if engine.isdigit()) or [0]
+    ranks = sorted(int(engine) for engine in engines if re.fullmatch("[0-9]{1,9}", engine)) or [0]
+    if len(ranks) > MAX_RANKS:
+        raise ConfigurationError(f"the upstream's /metrics tell of {len(ranks)} ranks; is it a vLLM server?")
+    return ranks
 
 
 def read_metrics(text: str, rank: int) -> Metrics:
@@ -215,18 +224,22 @@ def read_metrics(text: str, rank: int) -> Metrics:
             config = labels
     try:
         return Metrics(
-            started_at=float(values.get("process_start_time_seconds", 0.0)),
+            started_at=values.get("process_start_time_seconds", ""),
             block_size=int(config["block_size"]),
             num_blocks=int(config["num_gpu_blocks"]) - 1,  # one of them is never given out
-            num_running=int(float(values["num_requests_running"])),
-            num_waiting=int(float(values["num_requests_waiting"])),
-            cache_usage=float(values["kv_cache_usage_perc"]),
+            num_running=_count(values["num_requests_running"]),
+            num_waiting=_count(values["num_requests_waiting"]),
+            cache_usage=max(0.0, min(1.0, float(values["kv_cache_usage_perc"]))),
             progress=tuple(value for name, value in sorted(values.items()) if name != "process_start_time_seconds"),
         )
     except (KeyError, ValueError, OverflowError) as error:
         raise ConfigurationError(
             f"the upstream's /metrics do not tell {error} of rank {rank}; is it a vLLM server of 0.20 or later?"
         ) from None
+
+
+def _count(text: str) -> int:
+    return max(0, min(1 << 31, int(float(text))))
 
 
 def generate_body(command: Generate, model: str, request_id: str, *, has_generate: bool, has_grammars: bool) -> bytes:

@@ -16,7 +16,7 @@ from kvasir.protocol.link import LinkClosed
 from kvasir.protocol.messages import COMMANDS
 from kvasir.worker.log import log
 from kvasir.worker.upstream.incarnation import BYE_TIMEOUT_S, Front, Incarnation
-from kvasir.worker.upstream.server import Facts, wait_until_up
+from kvasir.worker.upstream.server import wait_until_up
 
 
 class UpstreamWorker:
@@ -27,6 +27,7 @@ class UpstreamWorker:
         self._incarnation: Incarnation | None = None
         self._drain_s: float | None = None
         self._looking = trio.CancelScope()
+        self._was_up = False
 
     async def run(self) -> int:
         """Serve until drained or refused. Cancellation leaves nothing running; the gateway sees the link close."""
@@ -35,8 +36,8 @@ class UpstreamWorker:
             await nursery.start(self._front.link.run)
             nursery.start_soon(self._receive)
             while code is None:
-                facts = await self._find()
-                code = 0 if facts is None else await self._serve(facts)
+                found = await self._find()
+                code = 0 if found is None else await self._serve(found)
             nursery.cancel_scope.cancel()
         self._front.link.close(linger_ms=int(1000 * BYE_TIMEOUT_S))
         return code
@@ -48,21 +49,25 @@ class UpstreamWorker:
         if self._incarnation is not None:
             self._incarnation.drain(self._drain_s)
 
-    async def _find(self) -> Facts | None:
-        """Wait until the upstream serves; return what it says, None if we are to leave meanwhile.
+    async def _find(self) -> Incarnation | None:
+        """Wait until the upstream serves and return the worker before it, None if we are to leave meanwhile.
 
         Raises:
-            ConfigurationError: what waiting cannot mend.
+            ConfigurationError: what waiting cannot mend, of an upstream that was never found before.
         """
         with trio.CancelScope() as self._looking:
             if self._drain_s is None:
-                return await wait_until_up(self._front.server, self._front.server.find)
+                return await wait_until_up(self._front.server, self._look, was_up=self._was_up)
         return None
 
-    async def _serve(self, facts: Facts) -> int | None:
+    async def _look(self) -> Incarnation:
+        incarnation = Incarnation(self._front, await self._front.server.find())
+        self._was_up = True
+        return incarnation
+
+    async def _serve(self, incarnation: Incarnation) -> int | None:
         """Be one incarnation; return the exit code if it was the last one."""
         front = self._front
-        incarnation = Incarnation(front, facts)
         self._incarnation = incarnation
         if self._drain_s is not None:
             incarnation.drain(self._drain_s)

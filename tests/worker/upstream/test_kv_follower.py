@@ -16,6 +16,7 @@ from kvasir.protocol.errors import ConfigurationError
 from kvasir.protocol.link import Link, LinkClosed
 from kvasir.protocol.prefix import split_hashes
 from kvasir.worker.upstream import kv_follower
+from kvasir.worker.upstream.hello import EventFeed
 from kvasir.worker.upstream.kv_follower import KvFollower
 from kvasir.worker.upstream.kv_index import UpstreamIndex
 from tests.worker.upstream.block_cache_model import ROOT, Publisher
@@ -132,7 +133,7 @@ async def open_site(
             wire.open()
         async with trio.open_nursery() as nursery:
             site: Site
-            follower = KvFollower(context, endpoints[0], replay, TOPIC, index, lambda: site.on_change())
+            follower = KvFollower(context, EventFeed(endpoints[0], replay, TOPIC), index, lambda: site.on_change())
             site = Site(wire, follower, index, nursery)
             nursery.start_soon(follower.run)
             if is_up:
@@ -406,7 +407,7 @@ def test_it_follows_over_tcp_too() -> None:
 def test_an_endpoint_that_is_no_address_is_named(endpoint: str, replay: str | None) -> None:
     context: zmq.Context = zmq.Context()
     index = UpstreamIndex(ROOT, 4, 8, max_blocks=10)
-    follower = KvFollower(context, endpoint, replay, "", index, lambda: None)
+    follower = KvFollower(context, EventFeed(endpoint, replay), index, lambda: None)
     try:
         with pytest.raises(ConfigurationError, match=f"cannot follow KV events at {endpoint}"):
             trio.run(follower.run)

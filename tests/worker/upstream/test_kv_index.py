@@ -192,12 +192,6 @@ def test_blocks_are_rehashed_into_the_gateway_s_own_chain(
     assert len(held(index)) == 3 * upstream_block_size // block_size
 
 
-@pytest.mark.parametrize("upstream_block_size", [0, 8, 24, 40])
-def test_a_block_size_that_is_no_multiple_is_refused(upstream_block_size: int) -> None:
-    with pytest.raises(ValueError, match="no multiple"):
-        make_index(block_size=16, upstream_block_size=upstream_block_size)
-
-
 def test_equal_prompts_under_two_salts_share_nothing() -> None:
     model, index = BlockCacheModel(), make_index()
     model.run(prompt_of(2, SALT_A))

@@ -27,7 +27,7 @@ def chain(num_tokens: int) -> bytes:
 
 
 def metrics(*progress: str, usage: float = 0.0, running: int = 0) -> Metrics:
-    return Metrics(1.0, 8, 10, running, 0, usage, progress)
+    return Metrics("1.0", 8, 10, running, 0, usage, progress)
 
 
 def test_the_step_counter_grows_only_with_what_the_engine_does() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvasir.protocol.prefix import extend_chain, split_hashes
 from kvasir.protocol.tokens import pack_tokens
-from kvasir.worker.upstream.sent_index import SentIndex
+from kvasir.worker.upstream.cached import SentIndex
 
 
 def chain(*token_ids: int, repeat: int = 4) -> bytes:
@@ -21,7 +20,7 @@ def resident(index: SentIndex) -> set[bytes]:
 
 
 def test_only_full_blocks_of_the_upstream_count() -> None:
-    index = SentIndex(4, 8, num_blocks=10)
+    index = SentIndex(2, num_blocks=10)
     index.computed(chain(1, 2, 3))
     assert resident(index) == set(split_hashes(chain(1, 2)))
     index.computed(chain(1))
@@ -29,7 +28,7 @@ def test_only_full_blocks_of_the_upstream_count() -> None:
 
 
 def test_the_least_recently_used_goes_first_and_the_end_of_a_chain_before_its_beginning() -> None:
-    index = SentIndex(4, 4, num_blocks=5)
+    index = SentIndex(1, num_blocks=5)
     index.computed(chain(1, 2, 3))
     index.computed(chain(7, 8))
     index.computed(chain(1, 2))
@@ -40,7 +39,7 @@ def test_the_least_recently_used_goes_first_and_the_end_of_a_chain_before_its_be
 
 
 def test_a_chain_longer_than_the_upstream_keeps_its_beginning() -> None:
-    index = SentIndex(4, 8, num_blocks=2)
+    index = SentIndex(2, num_blocks=2)
     index.computed(chain(*range(10)))
     assert resident(index) == set(split_hashes(chain(0, 1, 2, 3)))
 
@@ -48,7 +47,7 @@ def test_a_chain_longer_than_the_upstream_keeps_its_beginning() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=8), st.booleans()), max_size=20), st.integers(1, 6))
 def test_what_is_taken_adds_up_to_what_is_resident_within_the_bound(prompts, num_blocks: int) -> None:
-    index = SentIndex(4, 8, num_blocks)
+    index = SentIndex(2, num_blocks)
     gateway: set[bytes] = set()
     for tokens, is_taken in prompts:
         index.computed(chain(*tokens))
@@ -64,15 +63,8 @@ def test_what_is_taken_adds_up_to_what_is_resident_within_the_bound(prompts, num
             assert hashes[-1] not in resident(index) or set(hashes) <= resident(index)
 
 
-def test_what_makes_no_sense_is_refused() -> None:
-    with pytest.raises(ValueError, match="no multiple"):
-        SentIndex(16, 24, 10)
-    with pytest.raises(ValueError, match="0 blocks"):
-        SentIndex(16, 32, 0)
-
-
 def test_two_blocks_that_differ_near_their_ends_share_the_hashes_of_their_beginning() -> None:
-    index = SentIndex(4, 8, num_blocks=2)
+    index = SentIndex(2, num_blocks=2)
     index.computed(chain(1, 2))
     index.computed(chain(1, 3))
     assert resident(index) == {*split_hashes(chain(1, 2)), *split_hashes(chain(1, 3))}

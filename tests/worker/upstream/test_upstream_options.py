@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from kvasir.protocol.errors import ConfigurationError
+from kvasir.worker.upstream.hello import EventFeed, event_feed
 from kvasir.worker.upstream.options import check_endpoint, parse_options
-from kvasir.worker.upstream.server import event_endpoints
-from kvasir.worker.upstream.vllm import EventSource
+from kvasir.worker.upstream.server import Facts
+from kvasir.worker.upstream.vllm import EventSource, Metrics, SchedulerLimits, ServedModel
 
 BASE = ["--engine", "vllm", "--gateway", "ipc:///run/w.sock", "--name", "qwen"]
 UPSTREAM = ["--upstream", "http://127.0.0.1:8300"]
@@ -44,6 +45,7 @@ def test_the_key_is_read_from_its_file(tmp_path: Path) -> None:
         ([*BASE], "required: --upstream"),
         (["--engine", "vllm", "--gateway", "ipc:///w", *UPSTREAM], "required: --name"),
         ([*BASE, "--upstream", "127.0.0.1:8300"], "no URL of a server"),
+        ([*BASE, "--upstream", "http://127.0.0.1/ü"], "no URL of a server"),
         ([*BASE, *UPSTREAM, "--nonsense"], "unrecognized arguments: --nonsense"),
         ([*BASE, *UPSTREAM, "--block-size", "0"], "no whole number of at least 1"),
         ([*BASE, *UPSTREAM, "--drain", "-1"], "no number of seconds"),
@@ -68,13 +70,28 @@ def test_encryption_or_insecure_lets_an_upstream_be_anywhere() -> None:
     assert parse_options([*BASE, *public, "--insecure"]).insecure
 
 
+def feed_of(host: str, source: EventSource | None, *args: str) -> EventFeed | None:
+    options = parse_options([*BASE, "--upstream", f"http://{host}:8300", *args])
+    model, metrics = ServedModel("m", "m", 512), Metrics("1", 16, 10, 0, 0, 0.0, ())
+    facts = Facts("0.32", model, metrics, SchedulerLimits(), source, has_generate=True, has_grammars=True)
+    return event_feed(options, options.upstreams[0], facts)
+
+
 def test_the_wildcard_of_an_event_port_is_the_servers_own_host() -> None:
     source = EventSource("tcp://*:5557", "tcp://0.0.0.0:5558", "kv")
-    assert event_endpoints(source, "127.0.0.1", insecure=False) == ("tcp://127.0.0.1:5557", "tcp://127.0.0.1:5558")
-    assert event_endpoints(EventSource("tcp://*:1"), "::1", insecure=False) == ("tcp://[::1]:1", None)
+    assert feed_of("127.0.0.1", source) == EventFeed("tcp://127.0.0.1:5557", "tcp://127.0.0.1:5558", "kv")
+    assert feed_of("[::1]", EventSource("tcp://*:1")) == EventFeed("tcp://[::1]:1")
+    public = EventSource("tcp://93.184.216.34:5557")
     with pytest.raises(ConfigurationError, match="told by the upstream"):
-        event_endpoints(EventSource("tcp://93.184.216.34:5557"), "127.0.0.1", insecure=False)
-    assert event_endpoints(EventSource("tcp://93.184.216.34:5557"), "127.0.0.1", insecure=True)[0].endswith(":5557")
+        feed_of("127.0.0.1", public)
+    assert feed_of("127.0.0.1", public, "--insecure") == EventFeed("tcp://93.184.216.34:5557")
+
+
+def test_what_the_command_line_says_of_events_counts_more_than_what_the_server_tells() -> None:
+    source = EventSource("tcp://*:5557")
+    assert feed_of("127.0.0.1", source, "--kv-events", "off") is None
+    assert feed_of("127.0.0.1", source, "--kv-events", "ipc:///x") == EventFeed("ipc:///x")
+    assert feed_of("127.0.0.1", None) is None
 
 
 def test_ipc_and_private_networks_are_no_danger() -> None:

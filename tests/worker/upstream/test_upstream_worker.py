@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import trio
 
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.protocol.errors import ConfigurationError
-from kvasir.protocol.messages import Constraint, Grammar, Sampling
+from kvasir.protocol.messages import Constraint, Grammar, Report, Resync, Sampling
 from kvasir.worker.upstream import http_client, incarnation, server, streams
 from scripts.standin.engine import EngineOptions
 from scripts.standin.events import EventOptions
@@ -172,6 +174,24 @@ def test_a_full_queue_upstream_is_waited_for(tmp_path: Path) -> None:
             answers = [fleet.submit(prompt(i), max_tokens=10)[1] for i in range(6)]
             assert [(await answer.end()).reason for answer in answers] == ["length"] * 6
             assert [answer.tokens for answer in answers] == [oracle(prompt(i), 10) for i in range(6)]
+
+    run(body)
+
+
+def test_a_refusal_whose_text_never_comes_is_one_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    receive = http_client.HttpStream.receive
+    monkeypatch.setattr(streams, "ASK_TIMEOUT_S", 0.02)
+
+    async def say_no_more(stream: http_client.HttpStream) -> bytes | None:
+        return await receive(stream) if stream.status == 200 else await trio.sleep_forever()
+
+    async def body() -> None:
+        options = slow()
+        options.max_queued = 2
+        async with running_standin(options) as standin, running_fleet(tmp_path, standin) as fleet:
+            monkeypatch.setattr(http_client.HttpStream, "receive", say_no_more)
+            answers = [fleet.submit(prompt(i), max_tokens=10)[1] for i in range(6)]
+            assert [(await answer.end()).reason for answer in answers] == ["length"] * 6
 
     run(body)
 
@@ -503,7 +523,105 @@ def test_a_gateway_that_was_restarted_gets_the_worker_and_its_index_back(tmp_pat
     run(body)
 
 
+def test_a_server_that_comes_back_as_another_is_waited_for_and_the_rest_goes_on(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with (
+            running_standin() as first,
+            running_standin() as second,
+            running_fleet(tmp_path, first, second) as fleet,
+        ):
+            second.options.engine.block_size = 24
+            await second.restart()
+            await fleet.until(lambda: len(fleet.core.statistics().workers) == 1)
+            await trio.sleep(0.2)
+            assert (await fleet.ask(prompt(1)))[0] == oracle(prompt(1), 8)
+            second.options.engine.block_size = 32
+            await second.restart()
+            await fleet.ready(2)
+
+    run(body)
+
+
 # ---- coming and going
+
+
+def test_a_command_that_comes_with_the_last_words_is_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say = incarnation.Incarnation.say
+
+    async def hear_first(self: incarnation.Incarnation, report: Report, timeout_s: float) -> bool:
+        if self._end is not None:
+            self.take(Resync())
+        return await say(self, report, timeout_s)
+
+    monkeypatch.setattr(incarnation.Incarnation, "say", hear_first)
+
+    async def body() -> None:
+        async with running_standin() as standin, running_fleet(tmp_path, standin) as fleet:
+            fleet.workers[0].drain(1.0)
+            await fleet.until(lambda: fleet.codes == [0])
+
+    run(body)
+
+
+CARD = b'{"id":"demo","root":"/models/demo","max_model_len":%s}'
+FALSE_FACTS = {
+    "no UTF-8": ("/v1/models", b'{"data":[{"id":"\xff"}]}', "what no vLLM server does"),
+    "a deep nest": ("/v1/models", b'{"data":' + b"[" * 100_000, "what no vLLM server does"),
+    "no window": ("/v1/models", b'{"data":[' + CARD % b"-1" + b"]}", r"\$.limits.max_context"),
+    "a window of 300 bits": ("/v1/models", b'{"data":[' + CARD % b"9" * 90 + b"]}", "what no vLLM server does|read"),
+    "no place in its queue": (
+        "/server_info?config_format=json",
+        b'{"vllm_config":{"scheduler_config":{"max_num_seqs":-3}}}',
+        r"\$.limits.max_requests",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", FALSE_FACTS)
+def test_a_server_that_says_what_cannot_be_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    path, told, what = FALSE_FACTS[lie]
+    get = server.Server._get
+
+    async def lie_about(self: server.Server, asked: str, default: bytes | None = None) -> bytes:
+        return told if asked == path else await get(self, asked, default)
+
+    monkeypatch.setattr(server.Server, "_get", lie_about)
+
+    async def body() -> None:
+        async with running_standin() as standin, running_fleet(tmp_path) as fleet:
+            fleet.front(standin.url)
+            await trio.sleep_forever()
+
+    with pytest.RaisesGroup(pytest.RaisesExc(ConfigurationError, match=what), flatten_subgroups=True):
+        run(body)
+
+
+def test_a_process_with_few_descriptors_has_requests_wait_and_takes_no_server_for_dead(tmp_path: Path) -> None:
+    async def body() -> None:
+        options = slow(step_ms=20.0, max_num_seqs=200)
+        async with (
+            running_standin(options) as standin,
+            running_fleet(tmp_path) as fleet,
+            trio.open_nursery() as nursery,
+        ):
+            worker = f'ulimit -n 64; exec "{sys.executable}" -m kvasir.worker --engine vllm "$@"'
+            args = ["--upstream", standin.url, "--gateway", fleet.endpoint, "--name", "demo", "--worker-id", "w0"]
+            command = ["bash", "-c", worker, "worker", *args]
+            process = await nursery.start(partial(trio.run_process, command, capture_stderr=True, check=False))
+            await fleet.ready(1, exact=False)
+            answers = [fleet.submit(prompt(i, 40), max_tokens=30)[1] for i in range(100)]
+            for number, answer in enumerate(answers):
+                assert (await answer.end()).num_attempts == 1
+                assert answer.tokens == oracle(prompt(number, 40), 30)
+            assert not fleet.losses()
+            process.terminate()
+            assert await process.wait() == 0
+
+    run(body)
 
 
 def test_a_drained_worker_finishes_what_runs_and_hands_back_what_takes_too_long(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,34 @@ def test_what_a_server_says_of_itself_is_read() -> None:
     text = recorded("metrics of a server that has done nothing")["answer"]
     metrics, later = vllm.read_metrics(text, 0), vllm.read_metrics(recorded("metrics at the end")["answer"], 0)
     assert metrics.block_size == 32 and metrics.num_blocks == later.num_blocks > 0
-    assert metrics.started_at == later.started_at > 1e9 and metrics.progress != later.progress
+    assert float(metrics.started_at) == float(later.started_at) > 1e9 and metrics.progress != later.progress
     assert vllm.read_ranks(text) == [0]
+
+
+def metrics_with(**figures: str) -> str:
+    """Return a server's metrics with other values of some figures."""
+    text = recorded("metrics of a server that has done nothing")["answer"]
+    for name, value in figures.items():
+        text, num_changed = re.subn(rf"^(\S*{name}(?:\{{[^}}]*\}})?) \S+$", rf"\1 {value}", text, flags=re.MULTILINE)
+        assert num_changed == 1
+    return str(text)
+
+
+def test_figures_that_cannot_be_are_brought_within_bounds_or_refused() -> None:
+    text = metrics_with(num_requests_running="-5", num_requests_waiting="1e300", kv_cache_usage_perc="-Inf")
+    metrics = vllm.read_metrics(text, 0)
+    assert (metrics.num_running, metrics.num_waiting, metrics.cache_usage) == (0, 1 << 31, 0.0)
+    with pytest.raises(ConfigurationError, match="do not tell"):
+        vllm.read_metrics(metrics_with(num_requests_running="NaN"), 0)
+    text = metrics_with(process_start_time_seconds="NaN")
+    assert vllm.read_metrics(text, 0).started_at == vllm.read_metrics(text, 0).started_at, "no new server every second"
+
+
+def test_ranks_are_numbers_and_no_more_than_a_server_can_have() -> None:
+    line = 'vllm:num_requests_running{{engine="{}"}} 0.0'
+    assert vllm.read_ranks("\n".join(line.format(rank) for rank in ("1", "0", "²", "x"))) == [0, 1]
+    with pytest.raises(ConfigurationError, match="2000 ranks"):
+        vllm.read_ranks("\n".join(line.format(rank) for rank in range(2000)))
 
 
 def test_a_greedy_stream_is_tokens_then_an_end_then_what_was_cached() -> None:
