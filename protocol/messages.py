@@ -314,7 +314,6 @@ class Hello(Report, tag="hello"):
     device: Name = "cpu"
     attention: Annotated[str, Meta(max_length=256)] = ""
     pid: Count = 0
-    role: Literal["both"] = "both"
     bytes_per_block: Count = 0
     engine: Name = "kvasir"
     hit_blocks: Annotated[int, Meta(ge=1, le=1024)] = 1

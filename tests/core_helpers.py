@@ -10,8 +10,10 @@ from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.config import CoreConfig
 from kvasir.gateway.core.core import Core
 from kvasir.gateway.core.notices import Notice
+from kvasir.gateway.core.request import NORMAL, Request
 from kvasir.protocol import PROTOCOL_VERSION
 from kvasir.protocol.codec import encode
+from kvasir.protocol.errors import KvasirError
 from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, Sampling, StepReport
 from kvasir.protocol.prefix import hash_prompt
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
@@ -71,6 +73,13 @@ def make_submit(
         "arrived": arrived,
     }
     return Submit(**{**values, **extra}), sink
+
+
+def make_request(submit: Submit, queued_at: float = 0.0, rank: int = NORMAL) -> Request:
+    """Return `submit` as it waits, on a bill that nobody pays."""
+    shares = Billing().admit([submit], queued_at)
+    assert not isinstance(shares, KvasirError)
+    return Request(submit, submit.token_ids, submit.prefix_hashes, queued_at, shares[0], rank=rank)
 
 
 def make_hello(worker_id: str = "w1", incarnation: bytes = b"i1", **extra: Any) -> Hello:

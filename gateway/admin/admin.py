@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,9 @@ class Admin:
             reply = await self.carry_out(am.ADMIN_COMMANDS.decode(frames[1]))
         except KvasirError as error:
             reply = am.AdminFailed(error.info())
+        except Exception as bug:  # an operator's command ends nobody's requests
+            log("bug", where="admin", trace="".join(traceback.format_exception(bug)))
+            reply = am.AdminFailed(KvasirError("the gateway failed on this command; its log says how").info())
         try:
             self._link.send_nowait([frames[0], encode(reply)])
         except (PeerGone, LinkBusy):

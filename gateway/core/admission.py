@@ -8,7 +8,7 @@ ends (`settle`), so that budgets are hard and can be spent to the last token. No
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -22,7 +22,6 @@ from kvasir.protocol.terms import MONEY_UNITS, NO_TERMS, Budget, Price, Terms
 GRANT_TOKENS = 1_024
 _NEWEST = 0.2  # weight of the newest request's stay in their mean
 _SOON_S = 1.0  # when to try again what other running requests may give back
-_FREE = Price()
 _UNBOUNDED = 1 << 60
 
 
@@ -102,11 +101,6 @@ class Share(msgspec.Struct, eq=False, gc=False):
     num_sent: int = 0
     is_finished: bool = False
     is_closed: bool = False
-
-
-def free_share() -> Share:
-    """Return a share that nobody pays for and that covers everything."""
-    return Share(Bill(b"", "", "", "", 0.0, _FREE, (), (), 1, 1, is_written=True), 0, _UNBOUNDED, _UNBOUNDED)
 
 
 class Admission:
@@ -216,10 +210,6 @@ class Admission:
         if account is None:
             account = self._accounts[payer_id] = Account()
         return account
-
-    def accounts(self) -> Iterator[tuple[str, Account]]:
-        """All accounts by payer."""
-        yield from self._accounts.items()
 
     def forget(self, payer_id: str) -> None:
         """Drop the account of a payer that is gone."""

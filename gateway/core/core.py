@@ -104,7 +104,7 @@ class Core(CoreApi):
         self._draining = False
         self._ticked_at = clock()
 
-    # ---- edges ---------------------------------------------------------------------------------------------------
+    # ---- edges: see `CoreApi` ------------------------------------------------------------------------------------
 
     def submit(self, *submits: Submit) -> None:
         """Queue the requests of one API request and dispatch them to workers that have credits.
@@ -133,11 +133,9 @@ class Core(CoreApi):
             self._attempts.stop(request, cancel.reason)
 
     def sent(self, req_id: bytes, num_output_tokens: int) -> None:
-        """Note how many tokens of an answer its client has been sent for sure. Unknown ids are ignored."""
         self._billing.sent(req_id, num_output_tokens)
 
     def closed(self, req_id: bytes) -> None:
-        """Note that the client of a request has been sent its end, or wants none. Unknown ids are ignored."""
         self._billing.closed(req_id)
 
     def models(self) -> dict[str, ModelInfo]:
@@ -145,11 +143,9 @@ class Core(CoreApi):
         return self._fleet.infos
 
     def standing(self, tenant_id: str, key_id: str) -> Standing | None:
-        """Return what is left of a caller's limits; None: it has none."""
         return self._billing.standing(tenant_id, key_id, self._clock())
 
     def change(self, submit: Submit, previous_id: bytes) -> tuple[Change, int] | None:
-        """As `CoreApi.change`."""
         return self.receipts.change(submit, previous_id)
 
     # ---- workers -------------------------------------------------------------------------------------------------

@@ -23,21 +23,20 @@ class HistogramStatistics(msgspec.Struct, frozen=True):
 
 
 class Histogram:
-    """Counts values in fixed buckets."""
+    """Counts values in the buckets of latencies."""
 
-    def __init__(self, bounds: tuple[float, ...] = LATENCY_BUCKETS_S) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
+    def __init__(self) -> None:
+        self._counts = [0] * (len(LATENCY_BUCKETS_S) + 1)
         self._sum = 0.0
 
     def add(self, value: float) -> None:
         """Count one value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
+        self._counts[bisect_left(LATENCY_BUCKETS_S, value)] += 1
         self._sum += value
 
     def statistics(self) -> HistogramStatistics:
         """Return the counts so far."""
-        return HistogramStatistics(self._bounds, tuple(self._counts), self._sum)
+        return HistogramStatistics(LATENCY_BUCKETS_S, tuple(self._counts), self._sum)
 
 
 @dataclass(slots=True)

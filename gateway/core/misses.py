@@ -19,18 +19,7 @@ from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.gateway.routing.router import Decision
 from kvasir.protocol.prefix import HASH_BYTES
 
-Cause = Literal[
-    "never_seen",
-    "model_changed",
-    "namespace_changed",
-    "system_changed",
-    "tools_changed",
-    "messages_changed",
-    "tokens_changed",
-    "routed_elsewhere",
-    "evicted",
-    "worker_left",
-]
+Cause = Literal["never_seen", Changed, "routed_elsewhere", "evicted", "worker_left"]
 """The first that holds, in this order.
 
 never_seen: no remembered request of this tenant begins like it. model_changed: that one went to another model, or to

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from kvasir.gateway.core.admission import Share, free_share
+from kvasir.gateway.core.admission import Share
 from kvasir.gateway.core.api import Finished, Submit
 from kvasir.protocol.errors import ErrorInfo
 from kvasir.protocol.messages import Generate
@@ -30,6 +30,7 @@ class Request(msgspec.Struct, eq=False):
     token_ids: bytes
     prefix_hashes: bytes
     queued_at: float
+    share: Share  # of what its API request has reserved
     state: State = "queued"
     attempt: int = 0
     num_deaths: int = 0  # of workers that were computing it
@@ -41,7 +42,6 @@ class Request(msgspec.Struct, eq=False):
     first_token_at: float | None = None
     num_cached_tokens: int | None = None  # of the first attempt that said so
     cached_is_guess: bool = False  # until the engine tells
-    share: Share = msgspec.field(default_factory=free_share)  # of what its API request has reserved
     held_for: str = ""  # the worker that it waits for while it is queued, see `TenantQueue.hold`
     held_since: float = 0.0  # when it first found a worker without room, 0 if it did not
     held_at: float = 0.0  # when it chose that one

@@ -7,8 +7,6 @@ costs time and never correctness.
 
 from __future__ import annotations
 
-import sys
-
 import msgspec
 
 from kvasir.protocol.prefix import HASH_BYTES, split_hashes
@@ -16,7 +14,6 @@ from kvasir.protocol.prefix import HASH_BYTES, split_hashes
 MAX_EVICTED = 8_192  # blocks per worker of which it is remembered when they were dropped
 STRIDE = 16  # every so many blocks of a reserved prompt one is marked
 MAX_COMPARED = 4  # reserved prompts with the same mark
-_ENTRY_BYTES = sys.getsizeof(b"\0" * HASH_BYTES)
 
 
 class IndexStatistics(msgspec.Struct, frozen=True):
@@ -26,8 +23,6 @@ class IndexStatistics(msgspec.Struct, frozen=True):
     num_reserved: int
     num_gaps: int
     in_sync: bool
-    size_bytes: int
-    bytes_per_block: float
 
 
 class PrefixIndex:
@@ -157,12 +152,8 @@ class PrefixIndex:
         return digest in self._resident
 
     def statistics(self) -> IndexStatistics:
-        """Return sizes; bytes are those of the containers and their keys."""
-        num_blocks = len(self._resident)
-        size = sys.getsizeof(self._resident) + num_blocks * _ENTRY_BYTES
-        per_block = size / num_blocks if num_blocks else 0.0
-        size += sys.getsizeof(self._reserved) + len(self._reserved) * _ENTRY_BYTES
-        return IndexStatistics(num_blocks, self._num_reserved, self._num_gaps, self._in_sync, size, per_block)
+        """Return what is known."""
+        return IndexStatistics(len(self._resident), self._num_reserved, self._num_gaps, self._in_sync)
 
     def _note_evicted(self, hashes: list[bytes], now: float) -> None:
         evicted = self._evicted

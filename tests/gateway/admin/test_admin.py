@@ -37,6 +37,7 @@ from kvasir.protocol.errors import (
     Conflict,
     ConnectionLost,
     InvalidMessage,
+    KvasirError,
     NotFound,
     StoreError,
     Unavailable,
@@ -325,6 +326,16 @@ def test_status_explain_and_drain_reach_the_house(home: Path) -> None:
         )
         office.ask(am.DrainGateway(), am.Done)
         assert office.house.drained
+
+
+def test_a_bug_in_a_command_is_told_and_ends_nothing_else(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_office(home) as office:
+        for command in (am.Backup(folder="/nul\0"), am.TenantList()):
+            monkeypatch.setattr(office.house, "usage", lambda: 1 // 0)
+            with pytest.raises(KvasirError, match="its log says how"):
+                office.ask(command, am.Done)
+        monkeypatch.undo()
+        assert office.ask(am.TenantList(), am.TenantsReply).tenants == []
 
 
 def test_garbage_is_answered_with_an_error_and_harms_nobody(home: Path) -> None:

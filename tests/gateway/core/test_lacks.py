@@ -6,10 +6,9 @@ from typing import Any
 
 import msgspec
 
-from kvasir.gateway.core.request import Request
 from kvasir.protocol.messages import Bye, ClearTenant, Constraint, Grammar, Load, Pin, Quota, Quotas, Sampling, Welcome
 from kvasir.protocol.prefix import split_hashes
-from tests.core_helpers import BLOCK_SIZE, ROOT, Bench, make_hashes, make_submit, output
+from tests.core_helpers import BLOCK_SIZE, ROOT, Bench, make_hashes, make_request, make_submit, output
 
 EVERYTHING = [
     "public_zone",
@@ -158,8 +157,7 @@ def test_a_guess_of_what_was_cached_holds_until_the_engine_tells() -> None:
 
 
 def test_the_first_attempts_number_stays_and_a_guess_never_replaces_it() -> None:
-    submit, _ = make_submit()
-    request = Request(submit, submit.token_ids, submit.prefix_hashes, 0.0)
+    request = make_request(make_submit()[0])
 
     request.found_cached(4)
     request.guess_cached(8)

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from kvasir.gateway.core.request import Request
 from kvasir.gateway.core.tenant_queue import CLASS_S, FADE_S, FEWEST_LOOKS, LOOKS, TenantQueue
 from kvasir.protocol.terms import RANKS
+from tests import core_helpers
 from tests.core_helpers import make_submit
 
 HIGH, NORMAL, LOW = (RANKS[priority] for priority in ("high", "normal", "low"))
 
 
 def make_request(req_id: bytes, tenant: str, rank: int = NORMAL, queued_at: float = 0.0) -> Request:
-    submit, _ = make_submit(req_id, tenant=tenant)
-    return Request(submit, submit.token_ids, submit.prefix_hashes, queued_at, rank=rank)
+    return core_helpers.make_request(make_submit(req_id, tenant=tenant)[0], queued_at, rank)
 
 
 def serve(queue: TenantQueue, cost: float = 1.0, count: int = 1_000, now: float = 0.0) -> list[bytes]:

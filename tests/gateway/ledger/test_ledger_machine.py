@@ -202,7 +202,7 @@ class Machine:
 
     def check(self) -> None:
         admission = self.billing.admission
-        for payer_id, account in admission.accounts():
+        for payer_id, account in admission._accounts.items():
             account.check_integrity()
             for budget in TERMS.get(payer_id, NO_TERMS).budgets:
                 for day in account.days.values():
@@ -220,7 +220,7 @@ class Machine:
         self._commit()
         self._commit()
         self.check()
-        for _, account in self.billing.admission.accounts():
+        for _, account in self.billing.admission._accounts.items():
             assert account.num_running == 0
             for day in account.days.values():
                 assert (day.reserved_tokens, day.reserved_money) == (0, 0), "something is reserved at rest"

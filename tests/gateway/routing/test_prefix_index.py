@@ -152,11 +152,3 @@ def test_events_with_random_loss_end_exact_after_resync() -> None:
         if index.in_sync:
             assert index.statistics().num_blocks == len(truth)
     assert index.statistics().num_gaps > 10
-
-
-def test_memory_per_block_is_reported() -> None:
-    index = PrefixIndex()
-    index.apply(1, make_hashes(range(40_000)), b"")
-    statistics = index.statistics()
-    assert statistics.num_blocks == len(split_hashes(make_hashes(range(40_000)))) == 10_000
-    assert 50 < statistics.bytes_per_block < 150
