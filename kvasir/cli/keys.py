@@ -9,7 +9,7 @@ import click
 
 from kvasir.cli.admin_client import ask
 from kvasir.cli.output import Rows, age, duration, example, json_option, make_console, plain, print_done, show
-from kvasir.cli.terms import DurationType, terms_lines, terms_options
+from kvasir.cli.terms import parse_duration, terms_lines, terms_options
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import BadRequest
@@ -25,7 +25,13 @@ def key() -> None:
 @key.command("create")
 @click.argument("tenant")
 @click.option("--label", metavar="TEXT", default="", help="A note to know the key by, such as who has it.")
-@click.option("--expires", "valid_s", type=DurationType(), help="It stops working after so long: 90d, 12h, 30min.")
+@click.option(
+    "--expires",
+    "valid_s",
+    metavar="TIME|none",
+    type=parse_duration,
+    help="It stops working after so long: 90d, 12h, 30min.",
+)
 @terms_options
 @json_option
 @example(
@@ -55,7 +61,13 @@ def key_list(tenant: str | None, as_json: bool) -> None:
 
 @key.command("set")
 @click.argument("key_id", metavar="KEYID")
-@click.option("--expires", "valid_s", type=DurationType(), help="It stops working so long from now: 90d; none: never.")
+@click.option(
+    "--expires",
+    "valid_s",
+    metavar="TIME|none",
+    type=parse_duration,
+    help="It stops working so long from now: 90d; none: never.",
+)
 @terms_options
 @json_option
 @example("kvasir key set 3f9a1c20b7de --requests-per-min 60 --expires 30d")
@@ -70,7 +82,13 @@ def key_set(key_id: str, valid_s: float | Literal["none"] | None, terms: TermsCh
 @key.command("rotate")
 @click.argument("key_id", metavar="KEYID")
 @click.option(
-    "--overlap", "overlap_s", type=DurationType(), default="24h", show_default=True, help="How long the old one works."
+    "--overlap",
+    "overlap_s",
+    metavar="TIME|none",
+    type=parse_duration,
+    default="24h",
+    show_default=True,
+    help="How long the old one works.",
 )
 @json_option
 @example("kvasir key rotate 3f9a1c20b7de --overlap 7d")

@@ -25,7 +25,7 @@ from kvasir.cli.output import (
     show,
     yes_option,
 )
-from kvasir.cli.terms import AliasType, terms_lines, terms_options
+from kvasir.cli.terms import parse_alias, terms_lines, terms_options
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import BadRequest
@@ -126,7 +126,8 @@ def tenant_show(name: str, as_json: bool) -> None:
 @click.option(
     "--alias",
     "aliases",
-    type=AliasType(),
+    metavar="NAME=MODEL,...|NAME=none",
+    type=parse_alias,
     multiple=True,
     help="What to take a model's name for: gpt-4o=qwen; with several, qwen,demo, the first that has a worker; or none.",
 )

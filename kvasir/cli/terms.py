@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from functools import wraps
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import click
 
@@ -14,6 +14,9 @@ from kvasir.protocol.messages import Priority
 from kvasir.protocol.terms import MAX_COUNT, MONEY_UNITS, Budget, Terms, TermsChange, Unit, Window
 
 F = TypeVar("F", bound=Callable[..., Any])
+Lift = Literal["none"]
+"""What lifts a limit."""
+_BUDGET = "AMOUNT/WINDOW|none"
 PRICE_TOKENS = 1_000_000  # what a price is for
 _COUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kMG]?)")
 _UNITS = {"": 1, "k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
@@ -25,66 +28,6 @@ _LIMITS = {
     "output_tokens_per_min": "output tokens per minute",
     "max_concurrent": "requests running at once",
 }
-
-
-class CountType(click.ParamType[Any]):
-    """A whole number, with k, M or G for short, or "none"."""
-
-    name = "N|none"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        found = _COUNT.fullmatch(str(value).strip())
-        if str(value) == "none":
-            return "none"
-        number = Decimal(found[1]) * _UNITS[found[2]] if found else Decimal(0)
-        if not 1 <= number <= MAX_COUNT or number != int(number):
-            self.fail(f"{value!r} is no whole number from 1; give one such as 600, 20k or 1.5M, or none to lift it")
-        return int(number)
-
-
-class DurationType(click.ParamType[Any]):
-    """A length of time in seconds, or "none"."""
-
-    name = "TIME|none"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        found = _DURATION.fullmatch(str(value).strip())
-        if str(value) == "none":
-            return "none"
-        if not found:
-            self.fail(f"{value!r} is no length of time; give one such as 90d, 12h or 30min, or none")
-        return float(found[1]) * _SECONDS[found[2]]
-
-
-class BudgetType(click.ParamType[Any]):
-    """AMOUNT/WINDOW, or "none"."""
-
-    name = "AMOUNT/WINDOW|none"
-
-    def __init__(self, unit: Unit) -> None:
-        self.unit = unit
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if str(value) == "none":
-            return "none"
-        amount, _, window = str(value).partition("/")
-        if window not in get_args(Window):
-            self.fail(f"{value!r} says no window; give one such as {'5M' if self.unit == 'tokens' else '250'}/month")
-        if self.unit == "tokens":
-            return Budget("tokens", window, CountType().convert(amount, param, ctx))  # type: ignore[arg-type]
-        return Budget("money", window, parse_money(amount))  # type: ignore[arg-type]
-
-
-class AliasType(click.ParamType[Any]):
-    """NAME=MODEL,MODEL..., or NAME=none."""
-
-    name = "NAME=MODEL,...|NAME=none"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        name, _, models = str(value).partition("=")
-        if not name or not all(models.split(",")):
-            self.fail(f"{value!r} is no alias; give one such as gpt-4o=qwen, or gpt-4o=none to lift it")
-        return name, [] if models == "none" else models.split(",")
 
 
 def terms_options(command: F) -> F:
@@ -101,7 +44,9 @@ def terms_options(command: F) -> F:
 
     for name, text in reversed(_LIMITS.items()):
         flag = f"--{name.replace('_', '-')}"
-        with_terms = click.option(flag, name, type=CountType(), help=f"At most so many {text}.")(with_terms)
+        with_terms = click.option(flag, name, metavar="N|none", type=parse_count, help=f"At most so many {text}.")(
+            with_terms
+        )
     with_terms = click.option(
         "--priority",
         type=click.Choice([*get_args(Priority), "none"]),
@@ -110,25 +55,75 @@ def terms_options(command: F) -> F:
     with_terms = click.option(
         "--money-budget",
         "money_budgets",
-        type=BudgetType("money"),
+        metavar=_BUDGET,
+        type=parse_money_budget,
         multiple=True,
         help="At most so much money per day, month or in total, by `kvasir price`: 250/month.",
     )(with_terms)
     return click.option(
         "--token-budget",
         "token_budgets",
-        type=BudgetType("tokens"),
+        metavar=_BUDGET,
+        type=parse_token_budget,
         multiple=True,
         help="At most so many tokens per day, month or in total: 5M/month. Repeatable.",
     )(with_terms)  # type: ignore[return-value]
 
 
-def parse_money(text: str) -> int:
-    """Return an amount of money in `MONEY_UNITS`.
+def parse_count(text: str) -> int | Lift:
+    """Return a whole number, with k, M or G for short, or "none".
 
     Raises:
-        click.BadParameter: it is none.
+        click.BadParameter: it is neither, as with all that follow.
     """
+    found = _COUNT.fullmatch(text.strip())
+    if text == "none":
+        return "none"
+    number = Decimal(found[1]) * _UNITS[found[2]] if found else Decimal(0)
+    if not 1 <= number <= MAX_COUNT or number != int(number):
+        raise click.BadParameter(
+            f"{text!r} is no whole number from 1; give one such as 600, 20k or 1.5M, or none to lift it"
+        )
+    return int(number)
+
+
+def parse_duration(text: str) -> float | Lift:
+    """Return a length of time in seconds, or "none"."""
+    found = _DURATION.fullmatch(text.strip())
+    if text == "none":
+        return "none"
+    if not found:
+        raise click.BadParameter(f"{text!r} is no length of time; give one such as 90d, 12h or 30min, or none")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def parse_token_budget(text: str) -> Budget | Lift:
+    """Return a budget in tokens given as AMOUNT/WINDOW, or "none"."""
+    return "none" if text == "none" else Budget("tokens", *_split_budget(text, parse_count, "5M"))
+
+
+def parse_money_budget(text: str) -> Budget | Lift:
+    """Return a budget in money given as AMOUNT/WINDOW, or "none"."""
+    return "none" if text == "none" else Budget("money", *_split_budget(text, parse_money, "250"))
+
+
+def _split_budget(text: str, parse: Callable[[str], Any], example: str) -> tuple[Any, Any]:
+    amount, _, window = text.partition("/")
+    if window not in get_args(Window) or amount == "none":
+        raise click.BadParameter(f"{text!r} is no budget; give one such as {example}/month, or none to lift it")
+    return window, parse(amount)
+
+
+def parse_alias(text: str) -> tuple[str, list[str]]:
+    """Return a name and the models it stands for, given as NAME=MODEL,MODEL... or NAME=none."""
+    name, _, models = text.partition("=")
+    if not name or not all(models.split(",")):
+        raise click.BadParameter(f"{text!r} is no alias; give one such as gpt-4o=qwen, or gpt-4o=none to lift it")
+    return name, [] if models == "none" else models.split(",")
+
+
+def parse_money(text: str) -> int:
+    """Return an amount of money in `MONEY_UNITS`."""
     try:
         amount = Decimal(text)
     except InvalidOperation:
@@ -140,11 +135,7 @@ def parse_money(text: str) -> int:
 
 
 def parse_price(text: str) -> int:
-    """Return the price of one token in `MONEY_UNITS`, given that of a million.
-
-    Raises:
-        click.BadParameter: it is none, or finer than four decimals.
-    """
+    """Return the price of one token in `MONEY_UNITS`, given that of a million in at most four decimals."""
     units = parse_money(text)
     if units % PRICE_TOKENS:
         raise click.BadParameter(f"a price per million tokens has at most four decimals, not {text}")

@@ -7,7 +7,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import click
 from rich.console import Group, RenderableType
@@ -27,33 +27,24 @@ EPOCH = date(1970, 1, 1).toordinal()
 BACKUP_TIMEOUT_S = 600.0
 
 
-class DateType(click.ParamType[int]):
-    """A date, as the number of days since 1 January 1970."""
+def parse_date(text: str) -> int:
+    """Return a date as the number of days since 1 January 1970.
 
-    name = "YYYY-MM-DD"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return date.fromisoformat(str(value)).toordinal() - EPOCH
-        except ValueError:
-            self.fail(f"{value!r} is no date; give one such as 2026-01-31")
-
-
-class PriceType(click.ParamType[int]):
-    """A price per million tokens."""
-
-    name = "PRICE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return value if isinstance(value, int) else parse_price(str(value))
+    Raises:
+        click.BadParameter: it is none.
+    """
+    try:
+        return date.fromisoformat(text).toordinal() - EPOCH
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no date; give one such as 2026-01-31") from None
 
 
 @click.command()
 @click.option("--tenant", metavar="T", help="Only of this tenant; deleted ones too.")
 @click.option("--key", metavar="KEYID", help="Only of this key.")
 @click.option("--by", type=click.Choice(get_args(By)), default="tenant", help="What to tell apart.")
-@click.option("--since", type=DateType(), help="From this day on (UTC). Default: 30 days ago.")
-@click.option("--until", type=DateType(), help="Until the end of this day. Default: today.")
+@click.option("--since", metavar="YYYY-MM-DD", type=parse_date, help="From this day on (UTC). Default: 30 days ago.")
+@click.option("--until", metavar="YYYY-MM-DD", type=parse_date, help="Until the end of this day. Default: today.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values, for a spreadsheet.")
 @json_option
 @example("kvasir usage\nkvasir usage --tenant acme --by model --since 2026-01-01 --until 2026-01-31 --csv")
@@ -128,9 +119,13 @@ def price() -> None:
 
 @price.command("set")
 @click.argument("model")
-@click.option("--prompt", type=PriceType(), required=True, help="Of a million prompt tokens that were computed.")
-@click.option("--cached", type=PriceType(), help="Of a million that were found in a cache. Default: as --prompt.")
-@click.option("--output", type=PriceType(), required=True, help="Of a million output tokens.")
+@click.option(
+    "--prompt", metavar="PRICE", type=parse_price, required=True, help="Of a million prompt tokens that were computed."
+)
+@click.option(
+    "--cached", metavar="PRICE", type=parse_price, help="Of a million that were found in a cache. Default: as --prompt."
+)
+@click.option("--output", metavar="PRICE", type=parse_price, required=True, help="Of a million output tokens.")
 @json_option
 @example("kvasir price set qwen --prompt 0.25 --cached 0.025 --output 1.00")
 def price_set(model: str, prompt: int, cached: int | None, output: int, as_json: bool) -> None:

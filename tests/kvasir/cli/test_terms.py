@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
-from kvasir.cli.terms import BudgetType, CountType, DurationType, money, parse_price, price_text
+from kvasir.cli.terms import (
+    money,
+    parse_count,
+    parse_duration,
+    parse_money_budget,
+    parse_price,
+    parse_token_budget,
+    price_text,
+)
 from kvasir.protocol.errors import AuthenticationFailed
 from kvasir.protocol.terms import MONEY_UNITS, NO_TERMS, Budget, Limits, Terms, TermsChange
 from tests.gateway.admin.test_admin import Office
@@ -20,33 +28,38 @@ pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "value"),
+    ("parse", "text", "value"),
     [
-        (CountType(), "600", 600),
-        (CountType(), "1.5M", 1_500_000),
-        (CountType(), "none", "none"),
-        (DurationType(), "90d", 90 * 86_400.0),
-        (DurationType(), "30min", 1_800.0),
-        (BudgetType("tokens"), "5M/month", Budget("tokens", "month", 5_000_000)),
-        (BudgetType("money"), "12.50/total", Budget("money", "total", 125 * MONEY_UNITS // 10)),
+        (parse_count, "600", 600),
+        (parse_count, "1.5M", 1_500_000),
+        (parse_count, "none", "none"),
+        (parse_duration, "90d", 90 * 86_400.0),
+        (parse_duration, "30min", 1_800.0),
+        (parse_token_budget, "5M/month", Budget("tokens", "month", 5_000_000)),
+        (parse_money_budget, "12.50/total", Budget("money", "total", 125 * MONEY_UNITS // 10)),
     ],
 )
-def test_what_is_typed_is_understood(kind: click.ParamType[Any], text: str, value: object) -> None:
-    assert kind.convert(text, None, None) == value
+def test_what_is_typed_is_understood(parse: Callable[[str], object], text: str, value: object) -> None:
+    assert parse(text) == value
 
 
 @pytest.mark.parametrize(
-    ("kind", "text"),
+    ("parse", "text"),
     [
-        *((CountType(), text) for text in ("0", "-1", "1.5", "x", "1T", "", "1e9")),
-        *((DurationType(), text) for text in ("90", "d", "-1d", "1y")),
-        *((BudgetType("tokens"), text) for text in ("5M", "5M/year", "0/day", "x/day")),
-        *((BudgetType("money"), text) for text in ("-1/day", "nan/day", "inf/total", "1e30/day", "0.00000000001/day")),
+        *((parse_count, text) for text in ("0", "-1", "1.5", "x", "1T", "", "1e9")),
+        *((parse_duration, text) for text in ("90", "d", "-1d", "1y")),
+        *((parse_token_budget, text) for text in ("5M", "5M/year", "0/day", "x/day", "none/day")),
+        *((parse_money_budget, text) for text in ("-1/day", "nan/day", "inf/total", "1e30/day", "0.00000000001/day")),
     ],
 )
-def test_what_makes_no_sense_is_refused(kind: click.ParamType[Any], text: str) -> None:
+def test_what_makes_no_sense_is_refused(parse: Callable[[str], object], text: str) -> None:
     with pytest.raises(click.BadParameter):
-        kind.convert(text, None, None)
+        parse(text)
+
+
+def test_the_help_names_what_may_be_typed(capsys: Any) -> None:
+    shown = kvasir(capsys, "tenant", "set", "--help")[0]
+    assert "N|none" in shown and "=none" in shown and "NONE" not in shown  # which is not understood
 
 
 @pytest.mark.parametrize("text", ["0.25", "0.0375", "12", "0"])
