@@ -76,18 +76,34 @@ def num_requests(options: Options, on_gpu: bool) -> int:
     return options.max_requests or (128 if on_gpu else 32)
 
 
-def free_memory() -> int:
-    """Return the bytes that this process may still take, as the kernel and a memory cgroup see it."""
+def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes that this process may still take, as the kernel and all memory cgroups above it see it."""
     try:
-        available = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) << 10  # type: ignore[index]
+        available = int(re.search(r"MemAvailable:\s+(\d+) kB", (proc / "meminfo").read_text())[1]) << 10  # type: ignore[index]
     except (OSError, TypeError):
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        own = re.search(r"^0::/(.*)$", (proc / "self/cgroup").read_text(), re.MULTILINE)
+    except OSError:
+        own = None
+    folder = cgroups / (own[1] if own else "")
+    for each in [folder, *folder.parents]:
+        if each.is_relative_to(cgroups) and (free := _free_in_cgroup(each)) is not None:
+            available = min(available, free)
+    return available
+
+
+def _free_in_cgroup(folder: Path) -> int | None:
+    """Return what is left below the limit of a memory cgroup; None if it has none. Cached files count as free: the
+    kernel drops them for whoever needs room, and a model that was just read is all cache."""
+    try:
+        limit, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+        cached = sum(
+            map(int, re.findall(r"^(?:in)?active_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE))
+        )
     except (OSError, ValueError):
-        return available
-    return available if limit == "max" else max(0, min(available, int(limit) - used))
+        return None
+    return None if limit == "max" else max(0, int(limit) - max(0, used - cached))
 
 
 def gib(size_bytes: int) -> str:

@@ -12,7 +12,7 @@ from kvasir.cache.kv_store import KvStore
 from kvasir.worker.log import log
 from kvasir.worker.model.working_set import WorkingSetAttention
 from kvasir.worker.options import MemorySize, parse_options
-from kvasir.worker.sizes import choose_num_blocks
+from kvasir.worker.sizes import choose_num_blocks, free_memory
 from kvasir.worker.startup import build
 
 MODEL = Path(__file__).resolve().parents[2] / "kvasir" / "demo_model"
@@ -50,6 +50,33 @@ def test_a_store_on_the_cpu_takes_memory_when_it_is_written_to() -> None:
 def resident_bytes() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
+
+
+def test_free_memory_is_the_least_that_a_cgroup_above_leaves_and_cached_files_are_free(tmp_path: Path) -> None:
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    def limit(folder: str, size: str, used: int, *files: int) -> None:
+        inactive, active = files or (0, 0)
+        write(f"cg/{folder}/memory.max", f"{size}\n")
+        write(f"cg/{folder}/memory.current", f"{used}\n")
+        write(f"cg/{folder}/memory.stat", f"anon 5\nfile 9\ninactive_file {inactive}\nactive_file {active}\n")
+
+    def free() -> int:
+        return free_memory(tmp_path / "proc", tmp_path / "cg")
+
+    write("proc/meminfo", "MemFree: 1 kB\nMemAvailable: 1000 kB\n")
+    assert free() == 1_024_000, "no cgroups"
+    write("proc/self/cgroup", "0::/system.slice/kvasir.service\n")
+    limit("system.slice/kvasir.service", "max", 700_000)
+    assert free() == 1_024_000
+    limit("system.slice", "900000", 700_000)
+    assert free() == 200_000
+    limit("system.slice/kvasir.service", "600000", 550_000, 300_000, 200_000)
+    assert free() == 200_000, "all but 50,000 bytes are files that were read"
+    limit("system.slice/kvasir.service", "100000", 90_000)
+    assert free() == 10_000
 
 
 def test_lines_of_the_log_begin_with_date_and_time(capsys: pytest.CaptureFixture[str]) -> None:

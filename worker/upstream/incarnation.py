@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import trio
@@ -84,7 +85,8 @@ class Incarnation:
         self._followed_at = 0.0  # when its index was last known to be whole
         self._heartbeat_s = 1.0
         self._waker = trio.Event()
-        self._drain_deadline: float | None = None
+        self._leaving = trio.Event()
+        self._drain_deadline = inf
 
     async def run(self) -> End:
         """Join and serve; return why that ended. What the upstream was computing is cut."""
@@ -92,9 +94,7 @@ class Incarnation:
             async with trio.open_nursery() as self._nursery:
                 self._nursery.start_soon(self._say_hello)
                 self._nursery.start_soon(self._watch)
-                if self._drain_deadline is not None:
-                    self._nursery.start_soon(self._finish)
-                await trio.sleep_forever()
+                self._nursery.start_soon(self._leave)
         assert self._end is not None, "cancelled from outside, which does not return"
         if self._end.exit_code is not None and self._streams is not None:
             await self.say(self._reporter.take(), BYE_TIMEOUT_S)
@@ -127,13 +127,10 @@ class Incarnation:
 
     def drain(self, deadline_s: float) -> None:
         """See `UpstreamWorker.drain`."""
-        deadline = trio.current_time() + deadline_s
-        if self._drain_deadline is None:
-            self._drain_deadline = deadline
+        if not self._leaving.is_set():
             log("draining", worker=self._hello.worker_id, deadline_s=deadline_s)
-            if hasattr(self, "_nursery"):
-                self._nursery.start_soon(self._finish)
-        self._drain_deadline = min(deadline, self._drain_deadline)
+        self._leaving.set()
+        self._drain_deadline = min(trio.current_time() + deadline_s, self._drain_deadline)
 
     async def say(self, report: Report, timeout_s: float) -> bool:
         """Send a report; return whether the link took it in time."""
@@ -170,7 +167,7 @@ class Incarnation:
     def _on_generate(self, command: Generate) -> None:
         if self._streams is None:
             log("generate_before_welcome", req_id=command.req_id.hex())
-        elif self._drain_deadline is not None:
+        elif self._leaving.is_set():
             self._streams.refuse(command, "abort", "this worker is draining")
         else:
             self._streams.start(command)
@@ -276,10 +273,10 @@ class Incarnation:
         text = f"the upstream {self._server.name} died: {reason}"[:4096]
         self._finish_with(End(text, Bye(text, is_death=True)))
 
-    async def _finish(self) -> None:
-        """End what runs within the drain's deadline, hand back the rest, and leave."""
+    async def _leave(self) -> None:
+        """When told so: end what runs within the drain's deadline, hand back the rest, and leave."""
+        await self._leaving.wait()
         while self._streams is not None and len(self._streams):
-            assert self._drain_deadline is not None
             if trio.current_time() >= self._drain_deadline:
                 self._streams.hand_back("handed back: the worker leaves")
             await trio.sleep(0.02)

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     context: zmq.Context[Any] = zmq.Context()
     code = EXIT_REFUSED
     try:
-        code = trio.run(_run, parse_options(argv), context)
+        code = trio.run(_Process(parse_options(argv), context).run)
     except* ConfigurationError as errors:
         log("cannot_start", error=str(_first(errors)))
     finally:
@@ -50,18 +50,65 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-async def _run(options: Options, context: zmq.Context[Any]) -> int:
-    slots = trio.CapacityLimiter(_max_streams(len(options.upstreams)))
-    servers = [_Ranks(options, upstream, number, context, slots) for number, upstream in enumerate(options.upstreams)]
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_watch_signals, servers, options.drain_s)
-        if options.exit_with_stdin:
-            nursery.start_soon(_watch_stdin, nursery.cancel_scope)
-        async with trio.open_nursery() as running:
-            for ranks in servers:
-                running.start_soon(ranks.run)
-        nursery.cancel_scope.cancel()
-    return max(code for ranks in servers for code in ranks.codes or [0])
+class _Process:
+    """The workers of all upstreams, in one task tree. `run` returns the largest of their exit codes."""
+
+    def __init__(self, options: Options, context: zmq.Context[Any]) -> None:
+        self._options = options
+        self._context = context
+        self._slots = trio.CapacityLimiter(_max_streams(len(options.upstreams)))
+        self._workers: list[UpstreamWorker] = []
+        self._codes: list[int] = []
+
+    async def run(self) -> int:
+        async with trio.open_nursery() as watching:
+            if self._options.exit_with_stdin:
+                watching.start_soon(_watch_stdin, watching.cancel_scope)
+            async with trio.open_nursery() as running, trio.open_nursery() as waiting:
+                watching.start_soon(self._watch_signals, waiting.cancel_scope)
+                for number, upstream in enumerate(self._options.upstreams):
+                    waiting.start_soon(self._open, running, number, upstream)
+            watching.cancel_scope.cancel()
+        return max(self._codes, default=0)
+
+    async def _open(self, running: trio.Nursery, number: int, upstream: UpstreamOptions) -> None:
+        """Wait for an upstream, and start a worker for each of its ranks."""
+        options = self._options
+        headers = {} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"}
+        client = HttpClient(upstream.address, headers)
+        base = options.worker_id if len(options.upstreams) == 1 else f"{options.worker_id}-{number}"
+        server = Server(client, options.upstream_model)
+        for rank in await wait_until_up(server, server.ranks):
+            link = Link(open_socket(self._context, options.gateway), max_parts=MAX_COMMANDS)
+            server = Server(client, options.upstream_model, rank, slots=self._slots)
+            worker_id = base if rank is None else f"{base}-rank{rank}"
+            worker = UpstreamWorker(Front(options, upstream, server, worker_id, link, self._context))
+            self._workers.append(worker)
+            running.start_soon(self._run_worker, worker)
+
+    async def _run_worker(self, worker: UpstreamWorker) -> None:
+        self._codes.append(await worker.run())
+
+    async def _watch_signals(self, waiting: trio.CancelScope) -> None:
+        """Have all workers leave in time, and nobody wait for an upstream. A second signal means: now."""
+        deadline_s = self._options.drain_s
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            async for number in received:
+                log("signal", name=signal.Signals(number).name)
+                waiting.cancel()
+                for worker in self._workers:
+                    worker.drain(deadline_s)
+                deadline_s = 0.0
+
+
+async def _watch_stdin(scope: trio.CancelScope) -> None:
+    while True:
+        with suppress(PermissionError):  # a file is always readable, and nothing to wait for
+            await trio.lowlevel.wait_readable(STDIN_FD)
+        if not os.read(STDIN_FD, 4096):
+            log("stdin_closed")
+            scope.cancel()
+            return
 
 
 def _max_streams(num_upstreams: int) -> int:
@@ -76,72 +123,3 @@ def _max_streams(num_upstreams: int) -> int:
     if limit == resource.RLIM_INFINITY:
         limit = 1 << 20
     return limit - min(limit // 2, DESCRIPTORS + DESCRIPTORS_PER_UPSTREAM * num_upstreams)
-
-
-class _Ranks:
-    """One upstream: waited for, then a worker for each of its ranks. `codes`: their exit codes."""
-
-    def __init__(
-        self,
-        options: Options,
-        upstream: UpstreamOptions,
-        number: int,
-        context: zmq.Context[Any],
-        slots: trio.CapacityLimiter,
-    ) -> None:
-        self._options = options
-        self._upstream = upstream
-        self._number = number
-        self._context = context
-        self._slots = slots
-        self._workers: list[UpstreamWorker] = []
-        self._waiting = trio.CancelScope()
-        self.codes: list[int] = []
-
-    async def run(self) -> None:
-        options = self._options
-        headers = {} if options.api_key is None else {"Authorization": f"Bearer {options.api_key}"}
-        client = HttpClient(self._upstream.address, headers)
-        base = options.worker_id if len(options.upstreams) == 1 else f"{options.worker_id}-{self._number}"
-        ranks: list[int | None] = []
-        with self._waiting:
-            server = Server(client, options.upstream_model)
-            ranks = await wait_until_up(server, server.ranks)
-        async with trio.open_nursery() as nursery:
-            for rank in ranks:
-                link = Link(open_socket(self._context, options.gateway), max_parts=MAX_COMMANDS)
-                server = Server(client, options.upstream_model, rank, slots=self._slots)
-                worker_id = base if rank is None else f"{base}-rank{rank}"
-                worker = UpstreamWorker(Front(options, self._upstream, server, worker_id, link, self._context))
-                self._workers.append(worker)
-                nursery.start_soon(self._run_worker, worker, link)
-
-    def drain(self, deadline_s: float) -> None:
-        """Have all workers leave; one that still waits for its upstream leaves at once."""
-        self._waiting.cancel()
-        for worker in self._workers:
-            worker.drain(deadline_s)
-
-    async def _run_worker(self, worker: UpstreamWorker, link: Link) -> None:
-        try:
-            self.codes.append(await worker.run())
-        finally:
-            link.close()
-
-
-async def _watch_signals(servers: list[_Ranks], deadline_s: float) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
-        async for number in received:
-            log("signal", name=signal.Signals(number).name)
-            for ranks in servers:
-                ranks.drain(deadline_s)
-            deadline_s = 0.0  # the second one means: now
-
-
-async def _watch_stdin(scope: trio.CancelScope) -> None:
-    while True:
-        await trio.lowlevel.wait_readable(STDIN_FD)
-        if not os.read(STDIN_FD, 4096):
-            log("stdin_closed")
-            scope.cancel()
-            return

@@ -32,14 +32,16 @@ class UpstreamWorker:
     async def run(self) -> int:
         """Serve until drained or refused. Cancellation leaves nothing running; the gateway sees the link close."""
         code: int | None = None
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self._front.link.run)
-            nursery.start_soon(self._receive)
-            while code is None:
-                found = await self._find()
-                code = 0 if found is None else await self._serve(found)
-            nursery.cancel_scope.cancel()
-        self._front.link.close(linger_ms=int(1000 * BYE_TIMEOUT_S))
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._front.link.run)
+                nursery.start_soon(self._receive)
+                while code is None:
+                    found = await self._find()
+                    code = 0 if found is None else await self._serve(found)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._front.link.close(linger_ms=int(1000 * BYE_TIMEOUT_S))
         return code
 
     def drain(self, deadline_s: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -598,6 +599,13 @@ def test_a_server_that_says_what_cannot_be_is_refused_in_words(
 
     with pytest.RaisesGroup(pytest.RaisesExc(ConfigurationError, match=what), flatten_subgroups=True):
         run(body)
+
+
+def test_a_process_that_is_to_exit_with_stdin_does_so_though_that_is_no_pipe(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kvasir.worker", "--engine", "vllm", "--upstream", "http://127.0.0.1:9"]
+    command += ["--gateway", f"ipc://{tmp_path}/workers.sock", "--name", "demo", "--exit-with-stdin"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
 
 
 def test_a_process_with_few_descriptors_has_requests_wait_and_takes_no_server_for_dead(tmp_path: Path) -> None:
