@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from msgspec import to_builtins
 
-from kvasir.gateway.admin.verdict import Verdict, check_room
+from kvasir.gateway.admin.verdict import Verdict, audit_record, changed, check_room
 from kvasir.gateway.admin.views import Gateway
 from kvasir.gateway.tenants.directory import (
     ApiKey,
@@ -63,8 +63,7 @@ def decide_key(directory: TenantDirectory, command: am.KeyCommand, now: float, g
             key, text = issue_key(directory.deployment_secret, tenant.id, command.label, now)
             expires_at = None if command.valid_s is None else now + command.valid_s
             key = replace(key, expires_at=expires_at, terms=command.terms.apply(key.terms))
-            reply = am.KeyCreated(key.id, text, tenant.name, key.label)
-            return Verdict(reply, (key,), tenant.name, None, _key_record(key))
+            return changed(None, key, tenant.name, reply=am.KeyCreated(key.id, text, tenant.name, key.label))
         case am.KeyList():
             tenants = directory.tenants() if command.tenant is None else [directory.tenant(command.tenant)]
             return Verdict(am.KeysReply(_key_infos(directory, tenants)))
@@ -101,9 +100,7 @@ def _create_tenant(directory: TenantDirectory, command: am.TenantCreate, now: fl
     sharing = "private" if command.group is None else f"group:{check_name(command.group, 'group')}"
     allowed = None if command.allowed_models is None else frozenset(command.allowed_models)
     tenant = Tenant(new_tenant_id(), command.name, "active", sharing, allowed, now)
-    return Verdict(
-        am.TenantReply(_tenant_info(directory, tenant)), (tenant,), tenant.name, None, _tenant_record(tenant)
-    )
+    return changed(None, tenant, tenant.name, reply=am.TenantReply(_tenant_info(directory, tenant)))
 
 
 def _set_tenant(directory: TenantDirectory, command: am.TenantSet, gateway: Gateway) -> Verdict:
@@ -115,13 +112,10 @@ def _set_tenant(directory: TenantDirectory, command: am.TenantSet, gateway: Gate
         cache_hint=before.cache_hint if command.cache_hint is None else _hint(command.cache_hint),
         terms=command.terms.apply(before.terms),
     )
-    if before == after:
-        return Verdict(am.Done(changed=False))
     if (before.kv_floor, before.kv_cap) != (after.kv_floor, after.kv_cap):
         others = [tenant for tenant in directory.tenants() if tenant.id != before.id]
         check_room([*others, after], directory.prefixes, gateway)
-    pair = _tenant_record(before), _tenant_record(after)
-    return Verdict(am.Done(), (after,), after.name, *pair, gateway.kv_changed)
+    return changed(before, after, after.name, effect=gateway.kv_changed)
 
 
 def _set_key(directory: TenantDirectory, command: am.KeySet, now: float) -> Verdict:
@@ -131,33 +125,26 @@ def _set_key(directory: TenantDirectory, command: am.KeySet, now: float) -> Verd
     after = replace(before, terms=command.terms.apply(before.terms))
     if command.valid_s is not None:
         after = replace(after, expires_at=None if command.valid_s == "none" else now + command.valid_s)
-    if before == after:
-        return Verdict(am.Done(changed=False))
-    return Verdict(am.Done(), (after,), _owner(directory, before), _key_record(before), _key_record(after))
+    return changed(before, after, _owner(directory, before))
 
 
 def _set_status(directory: TenantDirectory, command: am.TenantSetStatus, gateway: Gateway) -> Verdict:
     before = directory.tenant(command.name)
     after = replace(before, status="active" if command.active else "disabled")
-    if before == after:
-        return Verdict(am.Done(changed=False))
 
     def effect() -> None:
         if not command.active:
             gateway.end_requests(after.id, f"tenant {after.name} was disabled; ask the operator to enable it")
 
-    return Verdict(am.Done(), (after,), after.name, _tenant_record(before), _tenant_record(after), effect)
+    return changed(before, after, after.name, effect=effect)
 
 
 def _rename_tenant(directory: TenantDirectory, command: am.TenantRename) -> Verdict:
     before = directory.tenant(command.name)
     check_name(command.new_name, "tenant")
-    if command.new_name == before.name:
-        return Verdict(am.Done(changed=False))
-    if any(tenant.name == command.new_name for tenant in directory.tenants()):
+    if any(tenant.name == command.new_name for tenant in directory.tenants() if tenant is not before):
         raise Conflict(f"a tenant called {command.new_name!r} exists already; choose another name")
-    after = replace(before, name=command.new_name)
-    return Verdict(am.Done(), (after,), after.name, _tenant_record(before), _tenant_record(after))
+    return changed(before, replace(before, name=command.new_name), command.new_name)
 
 
 def _delete_tenant(directory: TenantDirectory, command: am.TenantDelete, now: float, gateway: Gateway) -> Verdict:
@@ -172,7 +159,7 @@ def _delete_tenant(directory: TenantDirectory, command: am.TenantDelete, now: fl
             gateway.forget(payer_id)
 
     change = RemoveTenant(tenant.id, tenant.name, now)
-    before = _tenant_record(tenant) | {"keys": [key.id for key in keys]}
+    before = audit_record(tenant) | {"keys": [key.id for key in keys]}
     return Verdict(am.Done(), (change,), tenant.name, before, None, effect)
 
 
@@ -185,7 +172,7 @@ def _revoke_key(directory: TenantDirectory, command: am.KeyRevoke, now: float, g
     def effect() -> None:
         gateway.end_requests(key.id, "this API key was revoked; ask the operator for a new one")
 
-    return Verdict(am.Done(), (revoked,), _owner(directory, key), _key_record(key), _key_record(revoked), effect)
+    return changed(key, revoked, _owner(directory, key), effect=effect)
 
 
 def _rotate_key(directory: TenantDirectory, command: am.KeyRotate, now: float) -> Verdict:
@@ -195,8 +182,7 @@ def _rotate_key(directory: TenantDirectory, command: am.KeyRotate, now: float) -
     fresh, text = issue_key(directory.deployment_secret, before.tenant_id, before.label, now, key_id=before.id)
     after = replace(before, digest=fresh.digest, old_digest=before.digest, old_until=now + command.overlap_s)
     tenant = _owner(directory, before)
-    pair = _key_record(before), _key_record(after)
-    return Verdict(am.KeyCreated(after.id, text, tenant, after.label), (after,), tenant, *pair)
+    return changed(before, after, tenant, reply=am.KeyCreated(after.id, text, tenant, after.label))
 
 
 def _hint(given: CacheHint | Literal["none"]) -> CacheHint | None:
@@ -242,18 +228,3 @@ def _key_infos(directory: TenantDirectory, tenants: Iterable[Tenant]) -> list[re
         for tenant in tenants
         for key in directory.keys_of(tenant.id)
     ]
-
-
-# What the audit trail keeps: no digests of keys.
-
-
-def _tenant_record(tenant: Tenant) -> dict[str, Any]:
-    record: dict[str, Any] = to_builtins(tenant, order="deterministic")
-    del record["created_at"]
-    return record
-
-
-def _key_record(key: ApiKey) -> dict[str, Any]:
-    record = {"id": key.id, "tenant_id": key.tenant_id, "label": key.label, "revoked_at": key.revoked_at}
-    until = {"expires_at": key.expires_at, "old_secret_until": key.old_until}
-    return record | until | {"terms": to_builtins(key.terms)}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from hashlib import blake2b
-from typing import Any
 
-from kvasir.gateway.admin.verdict import Verdict, check_room, sorted_names
+from kvasir.gateway.admin.verdict import Verdict, audit_record, changed, check_room, sorted_names
 from kvasir.gateway.admin.views import Gateway
 from kvasir.gateway.core.savings import Saving
 from kvasir.gateway.tenants.directory import PublishedPrefix, RemovePrefix, TenantDirectory, check_name
@@ -33,7 +31,7 @@ def decide_prefix(directory: TenantDirectory, command: am.PrefixCommand, now: fl
             return Verdict(am.PrefixesReply([_prefix_info(directory, prefix) for prefix in directory.prefixes]))
         case am.PrefixRemove():
             prefix = _prefix(directory, command.name)
-            change, record = RemovePrefix(prefix.name), _prefix_record(prefix)
+            change, record = RemovePrefix(prefix.name), audit_record(prefix)
             return Verdict(am.Done(), (change,), prefix.name, record, None, gateway.prefixes_changed)
 
 
@@ -67,8 +65,7 @@ def _publish_prefix(directory: TenantDirectory, command: am.PrefixPublish, now: 
         )
     _check_pins(directory, prefix, gateway)
     reply = am.PrefixReply(_prefix_info(directory, prefix), changed=True)
-    record = None if before is None else _prefix_record(before)
-    return Verdict(reply, (prefix,), prefix.name, record, _prefix_record(prefix), gateway.prefixes_changed)
+    return changed(before, prefix, prefix.name, reply=reply, effect=gateway.prefixes_changed)
 
 
 def _pin_prefix(directory: TenantDirectory, command: am.PrefixPin, gateway: Gateway) -> Verdict:
@@ -91,7 +88,7 @@ def _pin_prefix(directory: TenantDirectory, command: am.PrefixPin, gateway: Gate
     if after == before:
         return Verdict(am.Done(changed=False), effect=effect)
     _check_pins(directory, after, gateway)
-    return Verdict(am.Done(), (after,), after.name, _prefix_record(before), _prefix_record(after), effect)
+    return changed(before, after, after.name, effect=effect)
 
 
 def _check_can_pin(workers: Sequence[records.WorkerInfo], wanted: frozenset[str] | None) -> None:
@@ -128,13 +125,3 @@ def _prefix_info(directory: TenantDirectory, prefix: PublishedPrefix) -> records
         pinned=prefix.pinned,
         pinned_on=sorted_names(prefix.pinned_on),
     )
-
-
-# What the audit trail keeps: of a text only what identifies it.
-
-
-def _prefix_record(prefix: PublishedPrefix) -> dict[str, Any]:
-    raw = prefix.text.encode()
-    record = {"blake2b": blake2b(raw, digest_size=16).hexdigest(), "num_bytes": len(raw)}
-    pin = {"pinned": prefix.pinned, "pinned_on": sorted_names(prefix.pinned_on)}
-    return record | {"tenant_ids": sorted_names(prefix.tenant_ids)} | pin

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import msgspec
 
 from kvasir.gateway.core.api import ModelInfo
-from kvasir.gateway.core.worker import Rates, Worker
+from kvasir.gateway.core.rates import Rates
+from kvasir.gateway.core.worker import Worker
 from kvasir.gateway.core.worker_checks import Served
 from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.protocol.messages import Hello

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from kvasir.gateway.core.worker import Rates
+from kvasir.gateway.core.rates import Rates
 from kvasir.gateway.routing.backlog import Backlog
 from kvasir.protocol.messages import Load
 from tests.core_helpers import Bench, make_hashes, output
