@@ -41,7 +41,7 @@ class Dispatcher:
         for request in model.queue.turns(now):
             if not request.held_for or not self._is_still_held(request, model, now):
                 self._try_to_route(request, model, workers, now)
-                if not _have_credits(workers):
+                if not model.queue or not _have_credits(workers):
                     return
 
     def _is_still_held(self, request: Request, model: Model, now: float) -> bool:
