@@ -142,8 +142,8 @@ def _asked(body: MessagesBody) -> Asked:
 
 _CHOICES: dict[str, Any] = {"auto": None, "any": "required", "none": "none"}
 _CHECK = FieldCheck("anthropic")
-TYPE: type = _CHECK.with_harmless(MessagesBody)
-_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(TYPE)
+MESSAGES_TYPE: type = _CHECK.with_harmless(MessagesBody)
+_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(MESSAGES_TYPE)
 
 
 def _has_breakpoint(body: MessagesBody) -> bool:

@@ -6,7 +6,7 @@ import hmac
 import time
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
@@ -14,24 +14,25 @@ import trio
 
 from kvasir.gateway.core.api import CoreApi, ModelInfo
 from kvasir.gateway.edges.anthropic_answers import AnthropicWriter
-from kvasir.gateway.edges.anthropic_requests import read_count, read_messages
+from kvasir.gateway.edges.anthropic_requests import MESSAGES_TYPE, read_count, read_messages
 from kvasir.gateway.edges.cors import Cors
 from kvasir.gateway.edges.http_call import HttpCall, json_response
 from kvasir.gateway.edges.http_completions import Completions
 from kvasir.gateway.edges.models import models_of
 from kvasir.gateway.edges.openai_answers import ChatWriter, CompletionWriter
-from kvasir.gateway.edges.openai_requests import Asked, read_chat, read_completion
-from kvasir.gateway.edges.openapi import openapi
+from kvasir.gateway.edges.openai_requests import CHAT_TYPE, COMPLETION_TYPE, Asked, read_chat, read_completion
+from kvasir.gateway.edges.openapi import Route, openapi
 from kvasir.gateway.edges.prepare import Preparer
+from kvasir.gateway.edges.request_fields import Place
 from kvasir.gateway.edges.responses_answers import ResponsesWriter
-from kvasir.gateway.edges.responses_requests import read_responses
-from kvasir.gateway.edges.token_routes import DetokenizeBody, read_tokenize, tokenized
+from kvasir.gateway.edges.responses_requests import RESPONSES_TYPE, read_responses
+from kvasir.gateway.edges.token_routes import DetokenizeBody, TokenizeBody, read_tokenize, tokenized
 from kvasir.gateway.edges.writer import Writer
 from kvasir.gateway.http.connection import Exchange, HttpResponse
 from kvasir.gateway.http.content_coding import read_coding, unpack
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.gateway.log import no_log
-from kvasir.gateway.tenants.directory import Caller, Tenant, TenantDirectory
+from kvasir.gateway.tenants.directory import Caller, TenantDirectory
 from kvasir.gateway.text.json_input import read_json
 from kvasir.protocol.errors import (
     AuthenticationFailed,
@@ -44,17 +45,9 @@ from kvasir.protocol.errors import (
 from kvasir.protocol.tokens import TOKEN_BYTES
 
 Reader = Callable[[bytes], Asked]
-_ROUTES: dict[str, tuple[Reader, type[Writer]]] = {
-    "/v1/chat/completions": (read_chat, ChatWriter),
-    "/v1/completions": (read_completion, CompletionWriter),
-    "/v1/responses": (read_responses, ResponsesWriter),
-    "/v1/messages": (read_messages, AnthropicWriter),
-}
-_TOKEN_ROUTES = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")
 QUICK_BODY_BYTES = 32_768  # larger bodies are read in a thread
 MAX_READERS = 2
 T = TypeVar("T")
-
 
 _UNLOGGED = ("/health", "/metrics")  # asked every few seconds, and telling nothing
 
@@ -101,13 +94,7 @@ class HttpApi:
         self._created = int(time.time())
         self._cors = cors or Cors(())
         self._version = version
-        self._questions: dict[str, Callable[[HttpCall], HttpResponse]] = {
-            "/v1/models": self._models,
-            "/version": self._show_version,
-            "/health": self._health,
-            "/metrics": self._show_metrics,
-            "/openapi.json": self._show_api,
-        }
+        self._routes = self._make_routes()
 
     async def __call__(self, request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
         """Answer one request; every `KvasirError` becomes an error object of its dialect, with its status."""
@@ -136,26 +123,50 @@ class HttpApi:
         request, path = call.request, call.request.path
         if request.method == "OPTIONS" and (preflight := self._cors.preflight(request)) is not None:
             return preflight
-        if path in _ROUTES:
-            _only(request, "POST")
-            caller = self._authenticate(call)
-            read, writer_of = _ROUTES[path]
-            return await self._completions.answer(await self._read(read, call), caller, writer_of, call)
-        if path in _TOKEN_ROUTES:
-            _only(request, "POST")
-            return await self._tokens(self._authenticate(call).tenant, call)
-        question = self._questions.get(path.rstrip("/"))
-        if question is None and path.startswith("/v1/models/"):
-            question = self._model
-        if question is not None:
-            _only(request, "GET", "HEAD")
-            return question(call)
+        route = self._routes.get(path) or self._routes.get(path.rstrip("/"))
+        if route is None and path.startswith("/v1/models/"):
+            route = self._routes["/v1/models/{model}"]
+        if route is None:
+            raise self._not_found(path[:120])
+        methods = ("POST",) if route.method == "POST" else ("GET", "HEAD")
+        if request.method not in methods:
+            raise _WrongMethod(request, methods)
+        return await route.answer(call)
+
+    def _make_routes(self) -> dict[str, Route]:
+        def post(summary: str, read: Reader, writer_of: type[Writer], body: type, place: Place) -> Route:
+            return Route("POST", summary, partial(self._complete, read, writer_of), body, place)
+
+        count = "Count the tokens of a message's prompt"
+        return {
+            "/v1/chat/completions": post("Answer a chat", read_chat, ChatWriter, CHAT_TYPE, "chat"),
+            "/v1/completions": post(
+                "Complete texts", read_completion, CompletionWriter, COMPLETION_TYPE, "completions"
+            ),
+            "/v1/responses": post("Make a response", read_responses, ResponsesWriter, RESPONSES_TYPE, "responses"),
+            "/v1/messages": post("Make a message", read_messages, AnthropicWriter, MESSAGES_TYPE, "anthropic"),
+            "/v1/messages/count_tokens": Route("POST", count, self._count, MESSAGES_TYPE, "anthropic"),
+            "/tokenize": Route("POST", "Turn a text or a chat into token ids", self._tokenize, TokenizeBody),
+            "/detokenize": Route("POST", "Turn token ids into text", self._detokenize, DetokenizeBody),
+            "/v1/models": Route("GET", "List the models that the key may use", self._models),
+            "/v1/models/{model}": Route("GET", "Show one model", self._model),
+            "/version": Route("GET", "Show the gateway's version", self._show_version),
+            "/health": Route("GET", "Say whether there are workers; needs no key", self._health),
+            "/metrics": Route("GET", "Show metrics for Prometheus; needs a token of its own", self._show_metrics),
+            "/openapi.json": Route("GET", "Show this document; needs no key", self._show_api),
+        }
+
+    def _not_found(self, path: str) -> NotFound:
         refused = next((what for start, what in _NOT_SERVED.items() if path.startswith(start)), None)
         if refused is not None:
-            raise NotFound(f"{path[:120]!r} is not supported: {refused}")
-        near = get_close_matches(path[:120], [*_ROUTES, *_TOKEN_ROUTES, *self._questions], 1)
+            return NotFound(f"{path!r} is not supported: {refused}")
+        near = get_close_matches(path, self._routes, 1)
         hint = f"did you mean {near[0]!r}?" if near else "see /v1/models and docs/api.md"
-        raise NotFound(f"there is nothing at {path[:120]!r}: {hint}")
+        return NotFound(f"there is nothing at {path!r}: {hint}")
+
+    async def _complete(self, read: Reader, writer_of: type[Writer], call: HttpCall) -> HttpResponse | None:
+        caller = self._authenticate(call)
+        return await self._completions.answer(await self._read(read, call), caller, writer_of, call)
 
     async def _read(self, read: Callable[[bytes], T], call: HttpCall) -> T:
         """Return what `read` makes of the body, a large one in a thread, and so one that may become large.
@@ -174,10 +185,10 @@ class HttpApi:
         call.facts["tenant"] = caller.tenant.id
         return caller
 
-    def _models(self, call: HttpCall) -> HttpResponse:
+    async def _models(self, call: HttpCall) -> HttpResponse:
         return json_response(200, {"object": "list", "data": [self._card(*each) for each in self._mine(call).items()]})
 
-    def _model(self, call: HttpCall) -> HttpResponse:
+    async def _model(self, call: HttpCall) -> HttpResponse:
         name = unquote(call.request.path.removeprefix("/v1/models/"))
         mine = self._mine(call)
         if name in mine:
@@ -192,35 +203,43 @@ class HttpApi:
         card = {"id": name, "object": "model", "created": self._created, "owned_by": "kvasir"}
         return {**card, "max_model_len": info.max_context}
 
-    def _show_version(self, call: HttpCall) -> HttpResponse:
+    async def _show_version(self, call: HttpCall) -> HttpResponse:
         self._authenticate(call)
         return json_response(200, {"version": self._version})
 
-    def _health(self, call: HttpCall) -> HttpResponse:
+    async def _health(self, call: HttpCall) -> HttpResponse:
         models = {info.name: info.num_workers for info in self._core.models().values()}
         if any(models.values()):
             return json_response(200, {"status": "ok", "workers": models})
         return json_response(503, {"status": "no workers", "workers": models}, [("retry-after", "2")])
 
-    def _show_metrics(self, call: HttpCall) -> HttpResponse:
+    async def _show_metrics(self, call: HttpCall) -> HttpResponse:
         if not self._metrics_token:
             raise PermissionDenied("metrics are off; start the gateway with --metrics-token-file")
         if not hmac.compare_digest(call.api_key.encode(), self._metrics_token.encode()):
             raise AuthenticationFailed("metrics need the token of --metrics-token-file; send `Bearer TOKEN`")
         return HttpResponse(200, self._metrics(), "text/plain; version=0.0.4; charset=utf-8")
 
-    def _show_api(self, call: HttpCall) -> HttpResponse:
-        return HttpResponse(200, openapi(self._version))
+    async def _show_api(self, call: HttpCall) -> HttpResponse:
+        return HttpResponse(200, self._document)
 
-    async def _tokens(self, tenant: Tenant, call: HttpCall) -> HttpResponse:
-        """Answer what asks for tokens only."""
-        if call.request.path == "/detokenize":
-            body: DetokenizeBody = await self._read(partial(read_json, kind=DetokenizeBody), call)
-            return json_response(200, {"prompt": self._preparer.detokenize(body.model, body.tokens, tenant)})
-        if call.request.path == "/tokenize":
-            wanted, wants_texts = await self._read(read_tokenize, call)
-            info, packed = await self._preparer.tokenize(wanted, tenant)
-            return json_response(200, tokenized(packed, info, self._preparer.text(info.name), wants_texts=wants_texts))
+    @cached_property
+    def _document(self) -> bytes:
+        return openapi(self._version, self._routes)
+
+    async def _tokenize(self, call: HttpCall) -> HttpResponse:
+        tenant = self._authenticate(call).tenant
+        wanted, wants_texts = await self._read(read_tokenize, call)
+        info, packed = await self._preparer.tokenize(wanted, tenant)
+        return json_response(200, tokenized(packed, info, self._preparer.text(info.name), wants_texts=wants_texts))
+
+    async def _detokenize(self, call: HttpCall) -> HttpResponse:
+        tenant = self._authenticate(call).tenant
+        body: DetokenizeBody = await self._read(partial(read_json, kind=DetokenizeBody), call)
+        return json_response(200, {"prompt": self._preparer.detokenize(body.model, body.tokens, tenant)})
+
+    async def _count(self, call: HttpCall) -> HttpResponse:
+        tenant = self._authenticate(call).tenant
         asked = await self._read(read_count, call)
         _, packed = await self._preparer.tokenize(asked.requests[0], tenant)
         return json_response(200, {"input_tokens": len(packed) // TOKEN_BYTES})
@@ -230,8 +249,3 @@ class _WrongMethod(MethodNotAllowed):
     def __init__(self, request: HttpRequest, methods: Sequence[str]) -> None:
         super().__init__(f"{request.path} takes {' or '.join(methods)}, not {request.method}")
         self.methods = methods
-
-
-def _only(request: HttpRequest, *methods: str) -> None:
-    if request.method not in methods:
-        raise _WrongMethod(request, methods)

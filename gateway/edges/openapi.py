@@ -2,52 +2,47 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Raw
 
-from kvasir.gateway.edges import anthropic_requests, openai_requests, responses_requests
+from kvasir.gateway.edges.http_call import HttpCall
 from kvasir.gateway.edges.request_fields import FIELDS, Place
-from kvasir.gateway.edges.token_routes import DetokenizeBody, TokenizeBody
+from kvasir.gateway.http.connection import HttpResponse
 
-_BODIES: dict[str, tuple[str, type, Place | None]] = {  # by path: what it does, what it reads, its place in the table
-    "/v1/chat/completions": ("Answer a chat", openai_requests.CHAT_TYPE, "chat"),
-    "/v1/completions": ("Complete texts", openai_requests.COMPLETION_TYPE, "completions"),
-    "/v1/responses": ("Answer a chat, as OpenAI's Responses", responses_requests.TYPE, "responses"),
-    "/v1/messages": ("Answer a chat, as Anthropic's Messages", anthropic_requests.TYPE, "anthropic"),
-    "/v1/messages/count_tokens": ("Count the tokens of a message's prompt", anthropic_requests.TYPE, "anthropic"),
-    "/tokenize": ("Turn a text or a chat into token ids", TokenizeBody, None),
-    "/detokenize": ("Turn token ids into text", DetokenizeBody, None),
-}
-_QUESTIONS = {
-    "/v1/models": "List the models that the key may use",
-    "/v1/models/{model}": "Show one model",
-    "/version": "Show the gateway's version",
-    "/health": "Say whether there are workers; needs no key",
-    "/metrics": "Show metrics for Prometheus; needs the token of --metrics-token-file",
-    "/openapi.json": "Show this document; needs no key",
-}
+
+class Route(NamedTuple):
+    """A path that is served. `body`: what its bodies are read as; `place`: of their fields in `request_fields`."""
+
+    method: Literal["GET", "POST"]
+    summary: str
+    answer: Callable[[HttpCall], Awaitable[HttpResponse | None]]
+    body: type | None = None
+    place: Place | None = None
+
+
 _ABSENT: Any = msgspec.field(default_factory=Raw)
+_ANSWERS = {"200": {"description": "as the summary says"}, "default": {"description": "an error object"}}
 _PARAMETERS = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
 
 
-@cache
-def openapi(version: str) -> bytes:
+def openapi(version: str, routes: Mapping[str, Route]) -> bytes:
     """Return the document, OpenAPI 3.1 in JSON."""
-    paths: dict[str, Any] = {path: {"get": _operation(summary)} for path, summary in _QUESTIONS.items()}
-    paths["/v1/models/{model}"]["parameters"] = _PARAMETERS
-    shown = {kind: _shown(kind) for _, kind, _ in _BODIES.values()}
+    shown = {route.body: _shown(route.body) for route in routes.values() if route.body is not None}
     references, schemas = msgspec.json.schema_components(shown.values(), ref_template="#/components/schemas/{name}")
-    by_kind = dict(zip(shown, references, strict=True))
-    for path, (summary, kind, place) in _BODIES.items():
-        content = {"application/json": {"schema": by_kind[kind]}}
-        paths[path] = {"post": {**_operation(summary), "requestBody": {"required": True, "content": content}}}
-        properties = schemas[kind.__name__]["properties"]
-        for row in FIELDS if place is not None else ():
-            for name in row.names.split() if place in row.places and row.verdict != "refused" else ():
-                properties[name]["description"] = f"{row.verdict}: {row.note}"
+    by_body = dict(zip(shown, references, strict=True))
+    paths: dict[str, Any] = {}
+    for path, route in routes.items():
+        operation: dict[str, Any] = {"summary": route.summary, "responses": _ANSWERS}
+        paths[path] = {route.method.lower(): operation}
+        if "{model}" in path:
+            paths[path]["parameters"] = _PARAMETERS
+        if route.body is not None:
+            content = {"application/json": {"schema": by_body[route.body]}}
+            operation["requestBody"] = {"required": True, "content": content}
+            _describe(schemas[route.body.__name__]["properties"], route.place)
     keys = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -62,9 +57,12 @@ def openapi(version: str) -> bytes:
     return msgspec.json.encode(document)
 
 
-def _operation(summary: str) -> dict[str, Any]:
-    answers = {"200": {"description": "as the summary says"}, "default": {"description": "an error object"}}
-    return {"summary": summary, "responses": answers}
+def _describe(properties: dict[str, Any], place: Place | None) -> None:
+    """Give each field what its row of the table says."""
+    for row in FIELDS:
+        if place in row.places and row.verdict != "refused":
+            for name in row.names.split():
+                properties[name]["description"] = f"{row.verdict}: {row.note}"
 
 
 def _shown(kind: type) -> type:

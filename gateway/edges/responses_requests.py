@@ -147,8 +147,8 @@ def turns_of(given: str | Sequence[InputItem]) -> list[Turn]:
 _CHECK = FieldCheck("responses")
 _TEXT_KINDS = ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal")
 _NAMES = {"max_tokens": "max_output_tokens", "messages": "input"}
-TYPE: type = _CHECK.with_harmless(ResponsesBody)
-_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(TYPE)
+RESPONSES_TYPE: type = _CHECK.with_harmless(ResponsesBody)
+_decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(RESPONSES_TYPE)
 
 
 def _has_breakpoint(given: str | Sequence[InputItem]) -> bool:

@@ -17,7 +17,6 @@ from kvasir.gateway.core.api import Delta, Finished, Submit
 from kvasir.gateway.edges import http_api, http_completions
 from kvasir.gateway.edges.answer import MAX_WAITING_EVENTS
 from kvasir.gateway.edges.openai_answers import ChatWriter
-from kvasir.gateway.edges.openai_requests import read_chat
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.protocol.errors import RequestFailed
 from kvasir.protocol.terms import Terms
@@ -188,7 +187,7 @@ def test_an_answer_with_very_many_logprobs_is_written_in_a_thread_or_has_to_be_s
             written_by.append(threading.current_thread())
             return super().whole(pieces, ends)
 
-    monkeypatch.setitem(http_api._ROUTES, "/v1/chat/completions", (read_chat, Noting))
+    monkeypatch.setattr(http_api, "ChatWriter", Noting)
     monkeypatch.setattr(http_completions, "MAX_WHOLE_LOGPROBS", 10_000)  # each of these tokens has two
     body = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 1}
 

@@ -228,7 +228,7 @@ def test_streams_carry_the_headers_too_and_odd_header_names_are_not_repeated() -
     [
         ("/chat/completions", "/v1/chat/completions"),
         ("/v1/v1/messages", "/v1/messages"),
-        ("/v1/completions/", "/v1/completions"),
+        ("/v1/completion", "/v1/completions"),
     ],
 )
 def test_a_path_that_is_nearly_one_is_told(path: str, near: str) -> None:
