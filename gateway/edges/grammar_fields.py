@@ -3,30 +3,18 @@ vLLM's `structured_outputs` and its older `guided_*`."""
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple, Protocol
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
+from kvasir.gateway.edges.openai_bodies import Body
 from kvasir.gateway.text.json_input import read_json
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import MAX_GRAMMAR_CHARS, Grammar
 
 _ANY_OBJECT = b'{"type":"object"}'
 _OBJECT = Grammar("json_schema", _ANY_OBJECT.decode())
-_NULL = b"null"
-
-
-class GrammarFields(Protocol):
-    """As bodies have them, each read only if it is given."""
-
-    response_format: Raw
-    structured_outputs: Raw
-    guided_json: Raw
-    guided_regex: Raw
-    guided_choice: Raw
-    guided_grammar: Raw
-    guided_json_object: bool | None
 
 
 class AskedGrammar(NamedTuple):
@@ -61,32 +49,29 @@ class _TextOptions(Struct, forbid_unknown_fields=True):
 
 
 class _Structured(Struct, forbid_unknown_fields=True):
+    """Each field is also one of a body, after `guided_`."""
+
     json: Raw = Raw()
     regex: Raw = Raw()
     choice: Raw = Raw()
     grammar: Raw = Raw()
-    json_object: bool | None = None
+    json_object: Raw = Raw()
 
 
-def read_grammar(body: GrammarFields) -> AskedGrammar | None:
+def read_grammar(body: Body) -> AskedGrammar | None:
     """Return what the answer has to match, None if it is free.
 
     Raises:
         BadRequest: two fields ask for something, or one cannot be read; `param` names it.
     """
-    found = [
-        AskedGrammar(grammar, name)
-        for name, grammar in (
-            ("response_format", _from_response_format(body.response_format)),
-            ("structured_outputs", _from_structured(body.structured_outputs)),
-            ("guided_json", _from_json(body.guided_json, "guided_json")),
-            ("guided_regex", _from_text("regex", body.guided_regex, "guided_regex")),
-            ("guided_choice", _from_choice(body.guided_choice, "guided_choice")),
-            ("guided_grammar", _from_text("lark", body.guided_grammar, "guided_grammar")),
-            ("guided_json_object", _OBJECT if body.guided_json_object else None),
-        )
-        if grammar is not None
-    ]
+    fields = {
+        "response_format": _from_response_format(body.response_format),
+        "structured_outputs": _from_structured(body.structured_outputs),
+    }
+    for kind in _Structured.__struct_fields__:
+        name = f"guided_{kind}"
+        fields[name] = _from_kind(kind, getattr(body, name), name)
+    found = [AskedGrammar(grammar, name) for name, grammar in fields.items() if grammar is not None]
     if len(found) > 1:
         raise BadRequest(f"{found[0].field} and {found[1].field} contradict each other; send one", param=found[1].field)
     return found[0] if found else None
@@ -149,17 +134,8 @@ def _from_structured(raw: Raw) -> Grammar | None:
         return None
     where = "structured_outputs"
     given: _Structured = read_json(raw, _Structured, where)
-    found = [
-        grammar
-        for grammar in (
-            _from_json(given.json, f"{where}.json"),
-            _from_text("regex", given.regex, f"{where}.regex"),
-            _from_choice(given.choice, f"{where}.choice"),
-            _from_text("lark", given.grammar, f"{where}.grammar"),
-            _OBJECT if given.json_object else None,
-        )
-        if grammar is not None
-    ]
+    kinds = _Structured.__struct_fields__
+    found = [each for kind in kinds if (each := _from_kind(kind, getattr(given, kind), f"{where}.{kind}"))]
     if len(found) != 1:
         raise BadRequest(
             f"{where} takes exactly one of json, regex, choice, grammar and json_object, not {len(found)}", param=where
@@ -167,27 +143,26 @@ def _from_structured(raw: Raw) -> Grammar | None:
     return found[0]
 
 
-def _from_json(raw: Raw, param: str) -> Grammar | None:
+def _from_kind(kind: str, raw: Raw, param: str) -> Grammar | None:
     if _is_absent(raw):
         return None
-    if bytes(raw).startswith(b'"'):  # vLLM takes a schema as a string, too
-        return _grammar("json_schema", read_json(raw, str, param), param)
-    return from_json_schema(raw, param)
-
-
-def _from_choice(raw: Raw, param: str) -> Grammar | None:
-    if _is_absent(raw):
-        return None
-    choices = read_json(raw, Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)], param)
-    return _grammar("choice", msgspec.json.encode(choices).decode(), param)
-
-
-def _from_text(kind: str, raw: Raw, param: str) -> Grammar | None:
-    return None if _is_absent(raw) else _grammar(kind, read_json(raw, str, param), param)
+    match kind:
+        case "json_object":
+            return _OBJECT if read_json(raw, bool, param) else None
+        case "json" if not bytes(raw).startswith(b'"'):
+            return from_json_schema(raw, param)
+        case "json":  # vLLM takes a schema as a string, too
+            return _grammar("json_schema", read_json(raw, str, param), param)
+        case "choice":
+            choices = read_json(raw, Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)], param)
+            return _grammar("choice", msgspec.json.encode(choices).decode(), param)
+        case "grammar":
+            return _grammar("lark", read_json(raw, str, param), param)
+    return _grammar(kind, read_json(raw, str, param), param)
 
 
 def _is_absent(raw: Raw) -> bool:
-    return bytes(raw) in (b"", _NULL)
+    return bytes(raw) in (b"", b"null")
 
 
 def _grammar(kind: str, text: str, param: str) -> Grammar:

@@ -70,7 +70,7 @@ class Body(CommonBody, kw_only=True):
     guided_regex: Raw = Raw()
     guided_choice: Raw = Raw()
     guided_grammar: Raw = Raw()
-    guided_json_object: bool | None = None
+    guided_json_object: Raw = Raw()
 
 
 class ChatBody(Body, kw_only=True):

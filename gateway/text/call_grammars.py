@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from kvasir.gateway.text.json_input import read_json
-from kvasir.gateway.text.tool_calls import HermesParser, LlamaParser, MistralParser, ToolParser
-from kvasir.gateway.text.tool_calls_xml import QwenCoderParser
+from kvasir.gateway.text.tool_calls import CallStyle, ToolParser
 from kvasir.protocol.call_grammar import CallableTool, CallGrammar, Piece
 from kvasir.protocol.client_messages import ChatOptions
 from kvasir.protocol.errors import BadRequest
@@ -23,30 +21,6 @@ from kvasir.protocol.messages import MAX_GRAMMAR_CHARS, Grammar
 _BY_NAME = {"properties", "patternProperties", "$defs", "definitions"}  # keywords whose values are schemas by name
 _DATA = {"const", "enum"}
 _NOTES = {"title", "description", "default", "examples", "$comment"}  # hold an answer to nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """How calls go on from `ToolParser.opening`. `trigger`: what begins a call inside `text`, a regular expression.
-
-    A call after another begins with `joint`, in place of `opened` if its opening begins with that.
-    """
-
-    ending: str
-    joint: str
-    trigger: str = ""
-    opened: str = ""
-    closing: str = ""
-    text: str = r"(.|\n)*"
-    has_tags: bool = False
-
-
-_STYLES: dict[type[ToolParser], Style] = {
-    HermesParser: Style("}\n</tool_call>", "\n", "<tool_call>"),
-    QwenCoderParser: Style("</function>\n</tool_call>", "\n", "<tool_call>", has_tags=True),
-    LlamaParser: Style("}", "; ", text=r"[^{](.|\n)*"),  # an answer that begins so is a call
-    MistralParser: Style("}", ", ", "[TOOL_CALLS]", opened="[TOOL_CALLS][", closing="]"),
-}
 
 
 def is_strict(tools: list[dict[str, Any]]) -> bool:
@@ -75,7 +49,7 @@ def call_grammar(
     functions = [tool["function"] for tool in tools if options.tool_name in ("", tool["function"]["name"])]
     if not functions:
         return None  # rendering says so
-    style = _STYLES[parser]
+    style = parser.style
     if content and not is_forced and not style.trigger:
         raise BadRequest("this model's calls cannot be told from content that is JSON; leave tools out", param="tools")
     in_prompt = parser.opening(options.tool_name) if is_forced else "" if content else style.trigger
@@ -107,7 +81,7 @@ def call_grammar(
     return Grammar("calls", text)
 
 
-def _schema(function: dict[str, Any], style: Style, *, is_held: bool | None) -> dict[str, Any]:
+def _schema(function: dict[str, Any], style: CallStyle, *, is_held: bool | None) -> dict[str, Any]:
     schema: dict[str, Any] = function.get("parameters") or {}
     if is_held:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 from kvasir.gateway.text.answer_parts import MAX_SPACE, overlap
@@ -19,6 +20,23 @@ Tools = dict[str, dict[str, Any]]
 """The functions that may be called: JSON schemas of their parameters by name."""
 
 
+@dataclass(frozen=True, slots=True)
+class CallStyle:
+    """How calls go on from `ToolParser.opening`: what a grammar holds them to. `trigger`: what begins a call inside
+    `text`, a regular expression.
+
+    A call after another begins with `joint`, in place of `opened` if its opening begins with that.
+    """
+
+    ending: str
+    joint: str
+    trigger: str = ""
+    opened: str = ""
+    closing: str = ""
+    text: str = r"(.|\n)*"
+    has_tags: bool = False
+
+
 class ToolParser(ABC):
     """Feed it text with `push`, then `finish`. `marks`: special tokens that it must see. `req_id`: of the request that
     is answered, from which calls have their ids.
@@ -26,6 +44,7 @@ class ToolParser(ABC):
     `is_over`: a call is complete and only one was wanted (`one_call`); what follows is dropped.
     """
 
+    style: CallStyle
     marks: tuple[str, ...] = ()
     openers: tuple[str, ...] = ()  # what begins a call in the midst of content
     closer = "</tool_call>"
@@ -188,6 +207,7 @@ class HermesParser(ObjectParser):
 
     openers = ("<tool_call>",)
     marks = ("<tool_call>", "</tool_call>")
+    style = CallStyle("}\n</tool_call>", "\n", "<tool_call>")
 
     @staticmethod
     def opening(name: str) -> str:
@@ -219,6 +239,7 @@ class LlamaParser(ObjectParser):
     """
 
     marks = openers = ("<|python_tag|>",)
+    style = CallStyle("}", "; ", text=r"[^{](.|\n)*")  # an answer that begins so is a call
     needs_arguments = True
 
     def __init__(self, tools: Tools, *, one_call: bool = False, req_id: bytes = b"") -> None:
@@ -261,6 +282,7 @@ class MistralParser(ObjectParser):
 
     openers = ("[TOOL_CALLS]",)
     marks = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
+    style = CallStyle("}", ", ", "[TOOL_CALLS]", opened="[TOOL_CALLS][", closing="]")
     _ends_of_name = ("[ARGS]", "[CALL_ID]", "{")
 
     @staticmethod

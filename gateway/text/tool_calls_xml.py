@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from kvasir.gateway.text.answer_parts import overlap
-from kvasir.gateway.text.tool_calls import ToolParser
+from kvasir.gateway.text.tool_calls import CallStyle, ToolParser
 from kvasir.protocol.call_grammar import parameter_kind
 
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
@@ -27,6 +27,7 @@ class QwenCoderParser(ToolParser):
 
     openers = (_CALL, _FUNCTION)
     marks = (_CALL, _CALL_END)
+    style = CallStyle("</function>\n</tool_call>", "\n", "<tool_call>", has_tags=True)
 
     @staticmethod
     def opening(name: str) -> str:
