@@ -16,8 +16,8 @@ from kvasir.gateway.edges.grammar_check import GrammarCheck, GrammarModel
 from kvasir.gateway.edges.http_api import HttpApi
 from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.edges.published import Published
-from kvasir.gateway.http.connection import HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
+from kvasir.gateway.http.response import HttpResponse
 from kvasir.gateway.tenants.directory import ApiKey, Caller, PublishedPrefix, Tenant, TenantDirectory, digest_key
 from kvasir.gateway.text.answer_parser import find_format
 from kvasir.gateway.text.chat_template import ChatTemplate

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from kvasir.gateway.http.connection import HttpResponse
 from kvasir.gateway.http.parser import HttpRequest
+from kvasir.gateway.http.response import HttpResponse
 
 Headers = list[tuple[str, str]]
 _NAMES = re.compile(r"[A-Za-z0-9, -]{1,2048}")

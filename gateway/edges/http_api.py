@@ -28,9 +28,10 @@ from kvasir.gateway.edges.responses_answers import ResponsesWriter
 from kvasir.gateway.edges.responses_requests import RESPONSES_TYPE, read_responses
 from kvasir.gateway.edges.token_routes import DetokenizeBody, TokenizeBody, read_tokenize, tokenized
 from kvasir.gateway.edges.writer import Writer
-from kvasir.gateway.http.connection import Exchange, HttpResponse
+from kvasir.gateway.http.connection import Exchange
 from kvasir.gateway.http.content_coding import read_coding, unpack
 from kvasir.gateway.http.parser import HttpRequest
+from kvasir.gateway.http.response import HttpResponse
 from kvasir.gateway.log import no_log
 from kvasir.gateway.tenants.directory import Caller, TenantDirectory
 from kvasir.gateway.text.json_input import read_json

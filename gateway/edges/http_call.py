@@ -11,8 +11,9 @@ from kvasir.gateway.edges.anthropic_answers import AnthropicWriter
 from kvasir.gateway.edges.limit_headers import retry_headers
 from kvasir.gateway.edges.openai_answers import ChatWriter
 from kvasir.gateway.edges.writer import encode_json
-from kvasir.gateway.http.connection import Exchange, HttpResponse
+from kvasir.gateway.http.connection import Exchange
 from kvasir.gateway.http.parser import HttpRequest
+from kvasir.gateway.http.response import HttpResponse
 from kvasir.protocol.errors import BY_CODE, AuthenticationFailed, ErrorInfo, KvasirError
 
 _ANTHROPIC = "/v1/messages"  # and below: in its dialect, errors too

@@ -21,7 +21,7 @@ from kvasir.gateway.edges.limit_headers import standing_headers
 from kvasir.gateway.edges.openai_requests import Asked
 from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.edges.writer import Writer, message_id
-from kvasir.gateway.http.connection import HttpResponse
+from kvasir.gateway.http.response import HttpResponse
 from kvasir.gateway.tenants.directory import Caller
 from kvasir.protocol.client_messages import CompletionRequest
 from kvasir.protocol.errors import BadRequest

@@ -10,7 +10,7 @@ from msgspec import Raw
 
 from kvasir.gateway.edges.http_call import HttpCall
 from kvasir.gateway.edges.request_fields import FIELDS, Place
-from kvasir.gateway.http.connection import HttpResponse
+from kvasir.gateway.http.response import HttpResponse
 
 
 class Route(NamedTuple):

@@ -10,18 +10,17 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from http import HTTPStatus
 
 import trio
 
 from kvasir.gateway.http.parser import HttpRequest, MessageLimits, Refusal, RequestParser
+from kvasir.gateway.http.response import HttpResponse, error_response
 from kvasir.gateway.log import log
 from kvasir.protocol.errors import BadRequest, KvasirError, TooLarge, Unavailable
 
 READ_BYTES = 16 << 10  # bounds what pipelined requests come to before they are answered
 _DROPPED = bytearray(1 << 20)  # nothing is written there: with MSG_TRUNC the kernel discards what TCP has received
 _BODY_ERRORS: dict[int, type[KvasirError]] = {413: TooLarge, 503: Unavailable}
-STATUS_LINE = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +40,6 @@ class HttpLimits(MessageLimits):
     idle_s: float = 75.0
     write_s: float = 15.0  # a client that takes nothing for so long is cut
     linger_s: float = 1.0  # how long a refused client may go on sending before it is cut
-
-
-@dataclass(slots=True)
-class HttpResponse:
-    """A whole answer. `on_sent` is called when it has been written, or the client is gone."""
-
-    status: int
-    body: bytes = b""
-    content_type: str = "application/json"
-    headers: Sequence[tuple[str, str]] = ()
-    on_sent: Callable[[], None] | None = None
 
 
 @dataclass(slots=True)
@@ -95,7 +83,7 @@ class Exchange:
         if not self._chunked:
             self._request.keep_alive = False
         length = b"transfer-encoding: chunked\r\n" if self._chunked else b""
-        self._head = self._connection.head(self._request, status, content_type, headers, length)
+        self._head = self._connection.head(self._request, HttpResponse(status, b"", content_type, headers), length)
 
     async def write(self, data: bytes) -> None:
         """Send a piece of the body. Waits, and is a checkpoint, only for a client that is slow.
@@ -235,20 +223,13 @@ class Connection:
             rest = rest[self._send_now(rest) :]
         self._writing_since = None
 
-    def head(
-        self, request: HttpRequest, status: int, content_type: str, headers: Sequence[tuple[str, str]], length: bytes
-    ) -> bytes:
-        """Return an answer's status line and headers, and count it."""
+    def head(self, request: HttpRequest, response: HttpResponse, length: bytes) -> bytes:
+        """Return what stands before an answer's body, and count the answer."""
         by_status = self._server.statistics.by_status
-        by_status[status] = by_status.get(status, 0) + 1
+        by_status[response.status] = by_status.get(response.status, 0) + 1
         if self._server.draining or not request.is_complete:
             request.keep_alive = False
-        more = "".join([f"{name}: {' '.join(value.split())}\r\n" for name, value in headers])  # no line breaks
-        kind = f"content-type: {content_type}\r\n{more}".encode("latin-1", "replace")
-        keep = b"" if request.keep_alive else b"connection: close\r\n"
-        if request.is_http_10 and request.keep_alive:
-            keep = b"connection: keep-alive\r\n"
-        return b"%b%b%b%b%b\r\n" % (STATUS_LINE[status], self._server.date, kind, length, keep)
+        return response.head(request, self._server.date, length)
 
     # ---- the task ----------------------------------------------------------------------------------------------------
 
@@ -351,26 +332,25 @@ class Connection:
             request.keep_alive = False
             if exchange.has_begun:
                 return  # cut short: the client sees that the body has no end
-            response = _error(500, "server_error", "internal_error", "internal error; the gateway's log has more")
+            response = error_response(500, "internal_error", "internal error; the gateway's log has more")
         if response is not None:
-            length = b"content-length: %d\r\n" % len(response.body)
-            head = self.head(request, response.status, response.content_type, response.headers, length)
-            try:
-                await self.send(head if request.method == "HEAD" else head + response.body)
-            finally:
-                if response.on_sent is not None:
-                    response.on_sent()
+            await self._send_whole(request, response)
         self._answering = False
         self._since = trio.current_time()
+
+    async def _send_whole(self, request: HttpRequest, response: HttpResponse) -> None:
+        head = self.head(request, response, b"content-length: %d\r\n" % len(response.body))
+        try:
+            await self.send(head if request.method == "HEAD" else head + response.body)
+        finally:
+            if response.on_sent is not None:
+                response.on_sent()
 
     async def _refuse(self, refusal: Refusal) -> None:
         """Answer what is no request."""
         self._server.statistics.num_malformed += 1
-        kind = "server_error" if refusal.status >= 500 else "invalid_request_error"
-        response = _error(refusal.status, kind, "bad_http", refusal.reason)
         nothing = HttpRequest("", "", {}, b"", keep_alive=False)
-        length = b"content-length: %d\r\n" % len(response.body)
-        await self.send(self.head(nothing, refusal.status, response.content_type, (), length) + response.body)
+        await self._send_whole(nothing, error_response(refusal.status, "bad_http", refusal.reason))
         await self._linger()
 
     async def _linger(self) -> None:
@@ -409,9 +389,3 @@ class Connection:
     def _hold(self, num_bytes: int) -> None:
         self._server.statistics.num_body_bytes += num_bytes - self._num_held
         self._num_held = num_bytes
-
-
-def _error(status: int, kind: str, code: str, reason: str) -> HttpResponse:
-    text = reason.replace("\\", "/").replace('"', "'").encode("ascii", "replace")
-    body = b'{"error":{"message":"%b","type":"%b","param":null,"code":"%b"}}' % (text, kind.encode(), code.encode())
-    return HttpResponse(status, body)

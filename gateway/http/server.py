@@ -21,7 +21,8 @@ from collections.abc import Sequence
 
 import trio
 
-from kvasir.gateway.http.connection import STATUS_LINE, Connection, Handler, HttpLimits, HttpStatistics, ServerState
+from kvasir.gateway.http.connection import Connection, Handler, HttpLimits, HttpStatistics, ServerState
+from kvasir.gateway.http.response import STATUS_LINE
 from kvasir.gateway.log import log
 from kvasir.protocol.errors import ConfigurationError
 

@@ -17,8 +17,9 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvasir.gateway.http.connection import READ_BYTES, Exchange, Handler, HttpLimits, HttpResponse
+from kvasir.gateway.http.connection import READ_BYTES, Exchange, Handler, HttpLimits
 from kvasir.gateway.http.parser import REQUEST_BYTES, HttpRequest, MessageLimits, RequestParser
+from kvasir.gateway.http.response import HttpResponse
 from kvasir.gateway.http.server import HttpServer, open_listeners
 from kvasir.protocol.errors import ConfigurationError, KvasirError
 
