@@ -18,7 +18,7 @@ from kvasir.gateway.edges.anthropic_requests import MESSAGES_TYPE, read_count, r
 from kvasir.gateway.edges.cors import Cors
 from kvasir.gateway.edges.http_call import HttpCall, json_response
 from kvasir.gateway.edges.http_completions import Completions
-from kvasir.gateway.edges.models import models_of
+from kvasir.gateway.edges.models import models_of, unknown_model
 from kvasir.gateway.edges.openai_answers import ChatWriter, CompletionWriter
 from kvasir.gateway.edges.openai_requests import CHAT_TYPE, COMPLETION_TYPE, Asked, read_chat, read_completion
 from kvasir.gateway.edges.openapi import Route, openapi
@@ -41,7 +41,6 @@ from kvasir.protocol.errors import (
     MethodNotAllowed,
     NotFound,
     PermissionDenied,
-    UnknownModel,
 )
 from kvasir.protocol.tokens import TOKEN_BYTES
 
@@ -192,10 +191,9 @@ class HttpApi:
     async def _model(self, call: HttpCall) -> HttpResponse:
         name = unquote(call.request.path.removeprefix("/v1/models/"))
         mine = self._mine(call)
-        if name in mine:
-            return json_response(200, self._card(name, mine[name]))
-        served = ", ".join(mine) or "none"
-        raise UnknownModel(f"model {name[:80]!r} is not served here; served: {served}", param="model")
+        if name not in mine:
+            raise unknown_model(name, mine)
+        return json_response(200, self._card(name, mine[name]))
 
     def _mine(self, call: HttpCall) -> dict[str, ModelInfo]:
         return models_of(self._authenticate(call).tenant, self._core.models())

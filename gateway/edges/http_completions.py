@@ -61,11 +61,10 @@ class Completions:
         submits: list[Submit] = []
         try:
             for request, answer in zip(requests, answers, strict=True):
-                answer.submit = submit = await self._preparer.prepare(request, caller, answer)
-                answer.parser = self._preparer.parser(request, submit)
-                answer.detokenizer = self._preparer.detokenizer(request, submit, answer.parser)
+                submit = await self._preparer.prepare(request, caller, answer)
                 if len(submits) % asked.num_choices:  # of a prompt with several choices, the first one counts it
-                    answer.submit = submit = msgspec.structs.replace(submit, counts_prompt=False)
+                    submit = msgspec.structs.replace(submit, counts_prompt=False)
+                self._preparer.begin(answer, request, submit)
                 submits.append(submit)
                 if len(submits) % MAX_PREPARED == 0:
                     await trio.lowlevel.checkpoint()  # many prompts let others go first

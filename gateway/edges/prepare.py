@@ -17,8 +17,9 @@ import trio
 from xxhash import xxh3_128_digest
 
 from kvasir.gateway.core.api import CoreApi, ModelInfo, PromptParts, Sink, Submit
+from kvasir.gateway.edges.answer import Answer
 from kvasir.gateway.edges.grammar_check import GrammarCheck
-from kvasir.gateway.edges.models import find_model, models_of
+from kvasir.gateway.edges.models import find_model
 from kvasir.gateway.edges.published import Published
 from kvasir.gateway.edges.request_checks import (
     check_ids,
@@ -31,12 +32,10 @@ from kvasir.gateway.edges.request_checks import (
     with_grammar,
 )
 from kvasir.gateway.tenants.directory import Caller, Tenant
-from kvasir.gateway.text.answer_parser import AnswerParser
-from kvasir.gateway.text.detokenizer import Detokenizer
 from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText
 from kvasir.gateway.text.piece_cache import Memory, Pieces
 from kvasir.protocol.client_messages import CompletionRequest
-from kvasir.protocol.errors import BadRequest, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
+from kvasir.protocol.errors import BadRequest, PromptTooLong
 from kvasir.protocol.messages import MAX_TOKEN_ID, Constraint, Grammar, Sampling, SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.tokens import unpack_tokens
@@ -92,7 +91,7 @@ class Preparer:
             Unavailable: the model is configured, but none of its workers has ever come up yet.
         """
         tenant = caller.tenant
-        info = self._find_model(request.model, tenant)
+        info = find_model(request.model, tenant, self._core.models())
         if (request.text, request.messages, request.token_ids).count(None) != 2:
             raise BadRequest("give exactly one of text, messages and token_ids", param="prompt")
         if _num_chars(request) > QUICK_CHARS:
@@ -108,7 +107,7 @@ class Preparer:
         submit = self.prepare_nowait(request, caller, sink)
         if submit is not None:
             return submit
-        info = self._find_model(request.model, caller.tenant)
+        info = find_model(request.model, caller.tenant, self._core.models())
         request = await self._run(request, with_grammar, request, info, self._texts.get(info.name))
         _, packed = await self.tokenize(request, caller.tenant)
         return self._submit(request, caller, sink, info, packed)
@@ -119,7 +118,7 @@ class Preparer:
         Raises:
             UnknownModel, PermissionDenied, BadRequest, PromptTooLong, Unavailable: as `prepare_nowait`.
         """
-        info = self._find_model(request.model, tenant)
+        info = find_model(request.model, tenant, self._core.models())
         if request.grammar is not None:
             await self._grammars.verdict(tenant.id, info.name, request.grammar)
         return info, await self._run(request, self._encode, info, request, tenant)
@@ -138,7 +137,7 @@ class Preparer:
             BadRequest: a model without a tokenizer, or an id that is not in its vocabulary.
             PromptTooLong: more ids than the model's window has.
         """
-        info = self._find_model(model, tenant)
+        info = find_model(model, tenant, self._core.models())
         if len(token_ids) > info.max_context:
             raise PromptTooLong(f"{window(info)}; these are {len(token_ids)}", param="tokens")
         text = self._texts.get(info.name)
@@ -147,52 +146,29 @@ class Preparer:
         check_ids(text, token_ids, "tokens")
         return text.decode_all(token_ids)
 
-    def parser(self, request: CompletionRequest, submit: Submit) -> AnswerParser | None:
-        """Return what finds the parts of the answer to a conversation, None if it is all content."""
-        text = self._texts.get(submit.model)
-        if text is None or request.messages is None or not request.want_text:
-            return None
-        return text.answers.parser(request.messages, request.chat, _tail(submit.token_ids), submit.req_id)
-
-    def detokenizer(
-        self, request: CompletionRequest, submit: Submit, parser: AnswerParser | None = None
-    ) -> Detokenizer | None:
-        """Return what turns the answer into text, for `parser` if there is one; None if only token ids are wanted."""
+    def begin(self, answer: Answer, request: CompletionRequest, submit: Submit) -> None:
+        """Make `answer` that of `submit`, to which `request` was prepared: what turns its tokens into text, where text
+        is wanted, and what finds the parts of the answer to a conversation."""
+        answer.submit = submit
         text = self._texts.get(submit.model)
         if text is None or not request.want_text:
-            return None
+            return
+        if request.messages is not None:
+            tail = _tail(submit.token_ids)
+            answer.parser = text.answers.parser(request.messages, request.chat, tail, submit.req_id)
         ends = (*submit.stop_token_ids, *(() if submit.ignore_eos else text.eos_token_ids))
-        return text.detokenizer(
+        answer.detokenizer = text.detokenizer(
             request.stop,
             () if request.include_stop else ends,
             keep_stop=request.include_stop,
             min_tokens=request.sampling.min_tokens,
             skip_special_tokens=request.skip_special_tokens,
-            for_parser=parser is not None,
+            for_parser=answer.parser is not None,
         )
 
     def text(self, model: str) -> ModelText | None:
         """Return the tokenizer of a model, if it has one."""
         return self._texts.get(model)
-
-    def _find_model(self, name: str, tenant: Tenant) -> ModelInfo:
-        models = self._core.models()
-        if not name:
-            mine = [model for model in models if tenant.may_use(model)]
-            if len(mine) != 1:
-                raise BadRequest(
-                    f"name one of the models you may use: {', '.join(sorted(mine)) or 'none'}", param="model"
-                )
-            [name] = mine
-        info = find_model(name, tenant, models)
-        if info is None:
-            served = ", ".join(sorted(models_of(tenant, models))) or "none yet"
-            raise UnknownModel(f"model {name[:80]!r} is not served here; served: {served}", param="model")
-        if not tenant.may_use(info.name):
-            raise PermissionDenied(f"tenant {tenant.name} may not use model {name!r}; ask the operator", param="model")
-        if not info.fingerprint:
-            raise Unavailable(f"model {name!r} is still being loaded; try again in a moment", retry_after_s=2.0)
-        return info
 
     def _encode(self, info: ModelInfo, request: CompletionRequest, tenant: Tenant) -> bytes:
         if request.token_ids is not None:

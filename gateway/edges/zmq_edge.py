@@ -225,9 +225,7 @@ class ZmqEdge:
             self._num_preparing -= 1
 
     def _submit(self, call: _Call, submit: Submit) -> None:
-        call.answer.submit = submit
-        call.answer.parser = self._preparer.parser(call.request, submit)
-        call.answer.detokenizer = self._preparer.detokenizer(call.request, submit, call.answer.parser)
+        self._preparer.begin(call.answer, call.request, submit)
         self._core.submit(submit)
 
     def _note_received(self, peer: Peer[_Call], message: Received) -> None:

@@ -237,10 +237,10 @@ def test_the_token_that_ended_an_answer_is_not_shown_whether_it_is_special_or_no
         preparer._clock = lambda: 0.0
         request = ask(text="x", ignore_eos=ignore_eos)
         answer = Answer(core, lambda event: None)
-        answer.submit = preparer.prepare_nowait(request, CALLER, answer)
-        assert answer.submit is not None
-        answer.detokenizer = preparer.detokenizer(request, answer.submit)
-        answer.put(Delta(answer.submit.req_id, pack_tokens(ids)))
-        answer.put(Finished(answer.submit.req_id, "stop", 1, len(ids)))
+        submit = preparer.prepare_nowait(request, CALLER, answer)
+        assert submit is not None
+        preparer.begin(answer, request, submit)
+        answer.put(Delta(submit.req_id, pack_tokens(ids)))
+        answer.put(Finished(submit.req_id, "stop", 1, len(ids)))
         piece = answer.take()
         assert (piece.text, piece.token_ids) == (shown, pack_tokens(ids))
