@@ -139,8 +139,8 @@ class Gateway:
         self._core.end_requests(payer_id, AuthenticationFailed(reason))
 
     def forget(self, payer_id: str) -> None:
-        """Drop what is remembered of the limits and budgets of a tenant or key that is gone."""
-        self._billing.admission.forget(payer_id)
+        """Drop what is remembered of a tenant or key that is gone."""
+        self._core.forget(payer_id)
 
     def bounds(self) -> dict[str, int]:
         """Return what the gateway holds at most, by name."""

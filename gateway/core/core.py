@@ -246,6 +246,7 @@ class Core(CoreApi):
             self._give_up_waiting(model, now)
             self._dispatcher.dispatch(model, now)
         self._requests.measure_rates(now)
+        self._requests.sweep()
         self._billing.tick()
 
     def drain(self) -> None:
@@ -279,6 +280,11 @@ class Core(CoreApi):
         """End everything of a tenant or key, by its id, with `error`."""
         for request in self._requests.of_payer(payer_id):
             self._attempts.stop(request, "error", error)
+
+    def forget(self, payer_id: str) -> None:
+        """Drop what is remembered of a tenant or key that is gone, whose requests have been ended."""
+        self._billing.admission.forget(payer_id)
+        self._requests.forget(payer_id)
 
     @property
     def queue_config(self) -> QueueConfig:

@@ -90,6 +90,7 @@ class Requests:
         for name in sorted(models):
             self.model(name, now)
         self.tenants: dict[str, UsageInfo] = {}
+        self._gone: set[str] = set()  # of them
         self.num_queued = 0
         self.num_running = 0
         self._config = config
@@ -210,6 +211,21 @@ class Requests:
             elif deadline < self._next_deadline:
                 self._next_deadline = deadline
         return late
+
+    def forget(self, payer_id: str) -> None:
+        """Drop the counts of a tenant that is gone, as soon as no worker holds anything of it; keys have none."""
+        if payer_id in self.tenants:
+            self._gone.add(payer_id)
+
+    def sweep(self) -> None:
+        """Drop what there is to be forgotten. Call it some ten times/s."""
+        if not self._gone:
+            return
+        for tenant_id in self._gone - {request.submit.tenant_id for request in self._requests.values()}:
+            self._gone.remove(tenant_id)
+            del self.tenants[tenant_id]
+            for model in self.models.values():
+                model.queue.forget(tenant_id)
 
     def measure_rates(self, now: float) -> None:
         """Measure how fast queues get shorter, for `Overloaded.retry_after_s`."""

@@ -208,6 +208,11 @@ class TenantQueue:
         if tenant.tag > self._highest_tag:
             self._highest_tag = tenant.tag
 
+    def forget(self, tenant_id: str) -> None:
+        """Drop what is known of a tenant that has nothing here, and nothing in a worker either."""
+        tenant = self._tenants.pop(tenant_id, None)
+        assert tenant is None or not tenant.num_unfinished
+
     def lead(self, tenant_id: str, now: float) -> float:
         """Return how many tokens more than fair the tenant was charged lately, as a tenant of mean weight counts them.
         Below 0: it has waited and got less."""

@@ -9,7 +9,7 @@ from kvasir.gateway.core.api import Cancel, Delta
 from kvasir.gateway.core.notices import Broken, Joined, Lost, Rejected
 from kvasir.gateway.core.requests import QueueConfig
 from kvasir.gateway.core.worker_checks import LivenessConfig
-from kvasir.protocol.errors import from_info
+from kvasir.protocol.errors import KvasirError, from_info
 from kvasir.protocol.messages import Abort, Bye, Generate, Identify, Load, Refused, Resync, Snapshot, Welcome
 from kvasir.protocol.tokens import unpack_tokens
 from tests.core_helpers import BLOCK_SIZE, Bench, RecordingSink, make_hashes, make_submit, output
@@ -1002,3 +1002,20 @@ def test_a_report_from_a_stranger_is_answered_with_identify() -> None:
     bench = Bench()
     bench.report(b"stranger")
     assert bench.sent == [(b"stranger", Identify())]
+
+
+def test_a_tenant_that_is_gone_is_forgotten_as_soon_as_no_worker_has_anything_of_it() -> None:
+    bench = Bench()
+    peer = bench.join()
+    for number in range(3):
+        bench.submit(b"r%d" % number, tenant="gone" if number else "stays")
+    bench.core.end_requests("gone", KvasirError("deleted"))
+    bench.core.forget("gone")
+    bench.core.forget("never seen")
+    bench.pass_time(0.2)
+    assert set(bench.core.statistics().tenants) == {"gone", "stays"}
+    bench.report(peer, *[output(b"r%d" % number, 0, finish_reason="abort") for number in (1, 2)])
+    bench.pass_time(0.2)
+    bench.core.check_integrity()
+    assert set(bench.core.statistics().tenants) == {"stays"}
+    assert set(bench.core._requests.models["demo"].queue._tenants) == {"stays"}
