@@ -167,8 +167,11 @@ class FakeExchange:
         self.ended = False
         self.was_cut = False
 
-    async def body(self) -> bytes:
+    async def body(self, owner: str = "") -> bytes:
         return self._body
+
+    def drop_body(self) -> None:
+        self._body = b""
 
     def begin(self, status: int, content_type: str, headers: Sequence[tuple[str, str]] = ()) -> None:
         self.has_begun = True

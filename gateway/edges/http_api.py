@@ -33,7 +33,7 @@ from kvasir.gateway.http.content_coding import read_coding, unpack
 from kvasir.gateway.http.parser import HttpRequest
 from kvasir.gateway.http.response import HttpResponse
 from kvasir.gateway.log import no_log
-from kvasir.gateway.tenants.directory import Caller, TenantDirectory
+from kvasir.gateway.tenants.directory import Caller, Tenant, TenantDirectory
 from kvasir.gateway.text.json_input import read_json
 from kvasir.protocol.errors import (
     AuthenticationFailed,
@@ -166,19 +166,22 @@ class HttpApi:
 
     async def _complete(self, read: Reader, writer_of: type[Writer], call: HttpCall) -> HttpResponse | None:
         caller = self._authenticate(call)
-        return await self._completions.answer(await self._read(read, call), caller, writer_of, call)
+        return await self._completions.answer(await self._read(read, call, caller.tenant), caller, writer_of, call)
 
-    async def _read(self, read: Callable[[bytes], T], call: HttpCall) -> T:
+    async def _read(self, read: Callable[[bytes], T], call: HttpCall, tenant: Tenant) -> T:
         """Return what `read` makes of the body, a large one in a thread, and so one that may become large.
 
         The caller is known by now: whoever has no key is not waited for."""
         is_packed = read_coding(call.request.headers)
-        body = await call.stream.body()
-        if not is_packed and len(body) <= QUICK_BODY_BYTES:
-            return read(body)
-        return await trio.to_thread.run_sync(
-            lambda: read(unpack(body) if is_packed else body), limiter=self._readers, abandon_on_cancel=True
-        )
+        body = await call.stream.body(tenant.id)
+        try:
+            if not is_packed and len(body) <= QUICK_BODY_BYTES:
+                return read(body)
+            return await trio.to_thread.run_sync(
+                lambda: read(unpack(body) if is_packed else body), limiter=self._readers, abandon_on_cancel=True
+            )
+        finally:
+            call.stream.drop_body()
 
     def _authenticate(self, call: HttpCall) -> Caller:
         caller = self._directory.authenticate(call.api_key)
@@ -228,18 +231,18 @@ class HttpApi:
 
     async def _tokenize(self, call: HttpCall) -> HttpResponse:
         tenant = self._authenticate(call).tenant
-        wanted, wants_texts = await self._read(read_tokenize, call)
+        wanted, wants_texts = await self._read(read_tokenize, call, tenant)
         info, packed = await self._preparer.tokenize(wanted, tenant)
         return json_response(200, tokenized(packed, info, self._preparer.text(info.name), wants_texts=wants_texts))
 
     async def _detokenize(self, call: HttpCall) -> HttpResponse:
         tenant = self._authenticate(call).tenant
-        body: DetokenizeBody = await self._read(partial(read_json, kind=DetokenizeBody), call)
+        body: DetokenizeBody = await self._read(partial(read_json, kind=DetokenizeBody), call, tenant)
         return json_response(200, {"prompt": self._preparer.detokenize(body.model, body.tokens, tenant)})
 
     async def _count(self, call: HttpCall) -> HttpResponse:
         tenant = self._authenticate(call).tenant
-        asked = await self._read(read_count, call)
+        asked = await self._read(read_count, call, tenant)
         _, packed = await self._preparer.tokenize(asked.requests[0], tenant)
         return json_response(200, {"input_tokens": len(packed) // TOKEN_BYTES})
 

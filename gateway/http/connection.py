@@ -16,11 +16,11 @@ import trio
 from kvasir.gateway.http.parser import HttpRequest, MessageLimits, Refusal, RequestParser
 from kvasir.gateway.http.response import HttpResponse, error_response
 from kvasir.gateway.log import log
-from kvasir.protocol.errors import BadRequest, KvasirError, TooLarge, Unavailable
+from kvasir.protocol.errors import BadRequest, KvasirError, Overloaded, TooLarge, Unavailable
 
 READ_BYTES = 16 << 10  # bounds what pipelined requests come to before they are answered
 _DROPPED = bytearray(1 << 20)  # nothing is written there: with MSG_TRUNC the kernel discards what TCP has received
-_BODY_ERRORS: dict[int, type[KvasirError]] = {413: TooLarge, 503: Unavailable}
+_BODY_ERRORS: dict[int, type[KvasirError]] = {413: TooLarge, 429: Overloaded, 503: Unavailable}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,8 @@ class HttpLimits(MessageLimits):
 
     `max_connections`: beyond it a new one takes the place of the longest idle one; of the one that has been sending a
     request for longest, for `crowd_s` at least, if none is idle; or is turned away.
-    `max_total_body_bytes`: of all bodies that are held at one time.
+    `max_total_body_bytes`: of all bodies that are held at one time. One owner may hold three times as much as is left
+    free, so that there is always room for others (Choudhury and Hahne, 1998).
     """
 
     max_connections: int = 1024
@@ -67,15 +68,22 @@ class Exchange:
         self._head = b""
         self.has_begun = False
 
-    async def body(self) -> bytes:
+    async def body(self, owner: str = "") -> bytes:
         """Return the body, waiting for it where it has not come yet: until then nothing of it is asked for.
 
+        `owner`: who is charged with what it takes, until `drop_body`.
+
         Raises:
-            BadRequest, TooLarge, Unavailable: it is malformed, too large, or there is no room for it now. Whatever the
-                answer says, the connection is closed after it.
+            BadRequest, TooLarge, Unavailable, Overloaded: it is malformed, too large, or there is no room for it now,
+                or for so much of one owner's. Whatever the answer says, the connection is closed after it.
             trio.BrokenResourceError: the client is gone.
         """
-        return await self._connection.read_body(self._request)
+        return await self._connection.read_body(self._request, owner)
+
+    def drop_body(self) -> None:
+        """Let go of the body, which is not needed for the rest of the answer."""
+        self._request.body = b""
+        self._connection.recount()
 
     def begin(self, status: int, content_type: str, headers: Sequence[tuple[str, str]] = ()) -> None:
         """Set the status and headers of a streamed answer; they leave with the first piece of its body."""
@@ -125,6 +133,7 @@ class ServerState:
     limits: HttpLimits
     statistics: HttpStatistics = field(default_factory=HttpStatistics)
     draining: bool = False
+    held_by: dict[str, int] = field(default_factory=dict)  # bytes of bodies, by owner
     _date: bytes = b""
 
     @property
@@ -157,6 +166,7 @@ class Connection:
         self._since = trio.current_time()  # when the present phase of reading began
         self._writing_since: float | None = None
         self._num_held = 0  # bytes of bodies
+        self._owner = ""
 
     @property
     def idle_since(self) -> float | None:
@@ -246,8 +256,8 @@ class Connection:
                     return
                 parser.requests.popleft()
                 del request  # and its body, which would stay until the next one comes
-                if self._num_held:
-                    self._hold(parser.num_held_bytes)
+                self._charge("")
+                self.recount()
                 if parser.requests:
                     await trio.lowlevel.checkpoint()  # pipelined ones let others go first
             if parser.refusal is not None:
@@ -268,14 +278,18 @@ class Connection:
             self._since = trio.current_time()
         if self._num_held or parser.phase == "body" or len(parser.requests) > 1:
             self._hold(parser.num_held_bytes)
-            if self._server.statistics.num_body_bytes > self._limits.max_total_body_bytes:
+            free = self._limits.max_total_body_bytes - self._server.statistics.num_body_bytes
+            if free < 0:
                 parser.refusal = Refusal(503, "too many large requests are being read; try again in a moment")
+            elif self._owner and self._server.held_by.get(self._owner, 0) > 3 * free:
+                parser.refusal = Refusal(429, "too many of your large requests are being read; try again in a moment")
         if len(data) == READ_BYTES:
             await trio.lowlevel.checkpoint()  # one that sends without a pause lets others go first
         return True
 
-    async def read_body(self, request: HttpRequest) -> bytes:
+    async def read_body(self, request: HttpRequest, owner: str) -> bytes:
         """Return the body of the request that is being answered. As `Exchange.body`."""
+        self._charge(owner)
         if request.is_complete:
             return request.body
         parser = self._parser
@@ -386,6 +400,25 @@ class Connection:
         self._parser.close()
         self._hold(0)
 
+    def _charge(self, owner: str) -> None:
+        """From now on `owner` is charged with what is held."""
+        num_held = self._num_held
+        self._hold(0)
+        self._owner = owner
+        self._hold(num_held)
+
+    def recount(self) -> None:
+        """Some of what was held is not any more."""
+        if self._num_held:
+            self._hold(self._parser.num_held_bytes)
+
     def _hold(self, num_bytes: int) -> None:
-        self._server.statistics.num_body_bytes += num_bytes - self._num_held
-        self._num_held = num_bytes
+        if num_bytes == self._num_held:
+            return
+        more, self._num_held = num_bytes - self._num_held, num_bytes
+        self._server.statistics.num_body_bytes += more
+        if self._owner:
+            held_by = self._server.held_by
+            held_by[self._owner] = held_by.get(self._owner, 0) + more
+            if not held_by[self._owner]:
+                del held_by[self._owner]

@@ -487,6 +487,71 @@ def test_held_bodies_are_counted_while_they_are_answered_and_with_those_behind_t
     run(main)
 
 
+def test_a_body_that_was_read_takes_no_room_for_the_rest_of_its_answer() -> None:
+    async def main() -> None:
+        go_on = trio.Event()
+
+        async def read(request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
+            assert len(await exchange.body("a")) == 1_000_000
+            exchange.drop_body()
+            assert request.body == b""
+            await go_on.wait()
+            return HttpResponse(200, b"")
+
+        async with (
+            open_server(read) as (server, port),
+            await trio.open_tcp_stream("127.0.0.1", port) as stream,
+        ):
+            for _ in range(2):
+                await stream.send_all(POST_HEAD + b"x" * 1_000_000)
+                await until(lambda: server.statistics.num_body_bytes == REQUEST_BYTES)
+                go_on.set()
+                assert await stream.receive_some()
+                await until(lambda: server.statistics.num_body_bytes == 0)
+                go_on = trio.Event()
+            assert not server._state.held_by
+
+    run(main)
+
+
+def test_no_owner_can_take_all_the_room_for_bodies() -> None:
+    """Whoever holds the most is refused while there is room for others, and gets it again."""
+
+    async def read(request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
+        try:
+            await exchange.body(request.path)
+        except KvasirError as error:
+            return HttpResponse(error.http_status, error.message.encode())
+        return HttpResponse(200, b"")
+
+    async def main() -> None:
+        async with (
+            open_server(read, HttpLimits(max_total_body_bytes=4_000_000)) as (server, port),
+            contextlib.AsyncExitStack() as stack,
+        ):
+            greedy = POST_HEAD.replace(b"POST /", b"POST /greedy")
+            held = [await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", port)) for _ in range(3)]
+            for number, stream in enumerate(held, 1):
+                await stream.send_all(greedy + b"x" * 990_000)
+                await until(lambda number=number: server.statistics.num_body_bytes == number * 990_000)  # type: ignore[misc]
+            close = b"Connection: close\r\nHost"
+            whole = POST_HEAD.replace(b"Host", close) + b"x" * 1_000_000
+            refused = await talk(port, whole.replace(b"POST /", b"POST /greedy"))
+            assert refused.startswith(b"HTTP/1.1 429 ") and b"too many of your large requests" in refused
+            other = whole.replace(b"Length: 1000000", b"Length: 600000")[:-400_000]
+            for _ in range(2):
+                assert (await talk(port, other)).startswith(b"HTTP/1.1 200 ")
+            await held[0].send_all(b"x" * 10_000)
+            assert (await held[0].receive_some()).startswith(b"HTTP/1.1 200 ")
+            assert (await talk(port, whole.replace(b"POST /", b"POST /greedy"))).startswith(b"HTTP/1.1 200 ")
+            for stream in held:
+                await stream.aclose()
+            await until(lambda: server.statistics.num_open == 0)
+            assert not server._state.held_by and server.statistics.num_body_bytes == 0
+
+    run(main)
+
+
 def test_pipelined_requests_that_wait_are_counted_with_or_without_bodies() -> None:
     async def wait(request: HttpRequest, exchange: Exchange) -> HttpResponse | None:
         await trio.sleep_forever()
