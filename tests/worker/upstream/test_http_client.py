@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import ssl
+import subprocess
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 import trio
@@ -155,3 +159,49 @@ def test_a_url_may_leave_out_the_port_and_have_a_path() -> None:
     plain, secure = parse_url("http://h/v/"), parse_url("https://[::1]:8443")
     assert (plain.host, plain.port, plain.is_tls, plain.base) == ("h", 80, False, "/v")
     assert (secure.host, secure.port, secure.is_tls, secure.base) == ("::1", 8443, True, "")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes the server's certificate")
+def test_over_tls_a_certificate_that_is_not_known_is_named_and_roots_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subject = "-subj /CN=h -addext subjectAltName=IP:127.0.0.1"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes {subject} -keyout {key} -out {cert}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    made: list[ssl.SSLContext] = []
+    make = ssl.create_default_context
+
+    def make_and_count() -> ssl.SSLContext:
+        made.append(make())
+        return made[-1]
+
+    monkeypatch.setattr(ssl, "create_default_context", make_and_count)
+
+    async def handle(stream: trio.SocketStream) -> None:
+        secure = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
+        try:
+            await secure.receive_some()
+            await secure.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        except trio.BrokenResourceError:
+            pass
+        await trio.aclose_forcefully(secure)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            nursery.start_soon(trio.serve_listeners, handle, [listener])
+            address = parse_url(f"https://127.0.0.1:{listener.socket.getsockname()[1]}")
+            with pytest.raises(UpstreamUnreachable, match="self-signed certificate"):
+                await HttpClient(address).ask("GET", "/")
+            made.clear()
+            monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+            client = HttpClient(address)
+            for _ in range(3):
+                assert await client.ask("GET", "/") == (200, b"ok")
+            assert len(made) == 1
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
