@@ -17,6 +17,7 @@ What a request asked to retain goes after everything of a lower priority (`Run.p
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from math import exp, inf, log
 from typing import TYPE_CHECKING
@@ -72,7 +73,8 @@ class TwoHeaps:
     def __init__(self, num_blocks: int) -> None:
         self.now = 0.0
         self._max_ends = min(_ENDS_PER_BLOCK * num_blocks, _MAX_ENDS)
-        self._ends: dict[bytes, Visit] = {}  # by prefix hash; oldest first
+        # By prefix hash, oldest first. A plain dict would look for its first key behind all that were deleted before.
+        self._ends: OrderedDict[bytes, Visit] = OrderedDict()
 
     def __call__(self) -> TwoHeapsOrder:
         return TwoHeapsOrder(self)
@@ -96,7 +98,7 @@ class TwoHeaps:
             ends.pop(digest, None)
             ends[digest] = visit
         while len(ends) > self._max_ends:
-            del ends[next(iter(ends))]
+            ends.popitem(last=False)
 
     def on_free(self, table: BlockTable) -> None:
         visit = table.visit
