@@ -156,10 +156,8 @@ class Incarnation:
         self._cached = CachedBlocks(
             welcome.root, hello.block_size, hello.hit_blocks, facts.metrics.num_blocks, facts.model.lora
         )
-        self._reporter = Reporter(self._cached, hello.num_blocks, trio.current_time)
-        self._streams = Streams(
-            self._server, facts, self._reporter, self._cached, self._nursery, wake=self._wake, fail=self._on_trouble
-        )
+        self._reporter = Reporter(self._cached, hello.num_blocks, trio.current_time, self._wake)
+        self._streams = Streams(self._server, facts, self._reporter, self._cached, self._nursery, fail=self._on_trouble)
         log("joined", worker=hello.worker_id, upstream=self._server.name, heartbeat_s=self._heartbeat_s)
         self._nursery.start_soon(self._report)
         self._nursery.start_soon(self._follow)
@@ -227,7 +225,6 @@ class Incarnation:
                 return self._died("it was started anew")
             if self._streams is not None:
                 self._reporter.observe(metrics)
-                self._wake()
 
     async def _follow(self) -> None:
         """Follow the upstream's block events, and say which of both views of its cache is reported."""

@@ -18,12 +18,18 @@ MAX_STEP_S = 1.0  # a longer pause between tokens is no decode step
 
 
 class Reporter:
-    """Collects until `take`. `num_blocks`: the upstream's pool in blocks of the gateway's."""
+    """Collects until `take`. `num_blocks`: the upstream's pool in blocks of the gateway's.
 
-    def __init__(self, cached: CachedBlocks, num_blocks: int, clock: Callable[[], float]) -> None:
+    `wake` is called when there is something that should not wait.
+    """
+
+    def __init__(
+        self, cached: CachedBlocks, num_blocks: int, clock: Callable[[], float], wake: Callable[[], None]
+    ) -> None:
         self._cached = cached
         self._num_blocks = num_blocks
         self._clock = clock
+        self._wake = wake
         self._outputs: list[Output] = []
         self._step = self._event_seq = 0
         self._is_progress = False
@@ -37,6 +43,7 @@ class Reporter:
     def add(self, output: Output) -> None:
         """Put an output into the next report."""
         self._outputs.append(output)
+        self._wake()
 
     def decoded(self, num_tokens: int) -> None:
         """Note tokens of a running request."""
@@ -65,6 +72,7 @@ class Reporter:
             num_waiting=metrics.num_waiting,
             num_free_blocks=round(self._num_blocks * (1.0 - metrics.cache_usage)),
         )
+        self._wake()
 
     def take(self) -> StepReport:
         """Return what has happened since the last call."""

@@ -51,10 +51,7 @@ class Active:
 
 
 class Streams:
-    """Runs requests in `nursery`. `fail(reason)` is told of trouble and returns only if the upstream lives.
-
-    `wake` is called whenever there is something to report.
-    """
+    """Runs requests in `nursery`. `fail(reason)` is told of trouble and returns only if the upstream lives."""
 
     def __init__(
         self,
@@ -64,7 +61,6 @@ class Streams:
         cached: CachedBlocks,
         nursery: trio.Nursery,
         *,
-        wake: Callable[[], None],
         fail: Callable[[str], Awaitable[None]],
     ) -> None:
         self._server = server
@@ -72,7 +68,6 @@ class Streams:
         self._reporter = reporter
         self._cached = cached
         self._nursery = nursery
-        self._wake = wake
         self._fail = fail
         self._active: dict[tuple[bytes, int], Active] = {}
 
@@ -108,7 +103,6 @@ class Streams:
         """Answer a request that is not taken."""
         seq = max(0, num_tokens(command.token_ids) - command.num_prompt_tokens)
         self._reporter.add(Output(command.req_id, command.attempt, seq, finish_reason=reason, error=text))
-        self._wake()
 
     def abort(self, req_id: bytes, attempt: int) -> None:
         """Stop a request; its final output says "abort". Unknown ids are ignored.
@@ -142,7 +136,6 @@ class Streams:
         final.seq = active.seq
         del self._active[command.req_id, command.attempt]
         self._reporter.add(final)
-        self._wake()
 
     async def _stream(self, active: Active, final: Output) -> None:
         """Follow one request to its end and write that into `final`."""
@@ -217,7 +210,6 @@ class Streams:
         if active.num_generated == len(token_ids):
             output.guessed_cached_tokens = active.num_guessed
         self._reporter.add(output)
-        self._wake()
 
     def _count(self, active: Active, num_new: int) -> None:
         """Note what new tokens show of the engine's speed, and that the prompt is computed if they are the first."""

@@ -19,7 +19,7 @@ class Rig:
     def __init__(self, ratio: int = 2) -> None:
         self.now = 100.0
         self.cached = CachedBlocks(ROOT, 4, ratio, 10, None)
-        self.reporter = Reporter(self.cached, 20, lambda: self.now)
+        self.reporter = Reporter(self.cached, 20, lambda: self.now, lambda: None)
 
 
 def chain(num_tokens: int) -> bytes:
