@@ -28,6 +28,7 @@ from kvasir.protocol.profile import LinkProfile, apply_profile
 
 CONNECT_TIMEOUT_S = 5.0
 RECEIPT_EVERY_S = 0.05
+MAX_RECEIVED = 256  # multiparts at a time: what is to be sent must not wait until nothing comes any more
 PROFILE = LinkProfile(max_frame_bytes=64 << 20, reconnect_ms=50, reconnect_max_ms=1_000)
 
 
@@ -170,7 +171,7 @@ class _State:
         return seen
 
     def _receive(self) -> None:
-        while True:
+        for _ in range(MAX_RECEIVED):
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:

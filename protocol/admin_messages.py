@@ -26,13 +26,13 @@ from kvasir.protocol.admin_records import (
 )
 from kvasir.protocol.client_messages import Text
 from kvasir.protocol.codec import Decoder, Message
+from kvasir.protocol.days import MAX_DAY, MIN_DAY
 from kvasir.protocol.errors import ErrorInfo
 from kvasir.protocol.messages import CacheHint, Name, Seconds
 from kvasir.protocol.terms import Price, TermsChange
 
 MAX_ADMIN_FRAME_BYTES = 8 << 20
 Label = Annotated[str, Meta(max_length=256)]
-MIN_DAY, MAX_DAY = -719_162, 2_932_896  # 1 January of the year 1, 31 December of the year 9999
 Day = Annotated[int, Meta(ge=MIN_DAY, le=MAX_DAY)]
 Names = Annotated[list[Name], Meta(max_length=1024)]
 

@@ -5,7 +5,6 @@ Their fields are what `--json` prints, so they are an interface.
 
 from __future__ import annotations
 
-from datetime import date
 from typing import Any
 
 from msgspec import Struct, field
@@ -222,8 +221,3 @@ class PrivatePrefix(Struct, frozen=True, forbid_unknown_fields=True):
     model: str
     saved_tokens: int
     hits: int
-
-
-def date_of_day(day: int) -> str:
-    """Return a day's date, "2026-01-31", given its number since 1 January 1970."""
-    return date.fromordinal(date(1970, 1, 1).toordinal() + day).isoformat()

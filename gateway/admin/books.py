@@ -17,10 +17,10 @@ from kvasir.gateway.tenants.directory import TenantDirectory
 from kvasir.gateway.tenants.store import DATABASE_NAME, SECRET_NAME, Store
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol import admin_records as records
+from kvasir.protocol.days import MAX_DAY, MIN_DAY, date_of_day, day_number
 from kvasir.protocol.errors import BadRequest, NotFound, StoreError
 
 T = TypeVar("T")
-DAY_S = 86_400
 
 
 class Books:
@@ -38,10 +38,10 @@ class Books:
             NotFound: no such tenant or key.
             StoreError: the ledger cannot be read.
         """
-        first = int(now // DAY_S) - 30 if query.first_day is None else query.first_day
-        last = int(now // DAY_S) if query.last_day is None else query.last_day
+        first = day_number(now) - 30 if query.first_day is None else query.first_day
+        last = day_number(now) if query.last_day is None else query.last_day
         if first > last:
-            span = f"{records.date_of_day(first)} is after {records.date_of_day(last)}"
+            span = f"{date_of_day(first)} is after {date_of_day(last)}"
             raise BadRequest(f"{span}: no day is between them; give an earlier first day or a later last one")
         wanted = None if query.tenant is None else self._tenant_ids(query.tenant)
         days = await self._days(first, last)
@@ -126,7 +126,7 @@ class Books:
         try:
             self._directory.key(key_id)
         except NotFound:
-            if not any(day.key_id == key_id for day in await self._days(am.MIN_DAY, am.MAX_DAY)):
+            if not any(day.key_id == key_id for day in await self._days(MIN_DAY, MAX_DAY)):
                 raise
 
     async def _days(self, first: int, last: int) -> list[DaySum]:
@@ -136,7 +136,7 @@ class Books:
         """Return tenant, key, model and day, those that are summed over empty."""
         tenant = self._directory.tenant_by_id(day.tenant_id)
         name = self._directory.former_tenants.get(day.tenant_id, day.tenant_id) if tenant is None else tenant.name
-        date = records.date_of_day(day.day) if by == "day" else ""
+        date = date_of_day(day.day).isoformat() if by == "day" else ""
         return name, day.key_id if by == "key" else "", day.model if by == "model" else "", date
 
     async def _on_thread(self, call: Callable[[], T]) -> T:

@@ -8,10 +8,11 @@ does, and what was granted in it stays granted.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 
 from kvasir.gateway.core.gcra import Meter
 from kvasir.gateway.core.promises import Places
+from kvasir.protocol.days import DAY_S, date_of_day
 from kvasir.protocol.terms import Budget
 
 MAX_DAYS = 100  # remembered one by one; of older ones only the sum
@@ -30,7 +31,7 @@ class Day:
     month: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        day = date.fromordinal(self.number + _EPOCH)
+        day = date_of_day(self.number)
         self.month = day.year, day.month
 
 
@@ -122,20 +123,12 @@ class Account:
                 return
 
 
-def day_number(wall_s: float) -> int:
-    """Return the day that a time, in seconds since the epoch, lies in."""
-    return int(wall_s // 86_400)
-
-
 def window_end(budget: Budget, number: int) -> float | None:
     """Return when (seconds since the epoch) the window around a day is over; None: never."""
     if budget.window == "day":
-        return (number + 1) * 86_400.0
+        return float(number + 1) * DAY_S
     if budget.window == "month":
-        day = date.fromordinal(number + _EPOCH)
+        day = date_of_day(number)
         year, month = divmod(day.year * 12 + day.month, 12)
         return datetime(year, month + 1, 1, tzinfo=UTC).timestamp()
     return None
-
-
-_EPOCH = date(1970, 1, 1).toordinal()

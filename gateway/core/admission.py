@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from kvasir.gateway.core.accounts import Account, Day, day_number, window_end
+from kvasir.gateway.core.accounts import Account, Day, window_end
 from kvasir.gateway.core.api import Allowance, Finished, Standing, Submit
 from kvasir.gateway.core.gcra import MINUTE_NS, Meter
 from kvasir.gateway.core.promises import MAX_WAIT_S
+from kvasir.protocol.days import day_number
 from kvasir.protocol.errors import BadRequest, BudgetExceeded, KvasirError, RateLimited
 from kvasir.protocol.terms import MONEY_UNITS, NO_TERMS, Budget, Price, Terms
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kvasir.gateway.core.admission import Admission
-from kvasir.gateway.ledger.database import DAY_S, Database
+from kvasir.gateway.ledger.database import Database
 from kvasir.gateway.log import log
+from kvasir.protocol.days import day_number
 
 RECENT_DAYS = 62  # two months, whatever the clock does around midnight of their ends
 
@@ -18,7 +19,7 @@ def load_accounts(database: Database, admission: Admission, now: float) -> None:
     num_lost = database.recover(now)
     if num_lost:
         log("ledger_recovered", rows=num_lost, settled="at their last counts")
-    first = int(now // DAY_S) - RECENT_DAYS
+    first = day_number(now) - RECENT_DAYS
     for tenant_id, key_id, num_tokens, cost in database.used_before(first):
         for payer_id in filter(None, (tenant_id, key_id)):
             account = admission.account(payer_id)

@@ -19,9 +19,9 @@ import msgspec
 
 from kvasir.gateway.sql.places import open_reader, open_sql
 from kvasir.gateway.sql.sql import Sql
+from kvasir.protocol.days import day_number
 
 LEDGER_NAME = "ledger.db"
-DAY_S = 86_400
 MARK_EVERY_S = 10.0
 
 # Schema version n is what the first n entries make. Released entries are never edited, only followed by new ones.
@@ -276,7 +276,7 @@ def _sums(rows: Iterable[Row]) -> list[DaySum]:
     for row in rows:
         if row.settled_at is None:
             continue
-        key = int(row.admitted_at // DAY_S), row.tenant_id, row.key_id, row.model
+        key = day_number(row.admitted_at), row.tenant_id, row.key_id, row.model
         day = sums.get(key)
         if day is None:
             day = sums[key] = DaySum(*key)

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvasir.gateway.core.admission import Bill
-from kvasir.gateway.ledger.database import DAY_S, Batch, Database, DaySum, Row
+from kvasir.gateway.ledger.database import Batch, Database, DaySum, Row
 from kvasir.gateway.log import log
+from kvasir.protocol.days import DAY_S, day_number
 from kvasir.protocol.errors import KvasirError, StoreError, Unavailable
 
 COMMIT_EVERY_S = 0.01
@@ -93,7 +94,7 @@ class LedgerWriter:
 
     def refused(self, tenant_id: str, key_id: str, model: str) -> None:
         """Count an API request that was refused; written with the next commit."""
-        self._refused.append((int(self._wall_clock() // DAY_S), tenant_id, key_id, model))
+        self._refused.append((day_number(self._wall_clock()), tenant_id, key_id, model))
 
     def statistics(self) -> LedgerStatistics:
         """Return the counters."""
@@ -183,7 +184,7 @@ class LedgerWriter:
 
     def drop_rows(self) -> None:
         """Drop some thousand rows that are old enough, and come back soon if there may be more."""
-        before = (int(self._wall_clock() // DAY_S) - self._keep_days) * DAY_S
+        before = (day_number(self._wall_clock()) - self._keep_days) * DAY_S
         try:
             num = self._database.drop_rows(before)
         except StoreError as error:

@@ -19,11 +19,11 @@ from kvasir.cli.output import Rows, count, example, json_option, percent, plain,
 from kvasir.cli.terms import money, parse_price, price_text
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol import admin_records as records
+from kvasir.protocol.days import date_of_day, day_of_date
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.terms import MONEY_UNITS, Price
 
 By = Literal["tenant", "key", "model", "day"]
-EPOCH = date(1970, 1, 1).toordinal()
 BACKUP_TIMEOUT_S = 600.0
 
 
@@ -34,7 +34,7 @@ def parse_date(text: str) -> int:
         click.BadParameter: it is none.
     """
     try:
-        return date.fromisoformat(text).toordinal() - EPOCH
+        return day_of_date(date.fromisoformat(text))
     except ValueError:
         raise click.BadParameter(f"{text!r} is no date; give one such as 2026-01-31") from None
 
@@ -83,7 +83,7 @@ def _print_csv(rows: list[records.UsageRow], by: str) -> None:
 
 
 def _usage(reply: am.UsageReply, by: str) -> RenderableType:
-    span = f"{records.date_of_day(reply.first_day)} to {records.date_of_day(reply.last_day)}"
+    span = f"{date_of_day(reply.first_day)} to {date_of_day(reply.last_day)}"
     if not reply.rows:
         return f"nothing was used from {span}"
     numbers = ("requests", "refused", "prompt", "cached", "output", "money")

@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_overloads
 
 import pytest
 
 import kvasir
 from kvasir import AsyncClient, Client, Completion, errors, paths
+from kvasir._pump import _State
 from kvasir.protocol.client_messages import (
     CancelRequest,
     CompletionChunk,
@@ -25,6 +27,7 @@ from kvasir.protocol.client_messages import (
     Received,
     Usage,
 )
+from kvasir.protocol.codec import encode
 from kvasir.protocol.errors import ErrorInfo
 from kvasir.protocol.tokens import pack_tokens
 from tests.fake_gateway import API_KEY, FakeGateway, echo, endless, silent
@@ -55,6 +58,16 @@ def test_stream_may_be_a_bool_variable_for_a_type_checker(method: Any) -> None:
     assert [overload.__annotations__["stream"] for overload in get_overloads(method)] == [
         *("Literal[False]", "Literal[True]", "bool")
     ]
+
+
+def test_a_gateway_that_never_pauses_does_not_keep_the_client_from_sending(gateway: FakeGateway) -> None:
+    state, chunk = _State(gateway.endpoint, 5.0), encode(CompletionChunk(1, "x"))
+    real, state.socket = state.socket, SimpleNamespace(recv_multipart=lambda flags: [chunk])  # type: ignore[assignment]
+    try:
+        state._receive()  # comes back, so that cancellations and receipts have their turn
+    finally:
+        state.socket = real
+        state._close_sockets()
 
 
 def test_token_ids_in_give_token_ids_and_usage_with_cached_tokens(client: Client) -> None:

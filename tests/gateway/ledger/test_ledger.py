@@ -12,8 +12,9 @@ import trio
 from kvasir.gateway.core.api import Cancel
 from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.ledger.accounts import load_accounts
-from kvasir.gateway.ledger.database import DAY_S, Batch, Database, DaySum, Row, open_ledger
+from kvasir.gateway.ledger.database import Batch, Database, DaySum, Row, open_ledger
 from kvasir.gateway.ledger.writer import KEEP_DAYS, RETRY_EVERY_S, LedgerWriter
+from kvasir.protocol.days import DAY_S
 from kvasir.protocol.errors import StoreError
 from kvasir.protocol.messages import Abort
 from kvasir.protocol.terms import NO_TERMS, Budget, Price, Terms

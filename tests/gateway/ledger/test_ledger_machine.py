@@ -16,13 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvasir.gateway.core.accounts import day_number
 from kvasir.gateway.core.admission import Share
 from kvasir.gateway.core.api import Finished, Submit
 from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.ledger.accounts import load_accounts
 from kvasir.gateway.ledger.database import Batch, open_ledger
 from kvasir.gateway.ledger.writer import LedgerWriter
+from kvasir.protocol.days import day_number
 from kvasir.protocol.errors import KvasirError, StoreError
 from kvasir.protocol.terms import NO_TERMS, Budget, Limits, Price, Terms
 from tests.core_helpers import make_submit

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from kvasir.gateway.ledger.database import DAY_S, Batch, Row, open_ledger
+from kvasir.gateway.ledger.database import Batch, Row, open_ledger
 from kvasir.gateway.tenants.directory import TenantDirectory
 from kvasir.gateway.tenants.store import DATABASE_NAME, open_store
+from kvasir.protocol.days import DAY_S
 from kvasir.protocol.errors import AuthenticationFailed, StoreError
 from kvasir.protocol.terms import MONEY_UNITS, Price
 from tests.gateway.admin.test_admin import Office, open_office
