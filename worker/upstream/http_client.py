@@ -192,7 +192,9 @@ class HttpClient:
                 stream = await trio.open_tcp_stream(address.host, address.port)
                 return stream if self._tls is None else await self._secure(stream, self._tls)
             except (OSError, trio.BrokenResourceError, ssl.SSLError) as error:
-                reason = error.__cause__ or error  # Trio wraps what TLS says
+                reason: BaseException = error.__cause__ or error  # Trio wraps what TLS says, and the kernel
+                while isinstance(reason, BaseExceptionGroup):
+                    reason = reason.exceptions[0]
                 raise UpstreamUnreachable(f"{address.host}:{address.port} cannot be reached: {reason}") from None
         raise UpstreamUnreachable(f"{address.host}:{address.port} takes no connection within {CONNECT_TIMEOUT_S} s")
 

@@ -93,10 +93,11 @@ def check_endpoint(what: str, endpoint: str) -> None:
         ConfigurationError: it is not ipc, nor tcp on a loopback or private address; `what` names it.
     """
     kind, _, rest = endpoint.partition("://")
-    if kind not in ("ipc", "tcp") or not rest:
+    host, _, port = rest.rpartition(":")
+    if kind not in ("ipc", "tcp") or not rest or (kind == "tcp" and not (port.isdecimal() and int(port) < 1 << 16)):
         raise ConfigurationError(f"{what}: give tcp://HOST:PORT or ipc://PATH.")
     if kind == "tcp":
-        check_private(what, rest.rpartition(":")[0].strip("[]"))
+        check_private(what, host.strip("[]"))
 
 
 def check_private(what: str, host: str) -> None:

@@ -106,7 +106,7 @@ def test_a_refused_connection_is_unreachable_and_says_where() -> None:
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         port = listener.socket.getsockname()[1]
         await listener.aclose()
-        with pytest.raises(UpstreamUnreachable, match=f"127.0.0.1:{port} cannot be reached"):
+        with pytest.raises(UpstreamUnreachable, match=f"127.0.0.1:{port} cannot be reached: .*Connection refused"):
             await HttpClient(parse_url(f"http://127.0.0.1:{port}")).ask("GET", "/")
 
     trio.run(main)

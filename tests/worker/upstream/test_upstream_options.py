@@ -52,6 +52,8 @@ def test_the_key_is_read_from_its_file(tmp_path: Path) -> None:
         ([*BASE, *UPSTREAM, *UPSTREAM, "--kv-events", "off"], "given 1 times for 2 upstreams"),
         ([*BASE, *UPSTREAM, "--kv-events-replay", "tcp://127.0.0.1:1"], "belongs to --kv-events"),
         ([*BASE, *UPSTREAM, "--kv-events", "udp://127.0.0.1:1"], "give tcp://HOST:PORT or ipc://PATH"),
+        ([*BASE, *UPSTREAM, "--kv-events", "tcp://127.0.0.1:none"], "give tcp://HOST:PORT or ipc://PATH"),
+        ([*BASE, *UPSTREAM, "--kv-events", "tcp://127.0.0.1:99999"], "give tcp://HOST:PORT or ipc://PATH"),
         ([*BASE, *UPSTREAM, "--kv-events", "tcp://93.184.216.34:5557"], "is no private address"),
         ([*BASE, "--upstream", "http://93.184.216.34:8000"], "is no private address"),
         ([*BASE, "--upstream", "http://no-such-host.invalid:8000"], "is not known here"),
