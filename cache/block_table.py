@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from kvasir.cache.block_pool import PUBLIC
 from kvasir.cache.run import Run
-from kvasir.protocol.messages import CacheHint, RetentionHint
 from kvasir.protocol.prefix import extend_chain, split_hashes
+from kvasir.protocol.sampling import CacheHint, RetentionHint
 from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens
 
 

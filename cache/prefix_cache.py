@@ -30,7 +30,8 @@ from kvasir.cache.policies.lru import Lru
 from kvasir.cache.policy import Observer, PolicyFactory
 from kvasir.cache.run import BLOCK_IDS, Run
 from kvasir.cache.run_tree import RunTree
-from kvasir.protocol.messages import KvAccount, Quota, RetentionHint
+from kvasir.protocol.messages import KvAccount, Quota
+from kvasir.protocol.sampling import RetentionHint
 from kvasir.protocol.tokens import TOKEN_BYTES
 
 

@@ -18,7 +18,7 @@ from kvasir.protocol.client_messages import (
 )
 from kvasir.protocol.codec import Message, encode
 from kvasir.protocol.errors import BadRequest, TooLarge
-from kvasir.protocol.messages import CacheHint, Grammar, Priority, RetentionHint, SamplingOptions
+from kvasir.protocol.sampling import CacheHint, Grammar, Priority, RetentionHint, SamplingOptions
 from kvasir.protocol.tokens import pack_tokens
 
 Messages = Sequence[Mapping[str, Any] | ChatMessage]

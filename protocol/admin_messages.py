@@ -25,10 +25,10 @@ from kvasir.protocol.admin_records import (
     WorkerInfo,
 )
 from kvasir.protocol.client_messages import Text
-from kvasir.protocol.codec import Decoder, Message
+from kvasir.protocol.codec import Decoder, Message, Name, Seconds
 from kvasir.protocol.days import MAX_DAY, MIN_DAY
 from kvasir.protocol.errors import ErrorInfo
-from kvasir.protocol.messages import CacheHint, Name, Seconds
+from kvasir.protocol.sampling import CacheHint
 from kvasir.protocol.terms import Price, TermsChange
 
 MAX_ADMIN_FRAME_BYTES = 8 << 20

@@ -9,7 +9,8 @@ from typing import Any
 
 from msgspec import Struct, field
 
-from kvasir.protocol.messages import CacheHint, Drafts
+from kvasir.protocol.messages import Drafts
+from kvasir.protocol.sampling import CacheHint
 from kvasir.protocol.terms import Price, Terms
 
 

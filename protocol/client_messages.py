@@ -15,21 +15,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from kvasir.protocol.codec import Decoder, Message
+from kvasir.protocol.codec import MAX_TOKENS, Decoder, Message, Name, PackedTokens, Seconds, TokenId
 from kvasir.protocol.errors import ErrorInfo
-from kvasir.protocol.messages import (
-    MAX_TOKENS,
-    CacheHint,
-    Grammar,
-    Name,
-    PackedTokens,
-    Priority,
-    RetentionHint,
-    SamplingOptions,
-    Seconds,
-    TokenId,
-    TokenLogprobs,
-)
+from kvasir.protocol.messages import TokenLogprobs
+from kvasir.protocol.sampling import CacheHint, Grammar, Priority, RetentionHint, SamplingOptions
 
 MAX_CLIENT_FRAME_BYTES = 8 << 20
 CallId = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]

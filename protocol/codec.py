@@ -1,4 +1,4 @@
-"""One MessagePack frame per message, tagged unions, every list bounded, unknown fields refused.
+"""One MessagePack frame per message, tagged unions, every list and number bounded, unknown fields refused.
 
 A decoder is built once per union; whatever does not fit it is an `InvalidMessage` whose text names the path
 (`$.sampling.temperature`) and whose `param` is the field. Bulk bytes travel in frames of their own, never through here.
@@ -7,13 +7,28 @@ A decoder is built once per union; whatever does not fit it is an `InvalidMessag
 from __future__ import annotations
 
 import re
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from kvasir.protocol.errors import InvalidMessage
 
 M = TypeVar("M")
+
+MAX_TOKENS = 1 << 20
+MAX_TOKEN_ID = (1 << 32) - 1
+
+Id = Annotated[bytes, Meta(min_length=1, max_length=32)]
+TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
+Key16 = Annotated[bytes, Meta(min_length=16, max_length=16)]
+PackedTokens = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
+PackedHashes = Annotated[bytes, Meta(max_length=16 * MAX_TOKENS)]
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Reason = Annotated[str, Meta(max_length=4096)]
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+MAX_SECONDS = 1e9  # thirty years: sums stay finite
+Seconds = Annotated[float, Meta(ge=0, le=MAX_SECONDS)]
 
 _encoder = msgspec.msgpack.Encoder()
 

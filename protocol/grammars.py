@@ -16,7 +16,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from kvasir.protocol.errors import BadRequest, ModelError
 from kvasir.protocol.lark import lark_of, read_calls, read_schema
-from kvasir.protocol.messages import Grammar
+from kvasir.protocol.sampling import Grammar
 
 LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,

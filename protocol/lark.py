@@ -13,7 +13,7 @@ import msgspec
 
 from kvasir.protocol.call_grammar import CallGrammar, calls_in_lark, json_in_lark
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import Grammar, ReasoningBudget
+from kvasir.protocol.sampling import Grammar, ReasoningBudget
 
 HEADER = "%llguidance {}\n"
 MAX_CHOICES = 4096

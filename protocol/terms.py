@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from kvasir.protocol.messages import Priority
+from kvasir.protocol.sampling import Priority
 
 MONEY_UNITS = 10**10  # per unit of the operator's currency
 MAX_COUNT = 10**15

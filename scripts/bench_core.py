@@ -25,8 +25,9 @@ from kvasir.gateway.core.core import Core
 from kvasir.gateway.ledger.database import open_ledger
 from kvasir.gateway.ledger.writer import LedgerWriter
 from kvasir.protocol import PROTOCOL_VERSION, terms
-from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, Sampling, StepReport
+from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, StepReport
 from kvasir.protocol.prefix import hash_prompt
+from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.tokens import pack_tokens
 
 BATCH = 32

@@ -26,7 +26,8 @@ from kvasir.gateway.core.api import Event, Submit
 from kvasir.gateway.core.config import CoreConfig
 from kvasir.gateway.core.core import Core
 from kvasir.protocol import PROTOCOL_VERSION
-from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, Sampling, Snapshot, StepReport
+from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, Snapshot, StepReport
+from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.tokens import pack_tokens
 
 _HERE = Path(__file__).resolve()

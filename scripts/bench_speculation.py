@@ -39,8 +39,9 @@ from tokenizers import Tokenizer
 
 from kvasir.cache.kv_store import KvStore
 from kvasir.cache.prefix_cache import PrefixCache
-from kvasir.protocol.messages import Generate, Sampling
+from kvasir.protocol.messages import Generate
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
+from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.executor import LocalExecutor

@@ -31,8 +31,8 @@ from kvasir.gateway.core.config import CoreConfig
 from kvasir.gateway.core.core import Core
 from kvasir.gateway.workers.port import WorkerPort
 from kvasir.protocol.link import open_router
-from kvasir.protocol.messages import Sampling
 from kvasir.protocol.prefix import hash_prompt
+from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.upstream.http_client import HttpClient, parse_url
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.grammars import load_tokenizer, make_matcher
-from kvasir.protocol.messages import Grammar
+from kvasir.protocol.sampling import Grammar
 
 DEMO = Path(__file__).resolve().parents[1] / "kvasir" / "demo_model"
 MAX_FORMS = 2000

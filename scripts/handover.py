@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bench_engine import ROOT, make_engine, run_engine
 
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.sampling import Sampling
 from kvasir.worker.speculation.costs import StepCosts
 from kvasir.worker.speculation.proposer import Draft, Reader, Text
 from kvasir.worker.speculation.speculator import Speculator

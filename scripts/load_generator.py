@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kvasir.protocol.client_messages import GATEWAY_MESSAGES, CompletionDone, CompletionRequest
 from kvasir.protocol.codec import encode
-from kvasir.protocol.messages import SamplingOptions
+from kvasir.protocol.sampling import SamplingOptions
 from kvasir.protocol.tokens import pack_tokens
 
 MODEL_NAME = "demo"

@@ -19,8 +19,8 @@ from typing import Any
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.cache.policies import POLICIES
 from kvasir.cache.prefix_cache import PrefixCache
-from kvasir.protocol.messages import CacheHint
 from kvasir.protocol.prefix import derive_namespace, derive_root, extend_chain
+from kvasir.protocol.sampling import CacheHint
 from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens
 
 ROOT = derive_root(b"replay", "trace", "float32")

@@ -16,7 +16,7 @@ from kvasir.cache.policies.leaf_queue import LeafQueue
 from kvasir.cache.policies.lru import Lru
 from kvasir.cache.policies.two_heaps import TwoHeaps, Visit
 from kvasir.cache.run import Run
-from kvasir.protocol.messages import CacheHint
+from kvasir.protocol.sampling import CacheHint
 
 
 def sessions_of(trace: Trace) -> list[int]:

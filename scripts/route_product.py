@@ -29,18 +29,8 @@ from kvasir.gateway.core.core import Core
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.routing.router import RouterConfig
 from kvasir.protocol import PROTOCOL_VERSION
-from kvasir.protocol.messages import (
-    Command,
-    Generate,
-    Hello,
-    Limits,
-    Load,
-    Output,
-    Resync,
-    Sampling,
-    Snapshot,
-    StepReport,
-)
+from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, Resync, Snapshot, StepReport
+from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.terms import NO_TERMS, Terms
 from kvasir.protocol.tokens import TOKEN_BYTES, pack_tokens
 from kvasir.worker.engine.engine import Engine

@@ -14,8 +14,9 @@ from kvasir.gateway.core.request import NORMAL, Request
 from kvasir.protocol import PROTOCOL_VERSION
 from kvasir.protocol.codec import encode
 from kvasir.protocol.errors import KvasirError
-from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, Sampling, StepReport
+from kvasir.protocol.messages import Command, Generate, Hello, Limits, Load, Output, StepReport
 from kvasir.protocol.prefix import hash_prompt
+from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 
 BLOCK_SIZE = 4

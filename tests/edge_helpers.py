@@ -22,7 +22,8 @@ from kvasir.gateway.tenants.directory import ApiKey, Caller, PublishedPrefix, Te
 from kvasir.gateway.text.answer_parser import find_format
 from kvasir.gateway.text.chat_template import ChatTemplate
 from kvasir.gateway.text.model_text import ModelText, load_text
-from kvasir.protocol.messages import Grammar, TokenLogprobs
+from kvasir.protocol.messages import TokenLogprobs
+from kvasir.protocol.sampling import Grammar
 from kvasir.protocol.tokens import pack_tokens
 
 SECRET = b"s" * 32

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from kvasir.cache.prefix_cache import PrefixCache
-from kvasir.protocol.messages import Generate, Output, Sampling, StepReport
+from kvasir.protocol.messages import Generate, Output, StepReport
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
+from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.executor import LocalExecutor

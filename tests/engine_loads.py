@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from kvasir.protocol.messages import Generate, Quota, Sampling
+from kvasir.protocol.messages import Generate, Quota
+from kvasir.protocol.sampling import Sampling
 from tests.engine_helpers import SIZE, Rig, Stream, expected_tokens, make_generate, make_prompt
 
 MAX_TOKENS = 25  # of an answer, at most

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvasir.protocol.grammars import load_tokenizer, make_matcher
-from kvasir.protocol.messages import Constraint, Grammar, Sampling
+from kvasir.protocol.sampling import Constraint, Grammar, Sampling
 
 DEMO = Path(__file__).resolve().parents[1] / "kvasir" / "demo_model"
 EOS = (0, 4)

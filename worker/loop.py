@@ -21,18 +21,16 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from kvasir.protocol.codec import encode
+from kvasir.protocol.codec import Count, Id, encode
 from kvasir.protocol.errors import BadRequest, InvalidMessage
 from kvasir.protocol.messages import (
     COMMANDS,
     Abort,
     Bye,
     ClearTenant,
-    Count,
     Drain,
     Generate,
     Hello,
-    Id,
     Identify,
     KvAccounts,
     Pin,

@@ -24,7 +24,7 @@ from kvasir.gateway.tenants.quotas import check_kv_size
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import Conflict, NotFound
-from kvasir.protocol.messages import CacheHint
+from kvasir.protocol.sampling import CacheHint
 
 
 def decide_tenant(directory: TenantDirectory, command: am.TenantCommand, now: float, gateway: Gateway) -> Verdict:

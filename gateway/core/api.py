@@ -10,8 +10,10 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from kvasir.protocol.codec import MAX_TOKEN_ID
 from kvasir.protocol.errors import ErrorInfo
-from kvasir.protocol.messages import MAX_TOKEN_ID, CacheHint, Priority, RetentionHint, Sampling, TokenLogprobs
+from kvasir.protocol.messages import TokenLogprobs
+from kvasir.protocol.sampling import CacheHint, Priority, RetentionHint, Sampling
 
 
 class PromptParts(msgspec.Struct, frozen=True):

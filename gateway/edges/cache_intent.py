@@ -12,7 +12,7 @@ from typing import Literal
 from msgspec import Struct
 
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import CacheHint
+from kvasir.protocol.sampling import CacheHint
 
 
 class PromptCacheOptions(Struct):

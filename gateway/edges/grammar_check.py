@@ -20,7 +20,7 @@ import trio
 from kvasir.gateway.log import log
 from kvasir.gateway.text.grammar_helper import Lines, Trial, Verdict, line
 from kvasir.protocol.errors import BadRequest, Overloaded, Unavailable
-from kvasir.protocol.messages import Grammar
+from kvasir.protocol.sampling import Grammar
 
 MAX_TRIALS = 4  # at a time
 MAX_WAITING = 64

@@ -11,7 +11,7 @@ from msgspec import Meta, Raw, Struct
 from kvasir.gateway.edges.openai_bodies import Body
 from kvasir.gateway.text.json_input import read_json
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import MAX_GRAMMAR_CHARS, Grammar
+from kvasir.protocol.sampling import MAX_GRAMMAR_CHARS, Grammar
 
 _ANY_OBJECT = b'{"type":"object"}'
 _OBJECT = Grammar("json_schema", _ANY_OBJECT.decode())

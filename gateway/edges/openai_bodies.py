@@ -8,7 +8,8 @@ from msgspec import Meta, Raw, Struct
 
 from kvasir.gateway.edges.cache_intent import CacheControl, PromptCacheOptions, Retention
 from kvasir.gateway.edges.chat_turns import NamedTool, Turn
-from kvasir.protocol.messages import MAX_TOKENS, CacheHint, Priority, RetentionHint
+from kvasir.protocol.codec import MAX_TOKENS
+from kvasir.protocol.sampling import CacheHint, Priority, RetentionHint
 
 MAX_TURNS = 4096
 NumTokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]

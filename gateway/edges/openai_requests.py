@@ -20,7 +20,7 @@ from kvasir.gateway.edges.openai_bodies import MAX_TURNS, Body, ChatBody, Comple
 from kvasir.gateway.text.json_input import read_by, read_json
 from kvasir.protocol.client_messages import ChatOptions, CompletionRequest
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import CacheHint, Priority, SamplingOptions
+from kvasir.protocol.sampling import CacheHint, Priority, SamplingOptions
 from kvasir.protocol.tokens import pack_tokens
 
 MAX_CHOICES = 8

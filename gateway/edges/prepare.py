@@ -35,9 +35,10 @@ from kvasir.gateway.tenants.directory import Caller, Tenant
 from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText
 from kvasir.gateway.text.piece_cache import Memory, Pieces
 from kvasir.protocol.client_messages import CompletionRequest
+from kvasir.protocol.codec import MAX_TOKEN_ID
 from kvasir.protocol.errors import BadRequest, PromptTooLong
-from kvasir.protocol.messages import MAX_TOKEN_ID, Constraint, Grammar, Sampling, SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
+from kvasir.protocol.sampling import Constraint, Grammar, Sampling, SamplingOptions
 from kvasir.protocol.tokens import unpack_tokens
 
 T = TypeVar("T")

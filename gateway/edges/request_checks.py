@@ -14,8 +14,8 @@ from kvasir.gateway.text.call_grammars import is_strict
 from kvasir.gateway.text.model_text import ModelText
 from kvasir.gateway.text.tool_schemas import read_tools
 from kvasir.protocol.client_messages import CompletionRequest
+from kvasir.protocol.codec import MAX_SECONDS, MAX_TOKEN_ID
 from kvasir.protocol.errors import BadRequest, PromptTooLong
-from kvasir.protocol.messages import MAX_SECONDS, MAX_TOKEN_ID
 from kvasir.protocol.tokens import TOKEN_BYTES, view_tokens
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvasir.protocol.errors import AuthenticationFailed, BadRequest, Conflict, NotFound
-from kvasir.protocol.messages import CacheHint
+from kvasir.protocol.sampling import CacheHint
 from kvasir.protocol.terms import NO_TERMS, Price, Terms
 
 Status = Literal["active", "disabled"]

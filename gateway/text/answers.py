@@ -12,8 +12,9 @@ from kvasir.gateway.text.call_grammars import call_grammar
 from kvasir.gateway.text.tool_calls import ToolParser
 from kvasir.gateway.text.tool_schemas import read_tools, schemas_of
 from kvasir.protocol.client_messages import ChatMessage, ChatOptions
+from kvasir.protocol.codec import MAX_TOKENS
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import MAX_TOKENS, Grammar, ReasoningBudget
+from kvasir.protocol.sampling import Grammar, ReasoningBudget
 
 
 class Answers:

@@ -16,7 +16,7 @@ from kvasir.gateway.text.tool_calls import CallStyle, ToolParser
 from kvasir.protocol.call_grammar import CallableTool, CallGrammar, Piece
 from kvasir.protocol.client_messages import ChatOptions
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import MAX_GRAMMAR_CHARS, Grammar
+from kvasir.protocol.sampling import MAX_GRAMMAR_CHARS, Grammar
 
 _BY_NAME = {"properties", "patternProperties", "$defs", "definitions"}  # keywords whose values are schemas by name
 _DATA = {"const", "enum"}

@@ -26,7 +26,7 @@ from llguidance import LLTokenizer
 
 from kvasir.protocol.errors import BadRequest, ModelError
 from kvasir.protocol.grammars import load_tokenizer, make_matcher, plain
-from kvasir.protocol.messages import Grammar
+from kvasir.protocol.sampling import Grammar
 
 LIMIT_S = 0.8
 MEMORY_BYTES = 256 << 20  # beyond what the helper has itself

@@ -10,7 +10,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from kvasir.protocol.errors import ModelError
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.sampling import Sampling
 
 
 def special_tokens(path: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:

@@ -29,7 +29,7 @@ from kvasir.cli.terms import parse_alias, terms_lines, terms_options
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol import admin_records as records
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import CacheHint
+from kvasir.protocol.sampling import CacheHint
 from kvasir.protocol.terms import TermsChange
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import click
 
-from kvasir.protocol.messages import Priority
+from kvasir.protocol.sampling import Priority
 from kvasir.protocol.terms import MAX_COUNT, MONEY_UNITS, Budget, Terms, TermsChange, Unit, Window
 
 F = TypeVar("F", bound=Callable[..., Any])

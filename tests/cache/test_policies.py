@@ -12,8 +12,9 @@ from kvasir.cache.policies.lru import Lru
 from kvasir.cache.policies.two_heaps import TwoHeaps, TwoHeapsOrder, Visit
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.errors import ConfigurationError
-from kvasir.protocol.messages import CacheHint, Quota, RetentionHint
+from kvasir.protocol.messages import Quota
 from kvasir.protocol.prefix import derive_namespace, derive_root
+from kvasir.protocol.sampling import CacheHint, RetentionHint
 from kvasir.worker.options import parse_options
 from kvasir.worker.startup import build
 

@@ -30,7 +30,7 @@ from kvasir.protocol.client_messages import (
 )
 from kvasir.protocol.codec import Message
 from kvasir.protocol.errors import ErrorInfo
-from kvasir.protocol.messages import Grammar
+from kvasir.protocol.sampling import Grammar
 from tests.fake_gateway import API_KEY, FakeGateway
 
 pytestmark = pytest.mark.timeout(30)

@@ -12,7 +12,7 @@ from kvasir.protocol.call_grammar import JSON_OPTIONS
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.grammars import LIMITS
 from kvasir.protocol.lark import lark_of
-from kvasir.protocol.messages import Grammar, ReasoningBudget
+from kvasir.protocol.sampling import Grammar, ReasoningBudget
 from tests.grammar_helpers import TOKENIZER, matches, schema_grammar
 
 END, START = 3, 2  # any two tokens of the model's

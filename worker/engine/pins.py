@@ -6,8 +6,9 @@ from kvasir.cache.block_pool import PUBLIC
 from kvasir.cache.block_table import Chain
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import Generate, Pin, Sampling
+from kvasir.protocol.messages import Generate, Pin
 from kvasir.protocol.prefix import HASH_BYTES
+from kvasir.protocol.sampling import Sampling
 
 _OWN_ID = b"\0prewarm\0"  # begins the ids of our own requests; the gateway's are 16 random bytes
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.protocol.errors import BadRequest, PromptTooLong
-from kvasir.protocol.messages import FinishReason, Generate, Sampling
+from kvasir.protocol.messages import FinishReason, Generate
 from kvasir.protocol.prefix import HASH_BYTES
+from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.tokens import TOKEN_BYTES, num_tokens, unpack_tokens
 from kvasir.worker.engine.step import Matcher, SampleRow, asks_for_counts
 from kvasir.worker.speculation.track import Track

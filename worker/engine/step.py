@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from kvasir.protocol.messages import Constraint, Sampling
+from kvasir.protocol.sampling import Constraint, Sampling
 
 
 @dataclass(slots=True)

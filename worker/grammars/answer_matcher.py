@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from llguidance import LLMatcher
 
 from kvasir.protocol.grammars import plain
-from kvasir.protocol.messages import ReasoningBudget
+from kvasir.protocol.sampling import ReasoningBudget
 
 
 class AnswerMatcher:

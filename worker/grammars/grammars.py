@@ -15,7 +15,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.grammars import make_matcher
-from kvasir.protocol.messages import Constraint, Grammar
+from kvasir.protocol.sampling import Constraint, Grammar
 from kvasir.worker.grammars.answer_matcher import AnswerMatcher
 
 MAX_COMPILED = 64

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from kvasir.cache.kv_store import KvStore
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.sampling import Sampling
 from kvasir.worker.engine.step import SampleRow, SequenceSlice
 from kvasir.worker.model.device_executor import Forward
 from kvasir.worker.model.graphs import DecodeGraphs

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvasir.protocol.errors import ConfigurationError
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.sampling import Sampling
 from kvasir.worker.engine.step import Mask, Sampled, SampleRow, SequenceSlice
 
 PREFIX = "oracle:"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvasir.protocol.messages import Constraint, ReasoningBudget, Sampling
+from kvasir.protocol.sampling import Constraint, ReasoningBudget, Sampling
 from kvasir.worker.engine.step import Mask, Sampled, SampleRow, asks_for_counts
 from kvasir.worker.model.draws import Race, draw_at_once, draw_filtered, draw_greedy, draw_plain, race
 from kvasir.worker.model.memory import Readback, memory_errors

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from kvasir.protocol.messages import MAX_TOKENS
+from kvasir.protocol.codec import MAX_TOKENS
 from kvasir.protocol.prefix import HASH_BYTES, extend_chain, split_hashes
 from kvasir.protocol.tokens import TOKEN_BYTES
 from kvasir.worker.upstream.kv_wire import Batch, Cleared, Hash, Removed, Stored

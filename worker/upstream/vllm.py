@@ -17,9 +17,11 @@ from typing import Annotated, Any
 
 import msgspec
 
+from kvasir.protocol.codec import MAX_TOKENS, TokenId
 from kvasir.protocol.errors import BadRequest, ConfigurationError
 from kvasir.protocol.lark import HEADER, lark_of
-from kvasir.protocol.messages import MAX_TOKENS, Constraint, Generate, TokenId, TokenLogprobs
+from kvasir.protocol.messages import Generate, TokenLogprobs
+from kvasir.protocol.sampling import Constraint
 from kvasir.protocol.tokens import num_tokens, unpack_tokens
 
 GENERATE = "/inference/v1/generate"

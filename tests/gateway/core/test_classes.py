@@ -10,7 +10,8 @@ from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.rates import DEFAULT_PREFILL_TOKENS_PER_S
 from kvasir.gateway.core.requests import QueueConfig
 from kvasir.gateway.core.tenant_queue import CLASS_S
-from kvasir.protocol.messages import Generate, Priority
+from kvasir.protocol.messages import Generate
+from kvasir.protocol.sampling import Priority
 from kvasir.protocol.terms import NO_TERMS, RANKS, Terms, TermsChange
 from tests.core_helpers import Bench, make_submit, output
 

@@ -20,18 +20,9 @@ from kvasir.gateway.tenants.quotas import check_kv_quotas, check_kv_size, kv_blo
 from kvasir.gateway.tenants.store import DATABASE_NAME, MIGRATIONS, open_store
 from kvasir.protocol import admin_messages as am
 from kvasir.protocol.errors import BadRequest, NotFound
-from kvasir.protocol.messages import (
-    ClearTenant,
-    KvAccount,
-    KvAccounts,
-    Pin,
-    Quota,
-    Quotas,
-    RetentionHint,
-    Unpin,
-    Welcome,
-)
+from kvasir.protocol.messages import ClearTenant, KvAccount, KvAccounts, Pin, Quota, Quotas, Unpin, Welcome
 from kvasir.protocol.prefix import hash_prompt
+from kvasir.protocol.sampling import RetentionHint
 from kvasir.protocol.tokens import pack_tokens
 from tests.core_helpers import BLOCK_SIZE, Bench, make_submit, output
 from tests.engine_helpers import PUBLIC_SPACE, ROOT, SIZE, Rig, make_generate, make_prompt

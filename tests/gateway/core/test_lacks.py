@@ -6,8 +6,9 @@ from typing import Any
 
 import msgspec
 
-from kvasir.protocol.messages import Bye, ClearTenant, Constraint, Grammar, Load, Pin, Quota, Quotas, Sampling, Welcome
+from kvasir.protocol.messages import Bye, ClearTenant, Load, Pin, Quota, Quotas, Welcome
 from kvasir.protocol.prefix import split_hashes
+from kvasir.protocol.sampling import Constraint, Grammar, Sampling
 from tests.core_helpers import BLOCK_SIZE, ROOT, Bench, make_hashes, make_request, make_submit, output
 
 EVERYTHING = [

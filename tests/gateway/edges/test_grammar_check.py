@@ -16,7 +16,7 @@ import trio
 from kvasir.gateway.edges.grammar_check import MAX_WAITING_OF_TENANT, GrammarCheck, GrammarModel
 from kvasir.gateway.text.grammar_helper import TOO_MUCH
 from kvasir.protocol.errors import BadRequest, Overloaded, Unavailable
-from kvasir.protocol.messages import Grammar
+from kvasir.protocol.sampling import Grammar
 from tests.grammar_helpers import DEMO, EOS, VOCAB, schema_grammar
 
 GOOD = schema_grammar({"type": "object", "properties": {"a": {"type": "integer"}}})

@@ -11,7 +11,7 @@ import trio
 from kvasir.gateway.core.api import Submit
 from kvasir.gateway.edges.openai_requests import read_chat, read_completion
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import Constraint, Grammar
+from kvasir.protocol.sampling import Constraint, Grammar
 from tests.edge_helpers import CALLER, FakeCore, make_preparer, make_text
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "string"}, "a": {}}}

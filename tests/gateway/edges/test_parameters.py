@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kvasir.gateway.core.api import Submit
-from kvasir.protocol.messages import Constraint
 from kvasir.protocol.prefix import derive_namespace
+from kvasir.protocol.sampling import Constraint
 from kvasir.protocol.tokens import unpack_tokens
 from tests.edge_helpers import ALPHA, ANSWER, KEYS, SECRET, TEXT, House, decoded, run
 

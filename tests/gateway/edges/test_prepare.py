@@ -16,8 +16,8 @@ from kvasir.gateway.edges.models import models_of
 from kvasir.gateway.tenants.directory import Caller, PublishedPrefix, Tenant
 from kvasir.protocol.client_messages import ChatMessage, ChatOptions, CompletionRequest
 from kvasir.protocol.errors import BadRequest, KvasirError, PermissionDenied, PromptTooLong, Unavailable, UnknownModel
-from kvasir.protocol.messages import RetentionHint, SamplingOptions
 from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt, split_hashes
+from kvasir.protocol.sampling import RetentionHint, SamplingOptions
 from kvasir.protocol.terms import Terms
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from tests.edge_helpers import ALPHA, BETA, CALLER, SECRET, TEXT, FakeCore, make_directory, make_preparer

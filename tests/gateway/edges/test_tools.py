@@ -11,7 +11,7 @@ import pytest
 
 from kvasir.gateway.core.api import Submit
 from kvasir.gateway.text.model_text import ModelText
-from kvasir.protocol.messages import Constraint, ReasoningBudget
+from kvasir.protocol.sampling import Constraint, ReasoningBudget
 from kvasir.protocol.tokens import unpack_tokens
 from tests.chat_templates import FAMILIES
 from tests.edge_helpers import TEXT, FakeCore, House, decoded, make_text, run

@@ -17,7 +17,7 @@ from kvasir.gateway.text.model_text import ModelText
 from kvasir.protocol.client_messages import ChatMessage, ChatOptions, TextPart, ToolCallPart
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.grammars import make_matcher
-from kvasir.protocol.messages import Grammar
+from kvasir.protocol.sampling import Grammar
 from tests.chat_templates import FAMILIES
 from tests.edge_helpers import make_text
 from tests.grammar_helpers import schema_grammar

@@ -12,7 +12,8 @@ import msgspec
 import pytest
 
 from kvasir.cache.events import Stored
-from kvasir.protocol.messages import Constraint, Generate, Sampling
+from kvasir.protocol.messages import Generate
+from kvasir.protocol.sampling import Constraint, Sampling
 from kvasir.protocol.tokens import unpack_tokens
 from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.step import Mask, OutOfMemory, SequenceSlice, StepBatch, StepResult

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.sampling import Sampling
 from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.step import Mask, OutOfMemory, Sampled, SampleRow, SequenceSlice
 from kvasir.worker.model.oracle_model import OracleConfig, OracleModel

@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 
 from kvasir.cache.block_pool import IntegrityError
-from kvasir.protocol.messages import Generate, Quota, Sampling
+from kvasir.protocol.messages import Generate, Quota
 from kvasir.protocol.prefix import split_hashes
+from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.engine.step import Sampled, SampleRow, SequenceSlice
 from kvasir.worker.model.oracle_model import OracleStore

@@ -12,7 +12,8 @@ import torch
 
 from kvasir.cache.kv_store import KvStore
 from kvasir.cache.prefix_cache import PrefixCache
-from kvasir.protocol.messages import Generate, Output, Sampling
+from kvasir.protocol.messages import Generate, Output
+from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.tokens import unpack_tokens
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.executor import LocalExecutor

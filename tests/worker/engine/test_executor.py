@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.sampling import Sampling
 from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.step import Mask, SequenceSlice, StepBatch, StepResult
 from tests.engine_helpers import Rig, Stream, make_generate, make_prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvasir.protocol.messages import Sampling
+from kvasir.protocol.sampling import Sampling
 from tests.engine_helpers import Rig, expected_tokens, make_generate, make_prompt
 
 

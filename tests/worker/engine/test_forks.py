@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 
-from kvasir.protocol.messages import Generate, Quota, Sampling
+from kvasir.protocol.messages import Generate, Quota
+from kvasir.protocol.sampling import Sampling
 from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.oracle_model import OracleStore
 from tests.engine_helpers import SIZE, Rig, Stream, expected_tokens, make_generate, make_prompt

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvasir.protocol.messages import Generate, Output, Sampling
+from kvasir.protocol.messages import Generate, Output
+from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.tokens import num_tokens, unpack_tokens
 from kvasir.worker.engine.step import Mask, Sampled, SampleRow
 from kvasir.worker.speculation.lookup import Lookup

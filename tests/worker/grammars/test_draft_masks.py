@@ -7,7 +7,7 @@ import random
 import pytest
 
 from kvasir.protocol.grammars import make_matcher
-from kvasir.protocol.messages import ReasoningBudget
+from kvasir.protocol.sampling import ReasoningBudget
 from kvasir.worker.grammars.answer_matcher import AnswerMatcher
 from tests.grammar_helpers import EOS, TOKENIZER, VOCAB, schema_grammar
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvasir.protocol.messages import Constraint, Generate, Grammar, ReasoningBudget, Sampling
+from kvasir.protocol.messages import Generate
+from kvasir.protocol.sampling import Constraint, Grammar, ReasoningBudget, Sampling
 from kvasir.protocol.tokens import unpack_tokens
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.grammars import grammars as grammars_module

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from kvasir.protocol.errors import BadRequest
-from kvasir.protocol.messages import Grammar
+from kvasir.protocol.sampling import Grammar
 from tests.grammar_helpers import accepts, matches
 
 SCALARS: list[Any] = [

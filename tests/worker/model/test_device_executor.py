@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kvasir.cache.kv_store import KvStore
 from kvasir.cache.prefix_cache import PrefixCache
-from kvasir.protocol.messages import Generate, Sampling
+from kvasir.protocol.messages import Generate
+from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.tokens import unpack_tokens
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.engine.executor import LocalExecutor

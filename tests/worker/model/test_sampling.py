@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvasir.protocol.messages import Constraint, ReasoningBudget, Sampling
+from kvasir.protocol.sampling import Constraint, ReasoningBudget, Sampling
 from kvasir.worker.engine.step import OutOfMemory, Sampled, SampleRow
 from kvasir.worker.model import draws as draws_module
 from kvasir.worker.model import sampling

@@ -20,8 +20,8 @@ from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.gateway.workers.port import WorkerPort
 from kvasir.protocol.admin_records import WorkerInfo
 from kvasir.protocol.link import Link, open_router
-from kvasir.protocol.messages import Sampling
 from kvasir.protocol.prefix import hash_prompt, split_hashes
+from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from kvasir.worker.dial import open_socket
 from kvasir.worker.upstream.http_client import HttpClient

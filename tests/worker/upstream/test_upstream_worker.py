@@ -14,7 +14,8 @@ import trio
 
 from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.protocol.errors import ConfigurationError
-from kvasir.protocol.messages import Constraint, Grammar, Report, Resync, Sampling
+from kvasir.protocol.messages import Report, Resync
+from kvasir.protocol.sampling import Constraint, Grammar, Sampling
 from kvasir.worker.upstream import http_client, incarnation, server, streams
 from scripts.standin.engine import EngineOptions
 from scripts.standin.events import EventOptions

@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 from kvasir.protocol.errors import BadRequest, ConfigurationError
-from kvasir.protocol.messages import Constraint, Generate, Grammar, ReasoningBudget, Sampling
+from kvasir.protocol.messages import Generate
+from kvasir.protocol.sampling import Constraint, Grammar, ReasoningBudget, Sampling
 from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.upstream import vllm
 
