@@ -112,6 +112,8 @@ def read_count(raw: bytes) -> Asked:
 
 def _asked(body: MessagesBody) -> Asked:
     choice = body.tool_choice or ToolChoice("auto")
+    if choice.type == "tool" and not choice.name:
+        raise BadRequest("tool_choice.name is missing: name the tool to call", param="tool_choice.name")
     output = body.output_config or OutputConfig()
     thinking = body.thinking
     turns = _turns(body)
@@ -162,6 +164,9 @@ def _turns(body: MessagesBody) -> list[Turn]:
     for index, message in enumerate(body.messages):
         if isinstance(message.content, str):
             turns.append(Turn(message.role, message.content))
+        elif not message.content:
+            where = f"messages[{index}].content"
+            raise BadRequest(f"{where} is empty; send a text or leave the message out", param=where)
         else:
             turns += _turns_of(message.role, message.content, f"messages[{index}].content")
     return turns

@@ -12,7 +12,7 @@ from msgspec import Raw
 from kvasir.protocol.errors import BadRequest
 
 _PLACE = re.compile(r"(.*?)(?: - at `(key` in `)?\$(.*)`)?", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(\w+)`")
+_FIELD = re.compile(r"Object (missing required|contains unknown) field `(\w+)`")
 
 
 def read_json(raw: bytes | str | Raw, kind: Any, param: str = "") -> Any:
@@ -34,9 +34,10 @@ def read_by(decode: Callable[[], Any], param: str = "") -> Any:
         assert found is not None
         message, of_key, path = found.groups("")
         where = f"{param}{path}".lstrip(".")
-        if missing := _MISSING.fullmatch(message):
-            where = f"{where}.{missing[1]}".lstrip(".")
-            raise BadRequest(f"{where} is missing, and required", param=where) from None
+        if field := _FIELD.fullmatch(message):
+            where = f"{where}.{field[2][:80]}".lstrip(".")
+            what = "is missing, and required" if field[1].startswith("missing") else "is not known here; leave it out"
+            raise BadRequest(f"{where} {what}", param=where) from None
         shown = f"a key of {where}" if of_key else where
         raise BadRequest(f"{shown}: {message}" if where else message, param=where or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

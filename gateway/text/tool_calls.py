@@ -121,7 +121,7 @@ class ToolParser(ABC):
         closes = self._starts_with(self.closer)
         if closes is None:
             return False
-        if closes:
+        if closes or (self._ended and self.closer.startswith(self._buffer)):  # or the answer was cut in the midst of it
             self._buffer = self._buffer[len(self.closer) :]
         self._state = self._content
         return True

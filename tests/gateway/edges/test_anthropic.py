@@ -232,6 +232,9 @@ def test_what_this_dialect_requires_or_refuses_is_named() -> None:
             ({"max_tokens": None}, "max_tokens is required"),
             ({"container": "x"}, "container is not supported"),
             ({"max_token": 3}, "did you mean 'max_tokens'"),
+            ({"tool_choice": {"type": "tool"}, "tools": [FUNCTION]}, "tool_choice.name is missing"),
+            ({"system": "x", "messages": [{"role": "user", "content": []}]}, "messages[0].content is empty"),
+            ({"output_config": {"verbosity": "low"}}, "output_config.verbosity is not known here"),
             ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
         ):
             response, _ = await house.ask("/v1/messages", {**ASKED, **fields})

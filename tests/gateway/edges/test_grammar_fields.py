@@ -88,7 +88,7 @@ def test_what_asks_for_nothing_leaves_the_answer_free(fields: dict[str, Any]) ->
         ({"response_format": "json"}, "response_format"),
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
-        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice[0]"),
         ({"guided_regex": ""}, "guided_regex"),

@@ -379,3 +379,11 @@ def test_the_format_is_found_from_the_template_unless_it_is_named(
     answers = find_format(template, named)
     assert answers.tools is TOOL_PARSERS.get(tools or "")
     assert (answers.reasoning or [None])[0] == reasoning
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder"])
+def test_an_answer_that_is_cut_within_the_end_of_a_call_has_no_content_of_it(name: str) -> None:
+    written = call('{"name": "now", "arguments": {}}') if name == "hermes" else call(function("now"))
+    for length in range(1, len("</tool_call>")):
+        assert found(name, written[:-length]) == ("", [NOW])
+    assert found(name, written[: -len("</tool_call>")] + "</b>") == ("</b>", [NOW])
