@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from kvasir.gateway.core.counters import HistogramStatistics
+from kvasir.gateway.core.counters import LATENCY_BUCKETS_S, HistogramStatistics
 from kvasir.gateway.core.statistics import CoreStatistics
 from kvasir.gateway.http.connection import HttpStatistics
 from kvasir.gateway.ledger.writer import LedgerStatistics
@@ -141,7 +141,7 @@ def _histogram(
     lines.append(f"# HELP {name} {text}\n# TYPE {name} histogram\n")
     for labels, histogram in samples:
         total = 0
-        for bound, count in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
+        for bound, count in zip((*LATENCY_BUCKETS_S, float("inf")), histogram.counts, strict=True):
             total += count
             le = "+Inf" if bound == float("inf") else f"{bound:g}"
             lines.append(f"{name}_bucket{_labels({**labels, 'le': le})} {total}\n")

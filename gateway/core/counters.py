@@ -11,15 +11,10 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10
 
 
 class HistogramStatistics(msgspec.Struct, frozen=True):
-    """`counts[i]` values were at most `bounds[i]` and above the bound before; the last count is above all bounds."""
+    """`counts[i]` values were at most `LATENCY_BUCKETS_S[i]` and above the one before; the last count is above all."""
 
-    bounds: tuple[float, ...]
     counts: tuple[int, ...]
     sum: float
-
-    @property
-    def count(self) -> int:
-        return sum(self.counts)
 
 
 class Histogram:
@@ -36,14 +31,13 @@ class Histogram:
 
     def statistics(self) -> HistogramStatistics:
         """Return the counts so far."""
-        return HistogramStatistics(LATENCY_BUCKETS_S, tuple(self._counts), self._sum)
+        return HistogramStatistics(tuple(self._counts), self._sum)
 
 
 @dataclass(slots=True)
 class ModelCounters:
     """Since the start. `ttft_s` from arrival to the first token, `queue_s` from arrival to the first dispatch."""
 
-    num_finished: int = 0
     ttft_s: Histogram = field(default_factory=Histogram)
     queue_s: Histogram = field(default_factory=Histogram)
 

@@ -37,9 +37,10 @@ class Meter:
     def kept_ns(self, submit: Submit, num: int, per_min: int, now: int) -> int:
         """Return how much later `num` can be taken by a newcomer, because others were told to come for theirs by now,
         each taken for as large; 0 for one of those."""
+        if not self.expected.tickets.num:  # nearly always
+            return 0
         now_s = now / 1e9
-        num_kept = self.expected.num_kept(submit, now_s + EARLY_S, now_s)
-        return num_kept and num_kept * cost_ns(num, per_min)
+        return self.expected.num_kept(submit, now_s + EARLY_S, now_s) * cost_ns(num, per_min)
 
     def promise_s(self, submit: Submit, num: int, per_min: int, now: int) -> float:
         """Return in how many seconds `submit`, which was refused `num`, is to come back, after those refused before."""

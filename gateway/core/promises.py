@@ -101,7 +101,7 @@ class Expected:
 
     def num_kept(self, submit: Submit, until: float, now: float) -> int:
         """Return how many come before `until` for whom to keep what `submit` asks for; 0 for one of those."""
-        return 0 if not self.tickets.num or self.take(submit, now) else self.num_before(until, now)
+        return 0 if self.take(submit, now) else self.num_before(until, now)
 
     def num_before(self, until: float, now: float) -> int:
         """Return how many will probably come before `until`, those counted that are late by less than `KEPT_S`: of all
@@ -124,7 +124,8 @@ class Places:
     def is_free(self, submit: Submit, num_running: int, num_places: int, stay_s: float, now: float) -> bool:
         """Return whether there is a place for `submit`: for one that comes when it was told to any that is free, for a
         newcomer one that is not kept for those to come within half a stay."""
-        return num_running + self._expected.num_kept(submit, now + stay_s / 2, now) < num_places
+        num_kept = self._expected.num_kept(submit, now + stay_s / 2, now) if self._expected.tickets.num else 0
+        return num_running + num_kept < num_places
 
     def promise_s(self, submit: Submit, num_places: int, stay_s: float, now: float) -> float:
         """Return in how many seconds `submit`, for which there is no place, is to come back."""

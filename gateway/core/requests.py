@@ -179,7 +179,6 @@ class Requests:
         tenant.cached_tokens += finished.num_cached_tokens
         tenant.output_tokens += finished.num_output_tokens
         tenant.num_finished[reason] = tenant.num_finished.get(reason, 0) + 1
-        self.models[submit.model].counters.num_finished += 1
         self._billing.finished(request.share, finished)
         submit.sink.put(finished)
 

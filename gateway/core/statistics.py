@@ -19,9 +19,7 @@ class ModelStatistics(msgspec.Struct, frozen=True):
 
     model: str
     queued: int
-    running: int
     num_workers: int
-    num_finished: int
     ttft_s: HistogramStatistics
     queue_s: HistogramStatistics
 
@@ -63,9 +61,7 @@ def _model(model: Model) -> ModelStatistics:
     return ModelStatistics(
         model=model.name,
         queued=model.num_waiting,
-        running=sum(len(worker.in_flight) for worker in model.workers),
         num_workers=len(model.workers),
-        num_finished=model.counters.num_finished,
         ttft_s=model.counters.ttft_s.statistics(),
         queue_s=model.counters.queue_s.statistics(),
     )

@@ -70,7 +70,7 @@ def make_statistics(model: str = "demo", tenant: str = "t1", latencies: tuple[fl
     return CoreStatistics(
         is_draining=False,
         totals=Totals(num_dispatches=10**12 + 1, num_redispatches=4, num_lost={"stalled": 3}),
-        models=[ModelStatistics(model, 1, 2, 3, len(latencies), shown, shown)],
+        models=[ModelStatistics(model, 1, 3, shown, shown)],
         workers=[WorkerInfo("w1", model, "ready", device="cuda", attention="gather: it differs")],
         tenants={tenant: UsageInfo(1, 2, 3, 4, 500, 60, 7, {"stop": 1})},
     )
