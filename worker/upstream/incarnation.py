@@ -74,6 +74,7 @@ class Incarnation:
         self._facts = facts
         self._hello = make_hello(front.options, front.worker_id, facts)
         self._feed = event_feed(front.options, front.upstream, facts)
+        self._is_switched_off = front.upstream.events == "off"
         self._end: End | None = None
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery
@@ -230,7 +231,8 @@ class Incarnation:
         """Follow the upstream's block events, and say which of both views of its cache is reported."""
         feed = self._feed
         if feed is None:
-            log("no_kv_events", worker=self._hello.worker_id, effect="cached prefixes are predicted")
+            why = "switched off here" if self._is_switched_off else "the upstream publishes none"
+            log("no_kv_events", worker=self._hello.worker_id, reason=why, effect="cached prefixes are predicted")
             return
         index, rank = self._cached.followed, self._server.rank
         self._follower = KvFollower(self._context, feed, index, self._wake, rank=rank)
