@@ -12,8 +12,8 @@ from kvasir.cache.policies import DEFAULT_POLICY, POLICIES
 from kvasir.protocol.errors import ConfigurationError
 from kvasir.worker.arguments import Parser, positive
 from kvasir.worker.events.access import check_endpoint, read_client_keys, read_secret_key
-from kvasir.worker.events.kv_events import WireForm
 from kvasir.worker.events.publisher import PublisherOptions
+from kvasir.worker.events.wire import WireForm
 from kvasir.worker.model.oracle_model import PREFIX
 
 MAX_THREADS = 1024  # many more, and the machine has none left
@@ -150,7 +150,6 @@ def _event_options(args: argparse.Namespace, worker_id: str) -> PublisherOptions
         replay_with_topic=args.kv_events_form == "map",
         secret_key=read_secret_key(args.kv_events_key) if has_key else None,
         client_keys=read_client_keys(args.kv_events_clients) if has_key else frozenset(),
-        insecure=args.insecure_events,
     )
 
 

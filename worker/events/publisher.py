@@ -32,8 +32,8 @@ import zmq
 
 from kvasir.protocol.errors import ConfigurationError
 from kvasir.protocol.profile import LinkProfile, apply_profile
-from kvasir.worker.events.access import ZAP_DOMAIN, Gatekeeper, check_endpoint
-from kvasir.worker.events.kv_events import WireForm, encode_batch
+from kvasir.worker.events.access import ZAP_DOMAIN, Gatekeeper
+from kvasir.worker.events.wire import WireForm, encode_batch
 from kvasir.worker.log import log
 
 END_SEQ = b"\xff" * 8
@@ -51,7 +51,10 @@ Socket = zmq.Socket[bytes]
 
 @dataclass(frozen=True, slots=True)
 class PublisherOptions:
-    """Where and how to publish. `secret_key` and `client_keys` are Z85; with a key, only those clients get in."""
+    """Where and how to publish, as `worker.options` has checked it.
+
+    `secret_key` and `client_keys` are Z85; with a key, only those clients get in.
+    """
 
     endpoint: str
     replay_endpoint: str | None = None
@@ -59,7 +62,6 @@ class PublisherOptions:
     replay_with_topic: bool = True
     secret_key: bytes | None = None
     client_keys: frozenset[bytes] = frozenset()
-    insecure: bool = False
     max_buffered: int = 10_000
     max_buffered_bytes: int = 256 << 20
 
@@ -71,11 +73,8 @@ class KvPublisher:
         """Bind everything and start the thread.
 
         Raises:
-            ConfigurationError: an endpoint that cannot be bound, or may not be without CURVE.
+            ConfigurationError: an endpoint that cannot be bound.
         """
-        for option, endpoint in (("--kv-events", options.endpoint), ("--kv-events-replay", options.replay_endpoint)):
-            if endpoint is not None:
-                check_endpoint(option, endpoint, has_key=options.secret_key is not None, insecure=options.insecure)
         self._context: zmq.Context[Socket] = zmq.Context(io_threads=1)
         try:
             self.socket = _open_pair(self._context, is_engine=True)

@@ -23,8 +23,9 @@ from kvasir.protocol.tokens import pack_tokens
 from kvasir.worker.events import access as kv_access
 from kvasir.worker.events import kv_events
 from kvasir.worker.events import publisher as kv_publisher
-from kvasir.worker.events.kv_events import KvEvents, WireForm, encode_batch
+from kvasir.worker.events.kv_events import KvEvents
 from kvasir.worker.events.publisher import KvPublisher, PublisherOptions
+from kvasir.worker.events.wire import WireForm, encode_batch
 from kvasir.worker.options import parse_options
 from tests.engine_helpers import Rig, make_generate, make_prompt
 from tests.kv_follower import Follower, Replica, clears, read_event
