@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -11,7 +11,6 @@ from msgspec import to_builtins
 from kvasir.gateway.admin.verdict import Verdict, audit_record, changed, check_room
 from kvasir.gateway.admin.views import Gateway
 from kvasir.gateway.tenants.directory import (
-    ApiKey,
     ModelPrice,
     RemoveTenant,
     Tenant,
@@ -37,10 +36,11 @@ def decide_tenant(directory: TenantDirectory, command: am.TenantCommand, now: fl
         case am.TenantCreate():
             return _create_tenant(directory, command, now)
         case am.TenantList():
-            return Verdict(am.TenantsReply(tenant_infos(directory)))
+            return Verdict(am.TenantsReply(tenant_infos(directory, gateway)))
         case am.TenantShow():
             tenant = directory.tenant(command.name)
-            return Verdict(am.TenantReply(_tenant_info(directory, tenant), _key_infos(directory, [tenant])))
+            info = _tenant_info(directory, tenant, gateway.usage())
+            return Verdict(am.TenantReply(info, _key_infos(directory, [tenant])))
         case am.TenantSetStatus():
             return _set_status(directory, command, gateway)
         case am.TenantSet():
@@ -100,7 +100,7 @@ def _create_tenant(directory: TenantDirectory, command: am.TenantCreate, now: fl
     sharing = "private" if command.group is None else f"group:{check_name(command.group, 'group')}"
     allowed = None if command.allowed_models is None else frozenset(command.allowed_models)
     tenant = Tenant(new_tenant_id(), command.name, "active", sharing, allowed, now)
-    return changed(None, tenant, tenant.name, reply=am.TenantReply(_tenant_info(directory, tenant)))
+    return changed(None, tenant, tenant.name, reply=am.TenantReply(_tenant_info(directory, tenant, {})))
 
 
 def _set_tenant(directory: TenantDirectory, command: am.TenantSet, gateway: Gateway) -> Verdict:
@@ -125,7 +125,7 @@ def _set_key(directory: TenantDirectory, command: am.KeySet, now: float) -> Verd
     after = replace(before, terms=command.terms.apply(before.terms))
     if command.valid_s is not None:
         after = replace(after, expires_at=None if command.valid_s == "none" else now + command.valid_s)
-    return changed(before, after, _owner(directory, before))
+    return changed(before, after, directory.name_of(before.tenant_id))
 
 
 def _set_status(directory: TenantDirectory, command: am.TenantSetStatus, gateway: Gateway) -> Verdict:
@@ -172,7 +172,7 @@ def _revoke_key(directory: TenantDirectory, command: am.KeyRevoke, now: float, g
     def effect() -> None:
         gateway.end_requests(key.id, "this API key was revoked; ask the operator for a new one")
 
-    return changed(key, revoked, _owner(directory, key), effect=effect)
+    return changed(key, revoked, directory.name_of(key.tenant_id), effect=effect)
 
 
 def _rotate_key(directory: TenantDirectory, command: am.KeyRotate, now: float) -> Verdict:
@@ -181,7 +181,7 @@ def _rotate_key(directory: TenantDirectory, command: am.KeyRotate, now: float) -
         raise Conflict(f"key {before.id} is revoked or has expired; make a new one with `kvasir key create`")
     fresh, text = issue_key(directory.deployment_secret, before.tenant_id, before.label, now, key_id=before.id)
     after = replace(before, digest=fresh.digest, old_digest=before.digest, old_until=now + command.overlap_s)
-    tenant = _owner(directory, before)
+    tenant = directory.name_of(before.tenant_id)
     return changed(before, after, tenant, reply=am.KeyCreated(after.id, text, tenant, after.label))
 
 
@@ -189,20 +189,18 @@ def _hint(given: CacheHint | Literal["none"]) -> CacheHint | None:
     return None if given == "none" else given
 
 
-def _owner(directory: TenantDirectory, key: ApiKey) -> str:
-    tenant = directory.tenant_by_id(key.tenant_id)
-    return tenant.name if tenant else key.tenant_id
-
-
 # What is shown.
 
 
-def tenant_infos(directory: TenantDirectory) -> list[records.TenantInfo]:
+def tenant_infos(directory: TenantDirectory, gateway: Gateway) -> list[records.TenantInfo]:
     """Return all tenants as they are shown."""
-    return [_tenant_info(directory, tenant) for tenant in directory.tenants()]
+    usage = gateway.usage()
+    return [_tenant_info(directory, tenant, usage) for tenant in directory.tenants()]
 
 
-def _tenant_info(directory: TenantDirectory, tenant: Tenant) -> records.TenantInfo:
+def _tenant_info(
+    directory: TenantDirectory, tenant: Tenant, usage: Mapping[str, records.UsageInfo]
+) -> records.TenantInfo:
     allowed = None if tenant.allowed_models is None else sorted(tenant.allowed_models)
     num_keys = sum(key.revoked_at is None for key in directory.keys_of(tenant.id))
     return records.TenantInfo(
@@ -213,6 +211,7 @@ def _tenant_info(directory: TenantDirectory, tenant: Tenant) -> records.TenantIn
         allowed,
         tenant.created_at,
         num_keys,
+        usage.get(tenant.id, records.UsageInfo()),
         kv_floor=tenant.kv_floor,
         kv_cap=tenant.kv_cap,
         cache_hint=tenant.cache_hint,

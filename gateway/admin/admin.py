@@ -10,13 +10,12 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import trio
 import zmq
-from msgspec import structs
 
 from kvasir.gateway.admin.accounts import decide_key, decide_price, decide_tenant, tenant_infos
 from kvasir.gateway.admin.books import Books
@@ -28,7 +27,6 @@ from kvasir.gateway.log import log
 from kvasir.gateway.tenants.directory import TenantDirectory
 from kvasir.gateway.tenants.store import AuditEntry, Store
 from kvasir.protocol import admin_messages as am
-from kvasir.protocol import admin_records as records
 from kvasir.protocol.codec import encode
 from kvasir.protocol.errors import BadRequest, KvasirError, NotFound
 from kvasir.protocol.link import Link, LinkBusy, LinkClosed, PeerGone, open_router
@@ -154,29 +152,7 @@ class Admin:
             log("admin", command=name, subject=verdict.subject, actor=command.actor)
         if verdict.effect is not None:
             verdict.effect()
-        return self._complete(verdict.reply)
-
-    def _complete(self, reply: am.AnyReply) -> am.AnyReply:
-        """Add to a reply what only the rest of the gateway knows."""
-        match reply:
-            case am.TenantReply():
-                return am.TenantReply(self._with_usage([reply.tenant])[0], reply.keys)
-            case am.TenantsReply():
-                return am.TenantsReply(self._with_usage(reply.tenants))
-            case am.PrefixReply():
-                return am.PrefixReply(self._with_tokens(reply.prefix), reply.changed)
-            case am.PrefixesReply():
-                return am.PrefixesReply([self._with_tokens(prefix) for prefix in reply.prefixes])
-            case _:
-                return reply
-
-    def _with_usage(self, tenants: Iterable[records.TenantInfo]) -> list[records.TenantInfo]:
-        usage = self._gateway.usage()
-        return [structs.replace(tenant, usage=usage.get(tenant.id, records.UsageInfo())) for tenant in tenants]
-
-    def _with_tokens(self, info: records.PrefixInfo) -> records.PrefixInfo:
-        prefix = self._directory.prefix(info.name)
-        return structs.replace(info, public_tokens=self._gateway.public_tokens(prefix)) if prefix else info
+        return verdict.reply
 
     def _cache(self) -> am.CacheReply:
         savings = self._gateway.saved_by_prefix()
@@ -188,7 +164,7 @@ class Admin:
         return am.StatusReply(
             workers=self._gateway.workers(),
             models=self._gateway.models(),
-            tenants=self._with_usage(tenant_infos(self._directory)),
+            tenants=tenant_infos(self._directory, self._gateway),
             pid=os.getpid(),
             version=self._version,
             uptime_s=self._clock() - self._started,
@@ -202,7 +178,7 @@ class Admin:
 def decide(directory: TenantDirectory, command: am.AnyCommand, now: float, gateway: Gateway) -> Verdict:
     """Return what `command` about tenants, keys, prices or prefixes comes to. Changes nothing; draws keys and ids.
 
-    `gateway` is asked for the workers in which floors and pins must fit.
+    `gateway` is asked for the workers in which floors and pins must fit, and for what is shown beside records.
 
     Raises:
         BadRequest, NotFound, Conflict: refused; says what now.

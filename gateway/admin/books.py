@@ -134,8 +134,7 @@ class Books:
 
     def _group(self, day: DaySum, by: str) -> tuple[str, str, str, str]:
         """Return tenant, key, model and day, those that are summed over empty."""
-        tenant = self._directory.tenant_by_id(day.tenant_id)
-        name = self._directory.former_tenants.get(day.tenant_id, day.tenant_id) if tenant is None else tenant.name
+        name = self._directory.name_of(day.tenant_id)
         date = date_of_day(day.day).isoformat() if by == "day" else ""
         return name, day.key_id if by == "key" else "", day.model if by == "model" else "", date
 

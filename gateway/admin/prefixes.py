@@ -28,7 +28,9 @@ def decide_prefix(directory: TenantDirectory, command: am.PrefixCommand, now: fl
         case am.PrefixPin():
             return _pin_prefix(directory, command, gateway)
         case am.PrefixList():
-            return Verdict(am.PrefixesReply([_prefix_info(directory, prefix) for prefix in directory.prefixes]))
+            return Verdict(
+                am.PrefixesReply([_prefix_info(directory, prefix, gateway) for prefix in directory.prefixes])
+            )
         case am.PrefixRemove():
             prefix = _prefix(directory, command.name)
             change, record = RemovePrefix(prefix.name), audit_record(prefix)
@@ -57,14 +59,14 @@ def _publish_prefix(directory: TenantDirectory, command: am.PrefixPublish, now: 
     if before is not None:
         prefix = replace(prefix, pinned=before.pinned, pinned_on=before.pinned_on)
     if before is not None and (before.text, before.tenant_ids) == (prefix.text, prefix.tenant_ids):
-        return Verdict(am.PrefixReply(_prefix_info(directory, before), changed=False))
+        return Verdict(am.PrefixReply(_prefix_info(directory, before, gateway), changed=False))
     if before is not None and not command.replace:
         raise Conflict(
             f"the prefix {command.name!r} is published with another text or for other tenants; "
             "add --replace, remove it first or choose another name"
         )
     _check_pins(directory, prefix, gateway)
-    reply = am.PrefixReply(_prefix_info(directory, prefix), changed=True)
+    reply = am.PrefixReply(_prefix_info(directory, prefix, gateway), changed=True)
     return changed(before, prefix, prefix.name, reply=reply, effect=gateway.prefixes_changed)
 
 
@@ -114,7 +116,7 @@ def _check_pins(directory: TenantDirectory, after: PublishedPrefix, gateway: Gat
         check_room(directory.tenants(), [*others, after], gateway)
 
 
-def _prefix_info(directory: TenantDirectory, prefix: PublishedPrefix) -> records.PrefixInfo:
+def _prefix_info(directory: TenantDirectory, prefix: PublishedPrefix, gateway: Gateway) -> records.PrefixInfo:
     ids = prefix.tenant_ids
     names = None if ids is None else [tenant.name for tenant in directory.tenants() if tenant.id in ids]
     return records.PrefixInfo(
@@ -122,6 +124,7 @@ def _prefix_info(directory: TenantDirectory, prefix: PublishedPrefix) -> records
         names,
         len(prefix.text),
         prefix.created_at,
+        gateway.public_tokens(prefix),
         pinned=prefix.pinned,
         pinned_on=sorted_names(prefix.pinned_on),
     )

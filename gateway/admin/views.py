@@ -81,19 +81,16 @@ class Gateway:
 
     def cache(self) -> list[CacheWorker]:
         """Return who holds every worker's KV blocks."""
-        tenants = {tenant.id: tenant for tenant in self._directory.tenants()}
-
-        def shown(owner: CacheTenant, quotas: Mapping[str, Quota]) -> CacheTenant:
-            quota = quotas.get(owner.tenant, Quota())
-            name = tenants[owner.tenant].name if owner.tenant in tenants else owner.tenant
-            return structs.replace(owner, tenant=name, floor=quota.floor, cap=quota.cap)
-
         found = []
         for cache in self._core.statistics().caches:
-            quotas = kv_quotas(tenants.values(), cache.num_blocks)
+            quotas = kv_quotas(self._directory.tenants(), cache.num_blocks)
             owners = sorted(cache.tenants, key=lambda owner: -owner.num_blocks)
-            found.append(structs.replace(cache, tenants=[shown(owner, quotas) for owner in owners]))
+            found.append(structs.replace(cache, tenants=[self._shown(owner, quotas) for owner in owners]))
         return found
+
+    def _shown(self, owner: CacheTenant, quotas: Mapping[str, Quota]) -> CacheTenant:
+        quota, name = quotas.get(owner.tenant, Quota()), self._directory.name_of(owner.tenant)
+        return structs.replace(owner, tenant=name, floor=quota.floor, cap=quota.cap)
 
     def kv_changed(self) -> None:
         """Put the tenants' KV floors and caps, as they are now, in force on all workers."""
@@ -128,9 +125,8 @@ class Gateway:
 
     def private_prefixes(self) -> list[PrivatePrefix]:
         """Return the private beginnings of prompts that have saved most, most first."""
-        names = {tenant.id: tenant.name for tenant in self._directory.tenants()}
         return [
-            PrivatePrefix(names.get(tenant_id, tenant_id), model, saving.num_tokens, saving.num_hits)
+            PrivatePrefix(self._directory.name_of(tenant_id), model, saving.num_tokens, saving.num_hits)
             for tenant_id, model, saving in self._core.savings.top_private(MAX_PRIVATE_PREFIXES)
         ]
 

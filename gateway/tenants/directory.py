@@ -276,6 +276,11 @@ class TenantDirectory:
     def tenant_by_id(self, tenant_id: str) -> Tenant | None:
         return self._tenants.get(tenant_id)
 
+    def name_of(self, tenant_id: str) -> str:
+        """Return a tenant's name, or that which a deleted one had; an id that is none is its own name."""
+        tenant = self._tenants.get(tenant_id)
+        return self._former.get(tenant_id, tenant_id) if tenant is None else tenant.name
+
     def tenants(self) -> list[Tenant]:
         """Return all tenants by name."""
         return [self._tenants[tenant_id] for _, tenant_id in sorted(self._tenant_ids.items())]
