@@ -16,6 +16,7 @@ from kvasir.gateway.core.api import CoreApi, ModelInfo
 from kvasir.gateway.edges.anthropic_answers import AnthropicWriter
 from kvasir.gateway.edges.anthropic_requests import MESSAGES_TYPE, read_count, read_messages
 from kvasir.gateway.edges.cors import Cors
+from kvasir.gateway.edges.fair_threads import FairThreads
 from kvasir.gateway.edges.http_call import HttpCall, json_response
 from kvasir.gateway.edges.http_completions import Completions
 from kvasir.gateway.edges.models import models_of, unknown_model
@@ -88,7 +89,7 @@ class HttpApi:
         self._completions = Completions(core, preparer)
         self._directory = directory
         self._metrics = metrics
-        self._readers = trio.CapacityLimiter(MAX_READERS)
+        self._readers = FairThreads(MAX_READERS, 1)
         self._metrics_token = metrics_token
         self._access = access
         self._created = int(time.time())
@@ -177,9 +178,7 @@ class HttpApi:
         try:
             if not is_packed and len(body) <= QUICK_BODY_BYTES:
                 return read(body)
-            return await trio.to_thread.run_sync(
-                lambda: read(unpack(body) if is_packed else body), limiter=self._readers, abandon_on_cancel=True
-            )
+            return await self._readers.run(tenant.id, lambda: read(unpack(body) if is_packed else body))
         finally:
             call.stream.drop_body()
 

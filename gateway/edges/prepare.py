@@ -18,6 +18,7 @@ from xxhash import xxh3_128_digest
 
 from kvasir.gateway.core.api import CoreApi, ModelInfo, PromptParts, Sink, Submit
 from kvasir.gateway.edges.answer import Answer
+from kvasir.gateway.edges.fair_threads import FairThreads
 from kvasir.gateway.edges.grammar_check import GrammarCheck
 from kvasir.gateway.edges.models import find_model
 from kvasir.gateway.edges.published import Published
@@ -80,7 +81,7 @@ class Preparer:
         self._root = cache(partial(derive_root, secret))
         self._memories: dict[tuple[str, tuple[str, str]], Memory] = {}
         self._pieces = Pieces(MAX_PIECES_BYTES)
-        self._threads = trio.CapacityLimiter(MAX_THREADS)
+        self._threads = FairThreads(MAX_THREADS, MAX_THREADS // 2)
 
     def prepare_nowait(self, request: CompletionRequest, caller: Caller, sink: Sink) -> Submit | None:
         """Return `request` of `caller` as a checked `Submit` with a fresh id, whose events will go to `sink`.
@@ -109,8 +110,9 @@ class Preparer:
         if submit is not None:
             return submit
         info = find_model(request.model, caller.tenant, self._core.models())
-        request = await self._run(request, with_grammar, request, info, self._texts.get(info.name))
-        _, packed = await self.tokenize(request, caller.tenant)
+        tenant = caller.tenant
+        request = await self._run(request, tenant, with_grammar, request, info, self._texts.get(info.name))
+        _, packed = await self.tokenize(request, tenant)
         return self._submit(request, caller, sink, info, packed)
 
     async def tokenize(self, request: CompletionRequest, tenant: Tenant) -> tuple[ModelInfo, bytes]:
@@ -122,13 +124,13 @@ class Preparer:
         info = find_model(request.model, tenant, self._core.models())
         if request.grammar is not None:
             await self._grammars.verdict(tenant.id, info.name, request.grammar)
-        return info, await self._run(request, self._encode, info, request, tenant)
+        return info, await self._run(request, tenant, self._encode, info, request, tenant)
 
-    async def _run(self, request: CompletionRequest, function: Callable[..., T], *args: Any) -> T:
+    async def _run(self, request: CompletionRequest, tenant: Tenant, function: Callable[..., T], *args: Any) -> T:
         """Return `function(*args)`, from a thread if the text of `request` is long."""
         if _num_chars(request) <= QUICK_CHARS:
             return function(*args)
-        return await trio.to_thread.run_sync(function, *args, limiter=self._threads, abandon_on_cancel=True)
+        return await self._threads.run(tenant.id, function, *args)
 
     def detokenize(self, model: str, token_ids: list[int], tenant: Tenant) -> str:
         """Return the text of `token_ids`, special tokens by their names.

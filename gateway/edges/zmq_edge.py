@@ -9,6 +9,7 @@ and a thread.
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -50,7 +51,7 @@ class EdgeLimits:
     """Bounds of what clients can make the edge hold."""
 
     max_calls_per_client: int = 1024
-    max_preparing: int = 32
+    max_preparing: int = 32  # long texts that are tokenised; one tenant has up to three quarters of them
     outbox: OutboxLimits = field(default_factory=OutboxLimits)
     receipt_s: float = 5.0
     """For so long a client may take to say that an answer has arrived; then it counts as arrived."""
@@ -108,7 +109,7 @@ class ZmqEdge:
         ] = {}  # sent whole, not known to have arrived; since
         self._flusher = trio.lowlevel.ParkingLot()
         self._draining = False
-        self._num_preparing = 0
+        self._preparing: Counter[str] = Counter()  # long texts that are tokenised, by tenant
         self.num_open = 0
         self.num_requests = 0
         self.num_refused = 0
@@ -183,13 +184,14 @@ class ZmqEdge:
             self._check_room(peer, request.id)
             call = _Call(peer, request, self._core, self._mark)
             submit = self._preparer.prepare_nowait(request, caller, call.answer)
-            if submit is None and self._num_preparing >= self._limits.max_preparing:
+            num_left = self._limits.max_preparing - self._preparing.total()
+            if submit is None and (not num_left or self._preparing[caller.tenant.id] >= 3 * num_left):
                 raise Overloaded("too many long texts are being tokenised; try again", retry_after_s=1.0)
             self._open(call)
             if submit is not None:
                 self._submit(call, submit)
             else:
-                self._num_preparing += 1
+                self._preparing[caller.tenant.id] += 1
                 self._nursery.start_soon(self._prepare, call, request, caller)
         except KvasirError as error:
             self._refuse(peer, request.id, error)
@@ -222,7 +224,7 @@ class ZmqEdge:
                 self._refuse(call.peer, call.request.id, error)
                 self._send_posted()
         finally:
-            self._num_preparing -= 1
+            self._preparing -= Counter((caller.tenant.id,))  # keeps no zeros
 
     def _submit(self, call: _Call, submit: Submit) -> None:
         self._preparer.begin(call.answer, call.request, submit)

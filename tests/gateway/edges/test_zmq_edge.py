@@ -813,6 +813,32 @@ def test_only_so_many_long_texts_are_tokenised_at_once_cancelled_ones_among_them
     run(main, EdgeLimits(max_preparing=2))
 
 
+def test_one_tenants_long_texts_leave_room_for_another_tenants(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(ModelText, "pack", lambda text, prompt, *rest: gate.wait(20) and b"")
+    long = "import os\n" * 1_000
+
+    async def main(house: House) -> None:
+        house.directory.apply(Tenant("b" * 16, "beta"))
+        client = house.dealer()
+        try:
+            for _ in range(3):
+                client.request(long)
+            refused = client.request(long)
+            message = await client.receive()
+            assert (message.id, message.error.code) == (refused, "overloaded")
+            client.request(long, key=BETA_KEY[1])
+            await until(lambda: house.edge._preparing.total() == 4)
+            client.request(long, key=BETA_KEY[1])
+            assert (await client.receive()).error.code == "overloaded"
+        finally:
+            gate.set()
+        await house.settled()
+        assert not house.edge._preparing
+
+    run(main, EdgeLimits(max_preparing=4))
+
+
 def test_a_restarted_gateway_serves_the_same_client_again(tmp_path: Path) -> None:
     """The SDK's client outlives two gateways; what the first one had in hand fails, nothing hangs."""
     outcome: list[object] = []
