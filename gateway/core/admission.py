@@ -18,7 +18,8 @@ from kvasir.gateway.core.gcra import MINUTE_NS, Meter
 from kvasir.gateway.core.promises import MAX_WAIT_S
 from kvasir.protocol.days import day_number
 from kvasir.protocol.errors import BadRequest, BudgetExceeded, KvasirError, RateLimited
-from kvasir.protocol.terms import MONEY_UNITS, NO_TERMS, Budget, Price, Terms
+from kvasir.protocol.sampling import Priority
+from kvasir.protocol.terms import MONEY_UNITS, NO_TERMS, RANKS, Budget, Price, Terms
 
 GRANT_TOKENS = 1_024
 _NEWEST = 0.2  # weight of the newest request's stay in their mean
@@ -84,6 +85,14 @@ class Bill(msgspec.Struct, eq=False, gc=False):
     sent_cached: int = 0
     sent_output: int = 0
     reason: str = ""  # of the first of its answers that did not end well, else of the last
+
+    def rank(self, asked: Priority | None) -> int:
+        """Return a request's class, 0 the first: the tenant's, or a later one that the key or (`asked`) it names."""
+        rank = RANKS[self.payers[0].terms.priority or "normal"]
+        for priority in (self.payers[-1].terms.priority, asked):
+            if priority is not None and RANKS[priority] > rank:
+                rank = RANKS[priority]
+        return rank
 
     @property
     def cost(self) -> int:

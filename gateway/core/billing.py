@@ -16,7 +16,7 @@ from kvasir.gateway.core.admission import GRANT_TOKENS, Admission, Bill, Share
 from kvasir.gateway.core.api import Finished, Standing, Submit
 from kvasir.gateway.core.ledger import Ledger
 from kvasir.protocol.errors import KvasirError
-from kvasir.protocol.terms import NO_TERMS, RANKS, Price, Terms
+from kvasir.protocol.terms import NO_TERMS, Price, Terms
 
 _FREE = Price()
 
@@ -107,14 +107,6 @@ class Billing:
     def weight(self, tenant_id: str) -> int:
         """Return a tenant's weight in the queue."""
         return self._terms(tenant_id).weight
-
-    def rank(self, submit: Submit) -> int:
-        """Return a request's class, 0 the first: its tenant's, or a later one that its key or it itself names."""
-        rank = RANKS[self._terms(submit.tenant_id).priority or "normal"]
-        for priority in (self._terms(submit.key_id).priority, submit.priority):
-            if priority is not None:
-                rank = max(rank, RANKS[priority])
-        return rank
 
     def standing(self, tenant_id: str, key_id: str, now: float) -> Standing | None:
         """Return what is left of a caller's limits."""

@@ -128,7 +128,7 @@ class Requests:
                 self._billing.finished(share, Finished(submit.req_id, "refused", 0, 0))
             return error
         assert isinstance(share, Share)
-        rank = self._billing.rank(submit)
+        rank = share.bill.rank(submit.priority)
         request = Request(submit, submit.token_ids, submit.prefix_hashes, now, share, rank=rank)
         self._requests[submit.req_id] = request
         if submit.deadline is not None and submit.deadline < self._next_deadline:

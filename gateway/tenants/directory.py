@@ -273,9 +273,6 @@ class TenantDirectory:
             raise NotFound(f"no tenant is called {name[:80]!r}; `kvasir tenant list` shows those there are")
         return self._tenants[tenant_id]
 
-    def tenant_by_id(self, tenant_id: str) -> Tenant | None:
-        return self._tenants.get(tenant_id)
-
     def name_of(self, tenant_id: str) -> str:
         """Return a tenant's name, or that which a deleted one had; an id that is none is its own name."""
         tenant = self._tenants.get(tenant_id)

@@ -10,6 +10,7 @@ from kvasir.gateway.core.billing import Billing
 from kvasir.gateway.core.rates import DEFAULT_PREFILL_TOKENS_PER_S
 from kvasir.gateway.core.requests import QueueConfig
 from kvasir.gateway.core.tenant_queue import CLASS_S
+from kvasir.protocol.errors import KvasirError
 from kvasir.protocol.messages import Generate
 from kvasir.protocol.sampling import Priority
 from kvasir.protocol.terms import NO_TERMS, RANKS, Terms, TermsChange
@@ -34,7 +35,9 @@ def test_a_request_has_its_tenants_class_or_a_lower_one_that_its_key_or_it_itsel
 ) -> None:
     terms = {"alpha": Terms(priority=tenant), "k": Terms(priority=key)}
     submit, _ = make_submit(key_id="k", priority=asked)
-    assert Billing(lambda payer: terms.get(payer, NO_TERMS)).rank(submit) == RANKS[given]
+    shares = Billing(lambda payer: terms.get(payer, NO_TERMS)).admit([submit], 0.0)
+    assert not isinstance(shares, KvasirError)
+    assert shares[0].bill.rank(submit.priority) == RANKS[given]
 
 
 def test_of_what_waits_the_highest_class_is_sent_first_and_says_so_to_the_worker() -> None:
