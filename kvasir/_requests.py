@@ -101,6 +101,7 @@ _PASSED_ON = (
     "no_store",
 )
 _OF_CHATS = ("parallel_tool_calls", "include_reasoning", "max_reasoning_tokens", "reasoning_effort")
+_CHATS_ALONE = {*_OF_CHATS, "tools", "tool_choice", "documents", "variables", "continue_final_message"}
 
 
 def make_request(
@@ -119,6 +120,9 @@ def make_request(
     unknown = set(options) - Options.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown option {sorted(unknown)[0]!r}; there are {', '.join(Options.__annotations__)}")
+    odd = _CHATS_ALONE & options.keys() if messages is None else ()
+    if odd:
+        raise BadRequest(f"{min(odd)} is for chats, and this is a plain prompt; use chat()", param=min(odd))
     seed = options.get("seed")
     stop = options.get("stop", ())
     sampling = {name: options[name] for name in _SAMPLING if name in options}  # type: ignore[literal-required]

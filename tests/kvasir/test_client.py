@@ -378,6 +378,7 @@ def test_a_dropped_client_takes_its_thread_with_it(gateway: FakeGateway) -> None
         ([1 << 32], {}, errors.BadRequest, "token ids"),
         (["a"], {}, errors.BadRequest, "token ids"),
         (b"text", {}, errors.BadRequest, "bytes"),
+        ("x", {"tools": []}, errors.BadRequest, "tools is for chats"),
         ("x" * (9 << 20), {}, errors.TooLarge, "bytes"),
         ("x", {"max_tokens": 1 << 70}, errors.BadRequest, "cannot be sent"),
         ("\ud800", {}, errors.BadRequest, "cannot be sent"),
