@@ -98,4 +98,4 @@ def decode_body(
             return decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass  # the table says better what is wrong
-    return read_by(by_the_table)
+    return read_by(by_the_table, decoder.type)

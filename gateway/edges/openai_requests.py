@@ -267,7 +267,9 @@ def _sampling(body: Body, num_logprobs: int | None) -> SamplingOptions:
     if body.bad_words:
         given["bad_words"] = body.bad_words
     try:
-        options: SamplingOptions = read_by(lambda: msgspec.convert(given, SamplingOptions, strict=False))
+        options: SamplingOptions = read_by(
+            lambda: msgspec.convert(given, SamplingOptions, strict=False), SamplingOptions
+        )
     except BadRequest as error:
         error.param = (error.param or "").partition("[")[0] or None  # the field, not a place in it
         raise

@@ -232,6 +232,10 @@ def test_what_this_dialect_requires_or_refuses_is_named() -> None:
             ({"max_tokens": None}, "max_tokens is required"),
             ({"container": "x"}, "container is not supported"),
             ({"max_token": 3}, "did you mean 'max_tokens'"),
+            (
+                {"messages": [{"role": "x", "content": ""}]},
+                "messages[0].role: 'x' is none of those known here: 'assistant'",
+            ),
             ({"tool_choice": {"type": "tool"}, "tools": [FUNCTION]}, "tool_choice.name is missing"),
             ({"system": "x", "messages": [{"role": "user", "content": []}]}, "messages[0].content is empty"),
             ({"output_config": {"verbosity": "low"}}, "output_config.verbosity is not known here"),

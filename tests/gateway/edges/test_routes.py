@@ -257,6 +257,16 @@ def test_a_key_without_its_scheme_is_told_from_none(header: str) -> None:
         ({"logit_bias": {"hello": 1}}, "logit_bias", "a key of logit_bias: Expected `int`, got `str`"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs: Expected `int` <= 20"),
         ({"messages": [{"content": "x"}]}, "messages[0].role", "messages[0].role is missing, and required"),
+        (
+            {"tool_choice": "any"},
+            "tool_choice",
+            "tool_choice: 'any' is none of those known here: 'auto', 'none', 'required'",
+        ),
+        (
+            {"tool_choice": {"type": "allowed_tools", "function": {"name": "x"}}},
+            "tool_choice.type",
+            "tool_choice.type: 'allowed_tools' is none of those known here: 'function'",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_body_is_told_by_its_field(fields: dict[str, Any], param: str, words: str) -> None:
