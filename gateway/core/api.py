@@ -27,13 +27,13 @@ class PromptParts(msgspec.Struct, frozen=True):
 class Submit(msgspec.Struct, frozen=True):
     """A checked request, ready for the queue.
 
-    `token_ids` packed; `prefix_hashes` packed, one per full block, hashed with `root`, the public zone of
-    `num_public_tokens` and then `namespace`. `tenant_id` owns its blocks and its place in the queue; it pays for it,
-    and so does `key_id`, the key it came with. `deadline`: absolute time or None. `sink` gets every event of this
-    request. `vocab_size`: its answer's token ids must be below. `is_open_ended`: nobody asked for the `max_tokens`,
-    which are what the model's window allows. `counts_prompt` is false for all choices of a prompt but the first.
-    `parts`: of a conversation. `priority`: the class it asks for; None, or a higher one than it may have: that of its
-    tenant and key. `no_store`: see `Generate`.
+    `req_id`: random, no two alike. `token_ids` packed; `prefix_hashes` packed, one per full block, hashed with `root`,
+    the public zone of `num_public_tokens` and then `namespace`. `tenant_id` owns its blocks and its place in the queue;
+    it pays for it, and so does `key_id`, the key it came with. `deadline`: absolute time or None. `sink` gets every
+    event of this request. `vocab_size`: its answer's token ids must be below. `is_open_ended`: nobody asked for the
+    `max_tokens`, which are what the model's window allows. `counts_prompt` is false for all choices of a prompt but the
+    first. `parts`: of a conversation. `priority`: the class it asks for; None, or a higher one than it may have: that
+    of its tenant and key. `no_store`: see `Generate`.
     """
 
     req_id: bytes

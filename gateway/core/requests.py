@@ -18,7 +18,7 @@ from kvasir.gateway.core.request import Request
 from kvasir.gateway.core.tenant_queue import TenantQueue
 from kvasir.gateway.core.worker import Worker
 from kvasir.protocol.admin_records import UsageInfo
-from kvasir.protocol.errors import Conflict, KvasirError, Overloaded, UnknownModel
+from kvasir.protocol.errors import KvasirError, Overloaded, UnknownModel
 from kvasir.protocol.terms import RANKS
 
 EXTRA = 1.5  # times what may wait, with those that come back
@@ -261,8 +261,6 @@ class Requests:
         if submit.model not in self.models:
             names = ", ".join(sorted(self.models)) or "none"
             return UnknownModel(f"model {submit.model!r} is not served here; served: {names}", param="model")
-        if submit.req_id in self._requests:
-            return Conflict(f"request id {submit.req_id.hex()} is in use by a running request; choose another")
         num_in_all, num_of_tenant = self._config.max_queued, self._config.max_queued_per_tenant
         is_full = self.num_queued >= num_in_all
         if not is_full and tenant.num_waiting < num_of_tenant:
