@@ -26,7 +26,7 @@ from kvasir.protocol.messages import (
 )
 from kvasir.worker.log import log
 from kvasir.worker.upstream.cached import CachedBlocks
-from kvasir.worker.upstream.hello import event_feed, make_hello
+from kvasir.worker.upstream.hello import EventFeed, make_hello
 from kvasir.worker.upstream.http_client import UpstreamUnreachable
 from kvasir.worker.upstream.kv_follower import KvFollower
 from kvasir.worker.upstream.options import Options, UpstreamOptions
@@ -68,12 +68,12 @@ class End:
 class Incarnation:
     """The worker from `Hello` to its end: tasks in one nursery, commands taken as they come."""
 
-    def __init__(self, front: Front, facts: Facts) -> None:
-        """Raises ConfigurationError as `make_hello` and `event_feed` do."""
+    def __init__(self, front: Front, facts: Facts, feed: EventFeed | None) -> None:
+        """Raises ConfigurationError as `make_hello` does."""
         self._server, self._link, self._context = front.server, front.link, front.context
         self._facts = facts
         self._hello = make_hello(front.options, front.worker_id, facts)
-        self._feed = event_feed(front.options, front.upstream, facts)
+        self._feed = feed
         self._is_switched_off = front.upstream.events == "off"
         self._end: End | None = None
         self._scope = trio.CancelScope()

@@ -15,6 +15,7 @@ from kvasir.protocol.errors import InvalidMessage
 from kvasir.protocol.link import LinkClosed
 from kvasir.protocol.messages import COMMANDS
 from kvasir.worker.log import log
+from kvasir.worker.upstream import hello
 from kvasir.worker.upstream.incarnation import BYE_TIMEOUT_S, Front, Incarnation
 from kvasir.worker.upstream.server import wait_until_up
 
@@ -63,7 +64,11 @@ class UpstreamWorker:
         return None
 
     async def _look(self) -> Incarnation:
-        incarnation = Incarnation(self._front, await self._front.server.find())
+        front = self._front
+        facts = await front.server.find()
+        # In a thread: it may look up names, and a slow name server must not hold up the other workers of this process.
+        feed = await trio.to_thread.run_sync(hello.event_feed, front.options, front.upstream, facts)
+        incarnation = Incarnation(front, facts, feed)
         self._was_up = True
         return incarnation
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from kvasir.gateway.core.worker_checks import LivenessConfig
 from kvasir.protocol.errors import ConfigurationError
 from kvasir.protocol.messages import Report, Resync
 from kvasir.protocol.sampling import Constraint, Grammar, Sampling
-from kvasir.worker.upstream import http_client, incarnation, server, streams
+from kvasir.worker.upstream import hello, http_client, incarnation, server, streams
 from scripts.standin.engine import EngineOptions
 from scripts.standin.events import EventOptions
 from scripts.vllm_standin import StandinOptions, running_standin
@@ -563,6 +564,24 @@ def test_a_command_that_comes_with_the_last_words_is_for_nobody(
         async with running_standin() as standin, running_fleet(tmp_path, standin) as fleet:
             fleet.workers[0].drain(1.0)
             await fleet.until(lambda: fleet.codes == [0])
+
+    run(body)
+
+
+def test_a_slow_name_server_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    def look_up(*_: object) -> None:
+        assert answered.wait(10), "it waits in Trio's thread"
+
+    monkeypatch.setattr(hello, "check_endpoint", look_up)
+
+    async def body() -> None:
+        async with running_standin() as standin, running_fleet(tmp_path) as fleet:
+            fleet.front(standin.url)
+            await trio.sleep(0.2)
+            answered.set()
+            await fleet.ready(1)
 
     run(body)
 
