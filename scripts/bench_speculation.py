@@ -1,4 +1,4 @@
-"""Decoding with drafts beside decoding without, in one run and in turns (`bench_engine.py --speculate`).
+"""Decoding with drafts beside decoding without, step by step in turns (`bench_engine.py --speculate`).
 
 What is computed is the model's own, but what it says is written down: the sampler draws as always, and then a script's
 token takes the place of the draw. So a small model, or one of random weights, can be measured on what large ones are
@@ -7,10 +7,11 @@ of records again, with one field more), `agent` (tool calls that quote what tool
 prose), `random`. `own` are the model's own answers, with temperature: there the tokens with and without drafts are
 compared.
 
-Then drafts of a forced acceptance: each token proposed is the right one with that chance. Rates are tokens per second
-of CPU time (others may use the machine), from the moment on at which all sequences have their first token; "gain" is
-that with drafts over that without. "accepted" is a share of the tokens drafted, "per run" the tokens that a step with
-drafts gave a sequence, "per step" those that any step gave. "±" is the standard error of the gain over the repeats.
+Then drafts of a forced acceptance: each token proposed is the right one with that chance. Engines with and without
+drafts take turns step by step, so that whatever else slows the machine slows both. Rates are tokens per second of CPU
+time, from the moment on at which all sequences have their first token; "gain" is that with drafts over that without.
+"accepted" is a share of the tokens drafted, "per run" the tokens that a step with drafts gave a sequence, "per step"
+those that any step gave. "±" is the standard error of the gain over the repeats.
 
 With `--draft-layers N` there is a draft model. The two agree naturally: the draft model is the bundled one; the model
 has its layers, and more after them up to N, of random weights scaled down, so that it says nearly the same. `agree`:
@@ -44,11 +45,13 @@ from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
 from kvasir.protocol.sampling import Sampling
 from kvasir.protocol.tokens import pack_tokens, unpack_tokens
 from kvasir.worker.engine.engine import Engine
-from kvasir.worker.engine.executor import LocalExecutor
+from kvasir.worker.engine.executor import LocalExecutor, Sampler
 from kvasir.worker.engine.scheduler import EngineLimits
 from kvasir.worker.engine.step import Mask, Sampled, SampleRow
 from kvasir.worker.model.loader import load_model
+from kvasir.worker.model.model import Model
 from kvasir.worker.model.sampling import sample
+from kvasir.worker.model.working_set import WorkingSetAttention
 from kvasir.worker.speculation.costs import StepCosts
 from kvasir.worker.speculation.draft_model import DraftModel
 from kvasir.worker.speculation.lookup import Lookup
@@ -157,57 +160,79 @@ class ForcedSampler:
         return Sampled(right if self.rng.random() < self.chance else right ^ 1)
 
 
-def make_engine(folder: Path, num_tokens: int, max_requests: int) -> tuple[Engine, ScriptedSampler]:
-    model = load_model(folder, "cpu", "float32")
-    config, sampler = model.config, ScriptedSampler()
-    num_blocks = 4 * max_requests * (num_tokens // BLOCK_SIZE + 2)
-    shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-    engine = Engine(
-        LocalExecutor(model, KvStore(*shape, dtype=model.dtype, device="cpu"), sampler),
-        PrefixCache(num_blocks, BLOCK_SIZE),
-        EngineLimits(max_requests=max_requests, max_step_tokens=1024, max_context=config.max_position),
-        vocab_size=config.vocab_size,
-        eos_token_ids=config.eos_token_ids,
-        clock=time.process_time,
-    )
-    return engine, sampler
+class Arm:
+    """An engine that decodes scripts, beside others over the same weights."""
 
-
-def run(
-    engine: Engine, sampler: ScriptedSampler, scripts: Sequence[Script], num_tokens: int, temperature: float
-) -> Run:
-    """Decode all `scripts` at once with what the engine has for a speculator now."""
-    answers: dict[bytes, list[int]] = {}
-    sampler.scripts = dict(enumerate(scripts))
-    for seed, script in enumerate(scripts):
-        packed = pack_tokens(script.prompt_ids)
-        command = Generate(
-            req_id=seed.to_bytes(16, "big"),
-            attempt=1,
-            tenant="benchmark",
-            token_ids=packed,
-            num_prompt_tokens=len(script.prompt_ids),
-            root=ROOT_HASH,
-            prefix_hashes=hash_prompt(ROOT_HASH, SPACE, SPACE, packed, 0, BLOCK_SIZE),
-            num_public_tokens=0,
-            namespace=SPACE,
-            max_tokens=num_tokens,
-            sampling=Sampling(temperature=temperature, seed=seed),
-            ignore_eos=True,
+    def __init__(self, model: Model, num_tokens: int, max_requests: int) -> None:
+        self.sampler = ScriptedSampler()
+        num_blocks = 4 * max_requests * (num_tokens // BLOCK_SIZE + 2)
+        own = Model(model.config, model.weights, WorkingSetAttention(model.config))
+        self.engine = Engine(
+            make_executor(own, num_blocks, self.sampler),
+            PrefixCache(num_blocks, BLOCK_SIZE),
+            EngineLimits(max_requests=max_requests, max_step_tokens=1024, max_context=model.config.max_position),
+            vocab_size=model.config.vocab_size,
+            eos_token_ids=model.config.eos_token_ids,
+            clock=time.process_time,
         )
-        answers[command.req_id] = []
-        engine.submit(command)
-    begin, num_before, num_turns = 0.0, 0, 0
-    while engine.has_work:
-        outputs = engine.step().outputs
-        num_turns += len(outputs) if begin else 0
+        self._answers: dict[bytes, list[int]] = {}
+        self._seconds = 0.0
+        self._num_steps = self._num_tokens = 0
+
+    def begin(self, scripts: Sequence[Script], num_tokens: int, temperature: float) -> None:
+        self.sampler.scripts = dict(enumerate(scripts))
+        self._answers, self._seconds, self._num_steps, self._num_tokens = {}, 0.0, 0, 0
+        for seed, script in enumerate(scripts):
+            packed = pack_tokens(script.prompt_ids)
+            command = Generate(
+                req_id=seed.to_bytes(16, "big"),
+                attempt=1,
+                tenant="benchmark",
+                token_ids=packed,
+                num_prompt_tokens=len(script.prompt_ids),
+                root=ROOT_HASH,
+                prefix_hashes=hash_prompt(ROOT_HASH, SPACE, SPACE, packed, 0, BLOCK_SIZE),
+                num_public_tokens=0,
+                namespace=SPACE,
+                max_tokens=num_tokens,
+                sampling=Sampling(temperature=temperature, seed=seed),
+                ignore_eos=True,
+            )
+            self._answers[command.req_id] = []
+            self.engine.submit(command)
+
+    def step(self) -> None:
+        """Compute a step. What it took counts once all sequences have their first token."""
+        counts, began = all(self._answers.values()), time.process_time()
+        outputs = self.engine.step().outputs
+        if counts:
+            self._seconds += time.process_time() - began
         for output in outputs:
-            answers[output.req_id] += unpack_tokens(output.token_ids)
-        if not begin and all(answers.values()):
-            begin, num_before = time.process_time(), sum(map(len, answers.values()))
-    num_after = sum(map(len, answers.values())) - num_before
-    seconds = time.process_time() - begin
-    return Run(num_after / seconds, list(answers.values()), num_after / num_turns)
+            token_ids = unpack_tokens(output.token_ids)
+            self._answers[output.req_id] += token_ids
+            self._num_tokens += counts * len(token_ids)
+            self._num_steps += counts
+
+    def end(self) -> Run:
+        answers = list(self._answers.values())
+        return Run(self._num_tokens / self._seconds, answers, self._num_tokens / self._num_steps)
+
+
+def make_executor(model: Model, num_blocks: int, sampler: Sampler) -> LocalExecutor:
+    config = model.config
+    shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+    return LocalExecutor(model, KvStore(*shape, dtype=model.dtype, device="cpu"), sampler)
+
+
+def run(arms: Sequence[Arm], scripts: Sequence[Script], num_tokens: int, temperature: float) -> list[Run]:
+    """Decode all `scripts` at once in every arm, in turns."""
+    for arm in arms:
+        arm.begin(scripts, num_tokens, temperature)
+    while any(arm.engine.has_work for arm in arms):
+        for arm in arms:
+            if arm.engine.has_work:
+                arm.step()
+    return [arm.end() for arm in arms]
 
 
 # ---- what is said -------------------------------------------------------------------------------------------------
@@ -300,7 +325,9 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Print and return a row per kind, temperature and batch; `only` names some: kinds, or forced chances."""
     torch.set_num_threads(1)
-    engine, sampler = make_engine(folder, num_prompt + num_tokens, max(batches))
+    model = load_model(folder, "cpu", "float32")
+    arms = [Arm(model, num_prompt + num_tokens, max(batches)) for _ in range(2)]
+    engine = arms[1].engine
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     costs, experience, rows = StepCosts(), Experience(), []
     heads = ("script", "temp", "batch", "off", "on", "gain", "±", "accepted", "per run", "per step")
@@ -315,17 +342,16 @@ def compare(
             continue
         for batch in batches:
             scripts = make_scripts(kind, batch, tokenizer, num_prompt, num_tokens)
-            off, on, gains = [], [], []
             engine.speculator = None
-            run(engine, sampler, scripts, num_tokens, temperature)  # prompts are cached from here on
+            run(arms, scripts, num_tokens, temperature)  # prompts are cached from here on
+            off, on, gains = [], [], []
             for _ in range(repeats):
-                engine.speculator = None
-                off.append(run(engine, sampler, scripts, num_tokens, temperature))
                 proposer: Proposer = Lookup() if chance is None else Forced(scripts, chance)
                 engine.speculator = Speculator(proposer)  # remembers no answer of the run before
                 engine.speculator.costs, engine.speculator.experience = costs, experience
                 before = experience.counts.get(proposer.name, Counts())
-                on.append(run(engine, sampler, scripts, num_tokens, temperature))
+                for runs, done in zip((off, on), run(arms, scripts, num_tokens, temperature), strict=True):
+                    runs.append(done)
                 gains.append(on[-1].tokens_per_s / off[-1].tokens_per_s)
             num_different = sum(a != b for a, b in zip(off[-1].answers, on[-1].answers, strict=True))
             counts = experience.counts.get(proposer.name, Counts()) - before
@@ -390,11 +416,11 @@ def compare_draft_model(
     heads = ("drafts", "temp", "batch", "off", "lookup", "both", "gain", "accepted", "per run", "per step")
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_larger(source, Path(scratch) / "model", num_layers, scale=0.5)
-        engine, sampler = make_engine(folder, num_prompt + num_tokens, max(batches))
-        model, num_blocks = load_model(source, "cpu", "float32"), engine.cache.pool.num_blocks
-        config = model.config
-        shape = (num_blocks, config.num_layers, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-        executor = LocalExecutor(model, KvStore(*shape, dtype=model.dtype, device="cpu"), sample)
+        large, model = load_model(folder, "cpu", "float32"), load_model(source, "cpu", "float32")
+        config, names = model.config, ("off", "lookup", "both")
+        arms = [Arm(large, num_prompt + num_tokens, max(batches)) for _ in names]
+        num_blocks = arms[-1].engine.cache.pool.num_blocks
+        executor = make_executor(model, num_blocks, sample)
         print(f"a model of {num_layers} layers, a draft model of {config.num_layers}")
         print("".join(f"{head:>9}" for head in heads))
         for chance, temperature in ((None, 0.0), (None, 0.7), (0.0, 0.0), (0.5, 0.0), (0.8, 0.0)):
@@ -403,26 +429,25 @@ def compare_draft_model(
                 scripts = make_scripts(kind, batch, tokenizer, num_prompt, num_tokens)
                 forced = {} if chance is None else dict(enumerate(scripts))
                 executor.sampler = ForcedSampler(forced, chance or 0.0, random.Random(1))
-                costs, experience = StepCosts(), Experience()
-                found: dict[str, list[Run]] = {"off": [], "lookup": [], "both": []}
+                experience, costs = Experience(), [StepCosts() for _ in names]
+                found: dict[str, list[Run]] = {name: [] for name in names}
                 for number in range(repeats + 1):
-                    for name, runs in found.items():
-                        engine.speculator = None if name == "off" else Speculator(Lookup())
-                        if engine.speculator is not None:
-                            engine.speculator.costs = costs
-                        if engine.speculator is not None and name == "both":
-                            engine.speculator.experience = experience
-                            engine.speculator.model = DraftModel(
-                                executor,
-                                num_blocks,
-                                BLOCK_SIZE,
-                                vocab_size=config.vocab_size,
-                                window=config.max_position,
-                                clock=time.process_time,
-                            )
-                        done = run(engine, sampler, scripts, num_tokens, temperature)
+                    for arm, its_costs in zip(arms[1:], costs[1:], strict=True):
+                        arm.engine.speculator = Speculator(Lookup())
+                        arm.engine.speculator.costs = its_costs
+                    assert arms[2].engine.speculator is not None
+                    arms[2].engine.speculator.experience = experience
+                    arms[2].engine.speculator.model = DraftModel(
+                        executor,
+                        num_blocks,
+                        BLOCK_SIZE,
+                        vocab_size=config.vocab_size,
+                        window=config.max_position,
+                        clock=time.process_time,
+                    )
+                    for name, done in zip(names, run(arms, scripts, num_tokens, temperature), strict=True):
                         if number:  # the first run caches prompts, and teaches what drafts cost and are worth
-                            runs.append(done)
+                            found[name].append(done)
                 counts = experience.counts.get("model", Counts())
                 rates = {name: statistics.median(r.tokens_per_s for r in runs) for name, runs in found.items()}
                 gains = [b.tokens_per_s / a.tokens_per_s for a, b in zip(found["off"], found["both"], strict=True)]
