@@ -9,7 +9,8 @@ compared.
 
 Then drafts of a forced acceptance: each token proposed is the right one with that chance. Engines with and without
 drafts take turns step by step, so that whatever else slows the machine slows both. Rates are tokens per second of CPU
-time, from the moment on at which all sequences have their first token; "gain" is that with drafts over that without.
+time, while the batch is full: from the moment on at which all sequences have their first token, until the first one is
+done. "gain" is the rate with drafts over that without.
 "accepted" is a share of the tokens drafted, "per run" the tokens that a step with drafts gave a sequence, "per step"
 those that any step gave. "±" is the standard error of the gain over the repeats.
 
@@ -117,11 +118,14 @@ class Forced:
     name = "forced"
 
     def __init__(self, scripts: Sequence[Script], chance: float) -> None:
-        self._answers = {tuple(script.prompt_ids): script.answer_ids for script in scripts}
-        self._chance, self._rng = chance, random.Random(1)
+        rng = random.Random(1)
+        self._drafts = {
+            tuple(script.prompt_ids): [t if rng.random() < chance else t ^ 1 for t in script.answer_ids or []]
+            for script in scripts
+        }
 
     def open(self, text: Text) -> _ForcedReader:
-        return _ForcedReader(text, self._answers[tuple(text.prompt_ids)] or [], self._chance, self._rng)
+        return _ForcedReader(text, self._drafts[tuple(text.prompt_ids)])
 
     def close(self, text: Text) -> None: ...
 
@@ -131,14 +135,11 @@ class Forced:
 @dataclass
 class _ForcedReader:
     text: Text
-    answer_ids: list[int]
-    chance: float
-    rng: random.Random
+    drafts: list[int]
 
     def propose(self, limit: int) -> Draft:
         done = len(self.text.output_ids)
-        right = self.answer_ids[done : done + limit]
-        return Draft([token if self.rng.random() < self.chance else token ^ 1 for token in right], 4)
+        return Draft(self.drafts[done : done + limit], 4)
 
 
 @dataclass
@@ -178,10 +179,11 @@ class Arm:
         self._answers: dict[bytes, list[int]] = {}
         self._seconds = 0.0
         self._num_steps = self._num_tokens = 0
+        self._is_full = True
 
     def begin(self, scripts: Sequence[Script], num_tokens: int, temperature: float) -> None:
         self.sampler.scripts = dict(enumerate(scripts))
-        self._answers, self._seconds, self._num_steps, self._num_tokens = {}, 0.0, 0, 0
+        self._answers, self._seconds, self._num_steps, self._num_tokens, self._is_full = {}, 0.0, 0, 0, True
         for seed, script in enumerate(scripts):
             packed = pack_tokens(script.prompt_ids)
             command = Generate(
@@ -202,8 +204,8 @@ class Arm:
             self.engine.submit(command)
 
     def step(self) -> None:
-        """Compute a step. What it took counts once all sequences have their first token."""
-        counts, began = all(self._answers.values()), time.process_time()
+        """Compute a step. It counts if all sequences have their first token and none is done."""
+        counts, began = self._is_full and all(self._answers.values()), time.process_time()
         outputs = self.engine.step().outputs
         if counts:
             self._seconds += time.process_time() - began
@@ -212,6 +214,7 @@ class Arm:
             self._answers[output.req_id] += token_ids
             self._num_tokens += counts * len(token_ids)
             self._num_steps += counts
+            self._is_full &= output.finish_reason is None
 
     def end(self) -> Run:
         answers = list(self._answers.values())
@@ -242,10 +245,8 @@ def make_scripts(kind: str, count: int, tokenizer: Tokenizer, num_prompt: int, n
     rng = random.Random(kind)
     if kind == "random":
         vocab = tokenizer.get_vocab_size()
-        return [
-            Script(*([rng.randrange(10, vocab) for _ in range(n)] for n in (num_prompt, num_answer)))
-            for _ in range(count)
-        ]
+        sizes = [(num_prompt - rng.randrange(num_prompt // 4), num_answer) for _ in range(count)]
+        return [Script(*([rng.randrange(10, vocab) for _ in range(n)] for n in size)) for size in sizes]
     scripts = []
     for i in range(count):
         prompt, answer = _TEXTS[kind](i, rng)

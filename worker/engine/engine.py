@@ -270,18 +270,21 @@ class Engine:
 
     def _draft(self, speculator: Speculator) -> None:
         """Choose the drafts of the sequences that decode. One whose newest token is not known yet has none."""
-        decoding = [s for s in self._sequences.running if s.num_remaining == 1 and not s.is_ending]
-        drafting = []
-        for s in decoding:
-            if s.track is not None:
-                s.track.clear()
-            if not s.num_drawing and not s.is_fresh:
-                if s.track is None:
-                    chain = s.chain
-                    text = Text(chain.owner, chain.namespace, s.prompt_ids, s.output_ids, s.table.leaves_nothing)
-                    s.track = speculator.open(text, s)
-                drafting.append((s.track, s.max_length - s.num_tokens - 1))
-        speculator.draft(drafting, len(decoding), self._num_launched)
+        wanted, num_decoding = [], 0
+        for s in self._sequences.running:
+            if s.num_remaining != 1 or s.is_ending:
+                continue
+            num_decoding += 1
+            if s.num_drawing or s.is_fresh:
+                if s.track is not None:
+                    s.track.clear()
+                continue
+            if s.track is None:
+                chain = s.chain
+                text = Text(chain.owner, chain.namespace, s.prompt_ids, s.output_ids, s.table.leaves_nothing)
+                s.track = speculator.open(text, s)
+            wanted.append((s.track, s.max_length - s.num_tokens - 1))
+        speculator.draft(wanted, num_decoding, self._num_launched)
 
     def _launch(self, plan: Plan) -> Flight | None:
         """Launch what `plan` computes; None if that is nothing."""
@@ -339,20 +342,21 @@ class Engine:
             return
         self._flights.popleft()
         draws = iter(result.sampled)
+        num_held = 0
         for share in flight.shares:
             drawn = [next(draws) for _ in range(len(share.forks) + share.piece.num_logits)]
-            self._sequences.take(share, drawn)
+            num_held += self._sequences.take(share, drawn)
         self._free_leaving(flight)
-        self._learn(flight, result.seconds)
+        self._learn(flight, num_held, result.seconds)
 
-    def _learn(self, flight: Flight, device_s: float | None) -> None:
-        """Measure the step that was collected just now."""
+    def _learn(self, flight: Flight, num_held: int, device_s: float | None) -> None:
+        """Measure the step that was collected just now; `num_held` of its drafts held."""
         now = self._clock()
         step_s = now - max(flight.began, self._collected_at) - flight.draft_s if device_s is None else device_s
         self._collected_at = now
         self._collected.append((flight, step_s + flight.draft_s))
         if self.speculator is not None and flight.num_decodes and not flight.num_prefill and step_s > 0:
-            self.speculator.costs.learn(flight.num_decodes, flight.num_drafts, step_s)
+            self.speculator.costs.learn(flight.num_decodes, flight.num_drafts, num_held, step_s)
         if flight.num_prefill >= MIN_CHUNK and step_s > 0:  # less says more about a step's fixed costs than the rate
             rate = flight.num_prefill / step_s
             self._rate = rate if self._rate == _FIRST_RATE else self._rate + _RATE_SHARE * (rate - self._rate)

@@ -163,21 +163,23 @@ class Sequences:
 
     # ---- what a step has come to
 
-    def take(self, share: Share, drawn: Seq[Sampled | None]) -> None:
-        """Publish the blocks that a step filled, and give `share`'s sequences the tokens drawn: first the forks."""
+    def take(self, share: Share, drawn: Seq[Sampled | None]) -> int:
+        """Publish the blocks that a step filled, and give `share`'s sequences the tokens drawn: first the forks.
+
+        Return how many of its drafts held.
+        """
         sequence, piece, forks = share.sequence, share.piece, share.forks
         if not share.is_current:
-            return
+            return 0
         sequence.num_drawing -= bool(piece.num_logits)
         if drawn and drawn[len(forks)] is None:  # then its keys and values are no good either
             self._end_not_finite([*forks, sequence])
-            return
+            return 0
         self._publish(sequence, piece.end - len(share.draft_ids))
         for fork, sampled in zip(forks, drawn, strict=False):
             if self._fork(fork, sequence):
                 self._append(fork, [sampled])
-        if drawn:
-            self._append(sequence, drawn[len(forks) :], share.draft_ids)
+        return self._append(sequence, drawn[len(forks) :], share.draft_ids) if drawn else 0
 
     def _fork(self, fork: Sequence, original: Sequence) -> bool:
         """Let `fork` run from the blocks of `original`, which has just computed the tokens that both have.
@@ -202,8 +204,11 @@ class Sequences:
             sequence.extend_chain(num_blocks)
             self._cache.insert(sequence.chain, sequence.table, num_blocks)
 
-    def _append(self, sequence: Sequence, drawn: Seq[Sampled | None], draft_ids: Seq[int] = ()) -> None:
-        """Give `sequence` its next token, and those drawn after `draft_ids` as far as the drafts hold."""
+    def _append(self, sequence: Sequence, drawn: Seq[Sampled | None], draft_ids: Seq[int] = ()) -> int:
+        """Give `sequence` its next token, and those drawn after `draft_ids` as far as the drafts hold.
+
+        Return how many of those do.
+        """
         output = Output(sequence.req_id, sequence.attempt, len(sequence.output_ids))
         taken: list[int] = []
         sampled: Sampled | None = None
@@ -239,6 +244,7 @@ class Sequences:
             self.end(sequence, "error", sequence.matcher.error)
         elif sampled is None:
             self._end_not_finite([sequence])
+        return num_held
 
     # ---- its end
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from kvasir.worker.speculation.draft_model import Round
 
+MAX_DRAFT = 16  # tokens per sequence and step
+
 _FIRST_COSTS = (0.1, 0.15)  # of a step without: what any drafts add, and each per sequence
 _FIRST_PLAIN = 3  # steps without drafts, before there are any
 _MAX_SINCE = 48  # steps with drafts, then one without
@@ -15,6 +17,8 @@ _PLAIN_LEARNING = 0.2  # how much of a step's surprise is believed
 _DRAFT_LEARNING = 0.3
 _FORGETTING = 0.002  # per step without drafts, so that drafts once thought too dear are tried again
 _MAX_SURPRISE = 0.25  # of what was expected: the rest is the machine's, not the batch's
+_ALLOWANCE = 0.003  # of every step without drafts: what they may cost in vain
+_FIRST_BALANCE, _MOST_BALANCE = 1.0, 4.0  # steps without drafts
 _FIRST_ROUND = 0.1  # of a step without drafts
 _ROUND_LEARNING = 0.2
 _ROUND_FORGETTING = 0.003  # per sequence
@@ -38,17 +42,24 @@ class _Costs:
 
 
 class StepCosts:
-    """What a step takes, and what drafts add, by the number of sequences; from the steps that only decode."""
+    """What a step takes, and what drafts add, by the number of sequences; from the steps that only decode.
+
+    `balance` is what drafts have saved less what they have cost, in steps without them. No step's drafts may cost more,
+    and below zero they have to rest until the allowance of such steps has made that good. So they lose little more than
+    that, however wrong the costs and chances are by which they are chosen. What a draft model takes to catch up with a
+    text is not counted: that is for many steps.
+    """
 
     def __init__(self) -> None:
         self._by_size: dict[tuple[int, int], _Costs] = {}
         self.rounds = RoundCosts()
+        self.balance = _FIRST_BALANCE
 
     def relative(self, num_sequences: int) -> tuple[float, float] | None:
         """Return what any drafts add to a step, and what each per sequence adds, over the step without; None: the next
-        step has to go without, to see what that takes."""
+        step has to go without, to see what that takes or because drafts have cost too much."""
         costs = self._by_size.get(_size_class(num_sequences))
-        if costs is None or costs.num_plain < _FIRST_PLAIN or costs.num_since >= _MAX_SINCE:
+        if costs is None or costs.num_plain < _FIRST_PLAIN or costs.num_since >= _MAX_SINCE or self.balance < 0:
             return None
         return costs.any_s / costs.plain_s, costs.draft_s / costs.plain_s
 
@@ -63,19 +74,31 @@ class StepCosts:
         relative = _FIRST_ROUND if round_s is None or not plain_s else round_s / plain_s
         return relative * num_sequences / num_drafting
 
-    def learn(self, num_sequences: int, num_drafts: int, step_s: float) -> None:
-        """Learn from a step that only decodes; `step_s` without the time of a draft model."""
+    def num_affordable(self, any_cost: float, cost: float) -> int:
+        """Return how many drafts a sequence may have by the balance, one at least; the costs as of `relative`."""
+        return (
+            max(1, int((self.balance - any_cost) / cost)) if cost * MAX_DRAFT > self.balance - any_cost else MAX_DRAFT
+        )
+
+    def learn(self, num_sequences: int, num_drafts: int, num_held: int, step_s: float) -> None:
+        """Learn from a step that only decodes, of whose drafts `num_held` held; `step_s` without the time of a draft
+        model."""
         size = _size_class(num_sequences)
-        costs = self._by_size.get(size)
+        costs, round_s = self._by_size.get(size), self.rounds.take_spent()
         if num_drafts:
             if costs is not None:
                 costs.num_since += 1
                 x = num_drafts / num_sequences
-                surprise = _surprise(step_s, costs.plain_s + costs.any_s + costs.draft_s * x)
+                expected_s = costs.plain_s + costs.any_s + costs.draft_s * x
+                surprise = _surprise(step_s, expected_s)
+                cost = (expected_s + surprise + round_s) / costs.plain_s - 1
+                self.balance = min(_MOST_BALANCE, self.balance + num_held / num_sequences - cost)
                 step = _DRAFT_LEARNING * surprise / (1 + x * x)
                 costs.any_s = max(0.0, costs.any_s + step)
                 costs.draft_s = max(0.0, costs.draft_s + step * x)
-        elif costs is None:
+            return
+        self.balance = min(_MOST_BALANCE, self.balance + _ALLOWANCE)
+        if costs is None:
             self._by_size[size] = _Costs(step_s)
             self._by_size[size].forget(1.0)
         elif costs.num_plain < _FIRST_PLAIN:  # the first ones make room for what comes
@@ -94,7 +117,13 @@ class RoundCosts:
 
     def __init__(self) -> None:
         self._round_s: dict[tuple[int, int], float] = {}
+        self._spent_s = 0.0
         self.token_s = 0.0  # until it is measured, so that it is
+
+    def take_spent(self) -> float:
+        """Return the seconds of all rounds since the last call in which no text was caught up with."""
+        spent_s, self._spent_s = self._spent_s, 0.0
+        return spent_s
 
     def round_s(self, num_drafting: int) -> float | None:
         """Return the seconds of a round, None if there has been none yet."""
@@ -108,6 +137,7 @@ class RoundCosts:
         for each in rounds:
             expected_s = self.round_s(each.num_drafting) if each.num_drafting else 0.0
             if each.num_tokens <= 2 * each.num_drafting:
+                self._spent_s += each.seconds
                 size = _size_class(each.num_drafting)
                 if size in self._round_s:
                     self._round_s[size] += _ROUND_LEARNING * _surprise(each.seconds, self._round_s[size])

@@ -24,12 +24,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import neg
 
-from kvasir.worker.speculation.costs import StepCosts
+from kvasir.worker.speculation.costs import MAX_DRAFT, StepCosts
 from kvasir.worker.speculation.draft_model import DraftModel, Job, Lead, Running
 from kvasir.worker.speculation.proposer import Proposer, Text
-from kvasir.worker.speculation.track import NOTHING, Experience, Track
+from kvasir.worker.speculation.track import Experience, Track
 
-MAX_DRAFT = 16
 MAX_PERIOD = 8  # steps from one look to the next at a sequence whose drafts are not worth it
 CATCH_UP_TOKENS = 256  # that the draft model computes of texts it has not seen, per step
 NEAR = 16  # tokens that it computes on its way, without asking whether that is worth it
@@ -94,7 +93,6 @@ class Speculator:
         choices: list[_Choice] = []
         for track, limit in wanted:
             track.clear()
-            track.proposed = NOTHING
             if limit > 0 and track.looks_at(turn):
                 track.proposed = track.reader.propose(min(limit, MAX_DRAFT))
                 choices.append(_Choice(track, track.chances.of_run(track.proposed), self._model_run(track, limit)))
@@ -102,6 +100,9 @@ class Speculator:
         if costs is None:
             return
         any_cost, cost = costs
+        count = self.costs.num_affordable(any_cost, cost)
+        for choice in choices:
+            choice.by_lookup, choice.by_model = choice.by_lookup[:count], choice.by_model[:count]
         num_drafting = sum(bool(choice.by_model) for choice in choices)
         if num_drafting:
             self._drop_dear(choices, cost, num_drafting, num_sequences)

@@ -137,7 +137,7 @@ class Track:
 
     def clear(self) -> None:
         """Have no drafts in the next step."""
-        self.num_drafts, self.draft_ids, self.job = 0, [], None
+        self.num_drafts, self.draft_ids, self.job, self.proposed = 0, [], None, NOTHING
 
     def model_run(self, limit: int) -> list[float]:
         """Return the chances that the draft model's first 1, 2, ... tokens all hold, down to some percent."""

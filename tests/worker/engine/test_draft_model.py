@@ -206,7 +206,7 @@ def test_a_long_text_is_caught_up_with_in_pieces() -> None:
 def test_a_text_is_not_caught_up_with_when_that_takes_longer_than_drafts_will_save() -> None:
     for token_s, is_worth_it in ((0.0001, True), (1.0, False)):
         rig = TwinRig(num_blocks=100)
-        rig.speculator.costs.learn(1, 0, 1.0)
+        rig.speculator.costs.learn(1, 0, 0, 1.0)
         rig.speculator.costs.rounds.token_s = token_s
         rig.submit(make_generate(make_prompt(200), 20))
         rig.run()

@@ -50,12 +50,14 @@ def play(
         num_drafted = sum(len(track.draft_ids) for track in tracks)
         step_s = 0.01 * (1 + cost * num_drafted / batch + any_cost * (num_drafted > 0))
         is_late = step >= num_steps // 2
+        num_held = 0
         for track in tracks:
             held = next((i for i, token in enumerate(track.draft_ids) if token != 7), len(track.draft_ids))
+            num_held += held
             track.drawn([7] * (held + 1), len(track.draft_ids))
             num_tokens += is_late * (held + 1)
             num_drafts += is_late * len(track.draft_ids)
-        speculator.costs.learn(batch, sum(len(track.draft_ids) for track in tracks), step_s)
+        speculator.costs.learn(batch, sum(len(track.draft_ids) for track in tracks), num_held, step_s)
         seconds += is_late * step_s
     num_late = num_steps - num_steps // 2
     return num_tokens / seconds * 0.01 / batch, num_drafts / num_late / batch, speculator
@@ -114,7 +116,7 @@ def test_a_sequence_that_begins_to_repeat_itself_is_noticed() -> None:
 def test_no_more_is_drafted_than_a_sequence_may_take() -> None:
     speculator = Speculator(Scripted(1.0, match=16))
     for _ in range(3):
-        speculator.costs.learn(4, 0, 0.01)
+        speculator.costs.learn(4, 0, 0, 0.01)
     tracks = [speculator.open(Text("a", b"", [], [])) for _ in range(4)]
     speculator.draft([*zip(tracks, [0, 1, 3, -1], strict=True)], 4, 0)
     assert [len(track.draft_ids) for track in tracks] == [0, 1, 3, 0]
@@ -153,15 +155,15 @@ def test_costs_are_measured_per_size_of_batch_and_forget_what_was_too_high() -> 
     assert costs.relative(4) is None
     for step in range(500):
         drafts = rng.choice([0, 0, 4, 8]) if step > 5 else 0
-        costs.learn(4, drafts, 0.01 * (1 + 0.4 * drafts / 4) * rng.choice([1, 1, 1, 1.02]))
+        costs.learn(4, drafts, 4 * drafts, 0.01 * (1 + 0.4 * drafts / 4) * rng.choice([1, 1, 1, 1.02]))
     any_cost, cost = costs.relative(4) or (9.0, 9.0)
     assert any_cost + 1.5 * cost == pytest.approx(1.5 * 0.4, abs=0.08)
     assert costs.relative(5) is None and costs.relative(64) is None
     for _ in range(40):
-        costs.learn(4, 8, 0.2)
+        costs.learn(4, 8, 99, 0.2)
     assert sum(costs.relative(4) or ()) > 1
     for _ in range(5_000):
-        costs.learn(4, 0, 0.01)
+        costs.learn(4, 0, 0, 0.01)
     assert sum(costs.relative(4) or (9.0,)) < 0.4
 
 
@@ -169,14 +171,38 @@ def test_a_step_without_drafts_is_asked_for_now_and_then() -> None:
     costs = StepCosts()
     for _ in range(3):
         assert costs.relative(2) is None
-        costs.learn(2, 0, 0.01)
+        costs.learn(2, 0, 0, 0.01)
     num_drafted = 0
     while costs.relative(2) is not None:
-        costs.learn(2, 4, 0.01)
+        costs.learn(2, 4, 4, 0.01)
         num_drafted += 1
     assert 20 < num_drafted < 100
-    costs.learn(2, 0, 0.01)
+    costs.learn(2, 0, 0, 0.01)
     assert costs.relative(2) is not None
+
+
+def test_drafts_that_cost_in_vain_rest_until_the_steps_without_have_made_that_good() -> None:
+    costs, num_plain, num_tokens, seconds = StepCosts(), 0, 0, 0.0
+    for _ in range(5_000):  # whatever costs and chances say, every step that may have drafts has one, which never holds
+        has_draft = costs.relative(1) is not None
+        num_plain += not has_draft
+        step_s = 0.01 * (1 + 0.2 * has_draft)
+        costs.learn(1, int(has_draft), 0, step_s)
+        num_tokens, seconds = num_tokens + 1, seconds + step_s
+    assert 0.5 < seconds / num_tokens / 0.01 < 1.01 and num_plain < 5_000
+    for _ in range(400):
+        costs.learn(1, 0, 0, 0.01)
+    before = costs.balance
+    costs.learn(1, 4, 4, 0.012)
+    assert costs.balance > min(before + 3, 3.9) and costs.relative(1) is not None
+
+
+def test_one_slow_step_does_not_stop_drafts_that_hold() -> None:
+    costs = StepCosts()
+    for step in range(200):
+        is_plain = costs.relative(1) is None
+        costs.learn(1, 0 if is_plain else 4, 0 if is_plain else 4, 50.0 if step == 100 else 0.012 - 0.002 * is_plain)
+    assert costs.balance > 0
 
 
 def test_a_sequence_begins_with_what_held_in_others() -> None:
@@ -185,7 +211,7 @@ def test_a_sequence_begins_with_what_held_in_others() -> None:
     for _ in range(20):
         track = speculator.open(Text("a", b"", [], []))
         for turn in range(6):
-            speculator.costs.learn(1, 0, 0.01)
+            speculator.costs.learn(1, 0, 0, 0.01)
             speculator.draft([(track, 100)], 1, turn)
             track.drawn([7], track.num_drafts)
             first.append(track.num_drafts)
