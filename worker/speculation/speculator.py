@@ -30,6 +30,7 @@ from kvasir.worker.speculation.proposer import Proposer, Text
 from kvasir.worker.speculation.track import Experience, Track
 
 MAX_PERIOD = 8  # steps from one look to the next at a sequence whose drafts are not worth it
+HOPEFUL_PERIOD = 4  # if they would be, were there more in the batch
 CATCH_UP_TOKENS = 256  # that the draft model computes of texts it has not seen, per step
 NEAR = 16  # tokens that it computes on its way, without asking whether that is worth it
 
@@ -90,14 +91,13 @@ class Speculator:
     def draft(self, wanted: Sequence[tuple[Track, int]], num_sequences: int, turn: int) -> None:
         """Set the `num_drafts` of tracks, each with the most that it may have, for step `turn`, in which
         `num_sequences` decode."""
-        choices: list[_Choice] = []
+        costs, choices = self.costs.relative(num_sequences), []
         for track, limit in wanted:
             track.clear()
-            if limit > 0 and track.looks_at(turn):
+            if costs is not None and limit > 0 and track.looks_at(turn):
                 track.proposed = track.reader.propose(min(limit, MAX_DRAFT))
                 choices.append(_Choice(track, track.chances.of_run(track.proposed), self._model_run(track, limit)))
-        costs = self.costs.relative(num_sequences) if choices else None
-        if costs is None:
+        if costs is None or not choices:
             return
         any_cost, cost = costs
         count = self.costs.num_affordable(any_cost, cost)
@@ -115,9 +115,11 @@ class Speculator:
             if not is_last:
                 factor = (1 + num_gained / num_sequences) / (1 + any_cost + spent / num_sequences)
                 num_drafting = sum(choice.is_model for choice in choices)
+        is_worth_it = num_gained > _MARGIN * (spent + any_cost * num_sequences)
         for choice in choices:
-            choice.track.period = 1 if choice.count else min(2 * choice.track.period, MAX_PERIOD)
-        if num_gained > _MARGIN * (spent + any_cost * num_sequences):
+            period = min(2 * choice.track.period, HOPEFUL_PERIOD if choice.count else MAX_PERIOD)
+            choice.track.period = 1 if is_worth_it and choice.count else period
+        if is_worth_it:
             self._plan(choices)
 
     def compute(self, tracks: Sequence[tuple[Track, int]]) -> None:
