@@ -33,9 +33,12 @@ class HttpCall:
         """The API key that the request brings, as OpenAI's or as Anthropic's clients send it."""
         headers = self.request.headers
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme and scheme.lower() != "bearer":
+        if scheme.lower() == "bearer" and key.strip():
+            return key.strip()
+        found = headers.get("x-api-key", "").strip()
+        if scheme.lower() not in ("", "bearer") and not found:  # else it is a proxy's own affair
             raise AuthenticationFailed("the authorization header has another form than `Bearer KEY`; send that")
-        return key.strip() or headers.get("x-api-key", "").strip()
+        return found
 
     @property
     def request_id(self) -> str:

@@ -247,6 +247,8 @@ def test_a_key_without_its_scheme_is_told_from_none(header: str) -> None:
         assert response is not None and response.status == 401
         message = decoded(response)["error"]["message"]
         assert "`Bearer KEY`" in message and KEYS["alpha"] not in message
+        both = {"authorization": header, "x-api-key": KEYS["alpha"]}  # as from behind a proxy with passwords of its own
+        assert (await send(house, "GET", "/v1/models", both)).status == 200
 
     run(main)
 
