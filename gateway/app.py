@@ -90,6 +90,7 @@ async def serve(config: GatewayConfig) -> None:
                 token.run_sync_soon(core.reserved, bills, error)
 
         ledger = LedgerWriter(database, tell)
+        stack.callback(ledger.stop, LAST_COMMIT_S)  # also where the end comes at once
         billing = Billing(directory.terms, directory.price, ledger)
         load_accounts(database, billing.admission, time.time())
 

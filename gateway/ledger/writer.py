@@ -108,7 +108,9 @@ class LedgerWriter:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Have what is left written and the thread ended. Blocks for at most `timeout_s`."""
+        """Have what is left written and the thread ended. Blocks for at most `timeout_s`. Idempotent."""
+        if not self._thread.is_alive():
+            return
         self._stopping.set()
         self._wake.set()
         self._thread.join(timeout_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,11 @@ def modes_of_a_running_gateway(home: Path, http: tuple[str, int] | None = None) 
 
 def test_each_socket_has_a_folder_of_its_own_and_only_that_of_clients_is_open_to_the_group(home: Path) -> None:
     assert modes_of_a_running_gateway(home) == {"clients": 0o750, "workers": 0o700, "admin": 0o700}
+
+
+def test_a_gateway_that_is_cut_off_leaves_no_thread_that_writes_to_its_ledger(home: Path) -> None:
+    modes_of_a_running_gateway(home)
+    assert "ledger" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_folder_that_was_made_for_another_group_stays_as_it_is(home: Path) -> None:
