@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from kvasir.gateway.edges.turns import Turns
 from kvasir.gateway.log import log
 from kvasir.gateway.text.grammar_helper import Lines, Trial, Verdict, line
 from kvasir.protocol.errors import BadRequest, Overloaded, Unavailable
@@ -60,7 +61,7 @@ class GrammarCheck:
         self._process: trio.Process | None = None
         self._warm: set[str] = set()  # models for which this process has answered
         self._slots = trio.CapacityLimiter(MAX_TRIALS)
-        self._turns: dict[str, trio.Lock] = {}  # one trial at a time for each tenant that has some
+        self._turns = Turns(1)  # one trial at a time for each tenant
 
     def verdict_nowait(self, tenant_id: str, model: str, grammar: Grammar) -> bool:
         """Return whether `grammar` is known to be good; false: it is not known, ask `verdict`.
@@ -88,21 +89,16 @@ class GrammarCheck:
         """
         if self.verdict_nowait(tenant_id, model, grammar):
             return
-        turn = self._turns.get(tenant_id) or trio.Lock()
-        num_own = turn.statistics().tasks_waiting
-        if self._num_waiting >= MAX_WAITING or num_own >= MAX_WAITING_OF_TENANT:
+        if self._num_waiting >= MAX_WAITING or self._turns.num_waiting(tenant_id) >= MAX_WAITING_OF_TENANT:
             raise Overloaded(f"{self._num_waiting} grammars are waiting to be checked; try again", retry_after_s=1.0)
         self._num_waiting += 1
-        self._turns[tenant_id] = turn
         try:
-            async with turn:
+            async with self._turns.of(tenant_id):
                 if not self.verdict_nowait(tenant_id, model, grammar):
                     async with self._slots:
                         await self._try(tenant_id, model, grammar)
         finally:
             self._num_waiting -= 1
-            if not turn.statistics().tasks_waiting and not turn.locked():
-                self._turns.pop(tenant_id, None)
         self.verdict_nowait(tenant_id, model, grammar)
 
     async def _try(self, tenant_id: str, model: str, grammar: Grammar) -> None:

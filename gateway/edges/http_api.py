@@ -16,7 +16,6 @@ from kvasir.gateway.core.api import CoreApi, ModelInfo
 from kvasir.gateway.edges.anthropic_answers import AnthropicWriter
 from kvasir.gateway.edges.anthropic_requests import MESSAGES_TYPE, read_count, read_messages
 from kvasir.gateway.edges.cors import Cors
-from kvasir.gateway.edges.fair_threads import FairThreads
 from kvasir.gateway.edges.http_call import HttpCall, json_response
 from kvasir.gateway.edges.http_completions import Completions
 from kvasir.gateway.edges.models import models_of, unknown_model
@@ -28,6 +27,7 @@ from kvasir.gateway.edges.request_fields import Place
 from kvasir.gateway.edges.responses_answers import ResponsesWriter
 from kvasir.gateway.edges.responses_requests import RESPONSES_TYPE, read_responses
 from kvasir.gateway.edges.token_routes import DetokenizeBody, TokenizeBody, read_tokenize, tokenized
+from kvasir.gateway.edges.turns import FairThreads
 from kvasir.gateway.edges.writer import Writer
 from kvasir.gateway.http.connection import Exchange
 from kvasir.gateway.http.content_coding import read_coding, unpack

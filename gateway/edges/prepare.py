@@ -18,7 +18,6 @@ from xxhash import xxh3_128_digest
 
 from kvasir.gateway.core.api import CoreApi, ModelInfo, PromptParts, Sink, Submit
 from kvasir.gateway.edges.answer import Answer
-from kvasir.gateway.edges.fair_threads import FairThreads
 from kvasir.gateway.edges.grammar_check import GrammarCheck
 from kvasir.gateway.edges.models import find_model
 from kvasir.gateway.edges.published import Published
@@ -32,6 +31,7 @@ from kvasir.gateway.edges.request_checks import (
     window,
     with_grammar,
 )
+from kvasir.gateway.edges.turns import FairThreads
 from kvasir.gateway.tenants.directory import Caller, Tenant
 from kvasir.gateway.text.model_text import QUICK_CHARS, ModelText
 from kvasir.gateway.text.piece_cache import Memory, Pieces
