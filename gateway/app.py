@@ -37,7 +37,7 @@ from kvasir.gateway.edges.http_api import HttpApi
 from kvasir.gateway.edges.prepare import Preparer
 from kvasir.gateway.edges.published import Published
 from kvasir.gateway.edges.zmq_edge import ZmqEdge
-from kvasir.gateway.http.connection import HttpLimits
+from kvasir.gateway.http.limits import HttpLimits
 from kvasir.gateway.http.server import HttpServer, open_listeners
 from kvasir.gateway.ledger.accounts import load_accounts
 from kvasir.gateway.ledger.database import open_ledger

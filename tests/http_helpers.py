@@ -14,7 +14,7 @@ import trio
 from kvasir.gateway.core.api import Submit
 from kvasir.gateway.edges.grammar_check import GrammarCheck
 from kvasir.gateway.edges.http_api import HttpApi
-from kvasir.gateway.http.connection import HttpLimits
+from kvasir.gateway.http.limits import HttpLimits
 from kvasir.gateway.http.server import HttpServer, open_listeners
 from kvasir.gateway.text.model_text import ModelText
 from tests.edge_helpers import ANSWER, KEYS, TEXT, FakeCore, make_directory, make_preparer

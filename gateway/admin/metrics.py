@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kvasir.gateway.core.counters import LATENCY_BUCKETS_S, HistogramStatistics
 from kvasir.gateway.core.statistics import CoreStatistics
-from kvasir.gateway.http.connection import HttpStatistics
+from kvasir.gateway.http.limits import HttpStatistics
 from kvasir.gateway.ledger.writer import LedgerStatistics
 
 Labels = Mapping[str, str]

@@ -13,7 +13,8 @@ from email.utils import formatdate
 
 import trio
 
-from kvasir.gateway.http.parser import HttpRequest, MessageLimits, Refusal, RequestParser
+from kvasir.gateway.http.limits import BodyRoom, Held, HttpLimits, HttpStatistics
+from kvasir.gateway.http.parser import HttpRequest, Refusal, RequestParser
 from kvasir.gateway.http.response import HttpResponse, error_response
 from kvasir.gateway.log import log
 from kvasir.protocol.errors import BadRequest, KvasirError, Overloaded, TooLarge, Unavailable
@@ -22,40 +23,6 @@ READ_BYTES = 16 << 10  # bounds what pipelined requests come to before they are 
 QUICK_DROPS = 128  # of what a refused client goes on sending
 _DROPPED = bytearray(1 << 20)  # nothing is written there: with MSG_TRUNC the kernel discards what TCP has received
 _BODY_ERRORS: dict[int, type[KvasirError]] = {413: TooLarge, 429: Overloaded, 503: Unavailable}
-
-
-@dataclass(frozen=True, slots=True)
-class HttpLimits(MessageLimits):
-    """Bounds of what strangers can make the server hold, and for how long (seconds).
-
-    `max_connections`: beyond it a new one takes the place of the longest idle one; of the one that has been sending a
-    request for longest, for `crowd_s` at least, if none is idle; or is turned away.
-    `max_total_body_bytes`: of all bodies that are held at one time. One owner may hold three times as much as is left
-    free, so that there is always room for others (Choudhury and Hahne, 1998).
-    """
-
-    max_connections: int = 1024
-    max_total_body_bytes: int = 256 << 20
-    crowd_s: float = 1.0
-    headers_s: float = 5.0
-    body_s: float = 30.0
-    idle_s: float = 75.0
-    write_s: float = 15.0  # a client that takes nothing for so long is cut
-    linger_s: float = 1.0  # how long a refused client may go on sending before it is cut
-
-
-@dataclass(slots=True)
-class HttpStatistics:
-    """Counters since the start; `num_open` and `num_body_bytes` are gauges. `num_cut`: for being too slow."""
-
-    num_open: int = 0
-    num_body_bytes: int = 0
-    num_accepted: int = 0
-    num_turned_away: int = 0
-    num_requests: int = 0
-    num_malformed: int = 0
-    num_cut: int = 0
-    by_status: dict[int, int] = field(default_factory=dict)
 
 
 class Exchange:
@@ -134,8 +101,11 @@ class ServerState:
     limits: HttpLimits
     statistics: HttpStatistics = field(default_factory=HttpStatistics)
     draining: bool = False
-    held_by: dict[str, int] = field(default_factory=dict)  # bytes of bodies, by owner
+    room: BodyRoom = field(init=False)
     _date: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.room = BodyRoom(self.limits.max_total_body_bytes)
 
     @property
     def date(self) -> bytes:
@@ -166,8 +136,7 @@ class Connection:
         self._lingering = False
         self._since = trio.current_time()  # when the present phase of reading began
         self._writing_since: float | None = None
-        self._num_held = 0  # bytes of bodies
-        self._owner = ""
+        self._held = Held(server.room)
 
     @property
     def idle_since(self) -> float | None:
@@ -257,7 +226,7 @@ class Connection:
                     return
                 parser.requests.popleft()
                 del request  # and its body, which would stay until the next one comes
-                self._charge("")
+                self._held.charge("")
                 self.recount()
                 if parser.requests:
                     await trio.lowlevel.checkpoint()  # pipelined ones let others go first
@@ -277,20 +246,16 @@ class Connection:
         parser.feed(data)
         if parser.phase != phase:
             self._since = trio.current_time()
-        if self._num_held or parser.phase == "body" or len(parser.requests) > 1:
-            self._hold(parser.num_held_bytes)
-            free = self._limits.max_total_body_bytes - self._server.statistics.num_body_bytes
-            if free < 0:
-                parser.refusal = Refusal(503, "too many large requests are being read; try again in a moment")
-            elif self._owner and self._server.held_by.get(self._owner, 0) > 3 * free:
-                parser.refusal = Refusal(429, "too many of your large requests are being read; try again in a moment")
+        if self._held.num_bytes or parser.phase == "body" or len(parser.requests) > 1:
+            self._held.resize(parser.num_held_bytes)
+            parser.refusal = parser.refusal or self._server.room.refusal(self._held.owner)
         if len(data) == READ_BYTES:
             await trio.lowlevel.checkpoint()  # one that sends without a pause lets others go first
         return True
 
     async def read_body(self, request: HttpRequest, owner: str) -> bytes:
         """Return the body of the request that is being answered. As `Exchange.body`."""
-        self._charge(owner)
+        self._held.charge(owner)
         if request.is_complete:
             return request.body
         parser = self._parser
@@ -408,29 +373,11 @@ class Connection:
         except OSError as error:
             raise trio.BrokenResourceError(f"the client is gone: {error}") from None
 
-    def _let_go(self) -> None:
-        self._parser.close()
-        self._hold(0)
-
-    def _charge(self, owner: str) -> None:
-        """From now on `owner` is charged with what is held."""
-        num_held = self._num_held
-        self._hold(0)
-        self._owner = owner
-        self._hold(num_held)
-
     def recount(self) -> None:
         """Some of what was held is not any more."""
-        if self._num_held:
-            self._hold(self._parser.num_held_bytes)
+        if self._held.num_bytes:
+            self._held.resize(self._parser.num_held_bytes)
 
-    def _hold(self, num_bytes: int) -> None:
-        if num_bytes == self._num_held:
-            return
-        more, self._num_held = num_bytes - self._num_held, num_bytes
-        self._server.statistics.num_body_bytes += more
-        if self._owner:
-            held_by = self._server.held_by
-            held_by[self._owner] = held_by.get(self._owner, 0) + more
-            if not held_by[self._owner]:
-                del held_by[self._owner]
+    def _let_go(self) -> None:
+        self._parser.close()
+        self._held.resize(0)

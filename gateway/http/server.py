@@ -21,7 +21,8 @@ from collections.abc import Sequence
 
 import trio
 
-from kvasir.gateway.http.connection import Connection, Handler, HttpLimits, HttpStatistics, ServerState
+from kvasir.gateway.http.connection import Connection, Handler, ServerState
+from kvasir.gateway.http.limits import BodyRoom, HttpLimits, HttpStatistics
 from kvasir.gateway.http.response import STATUS_LINE
 from kvasir.gateway.log import log
 from kvasir.protocol.errors import ConfigurationError
@@ -46,6 +47,10 @@ class HttpServer:
     @property
     def statistics(self) -> HttpStatistics:
         return self._state.statistics
+
+    @property
+    def room(self) -> BodyRoom:
+        return self._state.room
 
     async def run(
         self,

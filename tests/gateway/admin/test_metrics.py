@@ -12,7 +12,7 @@ from msgspec import structs
 from kvasir.gateway.admin.metrics import render_metrics
 from kvasir.gateway.core.counters import Histogram, Totals
 from kvasir.gateway.core.statistics import CoreStatistics, ModelStatistics
-from kvasir.gateway.http.connection import HttpStatistics
+from kvasir.gateway.http.limits import HttpStatistics
 from kvasir.gateway.ledger.writer import LedgerStatistics
 from kvasir.protocol.admin_records import UsageInfo, WorkerInfo
 from kvasir.protocol.messages import Drafts

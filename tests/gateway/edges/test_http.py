@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from kvasir.gateway.core.api import Allowance, Finished, Standing
-from kvasir.gateway.http.connection import HttpLimits
+from kvasir.gateway.http.limits import HttpLimits
 from kvasir.protocol.errors import BudgetExceeded, Overloaded, RateLimited
 from tests.edge_helpers import ANSWER, FakeCore
 from tests.http_helpers import KEY, open_edge, post_bytes, with_openai
@@ -267,7 +267,7 @@ def test_a_stranger_is_refused_before_it_has_sent_a_body(path: str) -> None:
                 error = json.loads(body)
                 assert error["error"]["type"] == "authentication_error"
                 assert ("request_id" in error) == path.startswith("/v1/messages"), "in the form of its dialect"
-            assert edge.server.statistics.num_body_bytes == 0
+            assert edge.server.room.num_bytes == 0
 
     run(main)
 

@@ -17,7 +17,8 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvasir.gateway.http.connection import READ_BYTES, Exchange, Handler, HttpLimits
+from kvasir.gateway.http.connection import READ_BYTES, Exchange, Handler
+from kvasir.gateway.http.limits import HttpLimits
 from kvasir.gateway.http.parser import REQUEST_BYTES, HttpRequest, MessageLimits, RequestParser
 from kvasir.gateway.http.response import HttpResponse
 from kvasir.gateway.http.server import HttpServer, open_listeners
@@ -380,7 +381,7 @@ def test_a_refused_client_that_goes_on_sending_can_still_read_why() -> None:
                 nursery.start_soon(read)
                 await stream.send_all(head + b"x" * 4_000_000)
             assert answer.startswith(b"HTTP/1.1 413 ") and b"4000000 bytes" in answer
-            assert server.statistics.num_body_bytes == 0
+            assert server.room.num_bytes == 0
 
     run(main)
 
@@ -405,12 +406,12 @@ def test_bodies_together_are_bounded_and_let_go() -> None:
             head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 200000\r\n\r\n"
             async with await trio.open_tcp_stream("127.0.0.1", port) as first:
                 await first.send_all(head + b"x" * 199_999)
-                await until(lambda: server.statistics.num_body_bytes == 199_999)
+                await until(lambda: server.room.num_bytes == 199_999)
                 assert (await talk(port, head + b"x" * 200_000)).startswith(b"HTTP/1.1 503 ")
                 await first.send_all(b"x")
                 assert (await first.receive_some()).startswith(b"HTTP/1.1 200 ")
             await until(lambda: server.statistics.num_open == 0)
-            assert server.statistics.num_body_bytes == 0
+            assert server.room.num_bytes == 0
 
     run(main)
 
@@ -442,12 +443,12 @@ def test_bodies_of_clients_that_leave_are_freed_at_once_and_counted_until_then()
                             await stream.send_all(POST_HEAD + b"x" * 1_000_000)
                             assert await stream.receive_some()
                             assert handled.pop()() is None  # let go although the connection lives on
-                            assert statistics.num_body_bytes == 0
+                            assert server.room.num_bytes == 0
                         else:
                             await stream.send_all(POST_HEAD + b"x" * 900_000)
-                            await until(lambda: statistics.num_body_bytes == 900_000)
+                            await until(lambda: server.room.num_bytes == 900_000)
                     await until(lambda: statistics.num_open == 0)
-                    assert statistics.num_body_bytes == 0
+                    assert server.room.num_bytes == 0
                 assert tracemalloc.get_traced_memory()[0] < 800_000
             finally:
                 tracemalloc.stop()
@@ -475,14 +476,14 @@ def test_held_bodies_are_counted_while_they_are_answered_and_with_those_behind_t
                 await trio.open_tcp_stream("127.0.0.1", port) as second,
             ):
                 await first.send_all(POST_HEAD + b"x" * 1_000_000)
-                await until(lambda: server.statistics.num_body_bytes == 1_000_000 + REQUEST_BYTES)
+                await until(lambda: server.room.num_bytes == 1_000_000 + REQUEST_BYTES)
                 await first.send_all(POST_HEAD + b"y" * 30_000)  # not read before the first is answered
                 await second.send_all(POST_HEAD + b"x" * 100)
-                await until(lambda: server.statistics.num_body_bytes == 1_000_100 + REQUEST_BYTES)
+                await until(lambda: server.room.num_bytes == 1_000_100 + REQUEST_BYTES)
                 go_on.set()
-                await until(lambda: server.statistics.num_body_bytes == 30_100)
+                await until(lambda: server.room.num_bytes == 30_100)
             await until(lambda: server.statistics.num_open == 0)
-            assert server.statistics.num_body_bytes == 0
+            assert server.room.num_bytes == 0
 
     run(main)
 
@@ -504,12 +505,12 @@ def test_a_body_that_was_read_takes_no_room_for_the_rest_of_its_answer() -> None
         ):
             for _ in range(2):
                 await stream.send_all(POST_HEAD + b"x" * 1_000_000)
-                await until(lambda: server.statistics.num_body_bytes == REQUEST_BYTES)
+                await until(lambda: server.room.num_bytes == REQUEST_BYTES)
                 go_on.set()
                 assert await stream.receive_some()
-                await until(lambda: server.statistics.num_body_bytes == 0)
+                await until(lambda: server.room.num_bytes == 0)
                 go_on = trio.Event()
-            assert not server._state.held_by
+            assert not server.room.by_owner
 
     run(main)
 
@@ -533,7 +534,7 @@ def test_no_owner_can_take_all_the_room_for_bodies() -> None:
             held = [await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", port)) for _ in range(3)]
             for number, stream in enumerate(held, 1):
                 await stream.send_all(greedy + b"x" * 990_000)
-                await until(lambda number=number: server.statistics.num_body_bytes == number * 990_000)  # type: ignore[misc]
+                await until(lambda number=number: server.room.num_bytes == number * 990_000)  # type: ignore[misc]
             close = b"Connection: close\r\nHost"
             whole = POST_HEAD.replace(b"Host", close) + b"x" * 1_000_000
             refused = await talk(port, whole.replace(b"POST /", b"POST /greedy"))
@@ -547,7 +548,7 @@ def test_no_owner_can_take_all_the_room_for_bodies() -> None:
             for stream in held:
                 await stream.aclose()
             await until(lambda: server.statistics.num_open == 0)
-            assert not server._state.held_by and server.statistics.num_body_bytes == 0
+            assert not server.room.by_owner and server.room.num_bytes == 0
 
     run(main)
 
@@ -563,7 +564,7 @@ def test_pipelined_requests_that_wait_are_counted_with_or_without_bodies() -> No
         ):
             await stream.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 30)
             await until(lambda: server.statistics.num_requests == 1)
-            assert server.statistics.num_body_bytes == 30 * REQUEST_BYTES
+            assert server.room.num_bytes == 30 * REQUEST_BYTES
 
     run(main)
 
@@ -575,10 +576,10 @@ def test_a_refused_client_holds_nothing_while_it_lingers() -> None:
             chunk = b"%x\r\n%b\r\n" % (10_000, b"x" * 10_000)
             async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
                 await stream.send_all(head + chunk * 49)
-                await until(lambda: server.statistics.num_body_bytes == 490_000)
+                await until(lambda: server.room.num_bytes == 490_000)
                 await stream.send_all(chunk * 2)
                 assert (await stream.receive_some()).startswith(b"HTTP/1.1 413 ")
-                assert server.statistics.num_body_bytes == 0 and server.statistics.num_open == 1
+                assert server.room.num_bytes == 0 and server.statistics.num_open == 1
 
     run(main)
 
@@ -595,13 +596,13 @@ def test_one_that_sends_without_a_pause_lets_others_go_first() -> None:
                 nonlocal turns
                 while True:
                     await trio.lowlevel.checkpoint()
-                    turns += 0 < server.statistics.num_body_bytes < 50_000
+                    turns += 0 < server.room.num_bytes < 50_000
 
             with socket.create_connection(("127.0.0.1", port)) as client:
                 client.sendall(head + b"x" * 50_000)  # all of it in the kernel's buffers
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(count)
-                    await until(lambda: server.statistics.num_body_bytes == 50_000)
+                    await until(lambda: server.room.num_bytes == 50_000)
                     nursery.cancel_scope.cancel()
             assert turns >= 50_000 // READ_BYTES - 1  # tasks of one turn run in any order
 
@@ -624,7 +625,7 @@ def test_a_body_that_its_handler_does_not_want_is_neither_asked_for_nor_held(cod
                 assert answer.startswith(b"HTTP/1.1 401 ") and answer.endswith(b"\r\n\r\nno")
                 assert b"\r\nconnection: close\r\n" in answer and answer.count(b"HTTP/1.1") == 1
                 await stream.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 100)  # passes for the body, is dropped
-                assert server.statistics.num_body_bytes == 0
+                assert server.room.num_bytes == 0
                 await until(lambda: server.statistics.num_open == 0)  # also if the client stays
             assert server.statistics.by_status == {401: 1} and server.statistics.num_requests == 1
 
