@@ -60,6 +60,8 @@ _NOT_SERVED = {  # routes of other servers, by how they begin
     "/v1/rerank": "models generate text here, and rank none",
     "/v1/score": "models generate text here, and rank none",
     "/v1/batches": "requests are answered as they come",
+    "/v1/messages/batches": "requests are answered as they come",
+    "/v1/responses/": "answers are not stored",
     "/v1/files": "no files are kept here",
     "/v1/fine_tuning": "models are served here, not trained",
 }

@@ -223,6 +223,20 @@ def test_streams_carry_the_headers_too_and_odd_header_names_are_not_repeated() -
     run(main)
 
 
+def test_what_others_serve_and_we_do_not_is_told_from_a_wrong_path() -> None:
+    async def main(house: House) -> None:
+        for path, words in (
+            ("/v1/responses/resp_1", "answers are not stored"),
+            ("/v1/messages/batches", "answered as they come"),
+            ("/v1/embeddings", "embed none"),
+        ):
+            response, _ = await house.ask(path, method="GET")
+            assert response is not None and response.status == 404
+            assert words in decoded(response)["error"]["message"]
+
+    run(main)
+
+
 @pytest.mark.parametrize(
     ("path", "near"),
     [
