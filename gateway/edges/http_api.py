@@ -91,7 +91,7 @@ class HttpApi:
         self._completions = Completions(core, preparer)
         self._directory = directory
         self._metrics = metrics
-        self._readers = FairThreads(MAX_READERS, 1)
+        self._readers = FairThreads(MAX_READERS)
         self._metrics_token = metrics_token
         self._access = access
         self._created = int(time.time())

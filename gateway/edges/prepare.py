@@ -81,7 +81,7 @@ class Preparer:
         self._root = cache(partial(derive_root, secret))
         self._memories: dict[tuple[str, tuple[str, str]], Memory] = {}
         self._pieces = Pieces(MAX_PIECES_BYTES)
-        self._threads = FairThreads(MAX_THREADS, MAX_THREADS // 2)
+        self._threads = FairThreads(MAX_THREADS)
 
     def prepare_nowait(self, request: CompletionRequest, caller: Caller, sink: Sink) -> Submit | None:
         """Return `request` of `caller` as a checked `Submit` with a fresh id, whose events will go to `sink`.

@@ -42,11 +42,11 @@ class Turns:
 
 
 class FairThreads:
-    """Up to `num` threads at a time, of them `num_each` for one tenant."""
+    """Up to `num` threads at a time. One tenant may have all of them, but no more of it waits before another's."""
 
-    def __init__(self, num: int, num_each: int) -> None:
+    def __init__(self, num: int) -> None:
         self._threads = trio.CapacityLimiter(num)
-        self._turns = Turns(num_each)
+        self._turns = Turns(num)
 
     async def run(self, tenant_id: str, function: Callable[..., T], *args: object) -> T:
         """Return `function(*args)`, from a thread. Cancelled, it returns at once; the thread ends later by itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import trio
@@ -13,30 +14,36 @@ from kvasir.gateway.edges.turns import FairThreads
 pytestmark = pytest.mark.timeout(30)
 
 
-def test_a_flood_of_one_tenant_leaves_a_thread_to_others() -> None:
+def test_the_next_thread_is_not_one_that_floods_but_another_tenants() -> None:
     async def main() -> None:
-        threads, go_on, ended = FairThreads(2, 1), threading.Event(), []
+        threads, gate, ended = FairThreads(2), threading.Semaphore(0), []
 
-        async def flood(number: int) -> None:
-            await threads.run("greedy", go_on.wait)
-            ended.append(number)
+        async def run(name: str, function: Callable[[], object]) -> None:
+            await threads.run(name, function)
+            ended.append(name)
 
         async with trio.open_nursery() as nursery:
-            for number in range(5):
-                nursery.start_soon(flood, number)
+            for _ in range(20):
+                nursery.start_soon(run, "greedy", gate.acquire)
             await trio.testing.wait_all_tasks_blocked()
             for _ in range(3):
-                assert await threads.run("modest", lambda: 7) == 7
-            assert not ended and len(threads._turns) == 1
-            go_on.set()
-        assert sorted(ended) == [0, 1, 2, 3, 4] and not threads._turns
+                nursery.start_soon(run, "modest", lambda: None)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not ended and len(threads._turns) == 2
+            gate.release()
+            while len(ended) < 3:  # noqa: ASYNC110 threads tell nobody
+                await trio.sleep(0.001)
+            assert ended[:3] == ["greedy", "modest", "modest"]
+            for _ in range(19):
+                gate.release()
+        assert len(ended) == 23 and not threads._turns
 
     trio.run(main)
 
 
 def test_who_is_cancelled_waits_no_longer_and_is_forgotten() -> None:
     async def main() -> None:
-        threads, go_on = FairThreads(1, 1), threading.Event()
+        threads, go_on = FairThreads(1), threading.Event()
         with trio.move_on_after(0.05):
             await threads.run("a", go_on.wait)
         with trio.move_on_after(0.05):
@@ -51,6 +58,6 @@ def test_who_is_cancelled_waits_no_longer_and_is_forgotten() -> None:
 def test_what_a_function_raises_comes_back() -> None:
     async def main() -> None:
         with pytest.raises(ZeroDivisionError):
-            await FairThreads(1, 1).run("a", lambda: 1 // 0)
+            await FairThreads(1).run("a", lambda: 1 // 0)
 
     trio.run(main)
