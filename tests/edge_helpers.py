@@ -67,7 +67,6 @@ class FakeCore:
         self._open: dict[bytes, Submit] = {}
 
     def submit(self, *submits: Submit) -> None:
-        assert self.nursery is not None
         for submit in submits:
             self.submits.append(submit)
             self._open[submit.req_id] = submit
@@ -239,5 +238,4 @@ def run(main: Callable[[House], Awaitable[None]], house: House | None = None) ->
 
 
 def decoded(response: HttpResponse | None) -> Any:
-    assert response is not None
     return json.loads(response.body)

@@ -7,19 +7,18 @@ import random
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from kvasir import Client
-from tests.box import Box, open_box
+from tests.box import DEMO_MODEL, Box, open_box
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
-DEMO_MODEL = Path(__file__).resolve().parents[1] / "kvasir" / "demo_model"
+OPTIONS = "--deterministic --kv-memory 256M"
 NUM_STREAMS = 16
-NUM_TOKENS = 96
-NUM_KILLS = 10
+NUM_TOKENS = 64
+NUM_KILLS = 6
 
 
 def run_streams(box: Box, key: str, on_token=lambda: None) -> list[list[int]]:
@@ -74,13 +73,21 @@ class Countdown:
                 self.fired = True
 
 
-def test_killing_workers_in_mid_stream_changes_no_token_of_any_stream() -> None:
-    """10 SIGKILLs at random points under 16 streams. float64 makes near-ties of logits practically impossible, since
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    """The tokens of all streams where no worker dies and none drafts."""
+    with open_box(workers=2, worker_args=f"{OPTIONS} --speculate off") as box:
+        tokens = run_streams(box, box.key("alpha"))
+        assert not any(worker["drafts"] for worker in box.workers())
+        return tokens
+
+
+def test_killing_workers_in_mid_stream_changes_no_token_of_any_stream(expected: list[list[int]]) -> None:
+    """SIGKILLs at random points under 16 streams. float64 makes near-ties of logits practically impossible, since
     keys and values recomputed in another batch are equal only up to rounding (docs/architecture.md, "Identity")."""
     rng = random.Random(20)
-    with open_box(workers=3, worker_args="--deterministic --kv-memory 256M") as box:
+    with open_box(workers=3, worker_args=OPTIONS) as box:
         key = box.key("alpha")
-        expected = run_streams(box, key)
         for kill in range(NUM_KILLS):
             victim = rng.choice([worker["pid"] for worker in box.workers()])
             num_tokens = rng.randrange(1, NUM_STREAMS * NUM_TOKENS // 2)
@@ -93,24 +100,20 @@ def test_killing_workers_in_mid_stream_changes_no_token_of_any_stream() -> None:
         assert box.log().count("Traceback") == 0
 
 
-def test_drafts_and_the_death_of_workers_that_compute_them_change_no_token() -> None:
+@pytest.mark.parametrize(
+    ("proposer", "argument"), [("lookup", "--speculate lookup"), ("model", f"--draft-model {DEMO_MODEL}")]
+)
+def test_drafts_and_the_death_of_workers_that_compute_them_change_no_token(
+    proposer: str, argument: str, expected: list[list[int]]
+) -> None:
     rng = random.Random(21)
-    options = "--deterministic --kv-memory 256M "
-    with open_box(workers=2, worker_args=options + "--speculate off") as box:
-        expected = run_streams(box, box.key("alpha"))
-        assert not any(worker["drafts"] for worker in box.workers())
-    for proposer, argument in (("lookup", "--speculate lookup"), ("model", f"--draft-model {DEMO_MODEL}")):
-        check_deaths(rng, options + argument, proposer, expected)
-
-
-def check_deaths(rng: random.Random, worker_args: str, proposer: str, expected: list[list[int]]) -> None:
-    with open_box(workers=2, worker_args=worker_args) as box:
+    with open_box(workers=2, worker_args=f"{OPTIONS} {argument}") as box:
         key = box.key("alpha")
         assert run_streams(box, key) == expected
         drafts = [each for worker in box.workers() for each in worker["drafts"] if each["proposer"] == proposer]
         # A model that drafts for itself is not worth its time, and soon left alone.
         assert sum(each["num_accepted"] for each in drafts) > (10 if proposer == "model" else NUM_TOKENS)
-        for _ in range(3):
+        for _ in range(2):
             victim = rng.choice([worker["pid"] for worker in box.workers()])
             countdown = Countdown(rng.randrange(1, NUM_STREAMS * NUM_TOKENS // 2), victim)
             assert run_streams(box, key, countdown) == expected
@@ -118,10 +121,9 @@ def check_deaths(rng: random.Random, worker_args: str, proposer: str, expected: 
             box.wait_for_workers(2, but=victim)
 
 
-def test_a_stopped_worker_is_noticed_by_its_step_counter_and_replaced() -> None:
-    with open_box(workers=2, worker_args="--deterministic --kv-memory 256M", extra=("--stall-s", "2")) as box:
+def test_a_stopped_worker_is_noticed_by_its_step_counter_and_replaced(expected: list[list[int]]) -> None:
+    with open_box(workers=2, worker_args=OPTIONS, extra=("--stall-s", "2")) as box:
         key = box.key("alpha")
-        expected = run_streams(box, key)
         box.wait_for_workers(2)
         victim = box.workers()[0]["pid"]
         fired = threading.Event()

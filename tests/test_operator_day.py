@@ -98,7 +98,6 @@ def test_the_operator_s_day_in_the_readme(tmp_path: Path) -> None:
                 assert stream.begun.wait(20)
             shown[line.split("#")[0].strip()] = sh(line)
             deleted_at = time.monotonic()
-        assert stream is not None
         stream.join(20)
         assert stream.ended_at - deleted_at < 1.0, "a live stream outlived its tenant"
         assert b"was deleted" in stream.last

@@ -189,7 +189,6 @@ def test_two_heaps_averages_the_rests_of_a_conversation_that_was_evicted_meanwhi
     use(cache, 0, 1, 2, 3)
     held = BlockTable()
     cache.match(make_chain([0, 1, 2, 3]), held, 4, again=True)
-    assert held.last is not None
     visit: Visit = held.last.note
     expected = (4.0**0.6 * 16.0**0.4) ** 0.6 * 0.25**0.4  # the last rest was 0 s: counted as a quarter of a second
     assert visit.mean_rest_s == pytest.approx(expected)

@@ -206,7 +206,6 @@ def test_check_integrity_finds_a_damaged_run(damage, match: str) -> None:  # typ
     cache = PrefixCache(8, SIZE)
     table = open_table(cache, make_chain(1, 2, 3))
     cache.check_integrity([table])
-    assert table.last is not None
     damage(table.last)
     with pytest.raises(IntegrityError, match=match):
         cache.check_integrity([table])

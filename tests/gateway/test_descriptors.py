@@ -35,7 +35,6 @@ def test_idle_strangers_leave_descriptors_for_everybody_else(tmp_path: Path) -> 
         )
         stack.enter_context(process)
         stack.callback(process.kill)
-        assert process.stderr is not None
         said = ""
         while "gateway_ready" not in said:
             line = process.stderr.readline()

@@ -141,7 +141,6 @@ def test_the_command_prints_its_addresses_obeys_and_exits_when_its_engine_is_kil
     command = [sys.executable, str(SCRIPT), "--block-size", "16", "--num-blocks", "200"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stdout is not None
             addresses = json.loads(process.stdout.readline())
             assert addresses["ranks"][0]["kv_events"].startswith("tcp://127.0.0.1:")
 

@@ -365,7 +365,6 @@ def test_a_worker_exits_when_its_supervisor_is_gone() -> None:
         gateway.welcome(heartbeat_s=3000.0)
         gateway.send(make_generate(make_prompt(9), 100_000))
         gateway.receive_until(lambda _: bool(gateway.tokens(b"r")))
-        assert gateway.process.stdin is not None
         gateway.process.stdin.close()
         assert gateway.exit_code() == 0
 
@@ -376,7 +375,6 @@ def test_a_worker_without_a_gateway_can_be_stopped() -> None:
         cwd=ROOT,
         stderr=subprocess.PIPE,
     )
-    assert process.stderr is not None
     with process:
         assert b"ready" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)

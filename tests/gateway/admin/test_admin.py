@@ -399,7 +399,6 @@ def test_a_second_gateway_is_refused_by_name_and_a_killed_one_leaves_the_lock(ho
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(home)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
-    assert holder.stdin is not None and holder.stdout is not None
     with holder.stdin, holder.stdout:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(ConfigurationError, match=rf"process {holder.pid}\) is running on {home}"), hold_lock(home):

@@ -250,7 +250,6 @@ def test_a_worker_that_cannot_be_told_is_lost_and_its_requests_go_on() -> None:
     bench.dead.add(first)
     bench.core.kv.set_quotas(lambda _: {"a": Quota(1)})
     assert [peer for peer, _ in bench.take()] == [second]
-    bench.core.check_integrity()
 
 
 def test_pins_are_told_once_again_when_they_change_and_taken_back() -> None:

@@ -152,8 +152,8 @@ def test_a_guess_of_what_was_cached_holds_until_the_engine_tells() -> None:
     assert bench.core.statistics().workers[0].cached_tokens == 0, "a guess is no measurement"
     bench.report(b"w1", output(b"r1", 1, [8], "length", num_cached_tokens=4), output(b"r2", 1, [8], "length"))
 
-    assert sink.finished is not None and sink.finished.num_cached_tokens == 4
-    assert cut.finished is not None and cut.finished.num_cached_tokens == 8
+    assert sink.finished.num_cached_tokens == 4
+    assert cut.finished.num_cached_tokens == 8
     assert bench.core.statistics().workers[0].cached_tokens == 4
 
 

@@ -90,7 +90,6 @@ def test_lies_fail_no_request_by_a_bug_and_leave_the_books_right(seed: int) -> N
             bench.core.worker_report(peer, REPORTS.decode(encode(lie(random, worker, step))))
             assert len(worker.drafts) <= 8
         bench.settle()
-        bench.core.check_integrity()
         for model in bench.core._requests.models.values():
             assert all(abs(tenant.charged) < 1 << 32 for tenant in model.queue._tenants.values())
     for _ in range(300):  # nobody reports any more

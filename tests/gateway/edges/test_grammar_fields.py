@@ -147,10 +147,8 @@ def test_the_grammar_of_a_model_that_reasons_holds_after_its_reasoning() -> None
         return preparer.prepare_nowait(request, CALLER, lambda event: None)  # type: ignore[arg-type]
 
     submit = trio.run(main)
-    assert submit is not None
     constraint = submit.sampling.constraint
     assert isinstance(constraint, Constraint)
     assert constraint.grammar == Grammar("regex", "a")
     start, end = (text._tokenizer.token_to_id(mark) for mark in ("<think>", "</think>"))
-    assert constraint.reasoning is not None
     assert (constraint.reasoning.start, constraint.reasoning.end) == (start, end)

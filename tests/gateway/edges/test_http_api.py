@@ -243,7 +243,6 @@ def test_an_error_in_mid_stream_is_sent_as_an_event_and_before_it_as_a_status() 
                         await trio.lowlevel.checkpoint()
                     submit.sink.put(Finished(submit.req_id, "error", 3, num_tokens, error=error))
 
-                assert house.core.nursery is not None
                 house.core.nursery.start_soon(later)
 
             return submit_

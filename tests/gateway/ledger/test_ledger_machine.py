@@ -166,7 +166,6 @@ class Machine:
             self._tell(one)
 
     def _tell(self, one: Running) -> None:
-        assert one.end is not None
         bill_id = one.share.bill.bill_id
         before = self.told.get(bill_id, (0, 0, 0))
         prompt = min(one.end.num_prompt_tokens, one.share.num_prompt)

@@ -68,7 +68,7 @@ def test_a_server_that_is_restarted_between_two_commits_is_not_even_noticed(till
     till.answer()
     till.answer(b"r2")
     till.commit()
-    assert sink.finished is not None and sink.finished.error is None
+    assert sink.finished.error is None
     assert settled(till) == {b"r1": ("stop", 3), b"r2": ("stop", 3)}
 
 
@@ -85,7 +85,7 @@ def test_while_the_server_is_away_new_requests_are_refused_and_what_runs_finishe
         refused = till.submit(b"refused").finished
         assert refused is not None and refused.error is not None and "cannot be used" in refused.error.message
         till.answer(b"running")
-        assert running.finished is not None and running.finished.reason == "stop"
+        assert running.finished.reason == "stop"
         till.commit()
     till.commit()
     assert till.ledger.refusal() is None

@@ -154,7 +154,6 @@ for number in range(100_000):
 def test_what_was_committed_survives_kill_9_in_mid_commit(tmp_path: Path, url: str, num_seen: int) -> None:
     command = [sys.executable, "-c", COMMITTER, str(tmp_path), url]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
-    assert process.stdout is not None
     with process.stdout as lines:
         for _ in range(num_seen):
             acknowledged = int(lines.readline())

@@ -74,7 +74,6 @@ def tokenizer_of(text: ModelText) -> LLTokenizer:
 
 
 def matcher(text: ModelText, grammar: Grammar | None) -> LLMatcher:
-    assert grammar is not None
     return make_matcher(tokenizer_of(text), grammar)
 
 
@@ -112,7 +111,6 @@ def test_several_calls_follow_each_other_unless_only_one_is_wanted(family: str) 
 def test_a_forced_call_is_held_unless_its_tool_says_otherwise(family: str) -> None:
     text = TEXTS[family]
     parser = text.answers.tools
-    assert parser is not None
     for name in ("", "far"):
         forced: dict[str, Any] = {"tool_choice": "required", "tool_name": name}
         rest = written(family, "far", GOOD).removeprefix(parser.opening(name))
@@ -159,7 +157,6 @@ def test_whatever_the_model_would_rather_write_what_is_parsed_is_valid(family: s
         if not made.is_accepting():
             continue  # one call after the other
         parser = text.answers.parser([ChatMessage("user", "x")], given, [])
-        assert parser is not None
         detokenizer = text.detokenizer(for_parser=True)
         parts = joined([*parser.push(detokenizer.push(ids)), *parser.push(detokenizer.finish()), *parser.finish()])
         assert not [part for part in parts if isinstance(part, TextPart) and part.text.strip()]

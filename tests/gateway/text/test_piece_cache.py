@@ -37,9 +37,7 @@ class Counting:
 
 
 def make_encoder(name: str) -> WordCache:
-    encoder = make_word_cache(KNOWN[name])
-    assert encoder is not None
-    return encoder
+    return make_word_cache(KNOWN[name])
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -221,7 +221,6 @@ def test_an_answer_ends_exactly_before_the_stop_string_that_comes_first(
 
 def test_special_tokens_are_not_shown() -> None:
     end = TEXT._tokenizer.token_to_id("<|endoftext|>")
-    assert end is not None
     assert push_in_pieces(TEXT, [*TEXT.encode("x = 1"), end], []) == ("x = 1", False)
 
 

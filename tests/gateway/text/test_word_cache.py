@@ -76,7 +76,6 @@ pieces = st.one_of(
 @pytest.mark.parametrize("name", KNOWN)
 def test_ascii_texts_get_the_tokens_that_the_library_gives(name: str) -> None:
     encoder, tokenizer = ENCODERS[name], KNOWN[name]
-    assert encoder is not None
     num_answered, memory = 0, {}
 
     @settings(max_examples=200, deadline=None)
@@ -94,13 +93,11 @@ def test_ascii_texts_get_the_tokens_that_the_library_gives(name: str) -> None:
 @given(st.text(min_size=1, max_size=20))
 def test_other_texts_are_left_to_the_library(text: str) -> None:
     encoder = ENCODERS["demo"]
-    assert encoder is not None
     assert text.isascii() or encoder.encode(text, {}) is None
 
 
 def test_a_text_full_of_new_words_is_left_to_the_library_after_a_few() -> None:
     encoder = make_word_cache(KNOWN["demo"])
-    assert encoder is not None
     words = [f" w{''.join(chr(97 + int(digit)) for digit in str(number))}" for number in range(3 * MAX_NEW_WORDS)]
     memory = {}
     assert encoder.encode("".join(words), memory) is None
@@ -112,7 +109,6 @@ def test_a_text_full_of_new_words_is_left_to_the_library_after_a_few() -> None:
 def test_what_one_memory_has_learnt_another_does_not_know() -> None:
     """Two sharing scopes: the second is as slow with a word as if the first had never used it."""
     encoder = make_word_cache(KNOWN["demo"])
-    assert encoder is not None
     mine, theirs = {}, {}
     encoder.encode("secret words", mine)
     encoder.encode("other words", theirs)
@@ -122,7 +118,6 @@ def test_what_one_memory_has_learnt_another_does_not_know() -> None:
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(word_cache, "MAX_WORDS", 10)
     encoder = make_word_cache(KNOWN["demo"])
-    assert encoder is not None
     memory = {}
     for start in range(0, 4000, 40):
         text = SOURCE[start : start + 40]

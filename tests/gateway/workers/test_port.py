@@ -233,7 +233,7 @@ async def body_echo(net: Net) -> None:
             again = submit_to(core, b"again", tokens=[*range(8), 199, 199], max_tokens=12)
             await again.ended.wait()
             assert again.tokens == [*range(8), 199, 199, 0, 1]
-            assert again.finished is not None and again.finished.num_cached_tokens == 8
+            assert again.finished.num_cached_tokens == 8
             [worker] = core.statistics().workers
             assert (worker.num_cached_blocks, worker.index_in_sync) == (2, True)
             port.send(peer, Drain(1.0))

@@ -41,7 +41,7 @@ def eventually(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 15
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 def fill(box: Box, tenant: str, num_prompts: int, salt: int = 0) -> None:

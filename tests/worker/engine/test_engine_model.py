@@ -1,4 +1,4 @@
-"""The engine over the bundled transformer: cached, chunked, batched and preempted streams equal the plain single run.
+"""The engine over a small transformer: cached, chunked, batched and preempted streams equal the plain single run.
 
 In float64, where keys and values recomputed in another batch differ too little to change a draw.
 """
@@ -22,17 +22,17 @@ from kvasir.worker.model.loader import load_model
 from kvasir.worker.model.model import Model
 from kvasir.worker.model.sampling import sample
 from tests.engine_helpers import PUBLIC_SPACE, Stream, make_generate
+from tests.model_helpers import SMALL
 
-MODEL = Path(__file__).resolve().parents[3] / "kvasir" / "demo_model"
 SIZE = 16
 SEEDED = Sampling(temperature=0.8, top_p=0.95, seed=7)
 GREEDY_BUT_VARIED = Sampling(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.2)
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Model:
+def loaded(tiny_folder: Path) -> Model:
     torch.set_num_threads(1)
-    return load_model(MODEL, "cpu", torch.float64)
+    return load_model(tiny_folder, "cpu", torch.float64)
 
 
 def make_engine(loaded: Model, *, num_blocks: int = 256, max_step_tokens: int = 256, max_requests: int = 16) -> Engine:
@@ -69,7 +69,7 @@ def make_request(
     index: int, max_tokens: int = 24, sampling: Sampling = GREEDY_BUT_VARIED, length: int | None = None
 ) -> Generate:
     generator = torch.Generator().manual_seed(index)
-    prompt = torch.randint(5, 4096, (length or 20 + 23 * index,), generator=generator).tolist()
+    prompt = torch.randint(5, SMALL["vocab_size"], (length or 20 + 23 * index,), generator=generator).tolist()
     return make_generate(prompt, max_tokens, req_id=b"%d" % index, sampling=sampling, size=SIZE, ignore_eos=True)
 
 
@@ -119,7 +119,7 @@ def test_choices_of_one_prompt_have_the_tokens_and_log_probabilities_of_separate
         Sampling(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.2, logprobs=3),
         Sampling(temperature=1.3, min_p=0.02, seed=9, logit_bias={7: 4.0}, logprobs=3),
     ]
-    prompt = torch.randint(5, 4096, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    prompt = torch.randint(5, SMALL["vocab_size"], (length,), generator=torch.Generator().manual_seed(length)).tolist()
     choices = [
         make_generate(prompt, 20, req_id=b"%d" % i, sampling=sampling, size=SIZE, ignore_eos=True)
         for i, sampling in enumerate(samplings)

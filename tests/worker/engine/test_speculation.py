@@ -78,7 +78,6 @@ class DraftRig(Rig):
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        assert self.engine.speculator is not None
         counts = self.engine.speculator.experience.counts.get("prophet", Counts())
         return counts.num_runs, counts.num_drafted, counts.num_accepted
 
@@ -225,7 +224,6 @@ def test_a_step_without_memory_or_finite_logits_ends_as_without_drafts() -> None
 
 def test_a_step_ahead_is_launched_while_drafts_are_not_worth_a_look() -> None:
     rig = DraftRig(0.0, is_ahead=True)
-    assert rig.engine.speculator is not None
     rig.engine.speculator.costs = FixedCosts(0.3)
     for i in range(3):
         rig.submit(make_generate(make_prompt(9, salt=i), 60, req_id=b"%d" % i))

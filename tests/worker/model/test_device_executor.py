@@ -24,15 +24,15 @@ from kvasir.worker.model.memory import memory_errors
 from kvasir.worker.model.model import Model
 from kvasir.worker.model.sampling import sample
 from tests.engine_helpers import PUBLIC_SPACE, make_generate
+from tests.model_helpers import SMALL
 
-MODEL = Path(__file__).resolve().parents[3] / "kvasir" / "demo_model"
 SIZE = 16
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model(tiny_folder: Path) -> Model:
     torch.set_num_threads(1)
-    return load_model(MODEL, "cpu", torch.float64)  # where a row is the same in any batch
+    return load_model(tiny_folder, "cpu", torch.float64)  # where a row is the same in any batch
 
 
 class Run:
@@ -79,7 +79,7 @@ def make_commands(more: int = 0, count: int = 12) -> list[Generate]:
     generator = torch.Generator().manual_seed(4)
     commands = []
     for i in range(count):
-        prompt = torch.randint(5, 4096, (7 + 11 * (i % 5),), generator=generator).tolist()
+        prompt = torch.randint(5, SMALL["vocab_size"], (7 + 11 * (i % 5),), generator=generator).tolist()
         sampling = Sampling(seed=i, **kinds[i % 4])
         commands.append(make_generate(prompt, 20 + i + more, req_id=b"%d" % i, sampling=sampling, size=SIZE))
     commands.append(make_generate(prompt, 9, req_id=b"fork", sampling=Sampling(seed=99), size=SIZE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from kvasir.worker.options import parse_options
 from kvasir.worker.sizes import choose_num_blocks
 from kvasir.worker.startup_gpu import open_on_gpu
 from tests.worker.model.test_device_executor import Run, make_commands
-from tests.worker.model.test_graphs import MODEL, FixedReference, make_store
+from tests.worker.model.test_graphs import FixedReference, make_store
 
 
 @dataclass
@@ -45,9 +46,9 @@ class FakeMeter:
 
 
 @pytest.fixture
-def model() -> Model:
+def model(tiny_folder: Path) -> Model:
     torch.set_num_threads(1)
-    return load_model(MODEL, "cpu", torch.float64, make_attention=FixedReference)
+    return load_model(tiny_folder, "cpu", torch.float64, make_attention=FixedReference)
 
 
 @pytest.fixture
@@ -107,9 +108,7 @@ def test_graphs_are_used_if_they_are_right_and_leave_memory_for_a_step(
 def start(model: Model, meter: FakeMeter, *args: str) -> tuple[DeviceExecutor, int, str]:
     config = model.config
     block_bytes = bytes_per_block(config.num_layers, 16, config.num_kv_heads, config.head_dim, model.dtype)
-    options = parse_options(
-        ["--model", str(MODEL), "--gateway", "ipc://x", "--max-requests=8", "--max-step-tokens=64", *args]
-    )
+    options = parse_options(["--model", "x", "--gateway", "ipc://x", "--max-requests=8", "--max-step-tokens=64", *args])
 
     def num_blocks_of(free_bytes: int) -> int:
         return choose_num_blocks(options.kv_memory, free_bytes=free_bytes, block_bytes=block_bytes, on_gpu=True)

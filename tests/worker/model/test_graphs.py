@@ -24,7 +24,6 @@ from kvasir.worker.model.loader import load_model
 from kvasir.worker.model.model import Model
 from tests.worker.model.test_device_executor import Run, make_commands
 
-MODEL = Path(__file__).resolve().parents[3] / "kvasir" / "demo_model"
 SIZE, NUM_BLOCKS = 16, 40
 
 
@@ -61,9 +60,9 @@ class FixedReference(ReferenceAttention):
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model(tiny_folder: Path) -> Model:
     torch.set_num_threads(1)
-    return load_model(MODEL, "cpu", torch.float64, make_attention=FixedReference)
+    return load_model(tiny_folder, "cpu", torch.float64, make_attention=FixedReference)
 
 
 def make_store(model: Model) -> KvStore:
@@ -108,13 +107,13 @@ def test_a_padded_step_equals_the_plain_one_and_writes_to_no_other_block(model: 
 def test_draws_of_the_step_before_are_fed_by_their_place(model: Model) -> None:
     kv, slices = prefilled(model, [4, 9, 20])
     twin, _ = prefilled(model, [4, 9, 20])
-    drawn = torch.tensor([100, 200, 300, 400])
+    drawn = torch.tensor([110, 120, 130, 140])
     fed = [
         SequenceSlice(s.seq_key, [0], s.start, s.block_table, 1, drawn=i)
         for s, i in zip(slices, (3, None, 0), strict=True)
     ]
     fed[1].token_ids = [55]
-    for piece, token_id in zip(slices, (400, 55, 100), strict=True):
+    for piece, token_id in zip(slices, (140, 55, 110), strict=True):
         piece.token_ids = [token_id]
     graphs = DecodeGraphs(model, kv, 10, 512)
     torch.testing.assert_close(graphs.forward(fed, kv, drawn), model.forward(slices, twin), rtol=0, atol=1e-9)

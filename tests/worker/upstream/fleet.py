@@ -63,7 +63,6 @@ class Answer:
     async def end(self) -> Finished:
         with trio.fail_after(20):
             await self.ended.wait()
-        assert self.finished is not None
         return self.finished
 
 
@@ -141,7 +140,6 @@ class Fleet:
 
     def _holds_what_is_cached(self, standin: Standin, worker: UpstreamWorker) -> bool:
         incarnation = worker._incarnation
-        assert incarnation is not None
         index, worker_id = incarnation._cached.followed, incarnation._hello.worker_id
         cache = standin.engines[0].cache
         if set(index._blocks) != {cache._outside(name) for name in cache._copies} or not self.is_exact(worker):
