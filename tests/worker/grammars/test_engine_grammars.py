@@ -87,10 +87,9 @@ def test_forks_have_the_tokens_of_separate_requests(model: Model) -> None:
     assert list(streams.values()) == alone
 
 
-@pytest.mark.parametrize("drafts", ["lookup", "a model of the same mind", "a model of another mind"])
-def test_drafts_change_no_answer_whatever_holds_it(model: Model, drafts: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grammars, reasoning, penalties and constraints over a transformer; drafts from what was said before, and from
-    draft models. One of the same mind is wrong nowhere, unless it draws otherwise than the engine."""
+@pytest.fixture(scope="module")
+def alone(model: Model) -> list[tuple[Generate, Stream]]:
+    """Requests held by grammars, reasoning, penalties and constraints, and the answer to each computed alone."""
     bias = {EOS[0]: 50.0}
     reasoning = Constraint(
         reasoning=ReasoningBudget(12, 6), grammar=Grammar("choice", '["yes, yes, yes", "no, no, no"]')
@@ -102,7 +101,16 @@ def test_drafts_change_no_answer_whatever_holds_it(model: Model, drafts: str, mo
         make_request(6, sampling=Sampling(temperature=0.0, frequency_penalty=0.1, logprobs=1), max_tokens=60),
         make_request(7, sampling=Sampling(temperature=0.0, constraint=Constraint(min_tokens=9, bad_words=[[30]]))),
     ]
-    alone = [run(make_engine(model), command)[0] for command in commands]
+    return [(command, run(make_engine(model), command)[0]) for command in commands]
+
+
+@pytest.mark.parametrize("drafts", ["lookup", "a model of the same mind", "a model of another mind"])
+def test_drafts_change_no_answer_whatever_holds_it(
+    model: Model, alone: list[tuple[Generate, Stream]], drafts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts come from what was said before, and from draft models. One of the same mind is wrong nowhere, unless it
+    draws otherwise than the engine."""
+    commands = [command for command, _ in alone]
     engine = make_engine(model)
     draft_model = None if drafts == "lookup" else make_draft_model(engine, is_of_same_mind="same" in drafts)
     engine.speculator = Speculator(Lookup(), draft_model)
@@ -111,7 +119,7 @@ def test_drafts_change_no_answer_whatever_holds_it(model: Model, drafts: str, mo
     monkeypatch.setattr(Experience, "count", lambda _, *run: runs.append(run))
     for _ in range(2):  # the second time with the answers of the first to draw on
         together = run(engine, *commands)
-        assert [(s.token_ids, s.finish_reason) for s in together] == [(s.token_ids, s.finish_reason) for s in alone]
+        assert [(s.token_ids, s.finish_reason) for s in together] == [(s.token_ids, s.finish_reason) for _, s in alone]
     runs = [run for run in runs if run[0] == ("lookup" if draft_model is None else "model")]
     num_drafted, num_accepted = (sum(run[i] for run in runs) for i in (1, 2))
     assert 100 < num_accepted < num_drafted

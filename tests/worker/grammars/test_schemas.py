@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
 
 import jsonschema
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from kvasir.cache.kv_store import KvStore
 from kvasir.protocol.grammars import make_matcher
+from kvasir.worker.engine.step import SequenceSlice
 from kvasir.worker.model.model import Model
 from tests.engine_helpers import make_generate
 from tests.grammar_engine import SIZE, load, make_engine, run
-from tests.grammar_helpers import DEMO, EOS, TOKENIZER, held_to, schema_grammar, schemas
+from tests.grammar_helpers import EOS, TOKENIZER, VOCAB, held_to, schema_grammar, schemas
 
 MAX_TOKENS = 80
 
 
-def load_random(folder: Path) -> Model:
-    for file in DEMO.iterdir():
-        shutil.copy(file, folder)
+def say_anything(model: Model) -> None:
+    """Have `model` compute nothing and say whatever chance says."""
     generator = torch.Generator().manual_seed(1)
-    weights = load_file(DEMO / "model.safetensors")
-    save_file(
-        {name: torch.randn(w.shape, generator=generator).to(w.dtype) * 0.1 for name, w in weights.items()},
-        folder / "model.safetensors",
-    )
-    return load(folder, torch.float32)
+
+    def forward(slices: Sequence[SequenceSlice], kv: KvStore) -> Tensor:
+        num_rows = sum(piece.num_logits * piece.num_draws for piece in slices)
+        return torch.randn(num_rows, VOCAB, generator=generator) * 2
+
+    model.forward = forward
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("is_random", "temperature"), [(False, 0.0), (False, 1.0), (True, 1.0)])
-def test_an_answer_that_stops_is_valid_and_one_that_is_cut_is_a_valid_prefix(
-    is_random: bool, temperature: float, tmp_path: Path
-) -> None:
-    model = load_random(tmp_path) if is_random else load(dtype=torch.float32)
+@pytest.mark.parametrize("is_random", [False, True])
+def test_an_answer_that_stops_is_valid_and_one_that_is_cut_is_a_valid_prefix(is_random: bool) -> None:
+    model = load(dtype=torch.float32)
+    if is_random:
+        say_anything(model)
     cases = list(schemas())
     assert len(cases) == 300
     commands = [
@@ -46,7 +46,7 @@ def test_an_answer_that_stops_is_valid_and_one_that_is_cut_is_a_valid_prefix(
             [7, 11, 300 + index],
             MAX_TOKENS,
             req_id=b"%d" % index,
-            sampling=held_to(schema_grammar(schema), temperature=temperature, seed=index),
+            sampling=held_to(schema_grammar(schema), temperature=1.0, seed=index),
             size=SIZE,
         )
         for index, (_, schema) in enumerate(cases)
