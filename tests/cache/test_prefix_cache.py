@@ -5,19 +5,11 @@ import pytest
 from kvasir.cache.block_pool import PUBLIC, IntegrityError
 from kvasir.cache.block_table import BlockTable, Chain
 from kvasir.cache.prefix_cache import PrefixCache
-from kvasir.protocol.prefix import derive_namespace, derive_root, hash_prompt, split_hashes
+from kvasir.protocol.prefix import derive_namespace, hash_prompt, split_hashes
 from kvasir.protocol.tokens import pack_tokens
+from tests.cache_helpers import PUBLIC_SPACE, ROOT, SECRET, compute, make_chain
 
 SIZE = 4
-SECRET = b"deployment"
-ROOT = derive_root(SECRET, "model", "float32")
-PUBLIC_SPACE = derive_namespace(SECRET, "public")
-
-
-def make_chain(tokens: list[int], owner: str = "a", *, num_public: int = 0, root: bytes = ROOT) -> Chain:
-    packed, space = pack_tokens(tokens), derive_namespace(SECRET, "tenant", owner)
-    hashes = hash_prompt(root, PUBLIC_SPACE, space, packed, num_public * SIZE, SIZE)
-    return make_bare_chain(tokens, hashes, owner, num_public=num_public, root=root)
 
 
 def make_bare_chain(
@@ -33,15 +25,6 @@ def make_bare_chain(
         packed_tokens=pack_tokens(tokens),
         packed_hashes=hashes,
     )
-
-
-def compute(cache: PrefixCache, chain: Chain) -> BlockTable:
-    """Do what a sequence does: match, allocate the rest, publish all full blocks."""
-    table = BlockTable()
-    cache.match(chain, table, len(chain))
-    assert cache.allocate(chain, table, len(chain) - len(table.block_ids)) is not None
-    cache.insert(chain, table, len(chain))
-    return table
 
 
 def num_hits(cache: PrefixCache, chain: Chain) -> int:
@@ -207,7 +190,9 @@ def test_blocks_that_change_owner_are_named_for_zeroing() -> None:
 
 def test_generated_tokens_extend_the_chain_as_the_gateway_hashes_them() -> None:
     tokens = tokens_of(5)
-    whole = make_chain(tokens, num_public=1)
+    space = derive_namespace(SECRET, "tenant", "a")
+    hashes = hash_prompt(ROOT, PUBLIC_SPACE, space, pack_tokens(tokens), SIZE, SIZE)
+    whole = make_bare_chain(tokens, hashes, num_public=1)
     grown = make_chain(tokens[: 2 * SIZE], num_public=1)
     for i in range(2, 5):
         grown.extend(tokens[i * SIZE : (i + 1) * SIZE])

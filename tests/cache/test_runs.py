@@ -9,14 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvasir.cache.block_pool import IntegrityError
-from kvasir.cache.block_table import BlockTable, Chain
+from kvasir.cache.block_table import BlockTable
 from kvasir.cache.events import EventLog, Stored
 from kvasir.cache.prefix_cache import PrefixCache
 from kvasir.cache.run import BLOCK_IDS, Run
 from kvasir.protocol.prefix import HASH_BYTES, split_hashes
 from kvasir.protocol.tokens import TOKEN_BYTES
-
-SIZE = 1
+from tests.cache_helpers import compute, make_chain
 
 
 def make_run(num_blocks: int) -> Run:
@@ -34,30 +33,9 @@ def make_run(num_blocks: int) -> Run:
     )
 
 
-def make_chain(*tokens: int, num_public: int = 0) -> Chain:
-    chain = Chain(
-        owner="a",
-        root=b"r" * 16,
-        public_namespace=b"p" * 16,
-        namespace=b"a" * 16,
-        num_public_blocks=num_public,
-        block_size=SIZE,
-    )
-    chain.extend(list(tokens))
-    return chain
-
-
-def open_table(cache: PrefixCache, chain: Chain) -> BlockTable:
-    table = BlockTable()
-    num_found = cache.match(chain, table, len(chain))
-    assert cache.allocate(chain, table, len(chain) - num_found) is not None
-    cache.insert(chain, table, len(chain))
-    return table
-
-
 def runs_of(cache: PrefixCache, *tokens: int) -> list[int]:
     """How long the runs are that hold `tokens`, from the root on."""
-    chain, table = make_chain(*tokens), BlockTable()
+    chain, table = make_chain(tokens, size=1), BlockTable()
     cache.match(chain, table, len(chain), again=True)
     lengths = [len(run) for run in table.runs()]
     cache.free(table)
@@ -91,11 +69,11 @@ def test_a_run_is_trimmed_from_its_end(num_blocks: int, data: st.DataObject) -> 
 
 
 def test_a_prompt_is_one_run_per_zone_until_somebody_uses_a_part_of_it() -> None:
-    cache = PrefixCache(32, SIZE)
-    cache.free(open_table(cache, make_chain(1, 2, 3, 4, 5, 6, num_public=2)))
+    cache = PrefixCache(32, 1)
+    cache.free(compute(cache, make_chain([1, 2, 3, 4, 5, 6], size=1, num_public=2)))
     assert len(cache._tree) == 2
-    chain = make_chain(1, 2, 3, 4, 9, num_public=2)
-    cache.free(open_table(cache, chain))
+    chain = make_chain([1, 2, 3, 4, 9], size=1, num_public=2)
+    cache.free(compute(cache, chain))
     assert len(cache._tree) == 4  # public; common; the end of each
     assert cache.evict(2) == 2  # the end of the first, whole
     assert len(cache._tree) == 3
@@ -106,9 +84,9 @@ def test_a_prompt_is_one_run_per_zone_until_somebody_uses_a_part_of_it() -> None
 
 
 def test_what_a_sequence_publishes_block_by_block_is_one_run_while_nobody_else_uses_it() -> None:
-    cache = PrefixCache(32, SIZE)
-    chain = make_chain(1, 2, 3)
-    table = open_table(cache, chain)
+    cache = PrefixCache(32, 1)
+    chain = make_chain([1, 2, 3], size=1)
+    table = compute(cache, chain)
     live = [table]
 
     def go_on(token: int) -> None:
@@ -120,7 +98,7 @@ def test_what_a_sequence_publishes_block_by_block_is_one_run_while_nobody_else_u
     go_on(4)
     go_on(5)
     assert [len(run) for run in table.runs()] == [5]
-    other = open_table(cache, make_chain(1, 2, 3, 4, 5))  # from here on the first five have another history
+    other = compute(cache, make_chain([1, 2, 3, 4, 5], size=1))  # from here on the first five have another history
     live.append(other)
     go_on(6)
     go_on(7)
@@ -138,13 +116,13 @@ def test_what_a_sequence_publishes_block_by_block_is_one_run_while_nobody_else_u
 
 
 def test_a_request_that_finds_only_a_part_does_not_keep_the_rest() -> None:
-    cache = PrefixCache(8, SIZE)
-    cache.free(open_table(cache, make_chain(1, 2, 3, 4, 5)))
+    cache = PrefixCache(8, 1)
+    cache.free(compute(cache, make_chain([1, 2, 3, 4, 5], size=1)))
     table = BlockTable()
-    assert cache.match(make_chain(1, 2, 9), table, 3) == 2
+    assert cache.match(make_chain([1, 2, 9], size=1), table, 3) == 2
     assert cache.statistics().num_idle == 3
     assert cache.evict(8) == 3
-    assert cache.probe(make_chain(1, 2, 3), 3) == (2, 0)
+    assert cache.probe(make_chain([1, 2, 3], size=1), 3) == (2, 0)
     cache.free(table)
     cache.check_integrity([])
 
@@ -166,10 +144,10 @@ def test_events_are_netted_block_by_block_where_only_a_part_comes_back() -> None
 
 
 def test_what_is_resident_can_be_told_whole() -> None:
-    cache = PrefixCache(16, SIZE)
-    long, short = make_chain(1, 2, 3), make_chain(1, 9)
+    cache = PrefixCache(16, 1)
+    long, short = make_chain([1, 2, 3], size=1), make_chain([1, 9], size=1)
     for chain in (long, short):
-        cache.free(open_table(cache, chain))
+        cache.free(compute(cache, chain))
     blocks = [block for piece in cache.resident() for block in piece.blocks()]
     expected = {(None, long.hashes[0], long.tokens_of(0, 1)), (short.hashes[0], short.hashes[1], short.tokens_of(1, 2))}
     expected |= {(long.hashes[i - 1], long.hashes[i], long.tokens_of(i, i + 1)) for i in (1, 2)}
@@ -203,8 +181,8 @@ def break_owner(run: Run) -> None:
     ],
 )
 def test_check_integrity_finds_a_damaged_run(damage, match: str) -> None:  # type: ignore[no-untyped-def]
-    cache = PrefixCache(8, SIZE)
-    table = open_table(cache, make_chain(1, 2, 3))
+    cache = PrefixCache(8, 1)
+    table = compute(cache, make_chain([1, 2, 3], size=1))
     cache.check_integrity([table])
     damage(table.last)
     with pytest.raises(IntegrityError, match=match):
