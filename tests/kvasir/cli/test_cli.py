@@ -61,6 +61,7 @@ def command_paths(command: click.Command = cli, path: tuple[str, ...] = ()) -> l
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as name:
         monkeypatch.setenv("KVASIR_HOME", name)
+        monkeypatch.delenv("COLUMNS", raising=False)
         monkeypatch.delenv("KVASIR_API_KEY", raising=False)
         monkeypatch.delenv("KVASIR_ENDPOINT", raising=False)
         (Path(name) / "state").mkdir()
