@@ -3,6 +3,7 @@
 # make retest  the tests that failed last
 # make bench the tables of docs/results.md     make clean  throw the environment away
 # Settings: WORKERS=3, UP_FLAGS="--http 127.0.0.1:9000" (options of kvasir up), PYTHON=python3.12, VENV=FOLDER;
+#            JOBS=2 (processes of the tests, each with torch in it: 1 GB);
 #            TRACES="FILE ..." names traces of requests for the labs: eviction, routing (scripts/replay_trace.py); those in
 #            a folder traces/ here or beside the checkout are found without
 
@@ -12,6 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 WORKERS ?=
 UP_FLAGS ?=
+JOBS ?= 2
 TRACES ?= $(wildcard traces/*.jsonl.gz ../*/traces/*.jsonl.gz)
 
 .PHONY: run test retest check lint types bench clean install install-dev
@@ -20,7 +22,7 @@ run: install
 	$(BIN)/kvasir up --demo $(if $(WORKERS),--workers $(WORKERS)) $(UP_FLAGS)
 
 test: install-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 retest:
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none

@@ -6,11 +6,16 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.postgres import Postgres, find_programs
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what runs behind it: children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("kvasir", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvasir")
 
 
 @pytest.fixture(scope="session")

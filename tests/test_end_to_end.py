@@ -194,7 +194,7 @@ def test_what_the_router_expects_to_be_cached_is_cached_while_blocks_are_evicted
     with open_box(worker_args="--kv-memory 12M") as box:
         admin = box.home / "run" / "admin" / "admin.sock"
         with client(box, "acme") as sdk:
-            for _ in range(150):
+            for _ in range(100):
                 talk = chance.choice(talks)
                 if len(talk) > 800:
                     talk.clear()
@@ -204,5 +204,5 @@ def test_what_the_router_expects_to_be_cached_is_cached_while_blocks_are_evicted
     assert [r["decision"]["chosen"]["num_cached_tokens"] for r in receipts] == [
         r["num_cached_tokens"] for r in receipts
     ]
-    assert sum(r["num_cached_tokens"] > 0 for r in receipts) > 60
+    assert sum(r["num_cached_tokens"] > 0 for r in receipts) > 40
     assert any(r["miss"] is not None and r["miss"]["cause"] == "evicted" for r in receipts)

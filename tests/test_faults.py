@@ -101,7 +101,9 @@ def test_killing_workers_in_mid_stream_changes_no_token_of_any_stream(expected: 
 
 
 @pytest.mark.parametrize(
-    ("proposer", "argument"), [("lookup", "--speculate lookup"), ("model", f"--draft-model {DEMO_MODEL}")]
+    ("proposer", "argument"),
+    [("lookup", "--speculate lookup"), ("model", f"--draft-model {DEMO_MODEL}")],
+    ids=["lookup", "model"],
 )
 def test_drafts_and_the_death_of_workers_that_compute_them_change_no_token(
     proposer: str, argument: str, expected: list[list[int]]

@@ -175,5 +175,5 @@ def make_paths(chain: Chain) -> list[Path]:
     return [tuple(contents[: i + 1]) for i in range(len(contents))]
 
 
-CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestCacheMachine = CacheMachine.TestCase

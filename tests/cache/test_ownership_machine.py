@@ -314,7 +314,7 @@ def paths_of(run: Run) -> list[Path]:
     return [(*above, *contents[: i + 1]) for i in range(len(contents))]
 
 
-OwnershipMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+OwnershipMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestOwnershipMachine = OwnershipMachine.TestCase
 
 

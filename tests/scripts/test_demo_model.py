@@ -164,7 +164,7 @@ def test_a_question_for_code_is_answered_with_a_python_function(model, tokenizer
     assert "\ufffd" not in text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text())
 def test_tokenizer_round_trips_any_text(text):
     from tokenizers import Tokenizer
@@ -174,16 +174,3 @@ def test_tokenizer_round_trips_any_text(text):
     if any(marker in text for marker in ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")):
         return
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
-
-
-def test_card_names_command_perplexity_and_licence():
-    card = (FOLDER / "README.md").read_text()
-
-    for part in (
-        "scripts/train_demo_model.py --steps",
-        "Held-out perplexity",
-        "CPU time",
-        "PSF licence",
-        "temperature 0.7",
-    ):
-        assert part in card

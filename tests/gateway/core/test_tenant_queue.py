@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvasir.gateway.core.request import Request
@@ -247,7 +247,6 @@ def test_iterating_and_counting_show_what_waits() -> None:
 STEPS = st.tuples(st.sampled_from(["push", "front", "take", "remove", "compute", "hold"]), st.integers(0, 3))
 
 
-@settings(deadline=None)
 @given(st.lists(STEPS, max_size=80))
 def test_the_turn_is_always_that_of_the_least_tag_and_a_tenants_own_stay_in_order(
     steps: list[tuple[str, int]],

@@ -87,7 +87,7 @@ def messages(draw: st.DrawFn) -> tuple[bytes, HttpRequest]:
     return raw, HttpRequest(method, path, headers, body, keep_alive, version == "1.0")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(messages(), min_size=1, max_size=3), st.lists(st.integers(0, 1000), max_size=20))
 def test_requests_are_the_same_however_their_bytes_arrive(
     sent: list[tuple[bytes, HttpRequest]], cuts: list[int]
@@ -100,7 +100,7 @@ def test_requests_are_the_same_however_their_bytes_arrive(
     assert parser.phase == "idle"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(messages(), st.lists(st.integers(0, 1000), max_size=20), st.integers(0, 1000), st.binary(min_size=1, max_size=3))
 def test_damaged_requests_never_raise_and_are_judged_alike_however_they_arrive(
     message: tuple[bytes, HttpRequest], cuts: list[int], where: int, damage: bytes
@@ -163,7 +163,7 @@ def test_an_absolute_url_is_served_as_its_path() -> None:
 UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 2000), max_size=8))
 def test_a_wish_for_another_protocol_is_ignored_and_nothing_is_lost_by_it(cuts: list[int]) -> None:
     """Java's HttpClient and `curl --http2` ask for h2c with every request, those with a body too."""

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvasir.gateway.core.admission import Share
@@ -263,7 +263,7 @@ def run_machine(seed: int, num_steps: int, url: str = "") -> Machine:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 250))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 def test_no_budget_is_overdrawn_and_every_row_is_settled_once(seed: int, num_steps: int) -> None:
     run_machine(seed, num_steps)
 

@@ -71,7 +71,6 @@ def test_reserved_blocks_count_as_cached_until_every_request_has_released_them()
     assert (index.statistics().num_reserved, index._reserved) == (0, {})
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10), st.integers(0, 10), st.integers(0, 12))
 def test_closed_sets_are_matched_exactly(num_resident: int, num_reserved: int, max_blocks: int) -> None:
     index = PrefixIndex()
@@ -83,7 +82,7 @@ def test_closed_sets_are_matched_exactly(num_resident: int, num_reserved: int, m
     assert index.match(HASHES, max_blocks) == expected
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data())
 def test_what_prompts_of_any_length_have_in_common_with_reserved_ones_is_found(data: st.DataObject) -> None:
     """The oracle: the longest common beginning. Exact as long as nothing of a reserved prompt is computed; up to a
@@ -121,7 +120,6 @@ def test_what_prompts_of_any_length_have_in_common_with_reserved_ones_is_found(d
     assert (index._reserved, index.match(wanted, 1_000)[1]) == ({}, resident)
 
 
-@settings(deadline=None)
 @given(st.sets(st.integers(0, 9)))
 def test_a_set_that_is_not_closed_still_gives_a_border(resident: set[int]) -> None:
     """The last block counted is there and the next one is not: another estimate, never an arbitrary number."""

@@ -135,7 +135,7 @@ def test_waiting_makes_a_long_prompt_go_before_later_short_ones() -> None:
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_choosing_is_deterministic_ordered_and_monotone(data: st.DataObject) -> None:
     number = st.integers(0, 2_000)
     candidates = [

@@ -86,7 +86,7 @@ changes = st.one_of(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(changes, max_size=20))
 def test_the_file_and_the_directory_agree_after_any_changes(history) -> None:
     home = Path(tempfile.mkdtemp())

@@ -44,7 +44,7 @@ def make_encoder(name: str) -> WordCache:
 def test_pieces_get_the_tokens_that_the_library_gives_the_whole(name: str) -> None:
     encoder, tokenizer, memory = make_encoder(name), KNOWN[name], Memory(b"owner", Pieces(1 << 20))
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(st.lists(parts, max_size=12).map("".join))
     def check(text: str) -> None:
         for _ in range(2):  # new, then known

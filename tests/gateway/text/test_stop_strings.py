@@ -13,7 +13,7 @@ from kvasir.gateway.text.stop_strings import StopStrings
 STRINGS = st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=4)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(STRINGS, st.text("ab", max_size=12), st.lists(st.integers(0, 12), max_size=3))
 def test_the_string_that_is_complete_first_is_found_in_whatever_pieces(
     strings: list[str], text: str, cuts: list[int]

@@ -156,7 +156,7 @@ def push_in_pieces(text: ModelText, ids: list[int], cuts: list[int], stop: list[
     return pushed, detokenizer.stopped
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=60), st.lists(st.integers(0, 4095), max_size=8), st.lists(st.integers(0, 1000), max_size=12))
 def test_pieces_of_text_add_up_to_the_whole_decode(text: str, more: list[int], cuts: list[int]) -> None:
     """Random ids at the end make invalid UTF-8; the decoder's replacement characters must come out the same."""
@@ -165,7 +165,7 @@ def test_pieces_of_text_add_up_to_the_whole_decode(text: str, more: list[int], c
     assert pushed == TEXT.decode(ids) == decode_after_a_prompt(TEXT, ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from([SENTENCE_PIECE, METASPACE]),
     st.lists(st.one_of(st.sampled_from("aé你😀 "), st.integers(259, 271)), max_size=12),
@@ -200,7 +200,7 @@ def texts_with_stops(draw: st.DrawFn) -> tuple[str, list[str]]:
     return text, [text[start : start + length] + more for start, length, more in spans]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(texts_with_stops(), st.lists(st.integers(0, 1000), max_size=4))
 def test_an_answer_ends_exactly_before_the_stop_string_that_comes_first(
     case: tuple[str, list[str]], cuts: list[int]

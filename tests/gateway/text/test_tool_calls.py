@@ -207,7 +207,7 @@ def test_a_name_may_be_followed_by_a_line_break_before_what_ends_it() -> None:
 @pytest.mark.parametrize("one_call", [False, True])
 @pytest.mark.parametrize("name", TOOL_PARSERS)
 def test_what_is_found_does_not_depend_on_how_the_text_is_cut(name: str, one_call: bool) -> None:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(cut_texts())
     def check(case: tuple[str, list[str]]) -> None:
         text, pieces = case
@@ -221,7 +221,7 @@ def test_what_is_found_does_not_depend_on_how_the_text_is_cut(name: str, one_cal
 
 
 @pytest.mark.parametrize("name", TOOL_PARSERS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_text_without_calls_is_content_to_the_letter(name: str, text: str) -> None:
     marks = ("<", "[", "{")

@@ -78,7 +78,7 @@ def test_ascii_texts_get_the_tokens_that_the_library_gives(name: str) -> None:
     encoder, tokenizer = ENCODERS[name], KNOWN[name]
     num_answered, memory = 0, {}
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(st.lists(pieces, max_size=8).map("".join))
     def check(text: str) -> None:
         nonlocal num_answered

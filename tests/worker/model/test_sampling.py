@@ -123,7 +123,7 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, list[SampleRow]]:
     return logits.double(), rows
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(batches())
 def test_batched_draws_equal_the_readable_twin(batch: tuple[Tensor, list[SampleRow]]) -> None:
     logits, rows = batch

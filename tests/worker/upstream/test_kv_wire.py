@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvasir.protocol.errors import InvalidMessage
@@ -259,7 +259,6 @@ _plain = st.recursive(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(list(STORED_FIELDS)), _plain), st.booleans())
 def test_no_field_of_any_kind_raises_anything_else(changes: dict[str, Any], is_map: bool) -> None:
     event = (as_map if is_map else as_array)("BlockStored", STORED_FIELDS | changes)
@@ -269,7 +268,6 @@ def test_no_field_of_any_kind_raises_anything_else(changes: dict[str, Any], is_m
         pass
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=200))
 def test_no_bytes_raise_anything_else(payload: bytes) -> None:
     for data in (payload, pack(as_map("BlockStored", STORED_FIELDS))[: len(payload)] + payload):

@@ -44,7 +44,7 @@ def test_a_chain_longer_than_the_upstream_keeps_its_beginning() -> None:
     assert resident(index) == set(split_hashes(chain(0, 1, 2, 3)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.lists(st.integers(0, 2), max_size=8), st.booleans()), max_size=20), st.integers(1, 6))
 def test_what_is_taken_adds_up_to_what_is_resident_within_the_bound(prompts, num_blocks: int) -> None:
     index = SentIndex(2, num_blocks)
