@@ -62,7 +62,6 @@ def parse_options(arguments: list[str] | None = None) -> StandinOptions:
     add("--step-ms", type=float, default=engine.step_ms)
     add("--prefill-tokens-per-s", type=float, default=math.inf)
     add("--max-queued", type=int, help="refuse requests beyond so many unfinished ones")
-    add("--refuses-late", action="store_true", help="such a refusal comes in the stream, after status 200")
     add("--ranks", type=int, default=1, help="data-parallel ranks, each with a cache and an event port of its own")
     add("--no-scale-out", action="store_true", help="/inference/... says 403, as vLLM does by default")
     add("--no-cached-tokens", action="store_true", help="usage without cached tokens")
@@ -96,7 +95,6 @@ def parse_options(arguments: list[str] | None = None) -> StandinOptions:
         not given.no_cached_tokens,
         given.dev,
         given.max_queued,
-        given.refuses_late,
         given.api_key,
     )
 

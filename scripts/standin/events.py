@@ -9,7 +9,6 @@ begin with their type, and replay answers come without the topic.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
 from dataclasses import dataclass, replace
@@ -34,8 +33,6 @@ class EventFaults:
     drop: int = 0  # the next batches that are not sent
     duplicate: int = 0  # the next batches that are sent twice
     swap: int = 0  # the next batches that are each sent after the one that follows
-    delay_s: float = 0.0
-    is_replay_silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,6 @@ class EventPublisher:
         self._next_seq = 0
         self._buffer: deque[tuple[int, bytes]] = deque(maxlen=options.buffer_steps)
         self._swapped: tuple[int, bytes] | None = None
-        self._outbox, self._outgoing = trio.open_memory_channel[tuple[float, int, bytes]](10_000)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._pub = self._context.socket(zmq.PUB)
         self._pub.set_hwm(100_000)
@@ -99,7 +95,6 @@ class EventPublisher:
         """Send and answer until cancelled, then close. `bind` comes first."""
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._send_all)
                 if self._replay is not None:
                     nursery.start_soon(self._replay.run)
                     nursery.start_soon(self._answer_replays, self._replay)
@@ -120,26 +115,20 @@ class EventPublisher:
         payload = msgspec.msgpack.encode([time.time(), listed, self._rank])
         seq, self._next_seq = self._next_seq, self._next_seq + 1
         self._buffer.append((seq, payload))
-        with contextlib.suppress(trio.WouldBlock):
-            self._outbox.send_nowait((trio.current_time() + self._faults.delay_s, seq, payload))
-
-    async def _send_all(self) -> None:
-        async for due, seq, payload in self._outgoing:
-            await trio.sleep_until(due)
-            faults = self._faults
-            if faults.drop:
-                faults.drop -= 1
-            elif faults.swap and self._swapped is None:
-                faults.swap -= 1
-                self._swapped = (seq, payload)
-            else:
+        faults = self._faults
+        if faults.drop:
+            faults.drop -= 1
+        elif faults.swap and self._swapped is None:
+            faults.swap -= 1
+            self._swapped = (seq, payload)
+        else:
+            self._send(seq, payload)
+            if faults.duplicate:
+                faults.duplicate -= 1
                 self._send(seq, payload)
-                if faults.duplicate:
-                    faults.duplicate -= 1
-                    self._send(seq, payload)
-                if self._swapped is not None:
-                    self._send(*self._swapped)
-                    self._swapped = None
+            if self._swapped is not None:
+                self._send(*self._swapped)
+                self._swapped = None
 
     def _send(self, seq: int, payload: bytes) -> None:
         self._pub.send_multipart((self._topic, seq.to_bytes(8, "big"), payload), zmq.NOBLOCK)
@@ -147,7 +136,7 @@ class EventPublisher:
     async def _answer_replays(self, link: Link) -> None:
         while True:
             for frames in await link.receive():
-                if len(frames) != 3 or self._faults.is_replay_silent:
+                if len(frames) != 3:
                     continue
                 client, _, start = frames
                 first = int.from_bytes(start, "big")

@@ -49,7 +49,6 @@ class StandinOptions:
     tells_cached_tokens: bool = True  # --enable-prompt-tokens-details
     is_dev: bool = False  # VLLM_SERVER_DEV_MODE: /server_info, /reset_prefix_cache, /abort_requests
     max_queued: int | None = None  # requests that are not finished, running ones too
-    refuses_late: bool = False  # what is beyond `max_queued` is told so in its stream, as happens in a burst
     api_key: str | None = None
 
 
@@ -152,7 +151,7 @@ class Routes:
         """Answer a request for tokens, streamed or whole. The client's leaving aborts it."""
         name = kind.id_prefix + (call.request_id or request.headers.get("x-request-id") or secrets.token_hex(8))
         wire = kind(call, name, self.options.model, int(time.time()), self.options.engine.vocab_size)
-        if self._is_full() and not self.options.refuses_late:
+        if self._is_full():
             raise queue_is_full()
         if call.is_stream:
             await connection.begin_stream()
@@ -250,8 +249,6 @@ class Routes:
     def _submit(self, engine: Engine, name: str, call: Call, session_id: str | None) -> Request:
         if self.is_engine_dead:
             raise engine_is_dead()
-        if self._is_full():
-            raise queue_is_full()
         model = TokenModel(self.options.engine, call.token_ids, call.sampling)
         request = Request(name, list(call.token_ids), call.sampling, call.salt, session_id, model)
         self._requests.setdefault(name, []).append((engine, request))

@@ -16,7 +16,7 @@ from scripts.standin.events import EventFaults, EventOptions, EventPublisher
 from scripts.standin.http import HttpConnection, HttpRequest
 from scripts.standin.routes import Routes, StandinOptions
 
-COMMANDS = ("kill_engine", "hang", "resume", "terminate", "cut", "restart", "clear", "set_faults", "set_options")
+COMMANDS = ("kill_engine", "hang", "resume", "terminate", "cut", "restart", "clear", "set_faults")
 
 
 class Standin:
@@ -108,13 +108,11 @@ class Standin:
 
     def set_faults(self, **faults: Any) -> None:
         """Set fields of `EventFaults`, for the batches that come."""
-        _set_fields(self.faults, faults)
-
-    def set_options(self, **options: Any) -> None:
-        """Set `max_queued`, `refuses_late` or fields of `EngineOptions` that may change while it runs."""
-        mine: dict[str, Any] = {key: options.pop(key) for key in ("max_queued", "refuses_late") if key in options}
-        _set_fields(self.options, mine)
-        _set_fields(self.options.engine, options)
+        known = {each.name for each in fields(EventFaults)}
+        if unknown := faults.keys() - known:
+            raise ValueError(f"{', '.join(sorted(unknown))}: no such fault; known: {', '.join(sorted(known))}")
+        for name, value in faults.items():
+            setattr(self.faults, name, value)
 
     def state(self) -> dict[str, Any]:
         """How things are; asserts that every rank's cache is whole."""
@@ -216,11 +214,3 @@ def _of_rank(events: EventOptions, rank: int) -> EventOptions:
 
     replay = events.replay_endpoint
     return replace(events, endpoint=moved(events.endpoint), replay_endpoint=replay and moved(replay))
-
-
-def _set_fields(record: Any, values: dict[str, Any]) -> None:
-    known = {each.name for each in fields(record)}
-    if unknown := values.keys() - known:
-        raise ValueError(f"{', '.join(sorted(unknown))}: no such option; known: {', '.join(sorted(known))}")
-    for name, value in values.items():
-        setattr(record, name, value)

@@ -28,7 +28,7 @@ from kvasir.protocol.terms import NO_TERMS, Budget, Limits, Price, Terms
 from tests.core_helpers import make_submit
 
 pytestmark = pytest.mark.timeout(300)
-NUM_STEPS = int(os.environ.get("LEDGER_STEPS", "4000"))  # scripts/ledger_soak.py asks for many more
+NUM_STEPS = int(os.environ.get("LEDGER_STEPS", "4000"))  # a soak asks for a million
 START = 20_000 * 86_400.0 + 80_000  # late in the evening
 PRICE = Price(prompt=7, cached=2, output=31)
 KEYS = {"k1": "alpha", "k2": "alpha", "k3": "beta"}

@@ -30,9 +30,9 @@ TOPIC = "kv"
 class Wire:
     """A publisher on sockets, as vLLM's: PUB, and a ROUTER that answers with all that is kept, whoever listens."""
 
-    def __init__(self, context: zmq.Context, endpoints: tuple[str, str], num_kept: int = 10_000) -> None:
+    def __init__(self, context: zmq.Context, endpoints: tuple[str, str]) -> None:
         self.context, self.endpoints = context, endpoints
-        self.publisher = Publisher(num_kept)
+        self.publisher = Publisher(10_000)
         self.is_answering = True
         self.reopened = trio.Event()
         self.num_requests = 0
@@ -121,11 +121,9 @@ class Site:
 
 
 @asynccontextmanager
-async def open_site(
-    endpoints: tuple[str, str], *, num_kept: int = 10_000, has_replay: bool = True, is_up: bool = True
-) -> AsyncIterator[Site]:
+async def open_site(endpoints: tuple[str, str], *, has_replay: bool = True, is_up: bool = True) -> AsyncIterator[Site]:
     context: zmq.Context = zmq.Context()
-    wire = Wire(context, endpoints, num_kept)
+    wire = Wire(context, endpoints)
     index = UpstreamIndex(ROOT, 4, 8, max_blocks=1000)
     replay = endpoints[1] if has_replay else None
     try:
