@@ -83,7 +83,9 @@ class Fleet:
 
     async def start(self) -> None:
         """Begin, or begin anew after `stop`, as a gateway that was restarted."""
-        liveness = self._config.pop("liveness", LivenessConfig(heartbeat_s=0.1, max_missed_heartbeats=100, stall_s=10.0))
+        liveness = self._config.pop(
+            "liveness", LivenessConfig(heartbeat_s=0.1, max_missed_heartbeats=100, stall_s=10.0)
+        )
         self.port = WorkerPort(open_router(self.context, [self.endpoint]), tick_s=0.02)
         config = CoreConfig(public_namespace=PUBLIC, root=lambda *_: ROOT, liveness=liveness, **self._config)
         self.core = Core(
