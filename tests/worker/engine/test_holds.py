@@ -255,7 +255,7 @@ def test_random_loads_over_tiny_pools_finish_with_holds(has_quotas: bool, is_ahe
         rigs.append(HoldRig(dice.choice([14, 20, 32]), is_ahead=is_ahead, **options))
         run_random_load(rigs[-1], dice, 60, has_quotas=has_quotas)
     for name in ("num_held", "num_let_go", "num_preempted"):
-        assert sum(getattr(rig, name) for rig in rigs) > 15
+        assert sum(getattr(rig, name) for rig in rigs) > 8
     assert has_quotas or not any(rig.num_broken_promises for rig in rigs)
 
 
