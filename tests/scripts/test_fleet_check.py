@@ -34,7 +34,7 @@ def free_ports(count: int) -> int:
 @pytest.mark.timeout(300)
 def test_predictions_are_exact_tenants_are_apart_and_streams_survive_over_stand_ins(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    sizes = ["--turns", "24", "--conversations", "3", "--streams", "4", "--pool-tokens", "2560"]
+    sizes = ["--turns", "40", "--conversations", "3", "--streams", "4", "--pool-tokens", "2560"]
     command = [sys.executable, str(SCRIPT), "--standin", *sizes, "--port", str(free_ports(60)), "--json", str(figures)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert figures.exists(), done.stdout + done.stderr
