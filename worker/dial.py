@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import secrets
 
+import msgspec
 import zmq
 
-from kvasir.protocol.codec import encode
+from kvasir.protocol.codec import Count, Id, encode
 from kvasir.protocol.errors import ConfigurationError, InvalidMessage
 from kvasir.protocol.messages import REPORTS, Hello
 from kvasir.protocol.profile import LinkProfile, apply_profile
+from kvasir.protocol.tokens import num_tokens
 
 
 def open_socket(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
@@ -42,3 +44,25 @@ def check_hello(hello: Hello) -> None:
         raise ConfigurationError(
             f"a gateway could not read what worker {hello.worker_id[:64]!r} would say of itself: {error}"
         ) from None
+
+
+def request_of(frame: bytes) -> tuple[bytes, int, int] | None:
+    """Return (req_id, attempt, seq) of a `Generate` that is invalid otherwise, None if even those cannot be read.
+
+    Every `Generate` is answered, also one that another version of the gateway has sent.
+    """
+    try:
+        raw = msgspec.msgpack.decode(frame)
+        if raw["type"] != "generate":
+            return None
+        fields = msgspec.convert(raw, _RequestFields)
+    except (msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return fields.req_id, fields.attempt, max(0, num_tokens(fields.token_ids) - fields.num_prompt_tokens)
+
+
+class _RequestFields(msgspec.Struct):
+    req_id: Id
+    attempt: Count
+    token_ids: bytes = b""
+    num_prompt_tokens: int = 0

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
-from kvasir.protocol.codec import Count, Id, encode
+from kvasir.protocol.codec import encode
 from kvasir.protocol.errors import BadRequest, InvalidMessage
 from kvasir.protocol.messages import (
     COMMANDS,
@@ -42,6 +42,7 @@ from kvasir.protocol.messages import (
     Welcome,
 )
 from kvasir.protocol.tokens import num_tokens
+from kvasir.worker.dial import request_of
 from kvasir.worker.engine.engine import Engine
 from kvasir.worker.events.kv_events import KvEvents
 from kvasir.worker.log import log
@@ -199,7 +200,7 @@ class Worker:
 
     def _on_invalid(self, frame: bytes, error: InvalidMessage) -> None:
         log("invalid_command", num_bytes=len(frame), error=error.message)
-        request = _request_of(frame)
+        request = request_of(frame)
         if request is not None:
             self._engine.refuse(*request, "error", f"the worker cannot read this request: {error.message}"[:4096])
 
@@ -333,22 +334,3 @@ class Worker:
         except zmq.Again:
             return False
         return True
-
-
-def _request_of(frame: bytes) -> tuple[bytes, int, int] | None:
-    """Return (req_id, attempt, seq) of a `Generate` that is invalid otherwise, None if even those cannot be read."""
-    try:
-        raw = msgspec.msgpack.decode(frame)
-        if raw["type"] != "generate":
-            return None
-        fields = msgspec.convert(raw, _RequestFields)
-    except (msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError, ValueError, RecursionError):
-        return None
-    return fields.req_id, fields.attempt, max(0, num_tokens(fields.token_ids) - fields.num_prompt_tokens)
-
-
-class _RequestFields(msgspec.Struct):
-    req_id: Id
-    attempt: Count
-    token_ids: bytes = b""
-    num_prompt_tokens: int = 0

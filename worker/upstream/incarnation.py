@@ -10,7 +10,7 @@ import trio
 import zmq
 
 from kvasir.protocol.codec import encode
-from kvasir.protocol.errors import ConfigurationError
+from kvasir.protocol.errors import ConfigurationError, InvalidMessage
 from kvasir.protocol.link import Link, LinkClosed
 from kvasir.protocol.messages import (
     Abort,
@@ -24,6 +24,7 @@ from kvasir.protocol.messages import (
     Resync,
     Welcome,
 )
+from kvasir.worker.dial import request_of
 from kvasir.worker.log import log
 from kvasir.worker.upstream.cached import CachedBlocks
 from kvasir.worker.upstream.hello import EventFeed, make_hello
@@ -32,7 +33,7 @@ from kvasir.worker.upstream.kv_follower import KvFollower
 from kvasir.worker.upstream.options import Options, UpstreamOptions
 from kvasir.worker.upstream.reporter import Reporter
 from kvasir.worker.upstream.server import Facts, Server
-from kvasir.worker.upstream.streams import Streams
+from kvasir.worker.upstream.streams import Streams, first_seq
 
 HELLO_RETRY_S = 2.0
 WATCH_S = 1.0
@@ -126,6 +127,12 @@ class Incarnation:
             case _:
                 log("command_passed_over", worker=self._hello.worker_id, command=type(command).__name__)
 
+    def refuse(self, frame: bytes, error: InvalidMessage) -> None:
+        """Answer a request that is none of this protocol; pass over whatever else it is."""
+        request = request_of(frame)
+        if request is not None and self._streams is not None:
+            self._streams.refuse(*request, "error", f"the worker cannot read this request: {error.message}"[:4096])
+
     def drain(self, deadline_s: float) -> None:
         """See `UpstreamWorker.drain`."""
         if not self._leaving.is_set():
@@ -167,7 +174,8 @@ class Incarnation:
         if self._streams is None:
             log("generate_before_welcome", req_id=command.req_id.hex())
         elif self._leaving.is_set():
-            self._streams.refuse(command, "abort", "this worker is draining")
+            text = "this worker is draining"
+            self._streams.refuse(command.req_id, command.attempt, first_seq(command), "abort", text)
         else:
             self._streams.start(command)
 

@@ -43,11 +43,16 @@ class Active:
     @property
     def seq(self) -> int:
         """Index of the next token among all generated ones, those of earlier attempts too."""
-        return num_tokens(self.command.token_ids) - self.command.num_prompt_tokens + self.num_generated
+        return first_seq(self.command) + self.num_generated
 
     @property
     def num_generated(self) -> int:
         return len(self.generated) // TOKEN_BYTES
+
+
+def first_seq(command: Generate) -> int:
+    """Return the index of the first token to come among all that were generated."""
+    return max(0, num_tokens(command.token_ids) - command.num_prompt_tokens)
 
 
 class Streams:
@@ -89,7 +94,7 @@ class Streams:
                 has_grammars=facts.has_grammars,
             )
         except BadRequest as error:
-            self.refuse(command, "error", error.message)
+            self.refuse(*key, first_seq(command), "error", error.message)
             return
         now = trio.current_time()
         deadline = inf if command.deadline_s is None else now + command.deadline_s
@@ -99,10 +104,9 @@ class Streams:
         self._active[key] = active
         self._nursery.start_soon(self._run, active)
 
-    def refuse(self, command: Generate, reason: FinishReason, text: str) -> None:
+    def refuse(self, req_id: bytes, attempt: int, seq: int, reason: FinishReason, text: str) -> None:
         """Answer a request that is not taken."""
-        seq = max(0, num_tokens(command.token_ids) - command.num_prompt_tokens)
-        self._reporter.add(Output(command.req_id, command.attempt, seq, finish_reason=reason, error=text))
+        self._reporter.add(Output(req_id, attempt, seq, finish_reason=reason, error=text))
 
     def abort(self, req_id: bytes, attempt: int) -> None:
         """Stop a request; its final output says "abort". Unknown ids are ignored.

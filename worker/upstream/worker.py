@@ -96,6 +96,8 @@ class UpstreamWorker:
                     command = COMMANDS.decode(frame)
                 except InvalidMessage as error:
                     log("invalid_command", num_bytes=len(frame), error=error.message)
+                    if self._incarnation is not None:
+                        self._incarnation.refuse(frame, error)
                     continue
                 if self._incarnation is not None:
                     self._incarnation.take(command)

@@ -14,10 +14,10 @@ import pytest
 import trio
 
 from kvasir.gateway.core.worker_checks import LivenessConfig
-from kvasir.protocol.errors import ConfigurationError
-from kvasir.protocol.messages import Report, Resync
+from kvasir.protocol.errors import ConfigurationError, InvalidMessage
+from kvasir.protocol.messages import COMMANDS, Generate, Report, Resync
 from kvasir.protocol.sampling import Constraint, Grammar, Sampling
-from kvasir.worker.upstream import hello, http_client, incarnation, server, streams
+from kvasir.worker.upstream import hello, http_client, incarnation, server, streams, worker
 from scripts.standin.engine import EngineOptions
 from scripts.standin.events import EventOptions
 from scripts.vllm_standin import StandinOptions, running_standin
@@ -118,6 +118,25 @@ def test_what_the_engine_refuses_fails_that_request_alone(tmp_path: Path) -> Non
             _, finished = await fleet.ask([999_999, *prompt(1)])
             assert finished.error is not None and "out of vocabulary" in finished.error.message
             assert (await other.end()).reason == "length" and not fleet.losses()
+
+    run(body)
+
+
+def test_a_request_that_cannot_be_read_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Picky:
+        def decode(self, frame: bytes) -> object:
+            command = COMMANDS.decode(frame)
+            if isinstance(command, Generate) and command.max_tokens == 5:
+                raise InvalidMessage("an unknown field")
+            return command
+
+    monkeypatch.setattr(worker, "COMMANDS", Picky())
+
+    async def body() -> None:
+        async with running_standin() as standin, running_fleet(tmp_path, standin) as fleet:
+            _, finished = await fleet.ask(prompt(1), max_tokens=5)
+            assert finished.error is not None and "cannot read this request: an unknown field" in finished.error.message
+            assert (await fleet.ask(prompt(1)))[0] == oracle(prompt(1), 8)
 
     run(body)
 
