@@ -235,8 +235,9 @@ class Output(Struct, forbid_unknown_fields=True, omit_defaults=True):
 
     `finish_reason` ends the request; a token that stopped it (end of sequence or stop id) is the last of `token_ids`.
     `num_cached_tokens` comes once, with the first output of an attempt; an engine that tells only at the end sends
-    `guessed_cached_tokens` with the first one and the true number with the last. `num_rejected_tokens` were computed
-    beside these as drafts that did not hold: work for this request that nobody is billed for.
+    `guessed_cached_tokens` with the first one and the true number with the last. `num_extra_tokens`: work for
+    this request beside its tokens that nobody is billed for, counted in tokens of the model: drafts that did not hold,
+    and what a draft model computed.
     """
 
     req_id: Id
@@ -248,7 +249,7 @@ class Output(Struct, forbid_unknown_fields=True, omit_defaults=True):
     logprobs: Annotated[list[TokenLogprobs], Meta(max_length=4096)] = []
     error: Reason = ""
     guessed_cached_tokens: Count | None = None
-    num_rejected_tokens: Annotated[int, Meta(ge=0, le=1 << 16)] = 0
+    num_extra_tokens: Annotated[int, Meta(ge=0, le=1 << 16)] = 0
 
 
 class Drafts(Struct, frozen=True, forbid_unknown_fields=True):

@@ -444,6 +444,7 @@ def compare_draft_model(
                         BLOCK_SIZE,
                         vocab_size=config.vocab_size,
                         window=config.max_position,
+                        token_work=config.num_layers / num_layers,
                         clock=time.process_time,
                     )
                     for name, done in zip(names, run(arms, scripts, num_tokens, temperature), strict=True):

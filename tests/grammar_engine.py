@@ -55,7 +55,9 @@ def make_draft_model(engine: Engine, *, is_of_same_mind: bool) -> DraftModel:
     config, num_blocks = model.config, engine.cache.pool.num_blocks
     kv = KvStore(num_blocks, config.num_layers, SIZE, config.num_kv_heads, config.head_dim, model.dtype, "cpu")
     executor, window = LocalExecutor(model, kv, sample), config.max_position
-    return DraftModel(executor, num_blocks, SIZE, vocab_size=config.vocab_size, window=window, clock=time.monotonic)
+    return DraftModel(
+        executor, num_blocks, SIZE, vocab_size=config.vocab_size, window=window, token_work=0.1, clock=time.monotonic
+    )
 
 
 def run(engine: Engine, *commands: Generate, timeout_s: float = 60.0) -> list[Stream]:

@@ -49,7 +49,10 @@ class _Plan:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(weight_bytes(config, self.dtype, self.packing, self.device) for config in self.configs)
+        return sum(map(self.weight_bytes_of, self.configs))
+
+    def weight_bytes_of(self, its: ModelConfig) -> int:
+        return weight_bytes(its, self.dtype, self.packing, self.device)
 
     @property
     def block_bytes(self) -> int:
@@ -103,6 +106,7 @@ def load_torch(options: Options) -> Loaded:
                 options.block_size,
                 vocab_size=min(each.vocab_size for each in plan.configs),
                 window=plan.configs[1].max_position,
+                token_work=plan.weight_bytes_of(plan.configs[1]) / plan.weight_bytes_of(config),
                 clock=time.monotonic,
             )
     except (MemoryError, torch.OutOfMemoryError, OutOfMemory) as error:

@@ -138,7 +138,7 @@ class Attempts:
     def _output(self, worker: Worker, attempt: Attempt, output: Output, now: float) -> str | None:
         """Deliver one output; return what is wrong with it, if anything."""
         request = attempt.request
-        attempt.num_generated += num_tokens(output.token_ids) + output.num_rejected_tokens
+        attempt.num_generated += num_tokens(output.token_ids) + output.num_extra_tokens
         if attempt.num_generated >= CHARGED_AT_ONCE:
             self._charge_output(attempt)
         if request.state == "dispatched":

@@ -232,10 +232,11 @@ class Sequences:
         if num_held:
             sequence.num_computed += num_held
             self._publish(sequence, sequence.num_computed)
+        output.num_extra_tokens = len(draft_ids) - num_held
         if sequence.track is not None:
             sequence.track.drawn(taken, len(draft_ids))
+            output.num_extra_tokens += sequence.track.take_work()
         output.token_ids = pack_tokens(taken)
-        output.num_rejected_tokens = len(draft_ids) - num_held
         if taken:
             self._emit(sequence, output)
         if output.finish_reason is not None:

@@ -76,9 +76,10 @@ class StepCosts:
 
     def num_affordable(self, any_cost: float, cost: float) -> int:
         """Return how many drafts a sequence may have by the balance, one at least; the costs as of `relative`."""
-        return (
-            max(1, int((self.balance - any_cost) / cost)) if cost * MAX_DRAFT > self.balance - any_cost else MAX_DRAFT
-        )
+        num_left = self.balance - any_cost
+        if cost * MAX_DRAFT <= num_left:
+            return MAX_DRAFT
+        return max(1, int(num_left / cost)) if cost else 1
 
     def learn(self, num_sequences: int, num_drafts: int, num_held: int, step_s: float) -> None:
         """Learn from a step that only decodes, of whose drafts `num_held` held; `step_s` without the time of a draft

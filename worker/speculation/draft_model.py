@@ -54,13 +54,14 @@ class Running(Protocol):
 @dataclass(slots=True, eq=False)
 class Lead:
     """How far the draft model has come with one sequence. The blocks of `table` hold its first `num_held` tokens, and
-    after them `ahead_ids`, which may or may not come."""
+    after them `ahead_ids`, which may or may not come. `work` was done for it, in tokens of the engine's model."""
 
     sequence: Running
     table: BlockTable | None = None
     num_held: int = 0
     num_marked: int = 0  # blocks known to be computed
     ahead_ids: list[int] = field(default_factory=list)
+    work: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -86,7 +87,8 @@ class Round:
 class DraftModel:
     """Runs over `executor`, whose store has at least the blocks of the engine's pool.
 
-    `vocab_size` is the smaller of both models', `window` the draft model's longest sequence.
+    `vocab_size` is the smaller of both models', `window` the draft model's longest sequence, `token_work` what one of
+    its tokens takes, in tokens of the engine's model.
     """
 
     name = "model"
@@ -99,10 +101,12 @@ class DraftModel:
         *,
         vocab_size: int,
         window: int,
+        token_work: float,
         clock: Callable[[], float],
     ) -> None:
         self._executor, self._clock = executor, clock
         self._size, self._vocab_size, self.window = block_size, vocab_size, window
+        self._token_work = token_work
         self._computed = [b""] * num_blocks  # the prefix hash of what each block holds whole
 
     def backlog(self, lead: Lead) -> int:
@@ -131,6 +135,7 @@ class DraftModel:
                 pieces = [self._piece(job) for job in going]
                 sampled = self._compute(going, pieces, is_first)
                 for job, piece in zip(going, pieces, strict=True):
+                    job.lead.work += self._token_work * len(piece.token_ids)
                     self._hold(job, piece)
                 going = [job for job, draw in zip(going, sampled, strict=True) if self._accept(job, draw)]
                 num_drafting = sum(draw is not None for draw in sampled)

@@ -165,6 +165,14 @@ class Track:
                 self.experience.learn_model(has_held)
         self.experience.count(name, num_drafted, min(sum(held), num_drafted))
 
+    def take_work(self) -> int:
+        """Return what the draft model has computed since the last call, in whole tokens of the model's own."""
+        if self.lead is None:
+            return 0
+        work = int(self.lead.work)
+        self.lead.work -= work
+        return work
+
     def close(self) -> None:
         """The sequence has ended."""
         self.proposer.close(self.text)

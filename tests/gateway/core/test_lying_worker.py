@@ -50,7 +50,7 @@ def lie(random: Random, worker: Worker, step: int) -> Report:
             num_cached_tokens=random.choice((None, 0, 4, count())),
             guessed_cached_tokens=random.choice((None, None, count())),
             logprobs=[TokenLogprobs(math.nan)] * random.choice((0, 1)),
-            num_rejected_tokens=min(count(), 1 << 16),
+            num_extra_tokens=min(count(), 1 << 16),
         )
 
     kind = random.random()

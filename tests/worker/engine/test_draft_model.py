@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kvasir.protocol.messages import Output
 from kvasir.protocol.sampling import Sampling
 from kvasir.worker.engine.executor import LocalExecutor
 from kvasir.worker.engine.step import Mask, OutOfMemory, Sampled, SampleRow, SequenceSlice
@@ -114,16 +115,20 @@ class TwinRig(Rig):
         self, wrong_of: int = 0, *, lookup: bool = False, window: int = 1 << 20, vocab: int = 4096, **options: Any
     ) -> None:
         super().__init__(**options)
-        self.twin = Twin(wrong_of)
+        self.twin, self.num_extra = Twin(wrong_of), 0
         num_blocks = self.cache.pool.num_blocks
         self.twin_kv = WatchedStore(num_blocks, self.size)
         executor = self.twin_executor = LocalExecutor(self.twin, self.twin_kv, self.twin.sample)
         self.draft_model = CheckedDraftModel(
-            executor, num_blocks, self.size, vocab_size=vocab, window=window, clock=self.clock
+            executor, num_blocks, self.size, vocab_size=vocab, window=window, token_work=0.25, clock=self.clock
         )
         self.draft_model.twin = self.twin
         self.speculator = self.engine.speculator = Speculator(Lookup() if lookup else Blind(), self.draft_model)
         self.speculator.costs = FixedCosts()
+
+    def _take(self, output: Output) -> None:
+        super()._take(output)
+        self.num_extra += output.num_extra_tokens
 
     @property
     def counts(self) -> Counts:
@@ -160,6 +165,15 @@ def test_random_loads_over_tiny_pools_have_the_same_tokens_and_no_draft_is_wrong
     rig.speculator.costs = MoodyCosts(seed)
     run_random_load(rig, dice, 50)
     assert rig.counts.num_accepted > 20 and rig.draft_model.num_checked >= rig.counts.num_drafted
+
+
+@pytest.mark.parametrize("wrong_of", [0, 2])
+def test_rejected_drafts_and_what_the_draft_model_computes_are_work_of_the_request(wrong_of: int) -> None:
+    rig = TwinRig(wrong_of)
+    rig.submit(make_generate(make_prompt(13), 60))
+    rig.run()
+    work = rig.counts.num_drafted - rig.counts.num_accepted + 0.25 * rig.num_computed
+    assert rig.num_computed > 50 and work - 1 < rig.num_extra <= work
 
 
 def test_preempted_and_forked_sequences_have_right_drafts() -> None:

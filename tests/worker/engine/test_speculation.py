@@ -60,7 +60,7 @@ class DraftRig(Rig):
     def __init__(self, chance: float | None = 0.8, seed: int = 0, **options: Any) -> None:
         super().__init__(**options)
         self.prophet = Prophet(chance or 0.0, seed)
-        self.longest = self.num_rejected = 0
+        self.longest = self.num_extra = 0
         if chance is not None:
             self.engine.speculator = Speculator(self.prophet)
             self.engine.speculator.costs = FixedCosts()
@@ -74,7 +74,7 @@ class DraftRig(Rig):
     def _take(self, output: Output) -> None:
         super()._take(output)
         self.longest = max(self.longest, num_tokens(output.token_ids))
-        self.num_rejected += output.num_rejected_tokens
+        self.num_extra += output.num_extra_tokens
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -90,7 +90,7 @@ def test_an_answer_is_the_same_token_for_token_and_comes_in_fewer_steps(chance: 
     rig.run()
     assert (stream.token_ids, stream.finish_reason) == (expected_tokens(prompt, 60, sampling), "length")
     _, num_drafted, num_accepted = rig.counts
-    assert rig.num_rejected == num_drafted - num_accepted
+    assert rig.num_extra == num_drafted - num_accepted
     assert len(rig.model.steps) == 60 - num_accepted
     assert num_accepted > 40 if chance == 1.0 else num_drafted > num_accepted
     assert rig.prophet.closed[0].output_ids == stream.token_ids

@@ -197,6 +197,14 @@ def test_drafts_that_cost_in_vain_rest_until_the_steps_without_have_made_that_go
     assert costs.balance > min(before + 3, 3.9) and costs.relative(1) is not None
 
 
+def test_no_step_has_more_drafts_than_the_balance_pays_for() -> None:
+    costs = StepCosts()
+    costs.balance = 2.0
+    assert [costs.num_affordable(0.5, cost) for cost in (0.0, 0.05, 0.5, 5.0)] == [16, 16, 3, 1]
+    costs.balance = 0.1
+    assert [costs.num_affordable(0.5, cost) for cost in (0.0, 0.5)] == [1, 1]
+
+
 def test_one_slow_step_does_not_stop_drafts_that_hold() -> None:
     costs = StepCosts()
     for step in range(200):
