@@ -11,7 +11,8 @@ is nothing to look up. Every request has a `cache_salt` of its own, so that none
 others.
 
 vLLM gets five tokens after a match of two to four, as in its documentation, and Intel's OpenMP, as it asks for. Rates
-count the whole request, prompt and all.
+count the whole request, prompt and all. Its n-grams are found by numba, which takes OpenMP's threads, and so undoes
+`OMP_NUM_THREADS=1`: the model computes with as many as there are cores, unless `NUMBA_NUM_THREADS` says one as well.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ def contenders(model: Path, folder: Path, home: Path, port: int) -> Iterator[lis
         settings = ServerSettings("vllm", port + 4 * i, None, 340, max_model_len=2048, model=model)
         server = vllm_server(program, settings, home / f"vllm{i}.log", *options)
         server.preload(program.parents[1] / "lib" / "libiomp5.so")
+        server.set_env(NUMBA_NUM_THREADS="1")
         servers.append(server)
     with (
         running(servers),

@@ -127,7 +127,11 @@ class Server:
 
     def preload(self, library: Path) -> None:
         """Let the process be started with `library`."""
-        self._env["LD_PRELOAD"] = str(library)
+        self.set_env(LD_PRELOAD=str(library))
+
+    def set_env(self, **variables: str) -> None:
+        """Let the process be started with these as well."""
+        self._env |= variables
 
     def start(self) -> None:
         """Start the process and return at once; `wait_up` is next."""
