@@ -14,7 +14,7 @@ import socket as sockets
 import threading
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from math import inf
 from typing import Protocol
 
@@ -97,7 +97,9 @@ class _State:
         self.closing = False
         self.commands: deque[_Command] = deque()
         self.calls: dict[int, Mailbox] = {}
-        self.unsent: dict[int, tuple[bytes, float]] = {}  # call id -> frame and when to give up; in order
+        self.unsent: OrderedDict[int, tuple[bytes, float]] = (
+            OrderedDict()
+        )  # call id -> frame and when to give up; in order
         self.cancels: deque[bytes] = deque()
         self.received: dict[int, int] = {}  # tokens of running calls that the gateway has not been told of
         self.ended: list[int] = []  # calls whose end it has not been told of

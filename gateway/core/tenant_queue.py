@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -64,7 +64,7 @@ class TenantQueue:
 
     def __init__(self, weight: Callable[[str], int] = lambda tenant_id: 1) -> None:
         self._weight = weight
-        self._waiting: dict[_Lane, dict[bytes, Request]] = {}
+        self._waiting: dict[_Lane, OrderedDict[bytes, Request]] = {}  # each is read and emptied at its front
         self._tenants: dict[str, _Tenant] = {}
         self._num_waiting = 0
         self._num_turns = 0
@@ -101,7 +101,7 @@ class TenantQueue:
         lane = tenant_id, request.rank
         own = self._waiting.get(lane)
         if own is None:
-            own = self._waiting[lane] = {}
+            own = self._waiting[lane] = OrderedDict()
         own[request.submit.req_id] = request
         self._num_waiting += 1
         tenant.num_waiting += 1
@@ -109,11 +109,7 @@ class TenantQueue:
     def push_front(self, request: Request) -> None:
         """Put `request` before everything of its tenant's class: it has had its turn, and its worker was lost."""
         self.push(request)
-        own = self._waiting[request.submit.tenant_id, request.rank]
-        others = [item for item in own.items() if item[1] is not request]
-        own.clear()
-        own[request.submit.req_id] = request
-        own.update(others)
+        self._waiting[request.submit.tenant_id, request.rank].move_to_end(request.submit.req_id, last=False)
 
     def turns(self, now: float) -> Iterator[Request]:
         """Yield the requests that may be sent next, in turn: the first few of each tenant's class.
@@ -129,7 +125,7 @@ class TenantQueue:
         looks = max(FEWEST_LOOKS, LOOKS // len(turns))
         while turns:
             lane = heapq.heappop(turns)[-1]
-            own = self._waiting.get(lane, {})
+            own = self._waiting.get(lane, OrderedDict())
             num_looks = looks if self.lead(lane[0], now) < 1 else FEWEST_LOOKS
             for request in list(islice(own.values(), num_looks)):
                 req_id = request.submit.req_id

@@ -9,7 +9,7 @@ and a thread.
 from __future__ import annotations
 
 import traceback
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -104,9 +104,8 @@ class ZmqEdge:
         self._access = access
         self.outbox: Outbox[_Call] = Outbox(link, self._limits.outbox)
         self._dirty: list[_Call] = []
-        self._ended: dict[
-            tuple[bytes, CallId], tuple[_Call, float]
-        ] = {}  # sent whole, not known to have arrived; since
+        self._ended: OrderedDict[tuple[bytes, CallId], tuple[_Call, float]] = OrderedDict()
+        """Calls that are sent whole and not known to have arrived, and since when."""
         self._flusher = trio.lowlevel.ParkingLot()
         self._draining = False
         self._preparing: Counter[str] = Counter()  # long texts that are tokenised, by tenant

@@ -7,6 +7,7 @@ the end of a prompt before its beginning. A prompt that is sent for the sake of 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import OrderedDict
 
 from kvasir.gateway.routing.prefix_index import PrefixIndex
 from kvasir.protocol.prefix import HASH_BYTES
@@ -22,7 +23,7 @@ class Foresight:
     def __init__(self, num_blocks: int) -> None:
         """`num_blocks`: of the worker."""
         self._num_blocks = num_blocks
-        self._strides: dict[bytes, None] = {}  # the least recently used first
+        self._strides: OrderedDict[bytes, None] = OrderedDict()  # the least recently used first
         self._doomed: tuple[int, set[bytes]] = (0, set())  # so many blocks, if they have to go, are these
 
     def use(self, prefix_hashes: bytes) -> None:
@@ -33,7 +34,7 @@ class Foresight:
             strides.pop(digest, None)
             strides[digest] = None
         while len(strides) * STRIDE > 2 * self._num_blocks:  # most of the older half is gone
-            del strides[next(iter(strides))]
+            strides.popitem(last=False)  # a dict would look for its first key behind all that were deleted before
         self._doomed = (0, set())
 
     def num_left(self, prefix_hashes: bytes, num_blocks: int, index: PrefixIndex, num_coming: int) -> int:

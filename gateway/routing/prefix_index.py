@@ -7,6 +7,8 @@ costs time and never correctness.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import msgspec
 
 from kvasir.protocol.prefix import HASH_BYTES, split_hashes
@@ -37,7 +39,7 @@ class PrefixIndex:
         self._resident: set[bytes] = set()
         self._reserved: dict[bytes, list[bytes]] = {}  # marked hash -> prompts in flight that will make it
         self._num_reserved = 0
-        self._evicted: dict[bytes, float] = {}  # hash -> when, the oldest first
+        self._evicted: OrderedDict[bytes, float] = OrderedDict()  # hash -> when, the oldest first
         self._event_seq = 0
         self._in_sync = True
         self._num_gaps = 0
@@ -161,7 +163,7 @@ class PrefixIndex:
             evicted.pop(digest, None)
             evicted[digest] = now
         while len(evicted) > MAX_EVICTED:
-            del evicted[next(iter(evicted))]
+            evicted.popitem(last=False)  # a dict would look for its first key behind all that were deleted before
 
 
 def _marks(prefix_hashes: bytes, start: int) -> list[bytes]:
