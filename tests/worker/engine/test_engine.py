@@ -96,6 +96,16 @@ def test_a_request_resumed_elsewhere_goes_on_with_the_same_tokens() -> None:
         assert stream.finish_reason == "length"
 
 
+def test_no_more_than_the_prompt_counts_as_cached_where_an_answer_goes_on() -> None:
+    rig, prompt = Rig(), make_prompt(13)
+    whole = rig.submit(make_generate(prompt, 20, req_id=b"1"))
+    rig.run()
+    rest = rig.submit(make_generate(prompt, 9, delivered=whole.token_ids[:11], attempt=2, req_id=b"2"))
+    rig.run()
+    assert whole.token_ids[:11] + rest.token_ids == whole.token_ids
+    assert rest.num_cached == 13, "20 tokens were found"
+
+
 def test_penalties_see_the_prompt_and_all_generated_tokens_apart() -> None:
     rig = Rig()
     seen: list[SampleRow] = []
