@@ -49,8 +49,8 @@ def test_without_faults_every_request_gets_its_whole_answer() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_four_hundred_more_seeds() -> None:
-    for seed in range(10_000, 10_400):
+def test_two_hundred_more_seeds() -> None:
+    for seed in range(10_000, 10_200):
         try:
             Simulation(seed).run()
         except AssertionError as error:
