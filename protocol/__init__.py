@@ -3,4 +3,4 @@
 Imports nothing of ours and never torch. `protocol.link` needs trio and is imported only by those who run one.
 """
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3

@@ -263,14 +263,12 @@ class Drafts(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Load(Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """A worker after a step. `num_free_blocks` counts blocks that no request uses; `pending_tokens` are uncached prompt
-    tokens still to be computed; what follows describes this step alone. Its tokens and seconds teach the gateway the
-    worker's rates."""
+    """A worker after a step. `num_free_blocks` counts blocks that no request uses; what follows describes this step
+    alone. Its tokens and seconds teach the gateway the worker's rates."""
 
     num_running: Count = 0
     num_waiting: Count = 0
     num_free_blocks: Count = 0
-    pending_tokens: Count = 0
     num_prefill_tokens: Count = 0
     num_decode_tokens: Count = 0
     step_s: Seconds = 0.0

@@ -188,8 +188,7 @@ class SimulatedWorker:
             if reason is not None:
                 del self.sequences[req_id]
         self._evict()
-        pending = sum(max(0, s.num_missing - 1) for s in self.sequences.values())
-        load = Load(len(self.sequences), 0, 1_000, pending, num_prefill, num_decode, self.step_s)
+        load = Load(len(self.sequences), 0, 1_000, num_prefill, num_decode, self.step_s)
         stored, removed = b"".join(self.stored), b"".join(self.removed)
         self.stored.clear()
         self.removed.clear()

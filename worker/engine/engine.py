@@ -413,7 +413,6 @@ class Engine:
             num_running=len(sequences.running),
             num_waiting=len(sequences.waiting),
             num_free_blocks=self._cache.num_unused,
-            pending_tokens=plan.num_pending,
             num_prefill_tokens=sum(flight.num_prefill for flight, _ in collected),
             num_decode_tokens=sum(flight.num_decodes for flight, _ in collected),
             step_s=sum(step_s for flight, step_s in collected if flight.shares),

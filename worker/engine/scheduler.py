@@ -82,7 +82,6 @@ class Plan:
     num_decodes: int = 0
     num_drafts: int = 0  # that may be computed, if there are blocks for them
     last_resort: Sequence | None = None  # to be failed, if it does not get all blocks for its tokens
-    num_pending: int = 0  # uncached prompt tokens that are left after this step
 
     @property
     def takes(self) -> bool:
@@ -202,7 +201,6 @@ class _Prefills:
     def add_all(self) -> None:
         plan, queue = self._plan, self._queue
         plan.failed.clear()
-        plan.num_pending = sum(queue.uncached[s.key] for s in self._order)
         staying = []
         for place, s in enumerate(self._order):
             if s.key in queue.cached:
@@ -218,7 +216,6 @@ class _Prefills:
             plan.let_go += [holder for holder in self._blocks.holders if holder is not s]
             plan.admitted.append(s)
             plan.work.append((s, min(queue.uncached[s.key], self._budget)))
-            plan.num_pending -= plan.work[0][1]
 
     def _consider(self, s: Sequence, place: int) -> bool:
         """Admit or fork the waiting `s`, which is at `place` in the order, or fail it; False: leave it where it is."""
@@ -227,12 +224,10 @@ class _Prefills:
         cap = self._blocks.cache.quota_of(owner).cap
         if cap is not None and s.num_own_blocks(0, num_blocks) > cap:
             plan.failed.append((s, _over_cap(s.num_own_blocks(0, num_blocks), cap)))
-            plan.num_pending -= self._queue.uncached[s.key]
             return True
         num_matched, num_idle = self._cached(s)
         original = self._originals.get(s.given) if s.is_fresh else None
         if original is not None:
-            plan.num_pending -= self._queue.uncached[s.key]
             if original.key not in self._finishing:
                 return False
             num_matched, num_idle = s.num_tokens // self._size, 0
@@ -300,7 +295,6 @@ class _Prefills:
         blocks.take(owner, num_end - num_held, s.num_own_blocks(num_held, num_end))
         self._budget -= count
         plan.work.append((s, count))
-        plan.num_pending -= count
         if count == self._queue.uncached[s.key]:
             self._finishing.add(s.key)
 

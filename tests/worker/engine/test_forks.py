@@ -132,13 +132,6 @@ def test_tenants_of_one_group_share_full_blocks_but_do_not_fork() -> None:
     assert [stream.token_ids for stream in streams] == [expected_tokens(prompt, 3)] * 2
 
 
-def test_what_forks_wait_for_counts_once_as_pending() -> None:
-    rig = ForkRig(max_step_tokens=8)
-    for choice in make_choices(make_prompt(30)):
-        rig.submit(choice)
-    assert [rig.step().load.pending_tokens for _ in range(4)] == [22, 14, 6, 0]
-
-
 def test_penalties_of_a_fork_see_its_own_prompt_and_answer() -> None:
     rig, whole = ForkRig(), make_prompt(10)
     rows = []
