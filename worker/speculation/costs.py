@@ -13,7 +13,7 @@ MAX_DRAFT = 16  # tokens per sequence and step
 _FIRST_COSTS = (0.1, 0.15)  # of a step without: what any drafts add, and each per sequence
 _FIRST_PLAIN = 3  # steps without drafts, before there are any
 _MAX_SINCE = 48  # steps with drafts, then one without
-_PLAIN_LEARNING = 0.2  # how much of a step's surprise is believed
+_PLAIN_FALL, _PLAIN_RISE = 0.2, 0.07  # how much of a surprise is believed: what else runs only ever slows a step
 _DRAFT_LEARNING = 0.3
 _FORGETTING = 0.002  # per step without drafts, so that drafts once thought too dear are tried again
 _MAX_SURPRISE = 0.25  # of what was expected: the rest is the machine's, not the batch's
@@ -108,7 +108,8 @@ class StepCosts:
             costs.forget(1.0)
         else:
             costs.num_since = 0
-            costs.plain_s += _PLAIN_LEARNING * _surprise(step_s, costs.plain_s)
+            surprise = _surprise(step_s, costs.plain_s)
+            costs.plain_s += surprise * (_PLAIN_FALL if surprise < 0 else _PLAIN_RISE)
             costs.forget(_FORGETTING)
 
 

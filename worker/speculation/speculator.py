@@ -34,6 +34,7 @@ HOPEFUL_PERIOD = 4  # if they would be, were there more in the batch
 CATCH_UP_TOKENS = 256  # that the draft model computes of texts it has not seen, per step
 NEAR = 16  # tokens that it computes on its way, without asking whether that is worth it
 
+_CATCH_UP_MARGIN = 1.5  # by which drafts to come have to save more than catching up takes
 _MARGIN = 1.1  # by which drafts have to gain more than they are thought to cost
 
 
@@ -105,7 +106,7 @@ class Speculator:
             choice.by_lookup, choice.by_model = choice.by_lookup[:count], choice.by_model[:count]
         num_drafting = sum(bool(choice.by_model) for choice in choices)
         if num_drafting:
-            self._drop_dear(choices, cost, num_drafting, num_sequences)
+            self._drop_dear(choices, any_cost, cost, num_drafting, num_sequences)
         factor = 1.0
         for is_last in (False, False, True):  # what the others gain and cost moves the bar
             model_cost = cost + self.costs.relative_round(num_sequences, max(1, num_drafting))
@@ -141,10 +142,13 @@ class Speculator:
             return []
         return track.model_run(min(limit, MAX_DRAFT, self.model.window - track.lead.sequence.num_known))
 
-    def _drop_dear(self, choices: Sequence[_Choice], cost: float, num_drafting: int, num_sequences: int) -> None:
+    def _drop_dear(
+        self, choices: Sequence[_Choice], any_cost: float, cost: float, num_drafting: int, num_sequences: int
+    ) -> None:
         """Leave the draft model out where its drafts are not worth it, or catching up is not."""
         assert self.model is not None
         model_cost = cost + self.costs.relative_round(num_sequences, num_drafting)
+        any_share = any_cost * num_sequences / num_drafting
         token_s = self.costs.plain_s(num_sequences) / num_sequences  # without drafts
         for choice in choices:
             lead, num_tokens = choice.track.lead, len(choice.track.text.output_ids)
@@ -154,8 +158,8 @@ class Speculator:
                 continue
             choice.num_behind = self.model.backlog(lead)
             num_coming = max(self.experience.answer_length - num_tokens, num_tokens)
-            saved_s = num_coming * token_s * (gain - spent) / (1 + gain)
-            if choice.num_behind > NEAR and saved_s < choice.num_behind * self.costs.rounds.token_s:
+            saved_s = num_coming * token_s * (gain - spent - any_share) / (1 + gain)
+            if choice.num_behind > NEAR and saved_s < _CATCH_UP_MARGIN * choice.num_behind * self.costs.rounds.token_s:
                 choice.by_model = []
 
     def _plan(self, choices: Sequence[_Choice]) -> None:
