@@ -63,7 +63,7 @@ def lie(random: Random, worker: Worker, step: int) -> Report:
         for req_id, attempt in list(worker.in_flight.items())[:3]
     ]
     drafts = [Drafts(f"proposer {random.randint(0, 99)}", count(), count(), count())] * random.choice((0, 1, 8))
-    load = Load(*[count() for _ in range(6)], random.choice(SECONDS), drafts)
+    load = Load(*[count() for _ in range(5)], random.choice(SECONDS), drafts)
     event_seq = random.choice((worker.index._event_seq, min(worker.index._event_seq + 1, 1 << 53), count()))
     return StepReport(random.choice((step, count())), event_seq, load, outputs, hashes(), hashes())
 
