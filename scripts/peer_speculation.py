@@ -103,8 +103,7 @@ def contenders(model: Path, folder: Path, home: Path, port: int) -> Iterator[lis
     for i, options in enumerate((["--speculative-config", json.dumps(NGRAM)], [])):
         settings = ServerSettings("vllm", port + 4 * i, None, 340, max_model_len=2048, model=model)
         server = vllm_server(program, settings, home / f"vllm{i}.log", *options)
-        server.preload(program.parents[1] / "lib" / "libiomp5.so")
-        server.set_env(NUMBA_NUM_THREADS="1")
+        server.set_env(LD_PRELOAD=str(program.parents[1] / "lib" / "libiomp5.so"), NUMBA_NUM_THREADS="1")
         servers.append(server)
     with (
         running(servers),

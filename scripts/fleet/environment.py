@@ -125,10 +125,6 @@ class Server:
         assert self._process is not None
         return self._process.pid
 
-    def preload(self, library: Path) -> None:
-        """Let the process be started with `library`."""
-        self.set_env(LD_PRELOAD=str(library))
-
     def set_env(self, **variables: str) -> None:
         """Let the process be started with these as well."""
         self._env |= variables

@@ -11,7 +11,8 @@ where reading weights is what takes the time, 1 and more where computing is. A d
 of a round of that model besides. The chance that a draft holds is measured per sequence. For lookup it goes by the
 length of match (`Chances`), whether the draft is computed or not: so a sequence whose drafts are not worth it costs
 nothing but the looking, and is noticed when it begins to repeat something. For the draft model a sequence begins with
-how drafts have held lately in others. Of the two proposers that one proposes whose drafts gain more.
+how drafts have held lately in others. Of the two proposers that one proposes whose drafts gain more. All of this
+can be wrong: what drafts have saved and cost in fact bounds what they may cost (`StepCosts.balance`).
 
 A sequence that the draft model has not followed has to be caught up with: if drafts will save more than that takes, in
 as many tokens as are likely to come.
